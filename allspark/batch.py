@@ -1,0 +1,79 @@
+"""The tensors of a training step, and the names of the views that a method asks for. Making them is data's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(image: Tensor) -> Tensor:
+    """uint8 RGB (..., 3, H, W) in 0..255 -> float32 with ImageNet mean and standard deviation, on the same device."""
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=image.device).view(3, 1, 1) * 255
+    return (image.float() - mean) / std
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which photometric views of an image a method trains on. A view is the name of a policy in data.transforms.PHOTOMETRIC.
+
+    The geometry (scale, crop, flip) is shared by all views of one image. `weak` alone is always made for unlabeled images.
+    """
+
+    labeled: str = "weak"
+    strong: tuple[str, ...] = ()
+    cutmix: float = 0.0  # probability that a strong view gets a CutMix box
+    unlabeled: bool = True  # False: the method uses no unlabeled images and none is read
+
+
+@dataclass(frozen=True)
+class LabeledBatch:
+    """image (B, 3, H, W) uint8 from the loader, normalized float32 after `to`; mask (B, H, W) int64 with the ignore index."""
+
+    image: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> LabeledBatch:
+        """Move and normalize there: a uint8 image is a quarter of the bytes."""
+        return LabeledBatch(normalize(self.image.to(device, non_blocking=True)), self.mask.to(device, non_blocking=True))
+
+    def pin_memory(self) -> LabeledBatch:
+        return LabeledBatch(self.image.pin_memory(), self.mask.pin_memory())
+
+
+@dataclass(frozen=True)
+class UnlabeledBatch:
+    """weak (B, 3, H, W) and strong views of the same crops, uint8 from the loader, normalized float32 after `to`;
+
+    valid (B, H, W) bool is False where the crop reaches beyond the image (padding); cutmix holds one bool mask
+    (B, H, W) per strong view, True inside the box that is pasted from the partner image (all False: no box).
+    """
+
+    weak: Tensor
+    strong: tuple[Tensor, ...]
+    valid: Tensor
+    cutmix: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> UnlabeledBatch:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return UnlabeledBatch(
+            normalize(move(self.weak)),
+            tuple(normalize(move(view)) for view in self.strong),
+            move(self.valid),
+            tuple(move(box) for box in self.cutmix),
+        )
+
+    def pin_memory(self) -> UnlabeledBatch:
+        return UnlabeledBatch(
+            self.weak.pin_memory(),
+            tuple(view.pin_memory() for view in self.strong),
+            self.valid.pin_memory(),
+            tuple(box.pin_memory() for box in self.cutmix),
+        )

@@ -1,0 +1,101 @@
+"""Process group: who am I, and the few collectives that are used. Without a launcher everything is one process."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allspark.errors import UserError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto' is the best device there is: cuda, mps, cpu. A device asked for by name and absent is an error."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name, False):
+        usable = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"device={name} is not available on this machine; use one of: auto, {usable}")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} visible; start fewer processes"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def launched_by() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as told by torchrun or srun; (0, 1, 0) for plain python.
+
+    SLURM_NTASKS is also set in a batch script that runs plain python: only srun sets the number of tasks of the step.
+    """
+    env = os.environ
+    if "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_STEP_NUM_TASKS" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def init(device: str = "auto", port: int | None = None) -> torch.device:
+    """Join the process group if a launcher started several processes (NCCL on GPUs, gloo elsewhere); the process's device."""
+    rank_, world, local_rank = launched_by()
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(port or 29500))
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank_, world_size=world, timeout=timedelta(minutes=30))
+    return chosen
+
+
+def close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """Every process gets the tensor of `source`, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Tensors (B, ...) of equal shape on all processes -> (P * B, ...) in rank order, without gradient."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

@@ -1,0 +1,31 @@
+"""The optimizer with its two parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from allspark.config import OptimConfig
+
+
+def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Two groups: the encoder with lr, everything else with lr * lr_multi. Weight decay is on every parameter."""
+    encoder = [p for name, p in model.named_parameters() if name.startswith("encoder.")]
+    others = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": encoder, "scale": 1.0}, {"params": others, "scale": cfg.lr_multi}]
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay)
+
+
+def poly_lr(cfg: OptimConfig, step: int, total_steps: int) -> float:
+    """lr * (1 - step / total) ** power, with steps counted from 0."""
+    # Released: train_allspark.py sets the rate after the step, from that step's number: `late` runs one step behind.
+    step = max(step - 1, 0) if cfg.late else step
+    return cfg.lr * (1 - step / total_steps) ** cfg.power
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Before the step: lr for the encoder, each group's multiple of it for the rest."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]

@@ -1,0 +1,54 @@
+"""Pixel losses. All take logits (B, K, H, W) and labels (B, H, W), and are 0, not NaN, where no pixel counts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CrossEntropy(nn.Module):
+    """Mean cross-entropy over the pixels that are not ignored."""
+
+    def __init__(self, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+        total = F.cross_entropy(logits, mask, ignore_index=self.ignore_index, reduction="sum")
+        return total / (mask != self.ignore_index).sum().clamp(min=1)
+
+
+class OHEM(nn.Module):
+    """Online hard example mining: mean cross-entropy over the pixels whose true class has the smallest probabilities.
+
+    Kept are p <= max(thresh, the min_kept-th smallest p of the batch), ignored pixels counting as p = 1; with fewer valid
+    pixels than min_kept it is the plain cross-entropy (methods.md 1.2a).
+    """
+
+    def __init__(self, thresh: float = 0.7, min_kept: int = 200_000, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.thresh, self.min_kept, self.ignore_index = thresh, min_kept, ignore_index
+
+    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+        valid = mask != self.ignore_index
+        loss = F.cross_entropy(logits, mask, ignore_index=self.ignore_index, reduction="none")
+        prob = torch.where(valid, (-loss.detach()).exp(), 1.0)  # softmax probability of the true class
+        threshold = prob.flatten().kthvalue(min(max(self.min_kept, 1), prob.numel())).values.clamp(min=self.thresh)
+        keep = valid & ((prob <= threshold) | (valid.sum() < self.min_kept))
+        return (loss * keep).sum() / keep.sum().clamp(min=1)
+
+
+def consistency_loss(
+    logits: Tensor, label: Tensor, keep: Tensor | None = None, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy against pseudo-labels, and the share of pixels that took part (mask_ratio).
+
+    keep (B, H, W) bool: confident pixels; valid (B, H, W) bool: not padding; None: all of them. The denominator is the
+    number of valid pixels, not of confident ones, so that little confidence also means little weight (UniMatch).
+    """
+    loss = F.cross_entropy(logits, label, reduction="none")
+    valid = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
+    counted = valid if keep is None else keep & valid
+    total = valid.sum().clamp(min=1)
+    return (loss * counted).sum() / total, counted.sum() / total

@@ -1,0 +1,65 @@
+"""AllSpark (CVPR 2024), and without the bottleneck the plain self-training loop it is compared with (baseline_semi)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.losses import consistency_loss
+from allspark.methods.base import Criterion, Method, Progress, joint_forward
+from allspark.pseudo import cutmix, predict_pseudo
+
+
+class AllSpark(Method):
+    """Labeled features reborn from unlabeled ones: the bottleneck does the work, the loss is plain. Section 3 of the paper.
+
+    The defaults are the released code's numerics; methods.md 1.8 numbers what is unusual about them.
+    warmup_epochs: the memory is written from the start and read from this epoch on.
+    pseudo_context: whose channels the pseudo-label pass sees. Released: those of the whole batch (15).
+    ignore_padding: leave padding out of the unlabeled loss. Released: it counts (5).
+    labeled_view, unlabeled_view: photometric policies. Released: labeled strong, unlabeled weak, no CutMix (1, 2, 3).
+    cutmix: probability of a box in a strong unlabeled view.
+    threshold: least confidence of a pseudo-label. Released: none (4).
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        *,
+        warmup_epochs: int = 5,
+        pseudo_context: Literal["batch", "image"] = "batch",
+        ignore_padding: bool = False,
+        labeled_view: str = "strong",
+        unlabeled_view: str = "weak",
+        cutmix: float = 0.0,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__(criterion)
+        strong = () if unlabeled_view == "weak" else (unlabeled_view,)
+        self.views = Views(labeled=labeled_view, strong=strong, cutmix=cutmix)
+        self.warmup_epochs = warmup_epochs
+        self.share_keys = pseudo_context == "batch"
+        self.ignore_padding = ignore_padding
+        self.threshold = threshold
+
+    def losses(
+        self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
+    ) -> dict[str, Tensor]:
+        pseudo = predict_pseudo(model, unlabeled.weak, self.share_keys)
+        image, valid = unlabeled.weak, unlabeled.valid
+        if self.views.strong:
+            box = unlabeled.cutmix[0]
+            image, valid, pseudo = cutmix(unlabeled.strong[0], box), cutmix(valid, box), pseudo.cutmix(box)
+        logits_x, logits_u = joint_forward(
+            model,
+            labeled.image,
+            image,
+            pseudo_logits=pseudo.logits,
+            read_memory=progress.epoch >= self.warmup_epochs,
+        )
+        loss_x = self.criterion(logits_x, labeled.mask)
+        keep = None if self.threshold is None else pseudo.confidence >= self.threshold
+        loss_u, mask_ratio = consistency_loss(logits_u, pseudo.label, keep, valid if self.ignore_padding else None)
+        return {"loss": (loss_x + loss_u) / 2, "loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio}

@@ -1,0 +1,88 @@
+"""The interface of a method, and the one way of training with the AllSpark bottleneck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.models.bottleneck import CrossBatch
+from allspark.models.segmentor import unwrap
+from allspark.pseudo import predict_pseudo
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stands: optimizer step and epoch, both counted from 0, and the number of steps of the whole run."""
+
+    step: int
+    epoch: int
+    total_steps: int
+
+
+class Method(nn.Module):
+    """Batches -> losses. A module, so that its state (teachers, thresholds) is checkpointed and moved like any other.
+
+    The keyword-only arguments of a subclass are its options, `method.*` in a recipe. `criterion(logits, mask)` is the
+    labeled loss of the recipe. A method sees no loader, optimizer, writer, rank or checkpoint.
+    """
+
+    views = Views()
+    needs_bottleneck: bool | None = None  # True, False: refused otherwise; None: runs with and without
+
+    def __init__(self, criterion: Criterion) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def attach(self, model: nn.Module) -> None:
+        """Once, before a checkpoint is loaded and DDP wraps the model: teachers are born here."""
+
+    def losses(
+        self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
+    ) -> dict[str, Tensor]:
+        """One training step: "loss" to descend on, and its parts to log."""
+        raise NotImplementedError
+
+    def after_step(self, model: nn.Module, progress: Progress) -> None:
+        """Once per optimizer step."""
+
+    def predictor(self, model: nn.Module) -> nn.Module:
+        """The network that is evaluated and saved as the result."""
+        return unwrap(model)
+
+    def supervised_losses(self, model: nn.Module, labeled: LabeledBatch) -> dict[str, Tensor]:
+        """The labeled loss alone: supervised training, and the supervised start of every other method."""
+        loss = self.criterion(model(labeled.image).logits, labeled.mask)
+        return {"loss": loss, "loss_x": loss}
+
+
+def joint_forward(
+    model: nn.Module,
+    labeled: Tensor,
+    unlabeled: Tensor,
+    *,
+    pseudo_logits: Tensor | None = None,
+    read_memory: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Labeled and unlabeled images in one pass -> their logits. With a bottleneck this is the step's one enqueue.
+
+    pseudo_logits: evaluation logits of `unlabeled`, from the method's own pseudo pass; without one it is made here.
+    """
+    cross = None
+    if unwrap(model).bottleneck is not None:
+        if pseudo_logits is None:
+            pseudo_logits = predict_pseudo(model, unlabeled).logits
+        cross = CrossBatch(len(labeled), pseudo_logits, read_memory)
+    logits = model(torch.cat((labeled, unlabeled)), cross=cross).logits
+    return logits[: len(labeled)], logits[len(labeled) :]
+
+
+def unlabeled_forward(model: nn.Module, image: Tensor) -> Tensor:
+    """A later pass of the same step, without labeled images -> logits; with a bottleneck: its unlabeled branch, no write."""
+    cross = None if unwrap(model).bottleneck is None else CrossBatch(num_labeled=0)
+    return model(image, cross=cross).logits

@@ -1,0 +1,54 @@
+"""FixMatch for segmentation, in UniMatch's strong re-implementation (methods.md 2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.losses import consistency_loss
+from allspark.methods.base import Criterion, Method, Progress, joint_forward, unlabeled_forward
+from allspark.pseudo import Pseudo, cutmix, predict_pseudo
+
+
+class FixMatch(Method):
+    """Confident labels of the weak view supervise one strong, CutMixed view.
+
+    Labels come from the train-mode pass over the weak view, the pasted region from the evaluation-mode pass, as released.
+    The partner is another image of the batch (UniMatch: another crop of the same image, methods.md 0.3).
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        *,
+        threshold: float = 0.95,
+        labeled_view: str = "weak",
+        unlabeled_view: str = "strong",
+        cutmix: float = 0.5,
+        warmup_epochs: int = 5,
+        ignore_padding: bool = True,
+    ) -> None:
+        super().__init__(criterion)
+        self.views = Views(labeled=labeled_view, strong=(unlabeled_view,), cutmix=cutmix)
+        self.threshold = threshold
+        self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
+        self.ignore_padding = ignore_padding
+
+    def losses(
+        self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
+    ) -> dict[str, Tensor]:
+        box = unlabeled.cutmix[0]
+        partner = predict_pseudo(model, unlabeled.weak)
+        logits_x, logits_w = joint_forward(
+            model,
+            labeled.image,
+            unlabeled.weak,
+            pseudo_logits=partner.logits,
+            read_memory=progress.epoch >= self.warmup_epochs,
+        )
+        logits_s = unlabeled_forward(model, cutmix(unlabeled.strong[0], box))
+        pseudo = Pseudo.of(logits_w).cutmix(box, partner)
+        loss_x = self.criterion(logits_x, labeled.mask)
+        valid = cutmix(unlabeled.valid, box) if self.ignore_padding else None
+        loss_u, mask_ratio = consistency_loss(logits_s, pseudo.label, pseudo.confidence >= self.threshold, valid)
+        return {"loss": (loss_x + loss_u) / 2, "loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio}

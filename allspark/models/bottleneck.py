@@ -1,0 +1,139 @@
+"""The AllSpark bottleneck (CVPR 2024, section 3): labeled channels rebuilt from unlabeled ones by channel-wise attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allspark.models.memory import SemanticMemory, group_channels
+
+
+@dataclass(frozen=True)
+class CrossBatch:
+    """What a training batch of labeled images followed by unlabeled ones carries into the bottleneck.
+
+    num_labeled: how many images at the front are labeled; 0: the unlabeled branch alone, nothing is written.
+    pseudo_logits (B_u, K, H, W): evaluation logits of the unlabeled images, they decide the class of each channel.
+    read_memory: keys and values come from the memory (after warm-up) instead of the unlabeled images of the batch.
+    """
+
+    num_labeled: int
+    pseudo_logits: Tensor | None = None
+    read_memory: bool = False
+
+
+def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(psi(q^T k)) v^T over channels; q (..., N, Cq), k and v (..., N, Ck) -> (..., N, Cq).
+
+    psi normalizes the similarity map of one image (and head) to mean 0 and variance 1, in place of a 1 / sqrt(d).
+    """
+    similarity = q.transpose(-2, -1) @ k  # (..., Cq, Ck)
+    weights = F.layer_norm(similarity, similarity.shape[-2:], eps=1e-5).softmax(-1)
+    return (F.dropout(weights, dropout) @ v.transpose(-2, -1)).transpose(-2, -1)
+
+
+class ChannelAttention(nn.Module):
+    """Projections of one branch. C -> heads * C and back, without bias, Xavier uniform."""
+
+    def __init__(self, channels: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q, self.k, self.v = (nn.Linear(channels, heads * channels, bias=False) for _ in range(3))
+        self.out = nn.Linear(heads * channels, channels, bias=False)
+        for linear in (self.q, self.k, self.v, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+
+    @property
+    def rate(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        return F.dropout(self.out(tokens), self.rate)
+
+
+class SelfBranch(ChannelAttention):
+    """Unlabeled stream: every image attends to its own channels, head by head."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        batch, positions, channels = tokens.shape
+
+        def split(x: Tensor) -> Tensor:  # index = head * C + c -> (B, heads, N, C)
+            return x.view(batch, positions, self.heads, channels).transpose(1, 2)
+
+        out = channel_attention(split(self.q(tokens)), split(self.k(tokens)), split(self.v(tokens)), self.rate)
+        return self.finish(out.permute(0, 2, 3, 1).reshape(batch, positions, -1))  # merged as index = c * heads + head
+
+
+class CrossBranch(ChannelAttention):
+    """Labeled stream: the channels of an image look for themselves among the channels of `context`.
+
+    Released: not multi-head, one map over all heads * C query and M * heads * C key channels (methods.md 1.8, item 11).
+    """
+
+    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """tokens (B, N, C); context (M, N, C), shared by all images; None: each image is its own context -> (B, N, C)."""
+        k, v = self.k(tokens if context is None else context), self.v(tokens if context is None else context)
+        if context is not None:  # (M, N, heads * C) -> (N, M * heads * C)
+            k, v = (x.transpose(0, 1).flatten(1) for x in (k, v))
+        return self.finish(channel_attention(self.q(tokens), k, v, self.rate))
+
+
+class AllSparkBottleneck(nn.Module):
+    """Sits on the deepest feature map: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(
+        self,
+        channels: int,
+        memory: SemanticMemory,
+        *,
+        num_heads: int = 2,
+        dropout: float = 0.1,
+        grouping_input: str = "logits",
+    ) -> None:
+        super().__init__()
+        self.map_in = nn.Conv2d(channels, channels, 1)
+        self.norm_in = nn.LayerNorm(channels, eps=1e-6)
+        self.cross_branch = CrossBranch(channels, num_heads, dropout)
+        self.self_branch = SelfBranch(channels, num_heads, dropout)
+        self.memory = memory
+        self.norm_out = nn.LayerNorm(channels, eps=1e-6)
+        self.map_out = nn.Conv2d(channels, channels, 1)
+        self.grouping_input = grouping_input
+
+    def forward(self, feature: Tensor, cross: CrossBatch | None = None, share_keys: bool = False) -> Tensor:
+        """cross=None: inference, each image attends to its own channels (share_keys: to those of the whole batch)."""
+        height, width = feature.shape[-2:]
+        residual = F.gelu(self.map_in(feature)).flatten(2).transpose(1, 2)  # (B, N, C), N = h * w
+        tokens = self.norm_in(residual)
+        if cross is None:
+            attended = self.cross_branch(tokens, tokens if share_keys else None)
+            if self.training:  # a supervised start: DDP wants a gradient, if only 0, for every parameter
+                attended = attended + 0.0 * sum(weight.sum() for weight in self.self_branch.parameters())
+        else:
+            attended = self.attend(tokens, cross, (height, width))
+        out = self.norm_out(attended + residual).transpose(1, 2).unflatten(2, (height, width))
+        return F.gelu(self.map_out(out))
+
+    def attend(self, tokens: Tensor, cross: CrossBatch, size: tuple[int, int]) -> Tensor:
+        """Labeled tokens through the cross branch, unlabeled ones through the self branch; one write, then one read."""
+        labeled, unlabeled = tokens[: cross.num_labeled], tokens[cross.num_labeled :]
+        attended_u = self.self_branch(unlabeled)
+        if cross.num_labeled == 0:
+            return attended_u
+        self.remember(unlabeled.detach(), cross.pseudo_logits, size)
+        context = self.memory.read() if cross.read_memory else unlabeled
+        return torch.cat((self.cross_branch(labeled, context), attended_u))
+
+    @torch.no_grad()
+    def remember(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:
+        """Put every channel of the unlabeled tokens (B_u, N, C) into the memory of its class."""
+        assert size == (self.memory.side,) * 2, f"feature map {size}, memory of side {self.memory.side}"
+        if self.grouping_input == "probabilities":  # Released: the raw logits (methods.md 1.8, item 8)
+            class_maps = class_maps.softmax(1)
+        channels = unlabeled.transpose(1, 2)  # (B_u, C, N)
+        self.memory.sync()
+        self.memory.enqueue(channels, group_channels(channels.unflatten(2, size), class_maps))

@@ -1,0 +1,86 @@
+"""The whole network: encoder -> bottleneck -> decoder, and build_model, the one place where its sizes meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from allspark.config import ModelConfig
+from allspark.errors import UserError
+from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
+from allspark.models.decoder import MLPDecoder, resize
+from allspark.models.memory import SemanticMemory
+from allspark.models.mit import SIZES, MiT
+
+ENCODERS: dict[str, Callable[..., nn.Module]] = {name: MiT for name in SIZES}
+
+
+@dataclass(frozen=True)
+class SegOutput:
+    """logits (B, K, H, W) at the size of the input; perturbed: logits of the perturbed features, where asked for."""
+
+    logits: Tensor
+    perturbed: Tensor | None = None
+    features: list[Tensor] | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Segmentor(nn.Module):
+    """image (B, 3, H, W), normalized, H and W >= 32 -> SegOutput. Sizes and devices follow the input."""
+
+    def __init__(self, encoder: nn.Module, bottleneck: AllSparkBottleneck | None, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.bottleneck = bottleneck
+        self.decoder = decoder
+
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        cross: CrossBatch | None = None,
+        share_keys: bool = False,
+        perturb: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> SegOutput:
+        """cross: a training batch of labeled and unlabeled images; None: inference, no image depends on another.
+
+        share_keys: batch mates share the keys of the bottleneck (Released, pseudo-labels only).
+        perturb: features -> features; its logits are returned beside the clean ones, from the same encoder pass.
+        """
+        features = self.encoder(image)
+        if self.bottleneck is not None:
+            features = [*features[:-1], self.bottleneck(features[-1], cross, share_keys)]
+        size = image.shape[-2:]
+        logits = resize(self.decoder(features), size)
+        perturbed = None if perturb is None else resize(self.decoder(perturb(features)), size)
+        return SegOutput(logits, perturbed, features)
+
+
+def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor:
+    """The model of a recipe with fresh weights; crop_size decides the side of the memory: ceil(crop / 32)."""
+    if cfg.encoder not in ENCODERS:
+        raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; one of {', '.join(ENCODERS)}")
+    size = SIZES[cfg.encoder]
+    encoder = ENCODERS[cfg.encoder](size, cfg.drop_path)
+    decoder = MLPDecoder(encoder.channels, num_classes, cfg.decoder_channels or size.decoder_channels, cfg.dropout)
+    bottleneck = None
+    if cfg.bottleneck.name == "allspark":
+        channels = encoder.channels[-1]
+        memory = SemanticMemory(num_classes, channels, math.ceil(crop_size / 32), cfg.bottleneck.memory_policy)
+        bottleneck = AllSparkBottleneck(
+            channels,
+            memory,
+            num_heads=cfg.bottleneck.num_heads,
+            dropout=cfg.bottleneck.dropout,
+            grouping_input=cfg.bottleneck.grouping_input,
+        )
+    return Segmentor(encoder, bottleneck, decoder)
+
+
+def unwrap(model: nn.Module) -> Segmentor:
+    """The Segmentor inside a DistributedDataParallel wrapper, or the model itself."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
