@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import inspect
+import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from allspark.errors import UserError
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 
@@ -41,8 +46,8 @@ class DataConfig:
     labeled_id_path: str | None = None  # lists given by hand instead of a split
     unlabeled_id_path: str | None = None
     val_id_path: str | None = None  # default: splits/<dataset>/val.txt
-    scale_range: tuple[float, float] = (0.5, 2.0)
-    num_workers: int = 2  # per process
+    scale_range: tuple[float, float] = (0.5, 2.0)  # of the long side, for the random resize
+    num_workers: int = 2  # per process; 0: load in the training process
     custom: CustomDataConfig | None = None
 
 
@@ -52,7 +57,6 @@ class BottleneckConfig:
     num_heads: int = 2
     dropout: float = 0.1
     grouping_input: Literal["logits", "probabilities"] = "logits"  # Released: logits, never softmaxed
-    empty_slots: bool = True  # Released: True, slots that were never written take part as noise
     memory_policy: Literal["rank0", "gather", "local"] = "rank0"  # Released: rank0, by DDP's buffer broadcast
 
 
@@ -115,3 +119,215 @@ class Recipe:
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     log_interval: int = 10  # steps
+
+
+RUN_KEYS = ("data.data_root", "data.num_workers", "device", "log_interval", "evaluation.interval")  # never change a result
+
+
+def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """configs/datasets/<dataset>.yaml, then configs/methods/<method>.yaml, then its `datasets: <dataset>:`, then overrides."""
+    base = read_yaml(_find("datasets", dataset))
+    own = read_yaml(_find("methods", method))
+    special = own.pop("datasets", {}).get(dataset, {})
+    return build_recipe(merge(merge(base, own), special), overrides, f"--dataset {dataset} --method {method}")
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A whole recipe from one file, such as the config.yaml that a run writes."""
+    return build_recipe(read_yaml(Path(path)), overrides, str(path))
+
+
+def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None, source: str) -> Recipe:
+    """Fill the dataclasses; every unknown key, missing key or wrong type is an error that names the key's full path."""
+    for key, value in (overrides or {}).items():
+        content = merge(content, _nest(full_key(key), value))
+    recipe = _convert(content, Recipe, "", source)
+    if root := os.environ.get(f"ALLSPARK_DATA_{recipe.data.dataset.upper()}"):
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data_root=root))
+    _check_ranges(recipe, source)
+    return recipe
+
+
+def _check_ranges(recipe: Recipe, source: str) -> None:
+    def need(ok: bool, key: str, value: Any, want: str) -> None:
+        if not ok:
+            raise UserError(f"{source}: {key}={value} must be {want}")
+
+    need(recipe.epochs > 0, "epochs", recipe.epochs, "at least 1")
+    need(recipe.batch_size > 0, "batch_size", recipe.batch_size, "at least 1")
+    need(0 <= recipe.burn_in_epochs, "burn_in_epochs", recipe.burn_in_epochs, "0 or more")
+    need(recipe.data.crop_size >= 64, "data.crop_size", recipe.data.crop_size, "at least 64")
+    need(recipe.data.num_workers >= 0, "data.num_workers", recipe.data.num_workers, "0 or more")
+    need(recipe.optim.lr > 0, "optim.lr", recipe.optim.lr, "above 0")
+    need(recipe.log_interval > 0, "log_interval", recipe.log_interval, "at least 1")
+    need(recipe.evaluation.interval > 0, "evaluation.interval", recipe.evaluation.interval, "at least 1")
+    need(0 < recipe.data.scale_range[0] <= recipe.data.scale_range[1], "data.scale_range", recipe.data.scale_range, "low, high")
+    need(recipe.model.bottleneck.num_heads > 0, "model.bottleneck.num_heads", recipe.model.bottleneck.num_heads, "at least 1")
+    window = recipe.evaluation.window
+    need(window is None or window >= 32, "evaluation.window", window, "at least 32, or null for the training crop")
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """`key.path=value` words of a command line; the value is YAML."""
+    overrides = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"'{item}': not understood; overrides are written key.path=value, e.g. optim.lr=0.01")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"'{item}': the value is not YAML") from error
+    return overrides
+
+
+def full_key(key: str) -> str:
+    """The whole path of a key given by its last part where only one key ends so: lr -> optim.lr, data_root -> data.data_root."""
+    paths = [path for path in _key_paths(Recipe) if path == key or path.endswith(f".{key}")]
+    exact = [path for path in paths if path == key]
+    if key.startswith("method.") or exact or not paths:
+        return key
+    if len(paths) > 1:
+        raise UserError(f"{key}: ambiguous, write one of {', '.join(paths)}")
+    return paths[0]
+
+
+def _key_paths(kind: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in _hints(kind).items():
+        yield prefix + name
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                yield from _key_paths(part, f"{prefix}{name}.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping, by safe_load."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML recipe") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}, must be a mapping of keys to values")
+    return content
+
+
+def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings key by key, everything else replaced. A bare name updates the `name` of a section: criterion: ohem."""
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping):
+            old = {"name": old}
+        if isinstance(old, Mapping) and isinstance(value, str):
+            value = {"name": value}
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as nested dicts and lists of plain values: what config.yaml and a checkpoint hold, and build_recipe reads."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, MethodConfig):
+            return {"name": value.name, **plain(value.options)}
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return plain(recipe)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two plain recipes differ and that may change a result, as 'key: old -> new'."""
+    found = []
+    for key in sorted({*old, *new}):
+        path, a, b = prefix + key, old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{path}.")
+        elif a != b and path not in RUN_KEYS:
+            found.append(f"{path}: {a} -> {b}")
+    return found
+
+
+def bind_options(function: Callable[..., Any], options: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """All keyword-only arguments of a constructor: those given, checked against their type hints, and the defaults."""
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for key in options:
+        if key not in known:
+            raise UserError(f"{path}.{key}: unknown option; there is {', '.join(known) or 'none'}")
+    given = {key: _convert(value, hints[key], f"{path}.{key}", "recipe") for key, value in options.items()}
+    return {name: given.get(name, p.default) for name, p in known.items()}
+
+
+def _find(folder: str, name: str) -> Path:
+    path = CONFIG_ROOT / folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise UserError(f"--{folder.removesuffix('s')} {name}: there is no {path}; there is {known}, or write your own file")
+    return path
+
+
+def _nest(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
+    """A YAML value as the hinted type, or a UserError with the key's path."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _convert_section(value, hint, path, source)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)), path, source)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) == len(value):
+            return tuple(_convert(v, k, f"{path}[{i}]", source) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if origin is dict and isinstance(value, Mapping):
+        return {_convert(k, args[0], path, source): _convert(v, args[1], f"{path}.{k}", source) for k, v in value.items()}
+    if hint is float and not isinstance(value, bool):  # YAML 1.1 reads 6e-4 as a string
+        with contextlib.suppress(ValueError, TypeError):
+            return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    want = " or ".join(map(str, args)) if origin is Literal else getattr(hint, "__name__", str(hint)) if not args else hint
+    raise UserError(f"{source}: {path}={value!r} is {type(value).__name__}, must be {want}")
+
+
+def _convert_section(value: Any, kind: type, path: str, source: str) -> Any:
+    hints = _hints(kind)
+    if isinstance(value, str) and "name" in hints:
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{source}: {path or 'the recipe'}={value!r} must be a section of keys")
+    if kind is MethodConfig:  # its options stand beside the name; the method itself checks them (bind_options)
+        value = {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            places = {p.rpartition(".")[2]: p for p in _key_paths(Recipe)} | {name: prefix + name for name in hints}
+            close = difflib.get_close_matches(str(key), places, 1)
+            remedy = f"did you mean {places[close[0]]}?" if close else f"known here: {', '.join(hints)}"
+            raise UserError(f"{source}: {prefix}{key}: unknown key; {remedy}")
+    for entry in dataclasses.fields(kind):
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in value:
+            raise UserError(f"{source}: {prefix}{entry.name} is missing; it has no default")
+    return kind(**{key: _convert(item, hints[key], prefix + key, source) for key, item in value.items()})

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from allspark.errors import UserError
 
@@ -99,3 +99,13 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def share_batchnorm_statistics(model: nn.Module) -> None:
+    """Running statistics of process 0 for all: without SyncBatchNorm (CPUs) each process has seen its own images only."""
+    if not dist.is_initialized():
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)

@@ -52,3 +52,8 @@ def consistency_loss(
     counted = valid if keep is None else keep & valid
     total = valid.sum().clamp(min=1)
     return (loss * counted).sum() / total, counted.sum() / total
+
+
+def build_criterion(name: str, ignore_index: int, *, thresh: float, min_kept: int) -> nn.Module:
+    """The labeled loss of a recipe, `criterion.*`: ce | ohem."""
+    return OHEM(thresh, min_kept, ignore_index) if name == "ohem" else CrossEntropy(ignore_index)

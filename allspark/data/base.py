@@ -1,0 +1,203 @@
+"""What a data set is (DatasetSpec), how an image or a mask is read, and the data set of evaluation. No paths here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from allspark.errors import UserError
+
+IGNORE_INDEX = 255  # of every decoded mask, whatever the files hold
+
+MAX_PIXELS = 250_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above twice this
+
+
+def keep(mask: np.ndarray) -> np.ndarray:
+    """decode_mask of a data set whose files hold class indices already."""
+    return mask
+
+
+def same_path(path: str) -> str:
+    """mask_path of a data set whose lists name its own masks."""
+    return path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A decode_mask by look-up: values[stored] is the class index. (Not a closure: loader workers may pickle it.)"""
+
+    values: bytes
+
+    @classmethod
+    def of(cls, mapping: Mapping[int, int], default: int) -> Table:
+        """The table of stored value -> decoded value, `default` for the stored values that it does not mention."""
+        return cls(bytes(mapping.get(value, default) for value in range(256)))
+
+    def __call__(self, mask: np.ndarray) -> np.ndarray:
+        return np.frombuffer(self.values, np.uint8)[mask]
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """The facts of a data set, each of which stands here alone.
+
+    decode_mask: (H, W) uint8 as stored -> (H, W) uint8 class indices with `ignore_index`; it raises nothing, what it
+    leaves outside 0..K-1 and ignore_index is reported by read_mask with the file's name.
+    mask_path: a list's mask column -> the file to read. mask_hint: what to do about illegal values, beyond the usual.
+    prepare: makes the data set under its root where nothing has to be downloaded.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignore_index: int = IGNORE_INDEX
+    eval_mode: str = "whole"  # whole | center_crop | sliding_window
+    decode_mask: Callable[[np.ndarray], np.ndarray] = keep
+    prepare: Callable[[Path], None] | None = None
+    split_folder: str | None = None  # whose folder of splits/ it shares; None: its own
+    mask_path: Callable[[str], str] = same_path
+    mask_hint: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def splits(self) -> str:
+        """The name of its folder in splits/."""
+        return self.split_folder or self.name
+
+
+def bit_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """PASCAL VOC's colours: the bits of the index go to the high bits of red, green and blue in turn."""
+
+    def colour(index: int) -> tuple[int, int, int]:
+        channels = [0, 0, 0]
+        for bit in range(8):
+            channels[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+        return channels[0], channels[1], channels[2]
+
+    return tuple(colour(index) for index in range(num_classes))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The files of one image. mask is None for an unlabeled image, whose label is never opened."""
+
+    image: Path
+    mask: Path | None = None
+
+
+def open_image(path: Path) -> Image.Image:
+    """The decoded file; a file that is missing, truncated or no image is a UserError that names it."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+        return image
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the list or data_root") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels; cut it into tiles") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise UserError(f"{path}: truncated or not an image ({error}); copy it again or take it off the list") from None
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of any image Pillow opens, upright as its EXIF orientation says.
+
+    Grey is repeated, palettes are looked up, CMYK is converted, alpha is dropped, 16-bit values keep their high byte.
+    """
+    image = open_image(path)
+    image = ImageOps.exif_transpose(image)  # Released: not applied; every viewer and labeling tool shows it applied
+    if image.mode == "F":
+        raise UserError(f"{path}: floating-point values have no fixed range; save the image with 8 bits per channel")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        grey = values >> 8 if values.max() > 255 else values
+        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def stored_mask(path: Path) -> np.ndarray:
+    """(H, W) uint8 as the file holds it: a palette image gives its indices."""
+    image = open_image(path)
+    if image.mode in ("L", "P", "1"):
+        return np.array(image, np.uint8)
+    if not image.mode.startswith("I"):
+        raise UserError(
+            f"{path}: masks hold class indices 0..K-1 in one channel, found {image.mode}; "
+            "convert its colours to indices once and save 8-bit grey or palette PNG"
+        )
+    values = np.asarray(image)
+    wrong = (values < 0) | (values > 255)
+    if wrong.any():
+        raise UserError(
+            f"{path}: {image.mode} mask with values outside 0..255: {counted(values[wrong])}; "
+            "renumber the classes 0..K-1 and save 8-bit PNG"
+        )
+    return values.astype(np.uint8)
+
+
+def counted(values: np.ndarray, at_most: int = 8) -> str:
+    """'19 (3 pixels), 254 (1 pixel)'."""
+    found = [f"{v} ({n} pixel{'s' * (n > 1)})" for v, n in zip(*np.unique(values, return_counts=True), strict=True)]
+    return ", ".join(found[:at_most]) + (f" and {len(found) - at_most} more" if len(found) > at_most else "")
+
+
+def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
+    """(H, W) uint8 class indices 0..K-1 and spec.ignore_index; any other value is a UserError that names it."""
+    stored = stored_mask(path)
+    mask = spec.decode_mask(stored)
+    illegal = (mask >= spec.num_classes) & (mask != spec.ignore_index)
+    if illegal.any():
+        raise UserError(
+            f"{path}: illegal mask values {counted(stored[illegal])}; {spec.name} has classes "
+            f"0..{spec.num_classes - 1} and ignores {spec.ignore_index}. "
+            + (
+                spec.mask_hint
+                or "Correct the mask, or describe your own data in data.custom (classes, ignore_index, value_map)"
+            )
+        )
+    return mask
+
+
+def read_pair(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8 and mask (H, W) uint8 of a labeled sample; different sizes are a UserError."""
+    assert sample.mask is not None, f"{sample.image} is unlabeled"
+    image, mask = read_image(sample.image), read_mask(sample.mask, spec)
+    if image.shape[:2] != mask.shape:
+        sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, mask)]
+        raise UserError(
+            f"image and mask differ in width x height: {sample.image} is {sizes[0]}, {sample.mask} is {sizes[1]}; "
+            "make the mask again at the image's size, with nearest-neighbour if it has to be resized"
+        )
+    return image, mask
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) -> (3, H, W), uint8."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class SegmentationDataset(Dataset):
+    """Whole labeled images for evaluation: image (3, H, W) uint8, mask (H, W) uint8, name (of the file, no suffix)."""
+
+    def __init__(self, samples: Sequence[Sample], spec: DatasetSpec) -> None:
+        self.samples = samples
+        self.spec = spec
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+        sample = self.samples[index]
+        image, mask = read_pair(sample, self.spec)
+        return to_tensor(image), torch.from_numpy(mask), sample.image.stem

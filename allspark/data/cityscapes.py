@@ -1,0 +1,53 @@
+"""Cityscapes fine annotations: two specs, because values do not tell which kind of label file it is."""
+
+from __future__ import annotations
+
+from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table
+
+# labelId, class, colour; a class's index (its trainId) is its place here, every other labelId is ignored
+TRAIN_CLASSES = (
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+)
+LABEL_IDS, CLASSES, PALETTE = zip(*TRAIN_CLASSES, strict=True)
+
+
+def label_ids_path(path: str) -> str:
+    """The published lists name ..._labelTrainIds.png; the raw file beside it is ..._labelIds.png."""
+    return path.replace("_labelTrainIds.png", "_labelIds.png")
+
+
+SPEC = DatasetSpec(
+    name="cityscapes",
+    classes=CLASSES,
+    palette=PALETTE,
+    eval_mode="sliding_window",
+    mask_hint="This data set reads labelTrainIds files; for the raw labelIds files use dataset cityscapes_labelids",
+)
+
+SPEC_LABEL_IDS = DatasetSpec(
+    name="cityscapes_labelids",
+    classes=CLASSES,
+    palette=PALETTE,
+    eval_mode="sliding_window",
+    decode_mask=Table.of({label_id: index for index, label_id in enumerate(LABEL_IDS)}, default=IGNORE_INDEX),
+    split_folder="cityscapes",
+    mask_path=label_ids_path,
+)

@@ -1,0 +1,65 @@
+"""A data set of one's own, described in YAML alone (data.custom): the spec that its section stands for."""
+
+from __future__ import annotations
+
+from allspark.config import CustomDataConfig
+from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table, bit_palette, keep
+from allspark.errors import UserError
+
+
+def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
+    """custom.ignore_index and custom.value_map speak of stored values; a decoded mask always ignores IGNORE_INDEX."""
+    num_classes = len(custom.classes)
+    if not 1 <= num_classes <= IGNORE_INDEX:
+        raise UserError(f"data.custom.classes: {num_classes} classes; name 1 to {IGNORE_INDEX}, masks are 8-bit")
+    twice = sorted({c for c in custom.classes if custom.classes.count(c) > 1})
+    if twice:
+        raise UserError(f"data.custom.classes: named twice: {', '.join(twice)}; every class needs a name of its own")
+    palette = custom.palette if custom.palette is not None else bit_palette(num_classes)
+    if len(palette) != num_classes:
+        raise UserError(f"data.custom.palette: {len(palette)} colours for {num_classes} classes; give one each or none")
+    for colour in palette:
+        if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
+            raise UserError(f"data.custom.palette: {list(colour)} is not a colour; give red, green, blue in 0..255")
+    return DatasetSpec(
+        name=name,
+        classes=tuple(custom.classes),
+        palette=tuple((red, green, blue) for red, green, blue in palette),
+        eval_mode=custom.eval_mode,
+        decode_mask=keep if stored_as_decoded(custom) else Table.of(decoding(custom), default=num_classes),
+        mask_hint="Correct the mask, or say what the values mean: data.custom.classes, ignore_index, value_map",
+    )
+
+
+def stored_as_decoded(custom: CustomDataConfig) -> bool:
+    return custom.value_map is None and custom.ignore_index == IGNORE_INDEX
+
+
+def decoding(custom: CustomDataConfig) -> dict[int, int]:
+    """Stored value -> class index or IGNORE_INDEX. A value not in it is decoded as K, which read_mask reports."""
+    num_classes = len(custom.classes)
+    if not 0 <= custom.ignore_index <= 255:
+        raise UserError(f"data.custom.ignore_index: {custom.ignore_index}; masks are 8-bit, give a value in 0..255")
+    if num_classes == IGNORE_INDEX:
+        raise UserError(
+            f"data.custom.classes: {num_classes} classes leave no room for value_map or another ignore_index; "
+            "renumber the masks 0..K-1"
+        )
+    if custom.value_map is None:
+        if custom.ignore_index < num_classes:
+            raise UserError(
+                f"data.custom.ignore_index: {custom.ignore_index} is also the index of class "
+                f"'{custom.classes[custom.ignore_index]}'; give a value_map, such as {{1: 0, 2: 1}}, for the others"
+            )
+        return {index: index for index in range(num_classes)} | {custom.ignore_index: IGNORE_INDEX}
+    table = {custom.ignore_index: IGNORE_INDEX}  # unless the map gives that stored value a meaning
+    for stored, target in custom.value_map.items():
+        if not 0 <= stored <= 255:
+            raise UserError(f"data.custom.value_map: stored value {stored}; masks are 8-bit, give values in 0..255")
+        if not 0 <= target < num_classes and target != custom.ignore_index:
+            raise UserError(
+                f"data.custom.value_map: {stored}: {target} is neither a class index 0..{num_classes - 1} "
+                f"nor ignore_index {custom.ignore_index}"
+            )
+        table[stored] = target if 0 <= target < num_classes else IGNORE_INDEX
+    return table

@@ -1,0 +1,226 @@
+"""The batches of training, on their way from files to the device.
+
+A sample's randomness is a function of (seed, epoch, global position, stream) alone, never of a worker, a rank or what
+came before: resuming is starting the sampler at a step, and one process or many draw the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.config import DataConfig
+from allspark.data.base import DatasetSpec, Sample, read_image, read_pair, to_tensor
+from allspark.data.splits import Lists
+from allspark.data.transforms import PHOTOMETRIC, Geometry, cutmix_box, draw_geometry
+from allspark.errors import UserError
+
+LABELED, UNLABELED = 0, 1  # streams of random numbers
+Key = tuple[int, int, int, int]  # epoch, global position, labeled index, unlabeled index (-1: none)
+Step = tuple[LabeledBatch, UnlabeledBatch | None]
+
+
+class TrainPairs(Dataset):
+    """One labeled and one unlabeled image as the method's views, by Key.
+
+    A UserError is returned, not raised: raised in a worker it would arrive with the worker's traceback as its message.
+    """
+
+    def __init__(self, lists: Lists, spec: DatasetSpec, data: DataConfig, views: Views, seed: int) -> None:
+        self.lists, self.spec, self.data, self.views, self.seed = lists, spec, data, views, seed
+
+    def __getitem__(self, key: Key) -> tuple[LabeledBatch, UnlabeledBatch | None] | UserError:
+        epoch, position, labeled, unlabeled = key
+        try:
+            return (
+                self.labeled(self.lists.labeled[labeled], (self.seed, epoch, position, LABELED)),
+                self.unlabeled(self.lists.unlabeled[unlabeled], (self.seed, epoch, position, UNLABELED))
+                if self.views.unlabeled
+                else None,
+            )
+        except UserError as error:
+            return error
+
+    def geometry(self, image: np.ndarray, stream: tuple[int, ...]) -> Geometry:
+        height, width = image.shape[:2]
+        return draw_geometry(
+            np.random.default_rng([*stream, 0]), width, height, self.data.crop_size, self.data.scale_range
+        )
+
+    def labeled(self, sample: Sample, stream: tuple[int, ...]) -> LabeledBatch:
+        """image (3, crop, crop) uint8, mask (crop, crop) int64; not a batch yet."""
+        image, mask = read_pair(sample, self.spec)
+        geometry = self.geometry(image, stream)
+        view = PHOTOMETRIC[self.views.labeled](geometry.image(image), np.random.default_rng([*stream, 1]))
+        return LabeledBatch(to_tensor(view), torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)).long())
+
+    def unlabeled(self, sample: Sample, stream: tuple[int, ...]) -> UnlabeledBatch:
+        """The views of one crop, (3, crop, crop) uint8 each, and its bool masks (crop, crop); not a batch yet."""
+        image = read_image(sample.image)
+        geometry = self.geometry(image, stream)
+        crop = geometry.image(image)
+        strong, cutmix = [], []
+        for number, name in enumerate(self.views.strong, start=1):
+            rng = np.random.default_rng([*stream, number])
+            strong.append(to_tensor(PHOTOMETRIC[name](crop, rng)))
+            cutmix.append(torch.from_numpy(cutmix_box(rng, self.data.crop_size, self.views.cutmix)))
+        return UnlabeledBatch(to_tensor(crop), tuple(strong), torch.from_numpy(geometry.valid()), tuple(cutmix))
+
+
+def collate(items: Sequence[tuple[LabeledBatch, UnlabeledBatch | None] | UserError]) -> Step | UserError:
+    """Stack the items of a step; one that could not be made stands for all of them."""
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    labeled, unlabeled = zip(*items, strict=True)
+    batch = LabeledBatch(torch.stack([one.image for one in labeled]), torch.stack([one.mask for one in labeled]))
+    if unlabeled[0] is None:
+        return batch, None
+    return batch, UnlabeledBatch(
+        torch.stack([one.weak for one in unlabeled]),
+        tuple(torch.stack(views) for views in zip(*(one.strong for one in unlabeled), strict=True)),
+        torch.stack([one.valid for one in unlabeled]),
+        tuple(torch.stack(boxes) for boxes in zip(*(one.cutmix for one in unlabeled), strict=True)),
+    )
+
+
+class StepSampler(Sampler):
+    """The keys of each step of one epoch, for one rank: step s covers positions [s B, (s + 1) B), a rank B / P of them.
+
+    The list that makes the epoch (`primary`) is permuted anew each epoch and its last len % B places are dropped; the
+    other one runs on through permutations of its own, over the ends of epochs, so that its images come equally often.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, int], primary: int, batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.sizes, self.primary, self.batch_size, self.seed = sizes, primary, batch_size, seed
+        self.share = batch_size // world_size
+        self.first = rank * self.share
+        self.steps = sizes[primary] // batch_size
+        self.epoch, self.start_step = 0, 0
+
+    def __len__(self) -> int:
+        return self.steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        labeled, unlabeled = (self.order(stream) for stream in (LABELED, UNLABELED))
+        for step in range(self.start_step, self.steps):
+            first = step * self.batch_size + self.first
+            positions = range(first, first + self.share)
+            yield [(self.epoch, position, int(labeled[position]), int(unlabeled[position])) for position in positions]
+
+    def order(self, stream: int) -> np.ndarray:
+        """The index of each position of this epoch, (steps * B,) integers; -1 where the list is not used."""
+        size, length = self.sizes[stream], self.steps * self.batch_size
+        if size == 0:
+            return np.full(length, -1)
+        if stream == self.primary:
+            return self.permutation(stream, self.epoch)[:length]
+        first = self.epoch * length
+        rounds = range(first // size, (first + length - 1) // size + 1)
+        return np.concatenate([self.permutation(stream, number) for number in rounds])[first % size :][:length]
+
+    def permutation(self, stream: int, number: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, number, stream]).permutation(self.sizes[stream])
+
+
+class TrainLoader:
+    """Epochs of (LabeledBatch, UnlabeledBatch | None) for one rank; batch_size counts labeled images over all ranks."""
+
+    def __init__(
+        self,
+        lists: Lists,
+        spec: DatasetSpec,
+        data: DataConfig,
+        views: Views,
+        batch_size: int,
+        seed: int,
+        epoch_of: str = "unlabeled",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_request(lists, views, batch_size, seed, epoch_of, world_size)
+        # An epoch may be counted by an unlabeled list that is not read: supervised then runs as long as the others
+        primary = UNLABELED if epoch_of == "unlabeled" else LABELED
+        sizes = (len(lists.labeled), len(lists.unlabeled))
+        self.sampler = StepSampler(sizes, primary, batch_size, seed, rank, world_size)
+        self.pairs = TrainPairs(lists, spec, data, views, seed)
+        self.num_workers = data.num_workers
+        self.loaders: dict[bool, DataLoader] = {}  # by pin_memory, made when first used
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """The next `on` begins at this step of this epoch."""
+        self.sampler.epoch, self.sampler.start_step = epoch, start_step
+
+    def on(self, device: torch.device | str) -> Iterator[Step]:
+        """The steps of the epoch that set_epoch chose, on the device."""
+        device = torch.device(device)
+        pin = device.type == "cuda"
+        if pin not in self.loaders:
+            self.loaders[pin] = make_loader(
+                self.pairs, self.num_workers, pin, batch_sampler=self.sampler, collate_fn=collate
+            )
+        for step in self.loaders[pin]:
+            labeled, unlabeled = clean(step)
+            yield labeled.to(device), None if unlabeled is None else unlabeled.to(device)
+
+
+def clean(item):
+    """What a worker sent, or its UserError raised here with nothing but its message."""
+    if isinstance(item, UserError):
+        raise item
+    return item
+
+
+def make_loader(dataset: Dataset, num_workers: int, pin: bool, **options) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin,
+        worker_init_fn=single_threaded,
+        generator=torch.Generator(),  # else every epoch takes a number from the generator that dropout uses
+        **options,
+    )
+
+
+def single_threaded(worker: int) -> None:
+    """Workers are the parallelism; threads inside them only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+def check_request(lists: Lists, views: Views, batch_size: int, seed: int, epoch_of: str, world_size: int) -> None:
+    """UserError for what no batch can be made of."""
+    for name in (views.labeled, *views.strong):
+        if name not in PHOTOMETRIC:
+            raise UserError(f"views: there is no photometric policy '{name}'; there are {', '.join(PHOTOMETRIC)}")
+    if seed < 0:
+        raise UserError(f"seed: {seed}; give 0 or more")
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(
+            f"batch_size: {batch_size} images do not divide among {world_size} processes; give a multiple of it"
+        )
+    if not lists.labeled:
+        raise UserError(
+            f"split {lists.name}: no labeled images; see data.split, data.labeled_id_path, data.custom.labeled_images"
+        )
+    if views.unlabeled and not lists.unlabeled:
+        raise UserError(
+            f"split {lists.name}: no unlabeled images, and this method learns from them; "
+            "see data.split, data.unlabeled_id_path, data.custom.unlabeled_images"
+        )
+    length = len(lists.unlabeled if epoch_of == "unlabeled" else lists.labeled)
+    if length < batch_size:
+        raise UserError(
+            f"split {lists.name}: its {length} {epoch_of} images make no step of batch_size {batch_size}; give a "
+            f"smaller batch_size, a longer list or epoch_of={'labeled' if epoch_of == 'unlabeled' else 'unlabeled'}"
+        )

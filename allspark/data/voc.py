@@ -1,0 +1,31 @@
+"""PASCAL VOC 2012. The masks are SBD's 8-bit indices or VOC's own palette PNGs, both read as indices."""
+
+from __future__ import annotations
+
+from allspark.data.base import DatasetSpec, bit_palette
+
+CLASSES = (
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "dining table",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "potted plant",
+    "sheep",
+    "sofa",
+    "train",
+    "tv/monitor",
+)
+
+SPEC = DatasetSpec(name="pascal", classes=CLASSES, palette=bit_palette(len(CLASSES)))

@@ -1,0 +1,67 @@
+"""Checkpoints: written atomically, tensors and plain values only, so that they load with weights_only=True."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allspark.errors import UserError
+
+FORMAT = "allspark-1"
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What save_checkpoint wrote, on the CPU. No code in the file can run."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give the path of a best.pth or latest.pth")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, bit-flipped, foreign, or holding code: torch raises many kinds
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"{path}: not a readable checkpoint, truncated or of another program ({reason}); "
+            f"use another one, or train with --fresh to start over"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this program (no format '{FORMAT}'); give one that train.py wrote")
+    return content
+
+
+def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+    """load_state_dict, strict, with a mismatch told in one sentence (another class count, crop or encoder)."""
+    own = module.state_dict()
+    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    wrong += [name for name in state if name not in own]
+    if wrong:
+        name = wrong[0]
+        there = tuple(state[name].shape) if name in state else "absent"
+        here = tuple(own[name].shape) if name in own else "absent"
+        raise UserError(
+            f"{path}: does not fit the model of this recipe: {len(wrong)} tensors differ, first {name}: {there} in the file, "
+            f"{here} in the model; was it trained with other classes, crop_size or model.*? model.init_from takes what fits"
+        )
+    module.load_state_dict(state)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

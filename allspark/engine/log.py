@@ -1,0 +1,103 @@
+"""What a run tells: metrics.jsonl, train.log, TensorBoard events and the terminal. Only process 0 writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from allspark.errors import UserError
+
+
+class RunLog:
+    """Losses are kept as tensors and become numbers every `interval` steps: one host sync then, none in between."""
+
+    def __init__(self, folder: Path, *, active: bool, interval: int, start_step: int, total_steps: int) -> None:
+        self.active, self.interval = active, interval
+        self.kept: list[dict[str, Tensor]] = []
+        self.images, self.since = 0, time.perf_counter()
+        if not active:
+            return
+        self.metrics = folder / "metrics.jsonl"
+        self.text = folder / "train.log"
+        drop_lines_after(self.metrics, start_step)
+        self.writer = SummaryWriter(folder, purge_step=start_step + 1)
+        self.bar = tqdm(total=total_steps, initial=start_step, disable=None, unit="step", dynamic_ncols=True)
+
+    def info(self, message: str) -> None:
+        """A line for people, to the terminal and train.log."""
+        if self.active:
+            tqdm.write(message)
+            with open(self.text, "a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().isoformat(' ', 'seconds')}  {message}\n")
+
+    def add(self, losses: Mapping[str, Tensor], *, step: int, epoch: int, lr: float, images: int) -> None:
+        """After optimizer step number `step` (from 1). A loss that is not finite ends the run, on every process."""
+        self.kept.append({name: value.detach() for name, value in losses.items()})
+        self.images += images
+        if self.active:
+            self.bar.update()
+        if len(self.kept) < self.interval:
+            return
+        values = mean_values(self.kept)
+        seconds = time.perf_counter() - self.since
+        speed = self.images / seconds
+        self.kept, self.images, self.since = [], 0, time.perf_counter()
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"step {step}: the loss is {values['loss']}; nothing was saved since the last epoch. "
+                f"Lower optim.lr (now {lr:.2e}) and start again: the run resumes from latest.pth"
+            )
+        if self.active:
+            self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            line = {"step": step, "epoch": epoch, "lr": lr, **values, "images_per_s": round(speed, 2)}
+            self._write(line, step, {f"train/{name}": value for name, value in line.items()})
+
+    def scores(self, *, step: int, epoch: int, miou: float, iou: Mapping[str, float]) -> None:
+        """An evaluation: mIoU and IoU per class in percent; a class that is nowhere is null."""
+        if self.active:
+            plain = {name: None if math.isnan(value) else round(value, 4) for name, value in iou.items()}
+            line = {"step": step, "epoch": epoch, "miou": round(miou, 4), "iou": plain}
+            self._write(line, step, {"eval/miou": miou} | {f"eval_iou/{k}": v for k, v in plain.items() if v is not None})
+        self.since = time.perf_counter()  # the time of an evaluation is not training time
+
+    def _write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.writer.close()
+
+
+def mean_values(kept: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each loss over the steps that had it, in one transfer from the device."""
+    names = list(dict.fromkeys(name for losses in kept for name in losses))
+    means = [torch.stack([losses[name].float() for losses in kept if name in losses]).mean() for name in names]
+    return dict(zip(names, torch.stack(means).tolist(), strict=True))
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Forget the lines of steps that a resumed run will do again (or that a dying run wrote by half)."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,105 @@
+"""The evaluation loop: a model and a labeled data set -> Scores, the same for one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from allspark import distributed
+from allspark.batch import normalize
+from allspark.data.base import DatasetSpec
+from allspark.errors import UserError
+from allspark.evaluation.inference import MIN_SIDE, Inference, class_scores
+from allspark.evaluation.metrics import ConfusionMatrix, Scores
+
+Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
+Save = Callable[[str, Tensor, Tensor, Tensor], None]  # name, image, mask, prediction: uint8 on the CPU, of one size
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    spec: DatasetSpec,
+    device: torch.device,
+    inference: Inference,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    progress: bool = False,
+    save: Save | None = None,
+    absent_as_zero: bool = False,
+) -> Scores:
+    """Scores over `dataset`, whose items are Items; the model keeps its training flags, and every rank gets the result.
+
+    Rank r of P takes items r, r + P, ...: none twice, and the set's size need not divide. `save` is called on the rank
+    that has the image, with ignore_index outside the center crop. Raises UserError for an empty set or unreadable file.
+    """
+    if len(dataset) == 0:
+        raise UserError("the evaluation list names no image: nothing to evaluate")
+    confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index, device)
+    shard = Shard(dataset, distributed.rank(), distributed.world_size())
+    # a generator of its own: the loader's draw must not move the one that training's dropout uses
+    loader = DataLoader(shard, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
+    hidden = None if progress and distributed.is_main() else True  # None: hidden where stderr is no terminal
+    for items in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
+        for image, mask, names in equal_sizes(items):
+            prediction = predict(model, image, spec, device, inference, names)
+            rows, columns = inference.region(*mask.shape[-2:])
+            confusion.update(prediction[:, rows, columns], mask[:, rows, columns].to(device))
+            if save is not None:
+                for name, *tensors in zip(names, image, mask, prediction.cpu(), strict=True):
+                    save(name, *tensors)
+    confusion.matrix = distributed.all_reduce_sum(confusion.matrix)
+    return confusion.scores(len(dataset), absent_as_zero=absent_as_zero)
+
+
+def predict(
+    model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
+) -> Tensor:
+    """uint8 image (B, 3, H, W) -> uint8 class indices (B, H, W) on the device, ignore_index outside the center crop."""
+    height, width = image.shape[-2:]
+    if min(height, width) < MIN_SIDE:
+        raise UserError(f"{names[0]}: {width} x {height} pixels; the model needs at least {MIN_SIDE} on each side")
+    rows, columns = inference.region(height, width)
+    scores = class_scores(model, normalize(image[..., rows, columns].to(device)), inference)
+    if scores.shape[1] != spec.num_classes:
+        raise UserError(
+            f"the model has {scores.shape[1]} classes, data set {spec.name} has {spec.num_classes}: "
+            "evaluate it on the data set that it was trained for"
+        )
+    prediction = torch.full((len(image), height, width), spec.ignore_index, dtype=torch.uint8, device=device)
+    prediction[:, rows, columns] = scores.max(1)[1].to(torch.uint8)  # max, not argmax: several times faster on NCHW
+    return prediction
+
+
+class Shard(Dataset):
+    """Every `step`-th item from `first` on. A UserError is returned: a worker would send it on with its traceback."""
+
+    def __init__(self, dataset: Dataset, first: int, step: int) -> None:
+        self.dataset = dataset
+        self.indices = range(first, len(dataset), step)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Item | UserError:
+        try:
+            return self.dataset[self.indices[position]]
+        except UserError as error:
+            return error
+
+
+def equal_sizes(items: Iterable[Item | UserError]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Stack the items of each size: image (B, 3, H, W), mask (B, H, W), names. No padding, so no pixel is invented."""
+    groups: dict[torch.Size, list[Item]] = {}
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        groups.setdefault(item[0].shape, []).append(item)
+    for group in groups.values():
+        images, masks, names = zip(*group, strict=True)
+        yield torch.stack(images), torch.stack(masks), list(names)

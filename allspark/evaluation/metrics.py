@@ -1,0 +1,74 @@
+"""Confusion matrix, and the scores read from it. How the predictions are made is inference's business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Percentages. iou holds one value per class in index order, nan for a class absent from prediction and label."""
+
+    miou: float
+    iou: tuple[float, ...]
+    pixel_accuracy: float
+    num_images: int
+
+    def by_class(self, classes: Sequence[str]) -> dict[str, float | None]:
+        """Class name -> percent, None for nan: what JSON can hold."""
+        return {name: finite(value) for name, value in zip(classes, self.iou, strict=True)}
+
+
+class ConfusionMatrix:
+    """Pixel counts, `matrix` (K, K) int64, rows = truth, columns = prediction; ignored pixels are not counted."""
+
+    def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """Count prediction and mask, any equal shape, uint8 or int64, on the matrix's device."""
+        cells = self.num_classes**2
+        # int32 halves the bytes that bincount reads; ignored pixels fall into one extra cell, so no boolean gather
+        cell = mask.int() * self.num_classes + prediction.int()
+        cell = torch.where(mask == self.ignore_index, cells, cell)
+        counts = torch.bincount(cell.flatten(), minlength=cells + 1)
+        assert len(counts) == cells + 1, "a mask value is neither a class nor the ignore index"
+        self.matrix += counts[:cells].view_as(self.matrix)
+
+    def scores(self, num_images: int, *, absent_as_zero: bool = False) -> Scores:
+        """IoU = I / U over all images counted so far; the mean leaves absent classes out, or counts them as 0."""
+        matrix = self.matrix.cpu().double()
+        hit = matrix.diagonal()
+        union = matrix.sum(0) + matrix.sum(1) - hit
+        iou = 100 * hit / union  # 0 / 0 = nan
+        if absent_as_zero:  # Released: a class absent from prediction and label counts as IoU 0 in the mean
+            iou = iou.nan_to_num(0.0)
+        accuracy = 100 * hit.sum() / matrix.sum()
+        return Scores(iou.nanmean().item(), tuple(iou.tolist()), accuracy.item(), num_images)
+
+
+def finite(value: float) -> float | None:
+    """nan -> None."""
+    return None if math.isnan(value) else value
+
+
+def format_table(scores: Scores, classes: Sequence[str]) -> str:
+    """The per-class table as plain text, one class per line, the mean and the pixel accuracy below."""
+    present = sum(not math.isnan(value) for value in scores.iou)
+    mean, accuracy = f"mean of {present} classes", "pixel accuracy"
+    width = max(map(len, (*classes, mean, accuracy)))
+    lines = [f"{'class':{width}}   IoU %", "-" * (width + 8)]
+    lines += [
+        f"{name:{width}}  {'absent' if math.isnan(value) else format(value, '6.2f')}"
+        for name, value in zip(classes, scores.iou, strict=True)
+    ]
+    lines += ["-" * (width + 8)]
+    lines += [f"{mean:{width}}  {scores.miou:6.2f}", f"{accuracy:{width}}  {scores.pixel_accuracy:6.2f}"]
+    return "\n".join(lines)

@@ -1,0 +1,190 @@
+"""The evaluation loop on files: same scores for any batch size, worker count and number of processes; pictures."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from allspark import distributed
+from allspark.batch import normalize
+from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
+from allspark.errors import UserError
+from allspark.evaluation import pictures
+from allspark.evaluation.evaluate import evaluate
+from allspark.evaluation.inference import Inference
+from allspark.evaluation.metrics import ConfusionMatrix
+
+PALETTE = ((0, 0, 0), (200, 30, 30), (30, 200, 30), (30, 30, 200))
+SPEC = DatasetSpec("tiny", ("ground", "red", "green", "blue"), PALETTE)
+SIZES = [(40, 33), (33, 40), (40, 33), (64, 48), (40, 33)]  # height, width: five images, three sizes
+CPU = torch.device("cpu")
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution with fixed weights: its predictions are known from the pixels alone."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, num_classes, 1)
+
+    def forward(self, image):
+        return SimpleNamespace(logits=self.conv(image))
+
+
+def write_dataset(root: Path) -> SegmentationDataset:
+    rng = np.random.RandomState(0)
+    samples = []
+    for index, (height, width) in enumerate(SIZES):
+        mask = rng.randint(0, 4, (height, width)).astype(np.uint8)
+        mask[rng.rand(height, width) < 0.1] = 255
+        sample = Sample(root / f"image{index}.png", root / f"mask{index}.png")
+        Image.fromarray(rng.randint(0, 256, (height, width, 3)).astype(np.uint8)).save(sample.image)
+        Image.fromarray(mask).save(sample.mask)
+        samples.append(sample)
+    return SegmentationDataset(samples, SPEC)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write_dataset(tmp_path)
+
+
+def run(dataset, inference=None, model=None, **options):
+    return evaluate(model or Pointwise(), dataset, SPEC, CPU, inference or Inference(), **options)
+
+
+def same(first, second):
+    np.testing.assert_equal(vars(first), vars(second))  # nan equals nan here
+
+
+def test_scores_equal_image_by_image(dataset):
+    model, confusion = Pointwise(), ConfusionMatrix(4, 255)
+    for image, mask, _ in dataset:
+        confusion.update(model(normalize(image)[None]).logits.argmax(1)[0], mask)
+    scores = run(dataset)
+    same(scores, confusion.scores(5))
+    assert 0 < scores.miou < 100
+
+
+@pytest.mark.parametrize("inference", [Inference(), Inference("sliding_window", 36), Inference("center_crop", 35)])
+def test_batch_size_and_workers_change_nothing(dataset, inference):
+    expected = run(dataset, inference)
+    same(run(dataset, inference, batch_size=5), expected)
+    same(run(dataset, inference, batch_size=2, num_workers=2), expected)
+
+
+def test_training_mode_and_random_state_are_kept(dataset):
+    model, before = Pointwise().train(), torch.get_rng_state()
+    run(dataset, model=model, num_workers=1)
+    assert model.training and model.conv.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_center_crop_counts_the_center_alone(dataset):
+    saved = {}
+    run(
+        dataset, Inference("center_crop", 34), save=lambda name, image, mask, guess: saved.update({name: (mask, guess)})
+    )
+    confusion = ConfusionMatrix(4, 255)
+    for mask, guess in saved.values():
+        assert guess.shape == mask.shape
+        inside = guess != 255
+        assert inside.sum() == min(34, mask.shape[0]) * min(34, mask.shape[1])
+        confusion.update(guess[inside], mask[inside])
+    same(confusion.scores(5), run(dataset, Inference("center_crop", 34)))
+
+
+def test_save_gets_every_image_once(dataset):
+    names = []
+
+    def save(name, image, mask, prediction):
+        assert image.dtype == mask.dtype == prediction.dtype == torch.uint8
+        assert image.shape[1:] == mask.shape == prediction.shape
+        names.append(name)
+
+    run(dataset, batch_size=3, save=save)
+    assert sorted(names) == [f"image{index}" for index in range(5)]
+
+
+def one_process(rank, world, port, samples, root):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    try:
+        device = distributed.init("cpu")
+        names = []
+        dataset = SegmentationDataset(samples, SPEC)
+        options = {"batch_size": 2, "save": lambda name, *tensors: names.append(name)}
+        scores = evaluate(Pointwise(), dataset, SPEC, device, Inference(), **options)
+        (root / f"rank{rank}.json").write_text(json.dumps([vars(scores), names]))
+    finally:
+        distributed.close()
+
+
+def test_two_processes_equal_one(dataset, tmp_path):
+    """Five images on two processes: none is counted twice to make the set divide."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_process, (2, port, dataset.samples, tmp_path), nprocs=2)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for scores, _ in ranks:
+        np.testing.assert_equal(scores, vars(run(dataset)) | {"iou": list(run(dataset).iou)})
+    assert sorted(name for _, names in ranks for name in names) == [f"image{index}" for index in range(5)]
+
+
+def test_bad_input_is_told(dataset, tmp_path):
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        run(SegmentationDataset([], SPEC))
+    with pytest.raises(UserError, match="7 classes.*tiny has 4"):
+        run(dataset, model=Pointwise(7))
+    (tmp_path / "mask3.png").write_bytes((tmp_path / "mask3.png").read_bytes()[:60])
+    for workers in (0, 1):
+        with pytest.raises(UserError, match="^[^\n]*mask3.png[^\n]*$"):  # one line, from a worker too
+            run(dataset, num_workers=workers)
+
+
+def test_image_too_small_for_the_model_is_named(tmp_path):
+    sample = Sample(tmp_path / "thin.png", tmp_path / "thin_mask.png")
+    Image.new("RGB", (100, 20)).save(sample.image)
+    Image.new("L", (100, 20)).save(sample.mask)
+    with pytest.raises(UserError, match="thin: 100 x 20"):
+        run(SegmentationDataset([sample], SPEC))
+
+
+def test_index_png_keeps_indices_and_shows_colours(tmp_path):
+    mask = torch.tensor([[0, 1, 2], [3, 255, 1]], dtype=torch.uint8)
+    pictures.save_index_png(mask, PALETTE, tmp_path / "new" / "mask.png")
+    with Image.open(tmp_path / "new" / "mask.png") as stored:
+        assert stored.mode == "P"
+        np.testing.assert_array_equal(np.array(stored), mask.numpy())
+        np.testing.assert_array_equal(np.array(stored.convert("RGB")), pictures.colorize(mask, PALETTE))
+
+
+def test_overlay_blends_inside_and_leaves_ignored_pixels():
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    mask = torch.full((4, 4), 255, dtype=torch.uint8)
+    np.testing.assert_array_equal(pictures.overlay(image, mask, PALETTE), pictures.to_rgb(image))
+    mixed = pictures.overlay(image, torch.ones(4, 4, dtype=torch.uint8), PALETTE, alpha=0.5)
+    np.testing.assert_array_equal(mixed[0, 0], [150, 65, 65])
+
+
+def test_grid_triptych_and_curves_are_drawn(dataset, tmp_path):
+    image, mask, name = dataset[0]
+    strip = pictures.triptych(image, mask, mask, PALETTE)
+    assert strip.shape == (40, 3 * 33 + 2 * 6, 3)
+    examples = [pictures.Example(name, image, (mask, mask)) for image, mask, name in dataset]
+    page = pictures.draw_grid(examples, ("image", "truth", "prediction"), SPEC.classes, PALETTE, panel_width=60)
+    assert np.unique(np.asarray(page).reshape(-1, 3), axis=0).shape[0] > 10
+    runs = {"supervised": pictures.Curve([(10, 20.0), (20, 30.0)], {"loss": [(5, 2.0), (10, 1.0)]})}
+    runs["empty"] = pictures.Curve([])
+    pictures.plot_curves(runs, tmp_path / "out" / "curves.png")
+    with Image.open(tmp_path / "out" / "curves.png") as drawn:
+        assert drawn.width > drawn.height > 100

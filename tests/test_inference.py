@@ -1,0 +1,184 @@
+"""Windows, scales and flips on models small enough to know what must come out."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from allspark.errors import UserError
+from allspark.evaluation.inference import (
+    Inference,
+    class_prob,
+    class_scores,
+    predict_sliding,
+    window_positions,
+)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution: each pixel alone decides, so windows, flips and batches must change nothing."""
+
+    def __init__(self, num_classes=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, num_classes, 1)
+        self.sizes = []
+
+    def forward(self, image):
+        assert not self.training and not torch.is_grad_enabled()
+        self.sizes.append(tuple(image.shape))
+        return SimpleNamespace(logits=self.conv(image))
+
+
+class Blurred(Pointwise):
+    """Sees 7 pixels across and has batch norm and dropout: a model for which context and mode matter."""
+
+    def __init__(self, num_classes=5):
+        super().__init__(num_classes)
+        self.conv = nn.Sequential(
+            nn.Conv2d(3, 8, 7, padding=3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, num_classes, 1)
+        )
+
+
+def image(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sliding(window, **options):
+    return Inference("sliding_window", window, **options)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 100, 1024, 2048])
+@pytest.mark.parametrize("window", [32, 48, 64, 801])
+def test_windows_cover_the_side_and_stay_inside(length, window):
+    starts = window_positions(length, window, window * 2 // 3)
+    seen = [0] * length
+    for start in starts:
+        assert start >= 0 and (start + window <= length or starts == [0])
+        for position in range(start, min(start + window, length)):
+            seen[position] += 1
+    assert min(seen) >= 1 and len(set(starts)) == len(starts)
+
+
+def test_windows_of_a_cityscapes_image():
+    """As many as the released code has, the last of each side shifted inside instead of truncated."""
+    assert window_positions(1024, 801, 534) == [0, 223]
+    assert window_positions(2048, 801, 534) == [0, 534, 1068, 1247]
+
+
+@pytest.mark.parametrize("size", [(20, 17), (48, 48), (49, 47), (47, 130), (100, 131)])
+@pytest.mark.parametrize("num_classes", [2, 19, 150])
+def test_sliding_equals_pointwise_for_any_size_and_class_count(size, num_classes):
+    model = Pointwise(num_classes)
+    picture = image(2, 3, *size)
+    scores = class_scores(model, picture, sliding(48))
+    assert scores.shape == (2, num_classes, *size)
+    expected = model.conv(picture).softmax(1)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_window_over_the_image_is_the_whole_image():
+    model = Blurred()
+    picture = image(1, 3, 60, 40)
+    whole = class_scores(model, picture, Inference()).softmax(1)
+    for window in (60, 61, 200):
+        torch.testing.assert_close(class_scores(model, picture, sliding(window)), whole)
+
+
+def test_sliding_is_the_mean_over_the_windows():
+    """Against the windows taken one by one, with a model that sees the border of its window."""
+    model, picture = Blurred().eval(), image(1, 3, 50, 70)
+    total, seen = torch.zeros(1, 5, 50, 70), torch.zeros(50, 70)
+    with torch.no_grad():
+        for y in (0, 18):
+            for x in (0, 21, 38):
+                total[..., y : y + 32, x : x + 32] += model(picture[..., y : y + 32, x : x + 32]).logits.softmax(1)
+                seen[y : y + 32, x : x + 32] += 1
+    torch.testing.assert_close(class_scores(model, picture, sliding(32)), total / seen)
+
+
+def test_windows_go_through_in_batches_of_equal_size():
+    model = Pointwise().eval()
+    with torch.no_grad():
+        predict_sliding(model, image(1, 3, 64, 80), 32, window_batch=4)
+    assert model.sizes == [(4, 3, 32, 32), (4, 3, 32, 32), (4, 3, 32, 32)]
+
+
+def test_image_narrower_than_the_window_in_one_side():
+    model = Pointwise()
+    class_scores(model, image(1, 3, 40, 100), sliding(48))
+    assert {size[-2:] for size in model.sizes} == {(40, 48)}
+
+
+@pytest.mark.parametrize("inference", [Inference(flip=True), sliding(32, flip=True)])
+def test_flip_changes_nothing_for_a_pointwise_model(inference):
+    model, picture = Pointwise(), image(2, 3, 40, 50)
+    expected = model.conv(picture).softmax(1)
+    torch.testing.assert_close(class_scores(model, picture, inference), expected)
+
+
+@pytest.mark.parametrize("inference", [Inference(flip=True, scales=(0.75, 1.0, 1.5)), sliding(37, flip=True)])
+def test_a_flipped_image_gives_flipped_scores(inference):
+    """One window here: the layout of several is not symmetric, so there flipping is an average and no symmetry."""
+    model, picture = Blurred(), image(1, 3, 37, 37)
+    straight = class_scores(model, picture, inference)
+    mirrored = class_scores(model, picture.flip(-1), inference)
+    torch.testing.assert_close(mirrored.flip(-1), straight, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_agree_on_a_flat_image_and_keep_its_size():
+    """Where every pixel has one colour, no scale can move anything."""
+    model = Pointwise()
+    picture = image(2, 3, 1, 1).expand(2, 3, 45, 70).contiguous()
+    scores = class_scores(model, picture, Inference(scales=(0.5, 0.75, 1.0, 1.25), flip=True))
+    assert [size[-2:] for size in model.sizes] == [(32, 35)] * 2 + [(34, 52)] * 2 + [(45, 70)] * 2 + [(56, 88)] * 2
+    torch.testing.assert_close(scores, model.conv(picture).softmax(1))
+
+
+@pytest.mark.parametrize("inference", [Inference(), sliding(32), Inference(scales=(0.75, 1.0), flip=True)])
+def test_predictions_do_not_depend_on_batch_companions(inference):
+    model = Blurred()
+    pictures = image(3, 3, 50, 41)
+    together = class_scores(model, pictures, inference)
+    alone = torch.cat([class_scores(model, picture[None], inference) for picture in pictures])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_training_flags_come_back_one_by_one():
+    model = Blurred().train()
+    model.conv[1].eval()  # a frozen batch norm
+    before = [module.training for module in model.modules()]
+    class_scores(model, image(1, 3, 40, 40), Inference(flip=True))
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(RuntimeError):
+        class_scores(model, image(1, 4, 40, 40), Inference())  # four channels
+    assert [module.training for module in model.modules()] == before
+
+
+def test_prob_sums_to_one_and_has_the_maximum_of_the_logits():
+    model, picture = Pointwise(), image(2, 3, 40, 40)
+    prob = class_prob(model, picture, Inference())
+    torch.testing.assert_close(prob.sum(1), torch.ones(2, 40, 40))
+    assert torch.equal(prob.max(1)[1], class_scores(model, picture, Inference()).max(1)[1])
+
+
+def test_center_crop_region():
+    assert Inference("center_crop", 33).region(40, 100) == (slice(3, 36), slice(33, 66))
+    assert Inference("center_crop", 64).region(40, 100) == (slice(0, 40), slice(18, 82))
+    assert Inference().region(40, 100) == (slice(0, 40), slice(0, 100))
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"mode": "tiles"}, "tiles.*sliding_window"),
+        ({"mode": "sliding_window"}, "window None"),
+        ({"mode": "center_crop", "window": 16}, "16.*at least 32"),
+        ({"scales": ()}, "scales"),
+        ({"scales": (1.0, -0.5)}, "-0.5"),
+    ],
+)
+def test_impossible_inference_is_told(options, told):
+    with pytest.raises(UserError, match=told):
+        Inference(**options)

@@ -1,0 +1,283 @@
+"""Train one method on one split: the loop itself, read downward from `train`. `python train.py --help` shows the words."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from allspark import distributed
+from allspark.config import (
+    MethodConfig,
+    Recipe,
+    bind_options,
+    differences,
+    load_config,
+    load_recipe,
+    parse_overrides,
+    to_plain,
+)
+from allspark.data import spec_for
+from allspark.data.base import DatasetSpec, SegmentationDataset
+from allspark.data.loaders import TrainLoader
+from allspark.data.splits import Lists, check_data, resolve
+from allspark.engine.checkpoint import load_checkpoint, load_state, save_checkpoint
+from allspark.engine.log import RunLog
+from allspark.engine.optim import build_optimizer, poly_lr, set_lr
+from allspark.errors import UserError, run_main
+from allspark.evaluation.evaluate import evaluate
+from allspark.evaluation.inference import inference_for
+from allspark.losses import build_criterion
+from allspark.methods import METHODS, Method, Progress
+from allspark.models.segmentor import Segmentor, build_model
+from allspark.models.weights import load_pretrained
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at nothing, or behind the last epoch that latest.pth holds."""
+
+    epoch: int = 0
+    step: int = 0
+    best: dict[str, float] = dataclasses.field(default_factory=lambda: {"miou": -1.0, "epoch": -1})
+
+
+def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
+    spec = spec_for(recipe.data)
+    lists = resolve(recipe.data)
+    notes = check_data(recipe.data, spec, lists)
+
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
+    method = build_method(recipe, spec).to(device)
+    method.attach(model)
+    optimizer = build_optimizer(recipe.optim, model)
+    start = resume(save_path, recipe, model, method, optimizer)
+    if start.step == 0:
+        notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
+    network = wrap(model, device)
+
+    loaders = TrainLoader(
+        lists,
+        spec,
+        recipe.data,
+        method.views,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.epoch_of,
+        distributed.rank(),
+        distributed.world_size(),
+    )
+    val = SegmentationDataset(lists.val, spec)
+    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+    total_steps = recipe.epochs * loaders.steps_per_epoch
+    log = open_log(save_path, recipe, start, total_steps)
+    for note in (*describe(recipe, model, device, total_steps, start), *notes):
+        log.info(note)
+
+    step, best = start.step, start.best
+    for epoch in range(start.epoch, recipe.epochs):
+        network.train()
+        loaders.set_epoch(epoch)
+        for labeled, unlabeled in loaders.on(device):
+            progress = Progress(step, epoch, total_steps)
+            seed_step(recipe.seed, step)
+            lr = poly_lr(recipe.optim, step, total_steps)
+            set_lr(optimizer, lr)
+            if epoch < recipe.burn_in_epochs:
+                losses = method.supervised_losses(network, labeled)
+            else:
+                losses = method.losses(network, labeled, unlabeled, progress)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            optimizer.step()
+            method.after_step(network, progress)
+            step += 1
+            log.add(losses, step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
+
+        last = epoch + 1 == recipe.epochs
+        improved = False
+        if last or (epoch + 1) % recipe.evaluation.interval == 0:
+            distributed.share_batchnorm_statistics(model)
+            scores = evaluate(
+                method.predictor(network), val, spec, device, inference, num_workers=recipe.data.num_workers, progress=True
+            )
+            improved = scores.miou > best["miou"]
+            best = {"miou": scores.miou, "epoch": epoch} if improved else best
+            log.scores(step=step, epoch=epoch, miou=scores.miou, iou=dict(zip(spec.classes, scores.iou, strict=True)))
+            log.info(f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']})")
+        if distributed.is_main():
+            content = checkpoint_content(recipe, lists, model, method, optimizer, Start(epoch + 1, step, best))
+            save_checkpoint(save_path / "latest.pth", content)
+            if improved:
+                save_checkpoint(save_path / "best.pth", content)
+    log.close()
+
+
+def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
+    """The method with its options; it refuses a model that it cannot train."""
+    kind = METHODS[recipe.method.name]
+    criterion = build_criterion(ignore_index=spec.ignore_index, **dataclasses.asdict(recipe.criterion))
+    has_bottleneck = recipe.model.bottleneck.name != "none"
+    if kind.needs_bottleneck is not None and kind.needs_bottleneck != has_bottleneck:
+        raise UserError(
+            f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: its unlabeled branch would "
+            f"never get a gradient; set model.bottleneck=none or choose another method"
+        )
+    return kind(criterion, **recipe.method.options)
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with all options of its method, given or by default; an unknown method or option is an error."""
+    name = recipe.method.name
+    if name not in METHODS:
+        raise UserError(f"method.name={name}: unknown method; one of {', '.join(METHODS)}")
+    options = bind_options(METHODS[name].__init__, recipe.method.options, "method")
+    return dataclasses.replace(recipe, method=MethodConfig(name=name, options=options))
+
+
+def resume(
+    save_path: Path, recipe: Recipe, model: Segmentor, method: Method, optimizer: torch.optim.Optimizer
+) -> Start:
+    """Continue from <save_path>/latest.pth, if there is one and it belongs to the same recipe."""
+    latest = save_path / "latest.pth"
+    if not latest.exists():
+        return Start()
+    content = load_checkpoint(latest)
+    if changed := differences(content["recipe"], to_plain(recipe)):
+        raise UserError(
+            f"{save_path}: holds a run with another recipe ({'; '.join(changed[:5])}); "
+            f"choose another --save-path, or --fresh to move the old run aside"
+        )
+    load_state(model, content["model"], latest)
+    load_state(method, content["method"], latest)
+    optimizer.load_state_dict(content["optimizer"])
+    return Start(content["epoch"], content["step"], content["best"])
+
+
+def checkpoint_content(
+    recipe: Recipe, lists: Lists, model: Segmentor, method: Method, optimizer: torch.optim.Optimizer, reached: Start
+) -> dict[str, Any]:
+    return {
+        "model": model.state_dict(),
+        "method": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": reached.epoch,
+        "step": reached.step,
+        "best": reached.best,
+        "recipe": to_plain(recipe),
+        "split": {"name": lists.name, "sha256": lists.hash},
+    }
+
+
+def wrap(model: Segmentor, device: torch.device) -> nn.Module:
+    """DistributedDataParallel where there are several processes, with SyncBatchNorm where it can work: on GPUs."""
+    if distributed.world_size() == 1:
+        return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    devices = [device] if device.type == "cuda" else None
+    # Buffers are nobody's to overwrite: the memory states its own policy, batch norm is shared before an evaluation
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Dropout and drop path are a function of (seed, step, rank): a resumed run needs no state of a generator."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4096 + distributed.rank())
+
+
+def open_log(save_path: Path, recipe: Recipe, start: Start, total_steps: int) -> RunLog:
+    if distributed.is_main():
+        save_path.mkdir(parents=True, exist_ok=True)
+        (save_path / "config.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False), encoding="utf-8")
+    return RunLog(
+        save_path,
+        active=distributed.is_main(),
+        interval=recipe.log_interval,
+        start_step=start.step,
+        total_steps=total_steps,
+    )
+
+
+def describe(recipe: Recipe, model: Segmentor, device: torch.device, total_steps: int, start: Start) -> list[str]:
+    """What is about to run, in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    lines = [
+        f"{recipe.method.name} on {recipe.data.dataset}, {recipe.model.encoder} ({parameters:.2f} M parameters), "
+        f"bottleneck {recipe.model.bottleneck.name}, seed {recipe.seed}",
+        f"{distributed.world_size()} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}",
+        f"{recipe.epochs} epochs, {total_steps} steps of {recipe.batch_size} labeled images",
+    ]
+    if recipe.batch_size // distributed.world_size() == 1 and recipe.method.name != "supervised":
+        lines.append("one image per process: CutMix has no other image to paste from and is off")
+    if start.step:
+        lines.append(f"resumed behind epoch {start.epoch - 1}, step {start.step}")
+    return lines
+
+
+def move_aside(save_path: Path) -> None:
+    """--fresh: the old run keeps its files under another name."""
+    if distributed.is_main() and save_path.exists():
+        save_path.rename(save_path.with_name(f"{save_path.name}.{datetime.now():%Y%m%d-%H%M%S}"))
+    distributed.barrier()
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", help="configs/datasets/<dataset>.yaml")
+    parser.add_argument("--method", help="configs/methods/<method>.yaml")
+    parser.add_argument("--config", type=Path, help="a whole recipe in one file, instead of --dataset and --method")
+    parser.add_argument("--split", help="splits/<dataset>/<split>/{labeled,unlabeled}.txt")
+    parser.add_argument("--labeled-id-path", metavar="FILE", help="a list of one's own instead of --split")
+    parser.add_argument("--unlabeled-id-path", metavar="FILE")
+    parser.add_argument("--save-path", type=Path, help="default: exp/<dataset>/<method>/<split>")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved recipe and stop")
+    parser.add_argument("--fresh", action="store_true", help="start over; a run that is there is moved aside")
+    parser.add_argument("--port", type=int, help="of the process group, where no launcher sets MASTER_PORT")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # accepted and ignored
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.lr=0.01 epochs=5")
+    return parser.parse_intermixed_args(argv)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    overrides = parse_overrides(args.overrides)
+    for key in ("split", "labeled_id_path", "unlabeled_id_path"):
+        if (value := getattr(args, key)) is not None:
+            overrides[f"data.{key}"] = value
+    if args.config is not None and not (args.dataset or args.method):
+        return complete(load_config(args.config, overrides))
+    if args.dataset and args.method and args.config is None:
+        return complete(load_recipe(args.dataset, args.method, overrides))
+    raise UserError("give --dataset and --method, or --config FILE for a whole recipe")
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
+    recipe = recipe_of(args)
+    if args.print_config:
+        print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
+        return
+    default = Path("exp") / recipe.data.dataset / (args.method or recipe.method.name) / (recipe.data.split or "own")
+    save_path = args.save_path or default
+    device = distributed.init(recipe.device, args.port)
+    try:
+        if args.fresh:
+            move_aside(save_path)
+        train(recipe, save_path, device)
+    finally:
+        distributed.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
