@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,14 +14,14 @@ from pathlib import Path
 from torch import Tensor
 
 from allspark import distributed
+from allspark.cli.loading import Loaded, load_for_inference
 from allspark.config import Recipe, load_recipe
 from allspark.data import spec_for, splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
-from allspark.cli.loading import Loaded, load_for_inference
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.inference import MODES, inference_for
-from allspark.evaluation.metrics import finite, format_table
+from allspark.evaluation.inference import MODES, Inference, inference_for
+from allspark.evaluation.metrics import Scores, finite, format_table
 from allspark.evaluation.pictures import colorize, overlay, save_index_png, save_rgb
 
 
@@ -49,13 +50,14 @@ def main(argv: Sequence[str]) -> None:
             save=Pictures(args.save_dir, spec) if args.save_dir else None,
             absent_as_zero=args.absent_as_zero,
         )
+        if math.isnan(scores.pixel_accuracy):
+            raise UserError(
+                f"{args.list or 'val'}: no pixel has a class, all masks hold {spec.ignore_index}; use others"
+            )
         if distributed.is_main():
             print(format_table(scores, spec.classes))
-            if args.json:
-                result = {"miou": finite(scores.miou), "iou": scores.by_class(spec.classes)}
-                result |= {"pixel_accuracy": finite(scores.pixel_accuracy), "num_images": scores.num_images}
-                result |= {"mode": inference.mode, "split": split_of(loaded)}
-                write_json(result | {"checkpoint_sha256": loaded.meta["sha256"]}, args.json)
+            if args.json is not None:
+                write_json(summary(scores, spec, inference, loaded), args.json)
     finally:
         distributed.close()
 
@@ -170,10 +172,18 @@ def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> None:
                 raise UserError(f"--save-dir {args.save_dir}: {name}.png is part of the data; choose another folder")
 
 
-def split_of(loaded: Loaded) -> dict[str, str | None]:
-    """Name and sha256 of the split that the checkpoint was trained on; null for an imported one."""
+def summary(scores: Scores, spec: DatasetSpec, inference: Inference, loaded: Loaded) -> dict:
+    """What --json holds; `split` is the one that the checkpoint was trained on, null for an imported one."""
     split = loaded.meta.get("split") or {}
-    return {"name": split.get("name"), "sha256": split.get("sha256")}
+    return {
+        "miou": finite(scores.miou),
+        "iou": scores.by_class(spec.classes),
+        "pixel_accuracy": finite(scores.pixel_accuracy),
+        "num_images": scores.num_images,
+        "mode": inference.mode,
+        "split": {"name": split.get("name"), "sha256": split.get("sha256")},
+        "checkpoint_sha256": loaded.meta["sha256"],
+    }
 
 
 def write_json(result: dict, path: Path) -> None:

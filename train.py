@@ -1,4 +1,4 @@
-"""Train one method on one split: the loop itself, read downward from `train`. `python train.py --help` shows the words."""
+"""Train one method on one split: the loop itself, read downward from `train`; --help shows the words."""
 
 from __future__ import annotations
 
@@ -18,18 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
-from allspark.config import (
-    MethodConfig,
-    Recipe,
-    bind_options,
-    differences,
-    load_config,
-    load_recipe,
-    parse_overrides,
-    to_plain,
-)
+from allspark.cli import recipe as recipe_words
+from allspark.config import Recipe, differences, to_plain
 from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, SegmentationDataset
+from allspark.data.base import SegmentationDataset
 from allspark.data.loaders import TrainLoader
 from allspark.data.splits import Lists, check_data, resolve
 from allspark.engine.checkpoint import load_checkpoint, load_state, save_checkpoint
@@ -38,8 +30,7 @@ from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.inference import inference_for
-from allspark.losses import build_criterion
-from allspark.methods import METHODS, Method, Progress
+from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.weights import load_pretrained
 
@@ -60,7 +51,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
-    method = build_method(recipe, spec).to(device)
+    method = recipe_words.build_method(recipe, spec).to(device)
     method.attach(model)
     optimizer = build_optimizer(recipe.optim, model)
     start = resume(save_path, recipe, model, method, optimizer)
@@ -110,12 +101,13 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
         improved = False
         if last or (epoch + 1) % recipe.evaluation.interval == 0:
             distributed.share_batchnorm_statistics(model)
+            workers = recipe.data.num_workers
             scores = evaluate(
-                method.predictor(network), val, spec, device, inference, num_workers=recipe.data.num_workers, progress=True
+                method.predictor(network), val, spec, device, inference, num_workers=workers, progress=True
             )
             improved = scores.miou > best["miou"]
             best = {"miou": scores.miou, "epoch": epoch} if improved else best
-            log.scores(step=step, epoch=epoch, miou=scores.miou, iou=dict(zip(spec.classes, scores.iou, strict=True)))
+            log.scores(step=step, epoch=epoch, miou=scores.miou, iou=scores.by_class(spec.classes))
             log.info(f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']})")
         if distributed.is_main():
             content = checkpoint_content(recipe, lists, model, method, optimizer, Start(epoch + 1, step, best))
@@ -123,28 +115,6 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
             if improved:
                 save_checkpoint(save_path / "best.pth", content)
     log.close()
-
-
-def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
-    """The method with its options; it refuses a model that it cannot train."""
-    kind = METHODS[recipe.method.name]
-    criterion = build_criterion(ignore_index=spec.ignore_index, **dataclasses.asdict(recipe.criterion))
-    has_bottleneck = recipe.model.bottleneck.name != "none"
-    if kind.needs_bottleneck is not None and kind.needs_bottleneck != has_bottleneck:
-        raise UserError(
-            f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: its unlabeled branch would "
-            f"never get a gradient; set model.bottleneck=none or choose another method"
-        )
-    return kind(criterion, **recipe.method.options)
-
-
-def complete(recipe: Recipe) -> Recipe:
-    """The recipe with all options of its method, given or by default; an unknown method or option is an error."""
-    name = recipe.method.name
-    if name not in METHODS:
-        raise UserError(f"method.name={name}: unknown method; one of {', '.join(METHODS)}")
-    options = bind_options(METHODS[name].__init__, recipe.method.options, "method")
-    return dataclasses.replace(recipe, method=MethodConfig(name=name, options=options))
 
 
 def resume(
@@ -235,36 +205,18 @@ def move_aside(save_path: Path) -> None:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", help="configs/datasets/<dataset>.yaml")
-    parser.add_argument("--method", help="configs/methods/<method>.yaml")
-    parser.add_argument("--config", type=Path, help="a whole recipe in one file, instead of --dataset and --method")
-    parser.add_argument("--split", help="splits/<dataset>/<split>/{labeled,unlabeled}.txt")
-    parser.add_argument("--labeled-id-path", metavar="FILE", help="a list of one's own instead of --split")
-    parser.add_argument("--unlabeled-id-path", metavar="FILE")
+    recipe_words.add_arguments(parser)
     parser.add_argument("--save-path", type=Path, help="default: exp/<dataset>/<method>/<split>")
     parser.add_argument("--print-config", action="store_true", help="show the resolved recipe and stop")
     parser.add_argument("--fresh", action="store_true", help="start over; a run that is there is moved aside")
     parser.add_argument("--port", type=int, help="of the process group, where no launcher sets MASTER_PORT")
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # accepted and ignored
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.lr=0.01 epochs=5")
     return parser.parse_intermixed_args(argv)
-
-
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    overrides = parse_overrides(args.overrides)
-    for key in ("split", "labeled_id_path", "unlabeled_id_path"):
-        if (value := getattr(args, key)) is not None:
-            overrides[f"data.{key}"] = value
-    if args.config is not None and not (args.dataset or args.method):
-        return complete(load_config(args.config, overrides))
-    if args.dataset and args.method and args.config is None:
-        return complete(load_recipe(args.dataset, args.method, overrides))
-    raise UserError("give --dataset and --method, or --config FILE for a whole recipe")
 
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    recipe = recipe_of(args)
+    recipe = recipe_words.recipe_of(args)
     if args.print_config:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return

@@ -20,9 +20,9 @@ def normalize(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Views:
-    """Which photometric views of an image a method trains on. A view is the name of a policy in data.transforms.PHOTOMETRIC.
+    """Which photometric views of an image a method trains on; each is the name of a policy in data.transforms.PHOTOMETRIC.
 
-    The geometry (scale, crop, flip) is shared by all views of one image. `weak` alone is always made for unlabeled images.
+    The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view.
     """
 
     labeled: str = "weak"
@@ -33,14 +33,16 @@ class Views:
 
 @dataclass(frozen=True)
 class LabeledBatch:
-    """image (B, 3, H, W) uint8 from the loader, normalized float32 after `to`; mask (B, H, W) int64 with the ignore index."""
+    """image (B, 3, H, W), uint8 from the loader, normalized float32 after `to`; mask (B, H, W) int64."""
 
     image: Tensor
     mask: Tensor
 
     def to(self, device: torch.device) -> LabeledBatch:
         """Move and normalize there: a uint8 image is a quarter of the bytes."""
-        return LabeledBatch(normalize(self.image.to(device, non_blocking=True)), self.mask.to(device, non_blocking=True))
+        return LabeledBatch(
+            normalize(self.image.to(device, non_blocking=True)), self.mask.to(device, non_blocking=True)
+        )
 
     def pin_memory(self) -> LabeledBatch:
         return LabeledBatch(self.image.pin_memory(), self.mask.pin_memory())

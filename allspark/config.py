@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 
 @dataclass(frozen=True, kw_only=True)
 class CustomDataConfig:
-    """A data set described in YAML alone: the folders are relative to data_root; masks carry the image's name, as .png."""
+    """A data set described in YAML alone. Folders are relative to data_root; a mask has its image's name, as .png."""
 
     classes: tuple[str, ...]
     ignore_index: int = 255
@@ -121,11 +123,12 @@ class Recipe:
     log_interval: int = 10  # steps
 
 
-RUN_KEYS = ("data.data_root", "data.num_workers", "device", "log_interval", "evaluation.interval")  # never change a result
+# What a resumed run may change: it decides where and how a run happens, not what comes out.
+RUN_KEYS = ("data.data_root", "data.num_workers", "device", "log_interval", "evaluation.interval")
 
 
 def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """configs/datasets/<dataset>.yaml, then configs/methods/<method>.yaml, then its `datasets: <dataset>:`, then overrides."""
+    """configs/datasets/<dataset>.yaml, configs/methods/<method>.yaml, its section `datasets: <dataset>:`, overrides."""
     base = read_yaml(_find("datasets", dataset))
     own = read_yaml(_find("methods", method))
     special = own.pop("datasets", {}).get(dataset, {})
@@ -142,29 +145,50 @@ def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
     for key, value in (overrides or {}).items():
         content = merge(content, _nest(full_key(key), value))
     recipe = _convert(content, Recipe, "", source)
-    if root := os.environ.get(f"ALLSPARK_DATA_{recipe.data.dataset.upper()}"):
+    if root := os.environ.get(root_variable(recipe.data.dataset)):
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data_root=root))
     _check_ranges(recipe, source)
     return recipe
 
 
-def _check_ranges(recipe: Recipe, source: str) -> None:
-    def need(ok: bool, key: str, value: Any, want: str) -> None:
-        if not ok:
-            raise UserError(f"{source}: {key}={value} must be {want}")
+def root_variable(dataset: str) -> str:
+    """The environment variable that names the root of a data set."""
+    return "ALLSPARK_DATA_" + re.sub(r"\W", "_", dataset.upper())
 
-    need(recipe.epochs > 0, "epochs", recipe.epochs, "at least 1")
-    need(recipe.batch_size > 0, "batch_size", recipe.batch_size, "at least 1")
-    need(0 <= recipe.burn_in_epochs, "burn_in_epochs", recipe.burn_in_epochs, "0 or more")
-    need(recipe.data.crop_size >= 64, "data.crop_size", recipe.data.crop_size, "at least 64")
-    need(recipe.data.num_workers >= 0, "data.num_workers", recipe.data.num_workers, "0 or more")
-    need(recipe.optim.lr > 0, "optim.lr", recipe.optim.lr, "above 0")
-    need(recipe.log_interval > 0, "log_interval", recipe.log_interval, "at least 1")
-    need(recipe.evaluation.interval > 0, "evaluation.interval", recipe.evaluation.interval, "at least 1")
-    need(0 < recipe.data.scale_range[0] <= recipe.data.scale_range[1], "data.scale_range", recipe.data.scale_range, "low, high")
-    need(recipe.model.bottleneck.num_heads > 0, "model.bottleneck.num_heads", recipe.model.bottleneck.num_heads, "at least 1")
-    window = recipe.evaluation.window
-    need(window is None or window >= 32, "evaluation.window", window, "at least 32, or null for the training crop")
+
+LEAST = {  # key path -> smallest value; a value of None is left alone
+    "epochs": 1,
+    "batch_size": 1,
+    "burn_in_epochs": 0,
+    "seed": 0,
+    "log_interval": 1,
+    "data.crop_size": 64,
+    "data.num_workers": 0,
+    "model.decoder_channels": 1,
+    "model.bottleneck.num_heads": 1,
+    "evaluation.interval": 1,
+    "evaluation.window": 32,
+    "criterion.min_kept": 0,
+}
+RATES = ("model.drop_path", "model.dropout", "model.bottleneck.dropout")
+
+
+def _check_ranges(recipe: Recipe, source: str) -> None:
+    def value_of(path: str) -> Any:
+        return functools.reduce(getattr, path.split("."), recipe)
+
+    for path, least in LEAST.items():
+        value = value_of(path)
+        if value is not None and value < least:
+            raise UserError(f"{source}: {path}={value} must be at least {least}")
+    for path in RATES:
+        if not 0 <= value_of(path) < 1:
+            raise UserError(f"{source}: {path}={value_of(path)} is a rate and must be in [0, 1)")
+    if not recipe.optim.lr > 0:
+        raise UserError(f"{source}: optim.lr={recipe.optim.lr} must be above 0")
+    low, high = recipe.data.scale_range
+    if not 0 < low <= high:
+        raise UserError(f"{source}: data.scale_range=[{low}, {high}] must be two factors above 0, the smaller first")
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +206,7 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
 
 
 def full_key(key: str) -> str:
-    """The whole path of a key given by its last part where only one key ends so: lr -> optim.lr, data_root -> data.data_root."""
+    """The whole path of a key given by its last part, where only one key ends so: lr -> optim.lr."""
     paths = [path for path in _key_paths(Recipe) if path == key or path.endswith(f".{key}")]
     exact = [path for path in paths if path == key]
     if key.startswith("method.") or exact or not paths:
@@ -227,7 +251,7 @@ def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as nested dicts and lists of plain values: what config.yaml and a checkpoint hold, and build_recipe reads."""
+    """A recipe as dicts and lists of plain values: what config.yaml and checkpoints hold, and build_recipe reads."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, MethodConfig):
@@ -269,7 +293,7 @@ def _find(folder: str, name: str) -> Path:
     path = CONFIG_ROOT / folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise UserError(f"--{folder.removesuffix('s')} {name}: there is no {path}; there is {known}, or write your own file")
+        raise UserError(f"--{folder.removesuffix('s')} {name}: there is no {path}; known are {known}")
     return path
 
 
@@ -299,15 +323,16 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
-            return tuple(_convert(v, k, f"{path}[{i}]", source) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+            return tuple(_convert(item, kind, path, source) for item, kind in zip(value, kinds, strict=True))
     if origin is dict and isinstance(value, Mapping):
-        return {_convert(k, args[0], path, source): _convert(v, args[1], f"{path}.{k}", source) for k, v in value.items()}
+        pairs = ((_convert(k, args[0], path, source), v) for k, v in value.items())
+        return {key: _convert(item, args[1], f"{path}.{key}", source) for key, item in pairs}
     if hint is float and not isinstance(value, bool):  # YAML 1.1 reads 6e-4 as a string
         with contextlib.suppress(ValueError, TypeError):
             return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value
-    want = " or ".join(map(str, args)) if origin is Literal else getattr(hint, "__name__", str(hint)) if not args else hint
+    want = " or ".join(map(str, args)) if origin is Literal else hint if args else hint.__name__
     raise UserError(f"{source}: {path}={value!r} is {type(value).__name__}, must be {want}")
 
 

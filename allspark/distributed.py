@@ -43,7 +43,7 @@ def launched_by() -> tuple[int, int, int]:
 
 
 def init(device: str = "auto", port: int | None = None) -> torch.device:
-    """Join the process group if a launcher started several processes (NCCL on GPUs, gloo elsewhere); the process's device."""
+    """The device of this process; joins a process group (NCCL on GPUs, else gloo) if a launcher started several."""
     rank_, world, local_rank = launched_by()
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
@@ -102,7 +102,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def share_batchnorm_statistics(model: nn.Module) -> None:
-    """Running statistics of process 0 for all: without SyncBatchNorm (CPUs) each process has seen its own images only."""
+    """Running statistics of process 0 for all: without SyncBatchNorm (CPUs) each has seen its own images only."""
     if not dist.is_initialized():
         return
     for module in model.modules():

@@ -22,8 +22,8 @@ class CrossEntropy(nn.Module):
 class OHEM(nn.Module):
     """Online hard example mining: mean cross-entropy over the pixels whose true class has the smallest probabilities.
 
-    Kept are p <= max(thresh, the min_kept-th smallest p of the batch), ignored pixels counting as p = 1; with fewer valid
-    pixels than min_kept it is the plain cross-entropy (methods.md 1.2a).
+    Kept are p <= max(thresh, the min_kept-th smallest p of the batch), ignored pixels counting as p = 1; with fewer
+    valid pixels than min_kept it is the plain cross-entropy.
     """
 
     def __init__(self, thresh: float = 0.7, min_kept: int = 200_000, ignore_index: int = 255) -> None:

@@ -1,8 +1,13 @@
 """The evaluation loop on files: same scores for any batch size, worker count and number of processes; pictures."""
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +17,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+import eval as eval_script
 from allspark import distributed
 from allspark.batch import normalize
+from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
-from allspark.errors import UserError
+from allspark.engine.checkpoint import save_checkpoint
+from allspark.errors import UserError, run_main
 from allspark.evaluation import pictures
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import ConfusionMatrix
+from allspark.models.segmentor import build_model
 
 PALETTE = ((0, 0, 0), (200, 30, 30), (30, 200, 30), (30, 30, 200))
 SPEC = DatasetSpec("tiny", ("ground", "red", "green", "blue"), PALETTE)
@@ -188,3 +197,106 @@ def test_grid_triptych_and_curves_are_drawn(dataset, tmp_path):
     pictures.plot_curves(runs, tmp_path / "out" / "curves.png")
     with Image.open(tmp_path / "out" / "curves.png") as drawn:
         assert drawn.width > drawn.height > 100
+
+
+@pytest.fixture
+def checkpoint(dataset, tmp_path):
+    """A random MiT-B0 that knows the files of `dataset` as a custom data set, written as train.py writes it."""
+    custom = CustomDataConfig(classes=SPEC.classes, palette=PALETTE)
+    lines = [f"{sample.image.name} {sample.mask.name}\n" for sample in dataset.samples]
+    (tmp_path / "val.txt").write_text("".join(lines))
+    data = DataConfig(
+        dataset="tiny",
+        data_root=str(tmp_path),
+        crop_size=64,
+        val_id_path=str(tmp_path / "val.txt"),
+        num_workers=0,
+        custom=custom,
+    )
+    recipe = Recipe(
+        data=data, model=ModelConfig(encoder="mit_b0"), method=MethodConfig(name="supervised"), epochs=1, device="cpu"
+    )
+    torch.manual_seed(0)
+    model = build_model(recipe.model, 4, 64)
+    content = {"recipe": to_plain(recipe), "model": model.state_dict(), "step": 7, "epoch": 1}
+    save_checkpoint(tmp_path / "best.pth", content | {"split": {"name": "1_8", "sha256": "5" * 64}})
+    return tmp_path / "best.pth"
+
+
+def arguments(checkpoint, *more):
+    return ["--checkpoint", str(checkpoint), "--device", "cpu", *map(str, more)]
+
+
+def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    eval_script.main(arguments(checkpoint, "--json", out / "scores.json", "--save-dir", out, "--local-rank", 0))
+    table = capsys.readouterr().out
+    assert all(name in table for name in SPEC.classes) and "pixel accuracy" in table
+    result = json.loads((out / "scores.json").read_text())
+    keys = ["miou", "iou", "pixel_accuracy", "num_images", "mode", "split", "checkpoint_sha256"]
+    assert list(result) == keys and list(result["iou"]) == list(SPEC.classes)
+    assert (result["num_images"], result["mode"]) == (5, "whole")
+    assert result["split"] == {"name": "1_8", "sha256": "5" * 64}
+    assert result["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    expected = {f"image{index}{kind}.png" for index in range(5) for kind in ("", "_color", "_overlay")}
+    assert {path.name for path in out.iterdir()} == expected | {"scores.json"}
+    confusion = ConfusionMatrix(4, 255)
+    for index in range(5):  # the index PNGs are the predictions that were counted
+        guess, mask = (np.array(Image.open(f / f"{n}{index}.png")) for f, n in ((out, "image"), (tmp_path, "mask")))
+        confusion.update(torch.from_numpy(guess), torch.from_numpy(mask))
+    assert confusion.scores(5).miou == pytest.approx(result["miou"])
+
+
+def test_eval_options_reach_the_inference(checkpoint, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("image1.png mask1.png\nimage3.png mask3.png\n")
+    options = ("--mode", "sliding_window", "--scales", "0.75,1", "--flip", "--batch-size", 2, "--absent-as-zero")
+    more = ("--list", tmp_path / "two.txt", "--data-root", tmp_path, "--json", tmp_path / "scores.json")
+    eval_script.main(arguments(checkpoint, *options, *more))
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert (result["num_images"], result["mode"]) == (2, "sliding_window")
+    assert None not in result["iou"].values() and "absent" not in capsys.readouterr().out
+
+
+def test_pictures_of_equal_stems_do_not_overwrite_each_other(checkpoint, tmp_path):
+    lines = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(tmp_path / "image0.png", tmp_path / folder / "frame.png")
+        lines.append(f"{folder}/frame.png mask0.png\n")
+    (tmp_path / "list.txt").write_text("".join(lines))
+    eval_script.main(arguments(checkpoint, "--list", tmp_path / "list.txt", "--save-dir", tmp_path / "out"))
+    assert (tmp_path / "out/a/frame.png").is_file() and (tmp_path / "out/b/frame_overlay.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (("--data-root", "/nowhere"), "/nowhere"),
+        (("--list", "/nowhere.txt"), "/nowhere.txt.*--list"),
+        (("--dataset", "pascal"), "pascal.*trained on tiny"),
+        (("--scales", "0"), "scales"),
+        (("--json", "{root}"), "--json.*folder"),
+        (("--save-dir", "{root}/val.txt"), "val.txt"),
+        (("--save-dir", "{root}"), "part of the data"),
+        (("--list", "{root}/missing.txt"), "gone.png"),
+        (("--list", "{root}/bare.txt"), "no mask"),
+        (("--list", "{root}/ignored.txt"), "no pixel"),
+        (("--list", "{root}/ignored.txt", "--absent-as-zero"), "no pixel"),
+        (("--checkpoint", "{root}/val.txt"), "val.txt"),
+    ],
+)
+def test_eval_tells_what_to_mend(checkpoint, tmp_path, capsys, more, told):
+    (tmp_path / "missing.txt").write_text("image0.png mask0.png\ngone.png mask1.png\n")
+    (tmp_path / "bare.txt").write_text("image0.png\n")
+    (tmp_path / "ignored.txt").write_text("image0.png void.png\n")
+    Image.new("L", SIZES[0][::-1], 255).save(tmp_path / "void.png")
+    more = [text.format(root=tmp_path) for text in more]
+    assert run_main(eval_script.main, arguments(checkpoint, *more)) == 2
+    message = capsys.readouterr().err
+    assert re.search(told, message) and message.count("\n") == 1
+
+
+def test_eval_as_a_process(checkpoint):
+    command = [sys.executable, "eval.py", *arguments(checkpoint, "--list", "/nowhere.txt")]
+    done = subprocess.run(command, cwd=Path(eval_script.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 2 and "/nowhere.txt" in done.stderr and "Traceback" not in done.stderr

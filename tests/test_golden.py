@@ -1,6 +1,6 @@
-"""Recorded numbers of the released AllSpark code (tests/golden), reproduced from the released names within its tolerances.
+"""Recorded numbers of the released AllSpark code (tests/golden), reproduced from the released names.
 
-Weights and inputs come from a formula, so that the files hold results only: see `released_weights`, `image` and `label`.
+Weights and inputs come from a formula, so that the files hold results only: see `formula`, `image` and `label`.
 """
 
 import json

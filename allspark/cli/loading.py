@@ -29,7 +29,7 @@ class Loaded:
 
 
 def load_for_inference(path: str | Path, device: torch.device) -> Loaded:
-    """The network of a checkpoint that train.py wrote. UserError: missing, truncated, foreign, or not fitting its recipe."""
+    """The network of a checkpoint of train.py. UserError: missing, truncated, foreign, or not fitting its recipe."""
     content = load_checkpoint(path)
     recipe = build_recipe(content["recipe"], None, str(path))
     spec = spec_for(recipe.data)

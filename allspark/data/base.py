@@ -148,7 +148,8 @@ def stored_mask(path: Path) -> np.ndarray:
 
 def counted(values: np.ndarray, at_most: int = 8) -> str:
     """'19 (3 pixels), 254 (1 pixel)'."""
-    found = [f"{v} ({n} pixel{'s' * (n > 1)})" for v, n in zip(*np.unique(values, return_counts=True), strict=True)]
+    pairs = zip(*np.unique(values, return_counts=True), strict=True)
+    found = [f"{value} ({count} pixel{'s' if count > 1 else ''})" for value, count in pairs]
     return ", ".join(found[:at_most]) + (f" and {len(found) - at_most} more" if len(found) > at_most else "")
 
 
@@ -158,13 +159,12 @@ def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
     mask = spec.decode_mask(stored)
     illegal = (mask >= spec.num_classes) & (mask != spec.ignore_index)
     if illegal.any():
+        hint = spec.mask_hint or (
+            f"Correct the mask (ignored pixels hold {spec.ignore_index}), or describe your own data in data.custom"
+        )
         raise UserError(
-            f"{path}: illegal mask values {counted(stored[illegal])}; {spec.name} has classes "
-            f"0..{spec.num_classes - 1} and ignores {spec.ignore_index}. "
-            + (
-                spec.mask_hint
-                or "Correct the mask, or describe your own data in data.custom (classes, ignore_index, value_map)"
-            )
+            f"{path}: illegal mask values {counted(stored[illegal])}; "
+            f"{spec.name} has classes 0..{spec.num_classes - 1}. {hint}"
         )
     return mask
 

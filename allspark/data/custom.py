@@ -27,7 +27,8 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
         palette=tuple((red, green, blue) for red, green, blue in palette),
         eval_mode=custom.eval_mode,
         decode_mask=keep if stored_as_decoded(custom) else Table.of(decoding(custom), default=num_classes),
-        mask_hint="Correct the mask, or say what the values mean: data.custom.classes, ignore_index, value_map",
+        mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or say what its values mean: "
+        "data.custom.classes, ignore_index, value_map",
     )
 
 

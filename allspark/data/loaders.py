@@ -108,11 +108,12 @@ class StepSampler(Sampler):
         return self.steps - self.start_step
 
     def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.epoch  # as it was when this pass began
         labeled, unlabeled = (self.order(stream) for stream in (LABELED, UNLABELED))
         for step in range(self.start_step, self.steps):
             first = step * self.batch_size + self.first
             positions = range(first, first + self.share)
-            yield [(self.epoch, position, int(labeled[position]), int(unlabeled[position])) for position in positions]
+            yield [(epoch, position, int(labeled[position]), int(unlabeled[position])) for position in positions]
 
     def order(self, stream: int) -> np.ndarray:
         """The index of each position of this epoch, (steps * B,) integers; -1 where the list is not used."""

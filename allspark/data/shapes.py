@@ -435,7 +435,7 @@ def shape_colours(rng: Generator, shape: Shape, image: np.ndarray) -> tuple[np.n
     """A dark and a light colour that differ from each other and, together, from what is painted there already."""
     behind = image[min(int(shape.y), SIZE - 1), min(int(shape.x), SIZE - 1)]
     for _ in range(20):
-        first = colour(rng, (0.45, 1), (0.5, 1), class_hue(rng, shape.label))
+        first = colour(rng, (0.45, 1) if shape.label else (0, 0.6), (0.5, 1), class_hue(rng, shape.label))
         second = first * uniform(rng, 0.15, 0.5) if rng.random() < 0.7 else colour(rng, (0, 0.5), (0.15, 1))
         if np.abs(first - second).max() > 0.4 and np.abs((first + second) / 2 - behind).max() > 0.25:
             break

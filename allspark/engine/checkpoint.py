@@ -16,7 +16,7 @@ FORMAT = "allspark-1"
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one, never half of one."""
+    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one, nothing between."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         torch.save({"format": FORMAT, **content}, file)
@@ -39,7 +39,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"use another one, or train with --fresh to start over"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this program (no format '{FORMAT}'); give one that train.py wrote")
+        raise UserError(f"{path}: no checkpoint of this program (format '{FORMAT}'); give one that train.py wrote")
     return content
 
 
@@ -53,8 +53,8 @@ def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Pa
         there = tuple(state[name].shape) if name in state else "absent"
         here = tuple(own[name].shape) if name in own else "absent"
         raise UserError(
-            f"{path}: does not fit the model of this recipe: {len(wrong)} tensors differ, first {name}: {there} in the file, "
-            f"{here} in the model; was it trained with other classes, crop_size or model.*? model.init_from takes what fits"
+            f"{path}: does not fit the model of this recipe: {len(wrong)} tensors differ, first {name}: {there} in the "
+            f"file, {here} in the model; trained with other classes, crop_size or model.*? model.init_from takes what fits"
         )
     module.load_state_dict(state)
 

@@ -62,12 +62,12 @@ class RunLog:
             line = {"step": step, "epoch": epoch, "lr": lr, **values, "images_per_s": round(speed, 2)}
             self._write(line, step, {f"train/{name}": value for name, value in line.items()})
 
-    def scores(self, *, step: int, epoch: int, miou: float, iou: Mapping[str, float]) -> None:
-        """An evaluation: mIoU and IoU per class in percent; a class that is nowhere is null."""
+    def scores(self, *, step: int, epoch: int, miou: float, iou: Mapping[str, float | None]) -> None:
+        """An evaluation: mIoU and IoU per class in percent; a class that is nowhere is None."""
         if self.active:
-            plain = {name: None if math.isnan(value) else round(value, 4) for name, value in iou.items()}
-            line = {"step": step, "epoch": epoch, "miou": round(miou, 4), "iou": plain}
-            self._write(line, step, {"eval/miou": miou} | {f"eval_iou/{k}": v for k, v in plain.items() if v is not None})
+            line = {"step": step, "epoch": epoch, "miou": miou, "iou": dict(iou)}
+            scalars = {f"eval_iou/{name}": value for name, value in iou.items() if value is not None}
+            self._write(line, step, {"eval/miou": miou, **scalars})
         self.since = time.perf_counter()  # the time of an evaluation is not training time
 
     def _write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:

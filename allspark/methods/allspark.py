@@ -13,15 +13,15 @@ from allspark.pseudo import cutmix, predict_pseudo
 
 
 class AllSpark(Method):
-    """Labeled features reborn from unlabeled ones: the bottleneck does the work, the loss is plain. Section 3 of the paper.
+    """Labeled features reborn from unlabeled ones: the bottleneck does the work, the loss is plain (section 3).
 
-    The defaults are the released code's numerics; methods.md 1.8 numbers what is unusual about them.
+    The defaults are the released code's numerics (xmed-lab/AllSpark 9da63e2, train_allspark.py).
     warmup_epochs: the memory is written from the start and read from this epoch on.
-    pseudo_context: whose channels the pseudo-label pass sees. Released: those of the whole batch (15).
-    ignore_padding: leave padding out of the unlabeled loss. Released: it counts (5).
-    labeled_view, unlabeled_view: photometric policies. Released: labeled strong, unlabeled weak, no CutMix (1, 2, 3).
+    pseudo_context: whose channels the pseudo-label pass sees. Released: those of the whole batch.
+    ignore_padding: leave padding out of the unlabeled loss. Released: it counts.
+    labeled_view, unlabeled_view: photometric policies. Released: labeled strong, unlabeled weak, no CutMix.
     cutmix: probability of a box in a strong unlabeled view.
-    threshold: least confidence of a pseudo-label. Released: none (4).
+    threshold: least confidence of a pseudo-label. Released: none.
     """
 
     def __init__(

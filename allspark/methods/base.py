@@ -33,7 +33,7 @@ class Method(nn.Module):
     """
 
     views = Views()
-    needs_bottleneck: bool | None = None  # True, False: refused otherwise; None: runs with and without
+    takes_bottleneck = True  # False: a model with one is refused
 
     def __init__(self, criterion: Criterion) -> None:
         super().__init__()
@@ -83,6 +83,6 @@ def joint_forward(
 
 
 def unlabeled_forward(model: nn.Module, image: Tensor) -> Tensor:
-    """A later pass of the same step, without labeled images -> logits; with a bottleneck: its unlabeled branch, no write."""
+    """A later pass of the step, without labeled images -> logits; of a bottleneck its unlabeled branch, no write."""
     cross = None if unwrap(model).bottleneck is None else CrossBatch(num_labeled=0)
     return model(image, cross=cross).logits

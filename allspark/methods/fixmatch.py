@@ -1,4 +1,4 @@
-"""FixMatch for segmentation, in UniMatch's strong re-implementation (methods.md 2)."""
+"""FixMatch (NeurIPS 2020) for segmentation, in the strong re-implementation of UniMatch (CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 class FixMatch(Method):
     """Confident labels of the weak view supervise one strong, CutMixed view.
 
-    Labels come from the train-mode pass over the weak view, the pasted region from the evaluation-mode pass, as released.
-    The partner is another image of the batch (UniMatch: another crop of the same image, methods.md 0.3).
+    Labels come from the train-mode pass over the weak view, the pasted region's from the evaluation-mode pass, as
+    released. The partner is another image of the batch. UniMatch: another crop of the same image (its issue 51).
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from allspark.methods.base import Criterion, Method, Progress
 class Supervised(Method):
     """The lower bound that every other method has to beat on the same labels."""
 
-    needs_bottleneck = False  # the branch of the unlabeled images would never get a gradient
+    takes_bottleneck = False  # the branch of the unlabeled images would never get a gradient
 
     def __init__(self, criterion: Criterion, *, labeled_view: str = "strong") -> None:
         super().__init__(criterion)

@@ -1,4 +1,4 @@
-"""The AllSpark bottleneck (CVPR 2024, section 3): labeled channels rebuilt from unlabeled ones by channel-wise attention."""
+"""The AllSpark bottleneck (CVPR 2024, section 3): labeled channels rebuilt from unlabeled ones by channel attention."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class SelfBranch(ChannelAttention):
 class CrossBranch(ChannelAttention):
     """Labeled stream: the channels of an image look for themselves among the channels of `context`.
 
-    Released: not multi-head, one map over all heads * C query and M * heads * C key channels (methods.md 1.8, item 11).
+    Released: not multi-head, one map over all heads * C query and M * heads * C key channels.
     """
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """tokens (B, N, C); context (M, N, C), shared by all images; None: each image is its own context -> (B, N, C)."""
+        """tokens (B, N, C); context (M, N, C) for all images, None: each image is its own context -> (B, N, C)."""
         k, v = self.k(tokens if context is None else context), self.v(tokens if context is None else context)
         if context is not None:  # (M, N, heads * C) -> (N, M * heads * C)
             k, v = (x.transpose(0, 1).flatten(1) for x in (k, v))
@@ -132,7 +132,7 @@ class AllSparkBottleneck(nn.Module):
     def remember(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:
         """Put every channel of the unlabeled tokens (B_u, N, C) into the memory of its class."""
         assert size == (self.memory.side,) * 2, f"feature map {size}, memory of side {self.memory.side}"
-        if self.grouping_input == "probabilities":  # Released: the raw logits (methods.md 1.8, item 8)
+        if self.grouping_input == "probabilities":  # Released: the raw logits, named probability map
             class_maps = class_maps.softmax(1)
         channels = unlabeled.transpose(1, 2)  # (B_u, C, N)
         self.memory.sync()

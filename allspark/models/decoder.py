@@ -30,8 +30,8 @@ class MLPDecoder(nn.Module):
     def fused_sum(self, features: Sequence[Tensor]) -> Tensor:
         """fuse.conv(concat_i(up(W_i c_i + b_i))), computed as sum_i up((F_i W_i) c_i + F_i b_i).
 
-        A 1x1 convolution commutes with bilinear resizing, so each level is fused at its own resolution: the same numbers
-        up to the order of the sums, at a fraction of the work. F_i: the columns of the fuse convolution for level i.
+        A 1x1 convolution commutes with bilinear resizing, so each level is fused at its own resolution: the same
+        numbers up to the order of the sums, at a fraction of the work. F_i: the columns of the fuse weight for level i.
         """
         size = features[0].shape[-2:]
         columns = self.fuse.conv.weight.flatten(1).chunk(len(features), 1)[::-1]  # concatenated deepest first

@@ -1,4 +1,4 @@
-"""Semantic Memory (S-Mem) and channel semantic grouping (CSG): which class a channel map belongs to, and where it is kept."""
+"""Semantic Memory (S-Mem) and channel semantic grouping (CSG): the class of a channel map, and where it is kept."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class SemanticMemory(nn.Module):
     """A first-in-first-out ring of channel maps per class: queue (K, C, N), the next slot to write: pointer (K,).
 
     C slots per class, one slot is one channel's flattened spatial map of N = side * side values.
-    policy, what several processes hold (`sync` and `enqueue`): rank0 = each forward starts from the memory of process 0,
-    the others' own writes last one step (Released: DDP's buffer broadcast does so); gather = the channels of all processes
-    are written everywhere, in rank order; local = each process keeps its own.
+    policy, what several processes hold: rank0 = each write starts from the memory of process 0, the others' own writes
+    last one step (Released: DDP's buffer broadcast does so); gather = the channels of all processes are written
+    everywhere, in rank order; local = each process keeps its own.
     """
 
     queue: Tensor
@@ -46,7 +46,7 @@ class SemanticMemory(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, classes: Tensor) -> None:
-        """Write features (B, C, N) of the given classes (B, C), image by image, channels ascending, wrapping modulo C."""
+        """Write features (B, C, N) of classes (B, C), image by image, channels ascending, wrapping modulo C."""
         if self.policy == "gather":
             features, classes = distributed.all_gather(features), distributed.all_gather(classes)
         num_classes, slots, _ = self.queue.shape
@@ -54,7 +54,7 @@ class SemanticMemory(nn.Module):
         order = classes.argsort(stable=True)  # rows of class 0 in order of arrival, then class 1, ...
         count = F.one_hot(classes, num_classes).sum(0)
         first = count.cumsum(0) - count
-        # For each slot: which arrival of its class wrote it last? No loop over classes, no size that depends on the data.
+        # For each slot: which arrival of its class wrote it last? No loop over classes, no size that depends on data.
         arrival = (torch.arange(slots, device=classes.device) - self.pointer[:, None]) % slots  # (K, slots)
         written = arrival < count[:, None]
         last = arrival + (count[:, None] - 1 - arrival).clamp(min=0) // slots * slots
@@ -63,6 +63,8 @@ class SemanticMemory(nn.Module):
         self.pointer.copy_((self.pointer + count) % slots)
 
     def read(self) -> Tensor:
-        """The memory as tokens (K, N, C): the slots of a class stand where an image has its channels. A copy, since later
-        writes must not change what the backward pass of this step sees."""
+        """The memory as tokens (K, N, C): the slots of a class stand where an image has its channels.
+
+        A copy, since later writes must not change what the backward pass of this step sees.
+        """
         return self.queue.transpose(1, 2).clone()

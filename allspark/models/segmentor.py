@@ -16,7 +16,7 @@ from allspark.models.decoder import MLPDecoder, resize
 from allspark.models.memory import SemanticMemory
 from allspark.models.mit import SIZES, MiT
 
-ENCODERS: dict[str, Callable[..., nn.Module]] = {name: MiT for name in SIZES}
+ENCODERS: dict[str, Callable[..., nn.Module]] = dict.fromkeys(SIZES, MiT)
 
 
 @dataclass(frozen=True)

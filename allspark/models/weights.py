@@ -60,12 +60,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
-        raise UserError(f"{path}: holds no named tensors; a weight file is a dict of them, as torch.save of a state_dict")
+        raise UserError(f"{path}: holds no named tensors; a weight file is a state_dict")
     return tensors
 
 
 def load_encoder(model: Segmentor, path: str | Path) -> str:
-    """Encoder weights (`model.pretrained`) under our names or those of the original mit_b*.pth; returns a report line."""
+    """Encoder weights (`model.pretrained`) under our names or those of the original mit_b*.pth -> a report line."""
     tensors = {from_released(name): tensor for name, tensor in read_tensors(path).items()}
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
     own = model.encoder.state_dict()
@@ -95,8 +95,8 @@ def init_from(model: Segmentor, path: str | Path) -> str:
     bad = [name for name in wanted if name not in tensors or tensors[name].shape != own[name].shape]
     if bad:
         raise UserError(
-            f"{path}: does not fit this model; {len(bad)} of {len(wanted)} tensors are missing or of another size, first "
-            f"{bad[0]} {tuple(own[bad[0]].shape)}; use the model.encoder and decoder_channels it was trained with"
+            f"{path}: does not fit this model; {len(bad)} of {len(wanted)} tensors are missing or of another size, "
+            f"first {bad[0]} {tuple(own[bad[0]].shape)}; use the model.encoder and decoder_channels it was trained with"
         )
     model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
     fresh = sorted({name.rsplit(".", 1)[0] for name in own if name not in wanted})
@@ -104,7 +104,7 @@ def init_from(model: Segmentor, path: str | Path) -> str:
 
 
 def load_pretrained(model: nn.Module, pretrained: str, init: str) -> list[str]:
-    """What model.pretrained and model.init_from ask for; 'none' is nothing. A missing file is an error, never a fresh start."""
+    """What model.pretrained and model.init_from ask for; 'none': nothing. A missing file is an error."""
     reports = []
     if pretrained != "none":
         reports.append(load_encoder(model, pretrained))

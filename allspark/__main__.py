@@ -1,0 +1,33 @@
+"""python -m allspark <verb> ...: everything beside train.py and eval.py. One file in cli/ per verb."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from allspark.errors import run_main
+
+VERBS = {
+    "check": "everything that can be wrong with a recipe and its data, before training starts",
+    "compare": "a table, learning curves and a grid of predictions from finished runs",
+    "splits": "class-balanced lists of labeled and unlabeled images",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m allspark", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="verb")
+    for name, help_text in VERBS.items():
+        verb = verbs.add_parser(name, help=help_text)
+        if argv and argv[0] == name:  # only the verb that is wanted is imported
+            module = importlib.import_module(f"allspark.cli.{name}")
+            module.add_arguments(verb)
+            verb.set_defaults(run=module.main)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

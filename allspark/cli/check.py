@@ -1,0 +1,25 @@
+"""python -m allspark check: what train.py checks at its start, without the training."""
+
+from __future__ import annotations
+
+import argparse
+
+from allspark.cli import recipe as recipe_words
+from allspark.data import spec_for
+from allspark.data.splits import check_data, resolve
+from allspark.models.segmentor import build_model
+from allspark.models.weights import load_pretrained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_words.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    recipe = recipe_words.recipe_of(args)
+    spec = spec_for(recipe.data)
+    notes = check_data(recipe.data, spec, resolve(recipe.data))
+    recipe_words.build_method(recipe, spec)
+    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
+    notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
+    print("\n".join((*notes, "nothing that would stop this run was found")))

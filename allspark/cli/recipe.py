@@ -1,0 +1,62 @@
+"""The words by which train.py and the verbs name a recipe, and the recipe that they mean."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from allspark.config import MethodConfig, Recipe, bind_options, load_config, load_recipe, parse_overrides
+from allspark.data.base import DatasetSpec
+from allspark.errors import UserError
+from allspark.losses import build_criterion
+from allspark.methods import METHODS, Method
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", help="configs/datasets/<dataset>.yaml")
+    parser.add_argument("--method", help="configs/methods/<method>.yaml")
+    parser.add_argument("--config", type=Path, help="a whole recipe in one file, instead of --dataset and --method")
+    parser.add_argument("--split", help="splits/<dataset>/<split>/{labeled,unlabeled}.txt")
+    parser.add_argument("--labeled-id-path", metavar="FILE", help="a list of one's own instead of --split")
+    parser.add_argument("--unlabeled-id-path", metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.lr=0.01 epochs=5")
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The resolved recipe, all options of its method in it; UserError for an unknown key, method or option."""
+    overrides = parse_overrides(args.overrides)
+    for key in ("split", "labeled_id_path", "unlabeled_id_path"):
+        if (value := getattr(args, key)) is not None:
+            overrides[f"data.{key}"] = value
+    if args.config is not None and not (args.dataset or args.method):
+        return complete(load_config(args.config, overrides))
+    if args.dataset and args.method and args.config is None:
+        return complete(load_recipe(args.dataset, args.method, overrides))
+    raise UserError("give --dataset and --method, or --config FILE for a whole recipe")
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with all options of its method, given or by default."""
+    name = recipe.method.name
+    if name not in METHODS:
+        raise UserError(f"method.name={name}: unknown method; one of {', '.join(METHODS)}")
+    options = bind_options(METHODS[name].__init__, recipe.method.options, "method")
+    return replace(recipe, method=MethodConfig(name=name, options=options))
+
+
+def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
+    """The method with its options; it refuses a model that it cannot train."""
+    kind = METHODS[recipe.method.name]
+    criterion = build_criterion(
+        recipe.criterion.name,
+        spec.ignore_index,
+        thresh=recipe.criterion.thresh,
+        min_kept=recipe.criterion.min_kept,
+    )
+    if not kind.takes_bottleneck and recipe.model.bottleneck.name != "none":
+        raise UserError(
+            f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: the "
+            f"bottleneck's unlabeled branch would never get a gradient; set model.bottleneck=none or choose another method"
+        )
+    return kind(criterion, **recipe.method.options)

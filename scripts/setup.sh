@@ -1,0 +1,88 @@
+#!/bin/sh
+# Makes the environment that the other scripts run in: the active one (venv or conda), else .venv in the repository
+# root, with everything in requirements.txt. Run it by itself, or source it from the repository root as they do.
+case $0 in *setup.sh)
+    set -eu
+    cd -- "$(dirname -- "$0")/.." ;;
+esac
+
+# glibc hands every large block back to the system when it is freed and page-faults it in again at the next step;
+# kept, a CPU step is faster. (MMAP_MAX 0, not a high MMAP_THRESHOLD: older glibc ignores one above 32 MiB.)
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"
+
+env=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+if [ -z "$env" ] || [ ! -x "$env/bin/python" ]; then
+    env=$PWD/.venv
+    export VIRTUAL_ENV="$env"
+fi
+export PATH="$env/bin:$PATH"
+stamp=$env/allspark-requirements.txt # the list as it was when everything in it was installed and imported
+
+env_is_ready() { # in a blink: nothing heavy is imported
+    cmp -s requirements.txt "$stamp" && "$env/bin/python" - <<'EOF' 2>/dev/null
+from importlib.util import find_spec
+import cv2
+names = "torch torchvision timm einops numpy PIL yaml tqdm tensorboard matplotlib mmcv mmengine pytest ruff"
+assert all(map(find_spec, names.split()))
+EOF
+}
+
+imports_work() {
+    "$env/bin/python" - <<'EOF'
+import cv2, einops, matplotlib, numpy, PIL, pytest, ruff, timm, torch, torchvision, tqdm, yaml
+from mmcv.cnn import ConvModule
+from torch.utils.tensorboard import SummaryWriter
+EOF
+}
+
+create_venv() {
+    [ ! -e .venv/unfinished ] || rm -rf .venv # an earlier setup was interrupted: packages may be half there
+    [ ! -x .venv/bin/python ] || return 0
+    for python in python3 python3.13 python3.12 python3.11 python3.10 ''; do
+        [ -n "$python" ] || { echo "setup: needs Python 3.10 or newer as python3" >&2; exit 2; }
+        ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || break
+    done
+    mkdir -p .venv && : >.venv/unfinished
+    "$python" -m venv .venv
+}
+
+pip_install() {
+    "$env/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+# mmcv-lite and mmengine go in without dependencies, as they would bring opencv-python, which needs libGL.so.1;
+# opencv-python-headless serves. A cv2 or mmcv that is there already and works (full mmcv, say) is left alone.
+install_packages() {
+    "$env/bin/python" -m pip --version >/dev/null 2>&1 || "$env/bin/python" -m ensurepip
+    later='^(mmcv|mmengine)'
+    ! "$env/bin/python" -c 'import cv2' 2>/dev/null || later='^(mmcv|mmengine|opencv)'
+    grep -vE "$later" requirements.txt | pip_install -r /dev/stdin || return 1
+    "$env/bin/python" -c 'import cv2' 2>/dev/null ||
+        grep '^opencv' requirements.txt | pip_install --force-reinstall --no-deps -r /dev/stdin || return 1
+    "$env/bin/python" -c 'from mmcv.cnn import ConvModule' 2>/dev/null ||
+        grep -E '^(mmcv|mmengine)' requirements.txt | pip_install --no-deps -r /dev/stdin
+}
+
+if ! env_is_ready; then
+    (
+        ! command -v flock >/dev/null || flock 9 # two scripts started at once: the second waits
+        ! env_is_ready || exit 0
+        [ "$env" != "$PWD/.venv" ] || create_venv
+        echo "setup: installing requirements.txt into $env (the first time several GB, some minutes)"
+        if install_packages; then installed=yes; else installed=no; fi
+        if ! imports_work; then
+            echo "setup: $env is not complete, see above; mend it, or run again" >&2
+            exit 2
+        fi
+        if [ "$installed" = yes ]; then
+            rm -f "$env/unfinished"
+            cp requirements.txt "$stamp" || true
+        else
+            echo "setup: pip failed, but everything needed imports: going on" >&2
+        fi
+    ) 9>.setup.lock
+fi
+
+case $0 in *setup.sh) echo "setup: ready in $env" ;; esac

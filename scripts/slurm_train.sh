@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=allspark
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+
+# sbatch scripts/slurm_train.sh [train.py options and key.path=value ...]
+# One task per GPU; every task sees its node's GPUs and train.py picks its own by SLURM_LOCALID. Two nodes of eight:
+#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm_train.sh
+# Another recipe: change the three lines, or say it in front: method=unimatch split=1_4 sbatch scripts/slurm_train.sh
+# Compute nodes often have no network: run scripts/setup.sh once on the login node.
+set -euo pipefail
+dataset=${dataset:-pascal}
+method=${method:-allspark}
+split=${split:-1_8}
+save_path=${save_path:-exp/$dataset/$method/$split}
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "usage: sbatch scripts/slurm_train.sh [key.path=value ...]" >&2
+    exit 2
+fi
+# Slurm runs a copy of this file; the job's record says where the file itself is.
+script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+cd -- "$(dirname -- "$script")/.."
+. scripts/setup.sh
+
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it from sbatch by itself
+
+exec srun --kill-on-bad-exit=1 python train.py \
+    --dataset "$dataset" --method "$method" --split "$split" --save-path "$save_path" "$@"

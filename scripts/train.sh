@@ -1,0 +1,25 @@
+#!/bin/sh
+# sh scripts/train.sh <num_gpu> <port> [train.py options and key.path=value ...]
+# Another recipe: change the three lines, or say it in front: method=unimatch split=1_4 sh scripts/train.sh 4 29500
+# 0 GPUs is one process on the CPU; several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
+set -eu
+dataset=${dataset:-pascal}
+method=${method:-allspark}
+split=${split:-1_8}
+save_path=${save_path:-exp/$dataset/$method/$split}
+
+case ${1:-x}${2:-x} in *[!0-9]*)
+    echo "usage: sh scripts/train.sh <num_gpu> <port> [key.path=value ...]" >&2
+    exit 2 ;;
+esac
+num_gpu=$1 port=$2
+shift 2
+cd -- "$(dirname -- "$0")/.."
+. scripts/setup.sh
+
+[ "$num_gpu" -gt 0 ] || set -- device=cpu "$@"
+set -- train.py --dataset "$dataset" --method "$method" --split "$split" --save-path "$save_path" "$@"
+case $num_gpu in
+    0 | 1) exec python "$@" ;;
+    *) exec python -m torch.distributed.run --nproc_per_node="$num_gpu" --master_port="$port" "$@" ;;
+esac

@@ -1,0 +1,221 @@
+"""Training batches: what is in them, and that a sample's draws depend on (seed, epoch, position) alone."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from allspark.batch import LabeledBatch, UnlabeledBatch, Views, normalize
+from allspark.config import CustomDataConfig, DataConfig
+from allspark.data import spec_for
+from allspark.data.base import Sample
+from allspark.data.loaders import StepSampler, TrainLoader
+from allspark.data.splits import Lists
+from allspark.errors import UserError
+
+VIEWS = Views(labeled="strong", strong=("strong", "strong"), cutmix=0.5)
+DATA = DataConfig(
+    dataset="mine", data_root=".", crop_size=64, num_workers=0, custom=CustomDataConfig(classes=("a", "b", "c"))
+)
+SPEC = spec_for(DATA)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def lists(tmp_path) -> Lists:
+    """5 labeled and 11 unlabeled images of 48 x 40, none of their pixels black."""
+    rng, samples = np.random.default_rng(0), []
+    for index in range(16):
+        image = rng.integers(60, 256, (40, 48, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+        Image.fromarray(rng.integers(0, 3, (40, 48), np.uint8)).save(tmp_path / f"{index}_mask.png")
+        samples.append(Sample(tmp_path / f"{index}.png", tmp_path / f"{index}_mask.png"))
+    unlabeled = tuple(Sample(sample.image) for sample in samples[5:])
+    return Lists(tuple(samples[:5]), unlabeled, tuple(samples[:1]), hash="", name="tiny")
+
+
+def loader(lists: Lists, views: Views = VIEWS, batch_size: int = 4, seed: int = 3, **options) -> TrainLoader:
+    workers = options.pop("num_workers", 0)
+    return TrainLoader(lists, SPEC, replace(DATA, num_workers=workers), views, batch_size, seed, **options)
+
+
+def epoch_of(train: TrainLoader, epoch: int = 0, start_step: int = 0) -> list[list[torch.Tensor]]:
+    train.set_epoch(epoch, start_step)
+    return [tensors(*step) for step in train.on(CPU)]
+
+
+def tensors(labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> list[torch.Tensor]:
+    found = [labeled.image, labeled.mask]
+    if unlabeled is not None:
+        found += [unlabeled.weak, unlabeled.valid, *unlabeled.strong, *unlabeled.cutmix]
+    return found
+
+
+def equal(first: list[list[torch.Tensor]], second: list[list[torch.Tensor]]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)
+    )
+
+
+def indices(train: TrainLoader, epoch: int) -> list[tuple[int, int]]:
+    train.set_epoch(epoch)
+    return [(key[2], key[3]) for step in train.sampler for key in step]
+
+
+def test_shapes_and_types(lists):
+    train = loader(lists)
+    assert train.steps_per_epoch == 2
+    (labeled, unlabeled), _ = list(train.on("cpu"))
+    assert labeled.image.shape == unlabeled.weak.shape == (4, 3, 64, 64)
+    assert labeled.image.dtype == torch.float32 and labeled.image.min() < -1.5  # normalized
+    assert labeled.mask.shape == (4, 64, 64) and labeled.mask.dtype == torch.int64
+    assert set(labeled.mask.unique().tolist()) <= {0, 1, 2, 255}
+    assert len(unlabeled.strong) == len(unlabeled.cutmix) == 2
+    assert all(view.shape == unlabeled.weak.shape for view in unlabeled.strong)
+    assert all(box.shape == (4, 64, 64) and box.dtype == torch.bool for box in (unlabeled.valid, *unlabeled.cutmix))
+
+
+def test_workers_change_nothing(lists):
+    alone, helped = loader(lists), loader(lists, num_workers=2)
+    assert len(pickle.dumps(helped.pairs)) > 0  # where workers are not forked they get it so
+    for epoch in (0, 1):  # the second epoch finds the workers of the first
+        assert equal(epoch_of(alone, epoch), epoch_of(helped, epoch))
+
+
+def test_one_process_is_the_union_of_two(lists):
+    whole = epoch_of(loader(lists), 1)
+    parts = [epoch_of(loader(lists, rank=rank, world_size=2), 1) for rank in (0, 1)]
+    joined = [[torch.cat(pair) for pair in zip(*steps, strict=True)] for steps in zip(*parts, strict=True)]
+    assert equal(whole, joined)
+
+
+def test_an_epoch_can_be_entered_at_any_step(lists):
+    train = loader(lists, num_workers=2)
+    whole = epoch_of(train, 4)
+    train.set_epoch(2)
+    next(iter(train.on(CPU)))  # an epoch that was left in the middle
+    assert equal(whole[1:], epoch_of(train, 4, start_step=1))
+    assert equal(whole[1:], epoch_of(loader(lists), 4, start_step=1))
+
+
+def test_seed_and_epoch_change_the_draws(lists):
+    base = epoch_of(loader(lists), 0)
+    assert not equal(base, epoch_of(loader(lists), 1))
+    assert not equal(base, epoch_of(loader(lists, seed=4), 0))
+
+
+def test_loading_leaves_the_global_generators_alone(lists):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for workers in (0, 1):
+        epoch_of(loader(lists, num_workers=workers))
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_weak_strong_valid_and_mask_are_aligned(lists):
+    """With views that change no colour every tensor of a sample must show the same crop."""
+    train = loader(lists, Views(labeled="weak", strong=("weak",)))
+    for labeled, unlabeled in train.on(CPU):
+        assert torch.equal(unlabeled.weak, unlabeled.strong[0])
+        black = normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))
+        assert torch.equal(unlabeled.valid, (unlabeled.weak != black).any(1))  # no image pixel is black
+        padding = (labeled.image == black).all(1)
+        assert torch.equal(padding, labeled.mask == 255) and padding.any()
+
+
+def test_adding_a_view_changes_no_other(lists):
+    """A view draws from a stream of its own."""
+    few = epoch_of(loader(lists, Views(labeled="weak", strong=("strong",), cutmix=1.0)))
+    many = epoch_of(loader(lists, Views(labeled="weak", strong=("strong", "strong"), cutmix=1.0)))
+    for one, two in zip(few, many, strict=True):
+        image, mask, weak, valid, strong, cutmix = one
+        assert all(torch.equal(a, b) for a, b in zip((image, mask, weak, valid), two, strict=False))
+        assert torch.equal(strong, two[4]) and torch.equal(cutmix, two[6])
+        assert not torch.equal(two[4], two[5]) and not torch.equal(two[6], two[7])
+
+
+def test_padding_of_a_small_image_is_not_valid(lists):
+    scales = replace(DATA, scale_range=(1.0, 1.0))
+    train = TrainLoader(lists, SPEC, scales, VIEWS, 4, 0)
+    for _, unlabeled in train.on(CPU):
+        assert (unlabeled.valid.sum((1, 2)) == 48 * 40).all()
+
+
+def test_primary_list_is_seen_once_per_epoch_and_the_other_equally_often(lists):
+    train = loader(lists, batch_size=4)
+    drawn = [indices(train, epoch) for epoch in range(5)]
+    for pairs in drawn:
+        assert len(pairs) == len({unlabeled for _, unlabeled in pairs}) == 8
+    assert drawn[0] != drawn[1]
+    labeled = [index for pairs in drawn for index, _ in pairs]
+    for start in range(0, 40, 5):  # permutations one after the other, over the ends of epochs
+        assert sorted(labeled[start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+def test_epoch_of_labeled(lists):
+    train = loader(lists, batch_size=2, epoch_of="labeled")
+    assert train.steps_per_epoch == 2
+    drawn = [indices(train, epoch) for epoch in range(11)]
+    assert all(len({labeled for labeled, _ in pairs}) == 4 for pairs in drawn)
+    counts = np.bincount([unlabeled for pairs in drawn for _, unlabeled in pairs], minlength=11)
+    assert (counts == 4).all()
+
+
+def test_positions_of_ranks():
+    whole = list(StepSampler((5, 11), 1, 4, seed=0, rank=0, world_size=1))
+    parts = [list(StepSampler((5, 11), 1, 4, seed=0, rank=rank, world_size=4)) for rank in range(4)]
+    assert [[key for part in step for key in part] for step in zip(*parts, strict=True)] == whole
+    assert [key[1] for step in whole for key in step] == list(range(8))
+
+
+def test_supervised_reads_no_unlabeled_image(lists):
+    for sample in lists.unlabeled:
+        Path(sample.image).unlink()
+    train = loader(lists, Views(labeled="weak", unlabeled=False))
+    steps = list(train.on(CPU))
+    assert len(steps) == train.steps_per_epoch == 2  # as long as the others': the epoch is still the unlabeled list's
+    assert all(unlabeled is None for _, unlabeled in steps)
+    alone = replace(lists, unlabeled=())
+    assert len(list(loader(alone, Views(unlabeled=False), batch_size=5, epoch_of="labeled").on(CPU))) == 1
+
+
+def test_labels_of_unlabeled_images_are_never_opened(lists):
+    before = epoch_of(loader(lists))
+    for index in range(5, 16):
+        (lists.labeled[0].image.parent / f"{index}_mask.png").write_bytes(b"not a mask")
+    assert equal(before, epoch_of(loader(lists)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_one_clean_message(lists, workers):
+    lists.labeled[2].image.write_bytes(b"\x89PNG")
+    with pytest.raises(UserError) as caught:
+        epoch_of(loader(lists, num_workers=workers))
+    assert str(caught.value).startswith(f"{lists.labeled[2].image}: truncated") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 3, "world_size": 2}, "batch_size: 3 .*2 processes"),
+        ({"batch_size": 12}, "11 unlabeled images make no step of batch_size 12.*epoch_of=labeled"),
+        ({"batch_size": 6, "epoch_of": "labeled"}, "5 labeled images make no step of batch_size 6"),
+        ({"seed": -1}, "seed: -1"),
+        ({"views": Views(strong=("loud",))}, "'loud'; there are weak, strong"),
+    ],
+)
+def test_impossible_requests_are_named(lists, options, message):
+    with pytest.raises(UserError, match=message):
+        loader(lists, **options)
+
+
+def test_missing_lists_are_named(lists):
+    with pytest.raises(UserError, match=r"split tiny: no unlabeled images.*unlabeled_id_path"):
+        loader(replace(lists, unlabeled=()))
+    with pytest.raises(UserError, match=r"split tiny: no labeled images.*labeled_id_path"):
+        loader(replace(lists, labeled=()))
