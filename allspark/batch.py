@@ -20,7 +20,7 @@ def normalize(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Views:
-    """Which photometric views of an image a method trains on; each is the name of a policy in data.transforms.PHOTOMETRIC.
+    """Which photometric views of an image a method trains on; each names a policy in data.transforms.PHOTOMETRIC.
 
     The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view.
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Pseudo:
-    """logits (B, K, H, W), detached; label (B, H, W) int64, the likeliest class; confidence (B, H, W), its probability."""
+    """logits (B, K, H, W), detached; label (B, H, W) int64, the likeliest class; confidence (B, H, W), its prob."""
 
     logits: Tensor
     label: Tensor

@@ -56,7 +56,7 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
     )
     if not kind.takes_bottleneck and recipe.model.bottleneck.name != "none":
         raise UserError(
-            f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: the "
-            f"bottleneck's unlabeled branch would never get a gradient; set model.bottleneck=none or choose another method"
+            f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: the bottleneck's "
+            f"unlabeled branch would never get a gradient; set model.bottleneck=none or choose another method"
         )
     return kind(criterion, **recipe.method.options)

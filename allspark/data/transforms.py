@@ -21,7 +21,7 @@ Policy = Callable[[np.ndarray, Generator], np.ndarray]
 class Geometry:
     """The weak augmentation of an image: scale to `size`, pad right and bottom, cut a square of `crop`, maybe flip.
 
-    size (width, height) and offset (left, top) of the crop are pixels of the scaled image. (methods.md 0.1)
+    size (width, height) and offset (left, top) of the crop are pixels of the scaled image. (UniMatch, dataset/transform.py)
     """
 
     size: tuple[int, int]
@@ -78,7 +78,7 @@ def weak(image: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def strong(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """(H, W, 3) uint8: colour jitter p 0.8, grey p 0.2, blur p 0.5; as many draws each time. (methods.md 0.2)"""
+    """(H, W, 3) uint8: colour jitter p 0.8, grey p 0.2, blur p 0.5; as many draws each time. (UniMatch)"""
     jitters, order = rng.random() < 0.8, rng.permutation(4)
     brightness, contrast, saturation = rng.uniform(0.5, 1.5, size=3)
     hue = rng.uniform(-0.25, 0.25)
@@ -108,7 +108,7 @@ PHOTOMETRIC: dict[str, Policy] = {
 
 
 def cutmix_box(rng: Generator, size: int, probability: float) -> np.ndarray:
-    """(size, size) bool, True in a box with the given probability, else False everywhere. (methods.md 0.3)
+    """(size, size) bool, True in a box with the given probability, else False everywhere. (UniMatch)
 
     Area U(0.02, 0.4) of the square; height to width U(0.3, 1 / 0.3) and the place are drawn until the box fits. The
     ratio has to be drawn again with the place: 0.4 of the area at 3.3 is higher than the square and fits nowhere.

@@ -16,7 +16,7 @@ FORMAT = "allspark-1"
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one, nothing between."""
+    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         torch.save({"format": FORMAT, **content}, file)
@@ -54,7 +54,8 @@ def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Pa
         here = tuple(own[name].shape) if name in own else "absent"
         raise UserError(
             f"{path}: does not fit the model of this recipe: {len(wrong)} tensors differ, first {name}: {there} in the "
-            f"file, {here} in the model; trained with other classes, crop_size or model.*? model.init_from takes what fits"
+            f"file, {here} in the model; it was trained with other classes, crop_size or model.* "
+            f"(to fine-tune from it: model.init_from)"
         )
     module.load_state_dict(state)
 
