@@ -21,7 +21,7 @@ Policy = Callable[[np.ndarray, Generator], np.ndarray]
 class Geometry:
     """The weak augmentation of an image: scale to `size`, pad right and bottom, cut a square of `crop`, maybe flip.
 
-    size (width, height) and offset (left, top) of the crop are pixels of the scaled image. (UniMatch, dataset/transform.py)
+    size (width, height) and offset (left, top) of the crop are pixels of the scaled image. As in UniMatch.
     """
 
     size: tuple[int, int]

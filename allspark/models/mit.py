@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class MiTSize:
-    """What differs between B0 and B5; heads, reductions and the MLP ratio are the same for all (table 6)."""
+    """What differs between B0 and B5, the width of the decoder included; all else is the same for all (table 6)."""
 
     channels: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
@@ -23,14 +23,12 @@ class MiTSize:
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
 MLP_RATIO = 4
-SIZES = {
-    "mit_b0": MiTSize((32, 64, 160, 256), (2, 2, 2, 2), 256),
-    "mit_b1": MiTSize((64, 128, 320, 512), (2, 2, 2, 2), 256),
-    "mit_b2": MiTSize((64, 128, 320, 512), (3, 4, 6, 3), 768),
-    "mit_b3": MiTSize((64, 128, 320, 512), (3, 4, 18, 3), 768),
-    "mit_b4": MiTSize((64, 128, 320, 512), (3, 8, 27, 3), 768),
-    "mit_b5": MiTSize((64, 128, 320, 512), (3, 6, 40, 3), 768),
-}
+B0 = MiTSize((32, 64, 160, 256), (2, 2, 2, 2), 256)
+B1 = MiTSize((64, 128, 320, 512), (2, 2, 2, 2), 256)
+B2 = MiTSize((64, 128, 320, 512), (3, 4, 6, 3), 768)
+B3 = MiTSize((64, 128, 320, 512), (3, 4, 18, 3), 768)
+B4 = MiTSize((64, 128, 320, 512), (3, 8, 27, 3), 768)
+B5 = MiTSize((64, 128, 320, 512), (3, 6, 40, 3), 768)
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -121,6 +119,7 @@ class MiT(nn.Module):
     def __init__(self, size: MiTSize, drop_path: float = 0.1) -> None:
         super().__init__()
         self.channels = size.channels
+        self.decoder_channels = size.decoder_channels
         rates = torch.linspace(0, drop_path, sum(size.depths)).split(size.depths)
         inputs = (3, *size.channels[:-1])
         self.stages = nn.ModuleList(

@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from allspark.config import ModelConfig
 from allspark.errors import UserError
+from allspark.models import mit
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.decoder import MLPDecoder, resize
 from allspark.models.memory import SemanticMemory
-from allspark.models.mit import SIZES, MiT
 
-ENCODERS: dict[str, Callable[..., nn.Module]] = dict.fromkeys(SIZES, MiT)
+# drop-path rate -> a module that takes (B, 3, H, W) to four maps of strides 4, 8, 16, 32, finest first. Its attribute
+# `channels` holds their widths, `decoder_channels` the width of the decoder unless the recipe says otherwise.
+ENCODERS: dict[str, Callable[[float], nn.Module]] = {
+    "mit_b0": partial(mit.MiT, mit.B0),
+    "mit_b1": partial(mit.MiT, mit.B1),
+    "mit_b2": partial(mit.MiT, mit.B2),
+    "mit_b3": partial(mit.MiT, mit.B3),
+    "mit_b4": partial(mit.MiT, mit.B4),
+    "mit_b5": partial(mit.MiT, mit.B5),
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,9 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor
     """The model of a recipe with fresh weights; crop_size decides the side of the memory: ceil(crop / 32)."""
     if cfg.encoder not in ENCODERS:
         raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; one of {', '.join(ENCODERS)}")
-    size = SIZES[cfg.encoder]
-    encoder = ENCODERS[cfg.encoder](size, cfg.drop_path)
-    decoder = MLPDecoder(encoder.channels, num_classes, cfg.decoder_channels or size.decoder_channels, cfg.dropout)
+    encoder = ENCODERS[cfg.encoder](cfg.drop_path)
+    width = cfg.decoder_channels or encoder.decoder_channels
+    decoder = MLPDecoder(encoder.channels, num_classes, width, cfg.dropout)
     bottleneck = None
     if cfg.bottleneck.name == "allspark":
         channels = encoder.channels[-1]
