@@ -1,0 +1,133 @@
+"""Recipes: composition, overrides, and errors that name the key."""
+
+import pytest
+import yaml
+
+from allspark.config import (
+    CONFIG_ROOT,
+    build_recipe,
+    differences,
+    full_key,
+    load_config,
+    load_recipe,
+    merge,
+    parse_overrides,
+    to_plain,
+)
+from allspark.errors import UserError
+
+MINIMAL = {
+    "data": {"dataset": "x", "data_root": "x", "crop_size": 65},
+    "model": {},
+    "method": "supervised",
+    "epochs": 1,
+}
+
+
+def test_order_of_precedence():
+    """defaults < data set < method < the method's section for the data set < command line."""
+    semi = load_recipe("cityscapes", "selftrain")
+    assert (semi.optim.lr, semi.optim.lr_multi, semi.batch_size) == (0.001, 1.0, 8)  # method's section, data set
+    assert load_recipe("cityscapes", "allspark").optim.lr == 0.005
+    assert load_recipe("cityscapes", "selftrain", {"lr": 0.5}).optim.lr == 0.5
+    assert load_recipe("pascal", "supervised").batch_size == 16
+    assert semi.optim.power == 0.9  # default
+
+
+def test_released_hyper_parameters():
+    """The table of the released configs: crop, epochs, global batch, lr, head multiplier, loss, warm-up."""
+    expected = {
+        "pascal": (513, 80, 8, 0.001, 10.0, "ce", 5),
+        "cityscapes": (801, 240, 8, 0.005, 1.0, "ohem", 15),
+        "coco": (513, 10, 16, 0.001, 10.0, "ce", 1),
+    }
+    for dataset, values in expected.items():
+        r = load_recipe(dataset, "allspark")
+        found = (r.data.crop_size, r.epochs, r.batch_size, r.optim.lr, r.optim.lr_multi, r.criterion.name)
+        assert (*found, r.method.options["warmup_epochs"]) == values
+        assert (r.optim.name, r.optim.momentum, r.optim.weight_decay, r.optim.late) == ("sgd", 0.9, 1e-4, True)
+        assert (r.model.encoder, r.model.bottleneck.name, r.model.bottleneck.num_heads) == ("mit_b5", "allspark", 2)
+
+
+@pytest.mark.parametrize("dataset", sorted(p.stem for p in (CONFIG_ROOT / "datasets").glob("*.yaml")))
+@pytest.mark.parametrize("method", sorted(p.stem for p in (CONFIG_ROOT / "methods").glob("*.yaml")))
+def test_every_recipe_survives_its_own_yaml(dataset, method, tmp_path):
+    recipe = load_recipe(dataset, method)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_plain(recipe)))
+    assert load_config(path) == recipe
+
+
+def test_short_keys():
+    assert full_key("lr") == "optim.lr"
+    assert full_key("data_root") == "data.data_root"
+    assert full_key("epochs") == "epochs"
+    assert full_key("method.anything") == "method.anything"
+    with pytest.raises(UserError, match=r"model\.dropout, model\.bottleneck\.dropout"):
+        full_key("dropout")
+
+
+def test_a_name_selects_and_keeps_the_options():
+    assert merge({"criterion": {"name": "ohem", "thresh": 0.5}}, {"criterion": "ce"}) == {
+        "criterion": {"name": "ce", "thresh": 0.5}
+    }
+    assert merge({"method": "allspark"}, {"method": {"warmup_epochs": 1}}) == {
+        "method": {"name": "allspark", "warmup_epochs": 1}
+    }
+    recipe = build_recipe(MINIMAL, parse_overrides(["model.bottleneck=allspark", "num_heads=1"]), "test")
+    assert (recipe.model.bottleneck.name, recipe.model.bottleneck.num_heads) == ("allspark", 1)
+
+
+def test_yaml_floats_without_a_dot():
+    assert build_recipe(MINIMAL, parse_overrides(["lr=6e-4"]), "test").optim.lr == 6e-4
+
+
+def test_data_root_from_the_environment(monkeypatch):
+    monkeypatch.setenv("ALLSPARK_DATA_X", "/somewhere")
+    assert build_recipe(MINIMAL, None, "test").data.data_root == "/somewhere"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "did you mean optim.lr?"]),
+        ("crop_sise=1", ["crop_sise", "did you mean data.crop_size?"]),
+        ("epochs=1.5", ["epochs=1.5", "int"]),
+        ("epochs=true", ["epochs=True", "int"]),
+        ("epochs=0", ["epochs=0", "at least 1"]),
+        ("lr=fast", ["optim.lr='fast'", "float"]),
+        ("lr=-1", ["optim.lr=-1", "above 0"]),
+        ("optim.name=adam", ["optim.name='adam'", "sgd or adamw"]),
+        ("data.scale_range=[1]", ["data.scale_range=[1]", "tuple[float, float]"]),
+        ("data.scale_range=[2, 1]", ["data.scale_range", "the smaller first"]),
+        ("crop_size=32", ["data.crop_size=32", "at least 64"]),
+        ("model.dropout=1", ["model.dropout=1", "[0, 1)"]),
+        ("optim=3", ["optim=3", "section"]),
+        ("method={warmup_epochs: 1}", None),
+    ],
+)
+def test_errors_name_key_and_remedy(override, words):
+    if words is None:  # options may come without the name, which the recipe has already
+        assert build_recipe(MINIMAL, parse_overrides([override]), "test").method.name == "supervised"
+        return
+    with pytest.raises(UserError) as error:
+        build_recipe(MINIMAL, parse_overrides([override]), "test")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_missing_key():
+    with pytest.raises(UserError, match=r"mine: data\.crop_size is missing"):
+        build_recipe({**MINIMAL, "data": {"dataset": "x", "data_root": "x"}}, None, "mine")
+
+
+def test_yaml_runs_no_code(tmp_path):
+    (tmp_path / "evil.yaml").write_text("epochs: !!python/object/apply:os.mkdir [/tmp/never]")
+    with pytest.raises(UserError, match=r"evil\.yaml: not valid YAML"):
+        load_config(tmp_path / "evil.yaml")
+
+
+def test_differences_leave_out_what_cannot_change_a_result():
+    old = to_plain(build_recipe(MINIMAL, None, "test"))
+    new = to_plain(build_recipe(MINIMAL, parse_overrides(["device=cpu", "num_workers=0", "lr=0.5"]), "test"))
+    assert differences(old, new) == ["optim.lr: 0.001 -> 0.5"]
