@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from allspark.data import shapes
+from allspark.errors import UserError
 
 # As first written: sha256 of the mask, every 32nd pixel, mean per channel. A change here voids recorded results.
 GOLDEN = {
@@ -104,7 +105,7 @@ def test_generate_leaves_a_finished_folder_alone(tmp_path):
 
 def test_generate_refuses_what_is_not_its_own(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(ValueError, match="another data_root"):
+    with pytest.raises(UserError, match="another data_root"):
         shapes.generate(tmp_path, FEW)
     assert files(tmp_path) == {"precious.txt": b"mine"}
 

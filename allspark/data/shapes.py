@@ -19,6 +19,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from allspark.data.base import DatasetSpec
+from allspark.errors import UserError
 
 SEED = 20240
 SIZE = 128  # pixels, height and width of every image
@@ -63,14 +64,14 @@ class Local:
 def generate(root: Path, counts: dict[str, int] = COUNTS) -> None:
     """Write the data set to `root`, as a whole or not at all; a finished folder is left alone.
 
-    ValueError where `root` holds something else: nothing that is not ours is ever removed.
+    UserError where `root` holds something else: nothing that is not ours is ever removed.
     """
     root = Path(root)
     contents = {"name": "shapes", "version": VERSION, "seed": SEED, "size": SIZE, "counts": counts}
     if is_finished(root, contents):
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise ValueError(f"{root}: not the finished shapes data set; remove it or name another data_root")
+        raise UserError(f"{root}: not the finished shapes data set; remove it or name another data_root")
     temporary = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
     try:
         for split, count in counts.items():
