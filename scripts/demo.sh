@@ -5,11 +5,11 @@
 set -eu
 cd -- "$(dirname -- "$0")/.."
 out=exp/demo${split:+/split_$split}${seed:+/seed_$seed}
-split=${split:-1_16}
+split=${split:-1_30} # 16 labeled images of 480
 seed=${seed:-0}
 . scripts/setup.sh
 
 for method in supervised allspark; do
     python train.py --dataset shapes --method $method --split "$split" --save-path "$out/$method" seed="$seed" "$@"
 done
-python -m allspark demo --out "$out" "$out/supervised" "$out/allspark"
+python -m allspark compare --out "$out" "supervised=$out/supervised" "AllSpark=$out/allspark"

@@ -8,7 +8,7 @@
 # sbatch scripts/slurm_train.sh [train.py options and key.path=value ...]
 # One task per GPU; every task sees its node's GPUs and train.py picks its own by SLURM_LOCALID. Two nodes of eight:
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm_train.sh
-# Another recipe: change the three lines, or say it in front: method=unimatch split=1_4 sbatch scripts/slurm_train.sh
+# Another recipe: change the three lines, or say it in front: method=fixmatch split=1_4 sbatch scripts/slurm_train.sh
 # Compute nodes often have no network: run scripts/setup.sh once on the login node.
 set -euo pipefail
 dataset=${dataset:-pascal}

@@ -1,6 +1,6 @@
 #!/bin/sh
 # sh scripts/train.sh <num_gpu> <port> [train.py options and key.path=value ...]
-# Another recipe: change the three lines, or say it in front: method=unimatch split=1_4 sh scripts/train.sh 4 29500
+# Another recipe: change the three lines, or say it in front: method=fixmatch split=1_4 sh scripts/train.sh 4 29500
 # 0 GPUs is one process on the CPU; several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
 set -eu
 dataset=${dataset:-pascal}

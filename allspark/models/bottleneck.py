@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from allspark.models.memory import SemanticMemory, group_channels
@@ -59,13 +60,12 @@ class SelfBranch(ChannelAttention):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        batch, positions, channels = tokens.shape
-
-        def split(x: Tensor) -> Tensor:  # index = head * C + c -> (B, heads, N, C)
-            return x.view(batch, positions, self.heads, channels).transpose(1, 2)
-
-        out = channel_attention(split(self.q(tokens)), split(self.k(tokens)), split(self.v(tokens)), self.rate)
-        return self.finish(out.permute(0, 2, 3, 1).reshape(batch, positions, -1))  # merged as index = c * heads + head
+        q, k, v = (
+            rearrange(projection(tokens), "b n (head c) -> b head n c", head=self.heads)
+            for projection in (self.q, self.k, self.v)
+        )
+        attended = channel_attention(q, k, v, self.rate)
+        return self.finish(rearrange(attended, "b head n c -> b n (c head)"))  # split head-major, merged channel-major
 
 
 class CrossBranch(ChannelAttention):
@@ -76,9 +76,10 @@ class CrossBranch(ChannelAttention):
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """tokens (B, N, C); context (M, N, C) for all images, None: each image is its own context -> (B, N, C)."""
-        k, v = self.k(tokens if context is None else context), self.v(tokens if context is None else context)
-        if context is not None:  # (M, N, heads * C) -> (N, M * heads * C)
-            k, v = (x.transpose(0, 1).flatten(1) for x in (k, v))
+        source = tokens if context is None else context
+        k, v = self.k(source), self.v(source)
+        if context is not None:
+            k, v = rearrange(k, "m n hc -> n (m hc)"), rearrange(v, "m n hc -> n (m hc)")
         return self.finish(channel_attention(self.q(tokens), k, v, self.rate))
 
 
