@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that train.py wrote; name=FOLDER names it")
     parser.add_argument("--out", type=Path, required=True, help="folder for table.md, curves.png and predictions.png")
     parser.add_argument("--images", type=int, default=5, help="rows of the grid of predictions, spread over val")
+    parser.add_argument("--overlay", action="store_true", help="lay the masks over the images")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     table = score_table(runs)
     (args.out / "table.md").write_text(table, encoding="utf-8")
     plot_curves({run.name: curve(run) for run in runs}, args.out / "curves.png")
-    draw_predictions(runs, args.images, args.out / "predictions.png")
+    draw_predictions(runs, args.images, args.overlay, args.out / "predictions.png")
     print(table, end="")
     print(f"pictures: {args.out / 'predictions.png'}, {args.out / 'curves.png'}")
 
@@ -97,7 +98,7 @@ def curve(run: Run) -> Curve:
     return Curve([(line["step"], line["miou"]) for line in run.evaluations], losses)
 
 
-def draw_predictions(runs: Sequence[Run], count: int, path: Path) -> None:
+def draw_predictions(runs: Sequence[Run], count: int, overlaid: bool, path: Path) -> None:
     """Image, truth and the prediction of each run's last epoch, for `count` val images at equal distances."""
     data = runs[0].recipe.data
     spec, device = spec_for(data), choose_device("auto")
@@ -113,4 +114,4 @@ def draw_predictions(runs: Sequence[Run], count: int, path: Path) -> None:
         for row, (image, mask, name) in enumerate(items)
     ]
     heads = ["image", "truth", *(run.name for run in runs)]
-    draw_grid(examples, heads, spec.classes, spec.palette, panel_width=240).save(path)
+    draw_grid(examples, heads, spec.classes, spec.palette, panel_width=240, overlaid=overlaid).save(path)

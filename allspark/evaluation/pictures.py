@@ -84,14 +84,21 @@ class Example:
 
 
 def draw_grid(
-    examples: Sequence[Example], heads: Sequence[str], classes: Sequence[str], palette: Palette, panel_width: int = 320
+    examples: Sequence[Example],
+    heads: Sequence[str],
+    classes: Sequence[str],
+    palette: Palette,
+    *,
+    panel_width: int = 320,
+    overlaid: bool = False,
 ) -> Image.Image:
     """One row of panels per example under the column heads, and a legend of the classes that occur.
 
     heads: one for the image and one for each mask, such as ("image", "truth", "supervised", "AllSpark").
+    overlaid: masks are laid over the image instead of standing alone.
     """
     margin, gap, head, caption = 20, 8, 34, 24
-    rows = [example_panels(example, palette, panel_width) for example in examples]
+    rows = [example_panels(example, palette, panel_width, overlaid) for example in examples]
     width = 2 * margin + len(heads) * panel_width + (len(heads) - 1) * gap
     legend = draw_legend(examples, classes, palette, width - 2 * margin)
     height = margin + head + sum(row[0].height + caption for row in rows) + legend.height + margin
@@ -113,12 +120,17 @@ def draw_grid(
     return page
 
 
-def example_panels(example: Example, palette: Palette, width: int) -> list[Image.Image]:
-    """The image and each mask in colour, all scaled to `width` pixels."""
+def example_panels(example: Example, palette: Palette, width: int, overlaid: bool) -> list[Image.Image]:
+    """The image and each mask in colour or laid over the image, all scaled to `width` pixels."""
     photo = Image.fromarray(to_rgb(example.image))
     size = (width, max(1, round(photo.height * width / photo.width)))
-    masks = [Image.fromarray(colorize(mask, palette)).resize(size, Image.Resampling.NEAREST) for mask in example.masks]
-    return [photo.resize(size, Image.Resampling.LANCZOS), *masks]
+    if overlaid:
+        masks = [overlay(example.image, mask, palette) for mask in example.masks]
+    else:
+        masks = [colorize(mask, palette) for mask in example.masks]
+    smooth_or_not = Image.Resampling.LANCZOS if overlaid else Image.Resampling.NEAREST
+    drawn = [Image.fromarray(mask).resize(size, smooth_or_not) for mask in masks]
+    return [photo.resize(size, Image.Resampling.LANCZOS), *drawn]
 
 
 def draw_legend(examples: Sequence[Example], classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
