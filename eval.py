@@ -110,16 +110,11 @@ def recipe_for(loaded: Loaded, args: argparse.Namespace) -> Recipe:
 
 def val_samples(recipe: Recipe, spec: DatasetSpec, given: Path | None) -> Sequence[Sample]:
     """The samples of --list, else the recipe's val; every file known to exist. No list of training images is read."""
-    data, custom = recipe.data, recipe.data.custom
-    root = splits.find_data(data, spec)
-    path = given or (data.val_id_path and Path(data.val_id_path))
-    if path is None and custom is not None and custom.val_images is not None:
-        entries = splits.folder_entries(root, custom.val_images, custom.val_masks or "")
+    root = splits.find_data(recipe.data, spec)
+    if given is not None:
+        entries = splits.read_entries(splits.existing(given, "--list"), root, spec.mask_path)
     else:
-        path = splits.existing(
-            path or splits.SPLITS_ROOT / spec.splits / "val.txt", "--list" if given else "the recipe"
-        )
-        entries = splits.read_entries(path, root, spec.mask_path)
+        entries = splits.val_entries(recipe.data, spec, root)
     for entry in entries:
         if entry.sample.mask is None:
             raise UserError(f"{entry.source}: {entry.sample.image} has no mask beside it; write `image mask`")

@@ -23,7 +23,8 @@ from allspark.config import Recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset
 from allspark.data.loaders import TrainLoader
-from allspark.data.splits import Lists, check_data, resolve
+from allspark.data.preflight import check_data
+from allspark.data.splits import Lists, resolve
 from allspark.engine.checkpoint import load_checkpoint, load_state, save_checkpoint
 from allspark.engine.log import RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
@@ -33,6 +34,8 @@ from allspark.evaluation.inference import inference_for
 from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.weights import load_pretrained
+
+LATEST, BEST = "latest.pth", "best.pth"  # in a run's folder: to resume from; of the epoch with the best mIoU on val
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
+    if not (save_path / LATEST).exists():
+        notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     method = recipe_words.build_method(recipe, spec).to(device)
     method.attach(model)
     optimizer = build_optimizer(recipe.optim, model)
     start = resume(save_path, recipe, model, method, optimizer)
-    if start.step == 0:
-        notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     network = wrap(model, device)
 
     loaders = TrainLoader(
@@ -111,9 +114,9 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
             log.info(f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']})")
         if distributed.is_main():
             content = checkpoint_content(recipe, lists, model, method, optimizer, Start(epoch + 1, step, best))
-            save_checkpoint(save_path / "latest.pth", content)
+            save_checkpoint(save_path / LATEST, content)
             if improved:
-                save_checkpoint(save_path / "best.pth", content)
+                save_checkpoint(save_path / BEST, content)
     log.close()
 
 
@@ -121,7 +124,7 @@ def resume(
     save_path: Path, recipe: Recipe, model: Segmentor, method: Method, optimizer: torch.optim.Optimizer
 ) -> Start:
     """Continue from <save_path>/latest.pth, if there is one and it belongs to the same recipe."""
-    latest = save_path / "latest.pth"
+    latest = save_path / LATEST
     if not latest.exists():
         return Start()
     content = load_checkpoint(latest)
@@ -191,7 +194,9 @@ def describe(recipe: Recipe, model: Segmentor, device: torch.device, total_steps
     ]
     if recipe.batch_size // distributed.world_size() == 1 and recipe.method.name != "supervised":
         lines.append("one image per process: CutMix has no other image to paste from and is off")
-    if start.step:
+    if start.epoch == recipe.epochs:
+        lines.append(f"this run is finished; best mIoU {start.best['miou']:.2f}; --fresh would start over")
+    elif start.step:
         lines.append(f"resumed behind epoch {start.epoch - 1}, step {start.step}")
     return lines
 

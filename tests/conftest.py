@@ -144,7 +144,7 @@ def finished(tiny_root, tmp_path_factory, one_thread):
 
 @pytest.fixture(scope="session")
 def start_process():
-    """(words after python) -> a real process in the repository, one thread, no GPU; ended with the session at latest."""
+    """(words after python) -> a real process in the repository, one thread, no GPU; ended with the session."""
     started: list[subprocess.Popen] = []
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 

@@ -64,8 +64,7 @@ def test_two_processes(tmp_path):
             memory.enqueue(*features_of(rank))
         assert torch.equal(state["local"]["queue"], memory.queue)
 
-    # gather: everybody's channels in rank order, so the pointers agree; the start (noise) is each process's own until it
-    # is overwritten, DDP gives all processes the same one
+    # gather: the channels of all in rank order, so queue and pointer agree wherever they were written
     gathered = fresh("local", 0)
     for _ in range(2):
         for rank in range(2):

@@ -15,19 +15,9 @@ from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data import DATASETS, shapes, spec_for
 from allspark.data.base import Sample
-from allspark.data.splits import (
-    SPLITS_ROOT,
-    balanced_order,
-    check_data,
-    find_data,
-    list_hash,
-    make_splits,
-    parse_sizes,
-    read_entries,
-    read_list,
-    resolve,
-    samples_hash,
-)
+from allspark.data.draw import balanced_order, make_splits, parse_sizes
+from allspark.data.preflight import check_data
+from allspark.data.splits import SPLITS_ROOT, find_data, list_hash, read_entries, read_list, resolve, samples_hash
 from allspark.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared"))

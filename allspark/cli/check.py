@@ -6,7 +6,8 @@ import argparse
 
 from allspark.cli import recipe as recipe_words
 from allspark.data import spec_for
-from allspark.data.splits import check_data, resolve
+from allspark.data.preflight import check_data
+from allspark.data.splits import resolve
 from allspark.models.segmentor import build_model
 from allspark.models.weights import load_pretrained
 

@@ -9,18 +9,16 @@ from pathlib import Path
 
 from allspark.config import DataConfig, load_config
 from allspark.data import DATASETS, spec_for
+from allspark.data.draw import make_splits, parse_sizes, write_splits
 from allspark.data.splits import (
     SPLITS_ROOT,
     existing,
     find_data,
     folder_entries,
     list_hash,
-    make_splits,
-    parse_sizes,
     read_entries,
     read_list,
     samples_hash,
-    write_splits,
 )
 from allspark.errors import UserError
 

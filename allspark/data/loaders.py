@@ -175,11 +175,13 @@ class TrainLoader:
             yield labeled.to(device), None if unlabeled is None else unlabeled.to(device)
 
 
-def clean(item):
+def clean(step: Step | UserError) -> Step:
     """What a worker sent, or its UserError raised here with nothing but its message."""
-    if isinstance(item, UserError):
-        raise item
-    return item
+    if isinstance(step, UserError):
+        # A new one: the one `on` holds would hold `on` by its traceback, and workers that are freed in such a cycle
+        # lose their queues first and are waited for in vain, 5 s each
+        raise UserError(str(step))
+    return step
 
 
 def make_loader(dataset: Dataset, num_workers: int, pin: bool, **options) -> DataLoader:

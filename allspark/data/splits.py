@@ -1,27 +1,21 @@
-"""Which files a run trains and is evaluated on: lists and folders read, checked before the first step, newly drawn."""
+"""Which files a run trains and is evaluated on: lists and folders, read, hashed, and every file known to exist."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from allspark import distributed
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, Sample, read_image, read_mask, read_pair, same_path
+from allspark.data.base import DatasetSpec, Sample, same_path
 from allspark.errors import UserError
 
 SPLITS_ROOT = Path(__file__).resolve().parents[2] / "splits"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -41,9 +35,6 @@ class Entry:
 
     sample: Sample
     source: str
-
-
-# Reading
 
 
 def read_list(path: Path, data_root: Path, mask_path: Callable[[str], str] = same_path) -> list[Sample]:
@@ -101,9 +92,6 @@ def samples_hash(samples: Sequence[Sample], data_root: Path) -> str:
     return list_hash(
         (s.image.relative_to(root) if s.image.is_relative_to(root) else s.image).as_posix() for s in samples
     )
-
-
-# What a run uses
 
 
 def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT) -> Lists:
@@ -214,181 +202,3 @@ def check_files(entries: Sequence[Entry]) -> None:
             f"{source}: {path} does not exist ({len(missing)} of {len(paths)} files are missing); "
             "correct the list or data_root"
         )
-
-
-# Before the first step
-
-
-def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0) -> list[str]:
-    """Open files before an hour is spent: all labeled samples up to 500, else 200; 50 of val; 20 unlabeled images.
-
-    Returns what is worth knowing; UserError on what would stop the run or make it meaningless.
-    """
-    rng = np.random.default_rng(seed)
-    labeled = some(lists.labeled, len(lists.labeled) if len(lists.labeled) <= 500 else 200, rng)
-    val, unlabeled = some(lists.val, 50, rng), some(lists.unlabeled, 20, rng)
-
-    def values(sample: Sample) -> np.ndarray:
-        return np.unique(read_pair(sample, spec)[1])
-
-    tasks = [partial(values, sample) for sample in (*labeled, *val)]
-    found = at_once(tasks + [partial(check_image, sample) for sample in unlabeled])[: len(labeled)]
-    counts = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} val images"
-    notes = [f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts}"]
-    present = set(np.concatenate(found).tolist()) - {spec.ignore_index}
-    if not present:
-        raise UserError(f"split {lists.name}: no pixel of the labeled masks has a class, all are {spec.ignore_index}")
-    absent = [name for index, name in enumerate(spec.classes) if index not in present]
-    if absent:
-        among = "images" if len(labeled) == len(lists.labeled) else f"images checked ({len(labeled)})"
-        notes.append(f"classes in none of the labeled {among}: {', '.join(absent)}")
-    return notes + overlaps(lists)
-
-
-def check_image(sample: Sample) -> None:
-    read_image(sample.image)
-
-
-def some(samples: Sequence[Sample], at_most: int, rng: np.random.Generator) -> list[Sample]:
-    if len(samples) <= at_most:
-        return list(samples)
-    return [samples[index] for index in sorted(rng.choice(len(samples), at_most, replace=False))]
-
-
-def at_once(tasks: Sequence[Callable]) -> list:
-    """The results of tasks, run in threads (decoding releases the interpreter); one UserError for all that failed."""
-
-    def attempt(task: Callable):
-        try:
-            return task()
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(attempt, tasks))
-    errors = [result for result in results if isinstance(result, UserError)]
-    if errors:
-        more = f" (and {len(errors) - 1} more of {len(tasks)} samples checked)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}")
-    return results
-
-
-def overlaps(lists: Lists) -> list[str]:
-    images = {name: [s.image for s in getattr(lists, name)] for name in ("labeled", "unlabeled", "val")}
-    notes = [
-        f"{len(files) - len(set(files))} images stand more than once in the {name} list"
-        for name, files in images.items()
-        if len(set(files)) < len(files)
-    ]
-    for first, second in (("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val")):
-        both = set(images[first]) & set(images[second])
-        if both:
-            notes.append(f"{len(both)} images are both {first} and {second}, such as {min(both)}")
-    return notes
-
-
-# Drawing new splits
-
-
-def make_splits(
-    entries: Sequence[Entry], spec: DatasetSpec, sizes: dict[str, int], seed: int
-) -> dict[str, tuple[list[Entry], list[Entry]]]:
-    """Split name -> (labeled entries in the order they were drawn, unlabeled entries in the order of the train list).
-
-    Every labeled list is a prefix of the same sequence, so a smaller one is contained in a larger one.
-    """
-    for entry in entries:
-        if entry.sample.mask is None:
-            raise UserError(
-                f"{entry.source}: {entry.sample.image} has no mask; a balanced draw needs the train list's masks"
-            )
-    for name, size in sizes.items():
-        if not 0 < size < len(entries):
-            raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{len(entries) - 1}")
-    check_files(entries)
-    pixels = at_once([partial(class_pixels, entry.sample, spec) for entry in entries])
-    drawn = balanced_order(np.stack(pixels), max(sizes.values()), seed)
-    splits = {}
-    for name, size in sizes.items():
-        chosen = set(drawn[:size])
-        rest = [entry for index, entry in enumerate(entries) if index not in chosen]
-        splits[name] = ([entries[index] for index in drawn[:size]], rest)
-    return splits
-
-
-def class_pixels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
-    """(K,) the share of each class among the pixels of a mask."""
-    mask = read_mask(sample.mask, spec)
-    return np.bincount(mask.ravel(), minlength=256)[: spec.num_classes] / mask.size
-
-
-def balanced_order(shares: np.ndarray, length: int, seed: int) -> list[int]:
-    """The first `length` images of a class-balanced sequence; shares (N, K) of pixels.
-
-    Again and again, the class that is shown by the fewest chosen images (of equals, the one that the fewest images show
-    at all) gets the next image of a seeded random order that shows it. An image shows a class that covers 0.1 % of it,
-    or any pixel of it where no image does.
-    """
-    shows = shares >= 0.001
-    never = ~shows.any(axis=0)
-    shows[:, never] = shares[:, never] > 0
-    order = np.random.default_rng(seed).permutation(len(shares)).tolist()
-    waiting = {k: [i for i in reversed(order) if shows[i, k]] for k in np.flatnonzero(shows.any(axis=0)).tolist()}
-    rarity, counts = shows.sum(axis=0), np.zeros(shows.shape[1], int)
-    chosen: dict[int, None] = {}  # a set that keeps its order
-    anything = list(reversed(order))  # images without any class come last
-    while len(chosen) < length:
-        if waiting:
-            k = min(waiting, key=lambda k: (counts[k], rarity[k], k))
-            queue = waiting[k]
-        else:
-            queue = anything
-        while queue and queue[-1] in chosen:
-            queue.pop()
-        if queue:
-            index = queue.pop()
-            chosen[index] = None
-            counts += shows[index]
-        else:
-            del waiting[k]
-    return list(chosen)
-
-
-def parse_sizes(text: str, total: int) -> dict[str, int]:
-    """'1_8,32' -> {'1_8': ceil(total / 8), '32': 32}; rounded up, as the published lists are."""
-    sizes = {}
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        fraction = re.fullmatch(r"(\d+)_(\d+)", name)
-        if fraction and int(fraction[2]):
-            sizes[name] = -(-total * int(fraction[1]) // int(fraction[2]))
-        elif name.isdigit():
-            sizes[name] = int(name)
-        else:
-            raise UserError(f"--sizes: '{name}' is neither a fraction such as 1_8 nor a count such as 32")
-    if not sizes:
-        raise UserError("--sizes: give fractions such as 1_8 or counts such as 32, separated by commas")
-    return sizes
-
-
-def write_splits(
-    splits: dict[str, tuple[list[Entry], list[Entry]]], data_root: Path, out: Path, force: bool = False
-) -> list[Path]:
-    """Write <out>/<split>/{labeled,unlabeled}.txt; UserError before anything is written where a list exists."""
-    files = {
-        out / name / f"{kind}.txt": entries
-        for name, pair in splits.items()
-        for kind, entries in zip(("labeled", "unlabeled"), pair, strict=True)
-    }
-    there = [path for path in files if path.exists()]
-    if there and not force:
-        raise UserError(f"{there[0]} is there already ({len(there)} of {len(files)} lists); --force overwrites")
-    for path, entries in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{list_line(entry.sample, data_root)}\n" for entry in entries)
-        path.write_text(text, encoding="utf-8", newline="\n")
-    return list(files)
-
-
-def list_line(sample: Sample, data_root: Path) -> str:
-    names = [path.relative_to(data_root).as_posix() for path in (sample.image, sample.mask) if path]
-    return ("\t" if any(" " in name for name in names) else " ").join(names)

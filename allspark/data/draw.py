@@ -1,0 +1,118 @@
+"""Drawing new splits: seeded, nested, class-balanced lists of labeled and unlabeled images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from allspark.data.base import DatasetSpec, Sample, at_once, read_mask
+from allspark.data.splits import Entry, check_files
+from allspark.errors import UserError
+
+
+def make_splits(
+    entries: Sequence[Entry], spec: DatasetSpec, sizes: dict[str, int], seed: int
+) -> dict[str, tuple[list[Entry], list[Entry]]]:
+    """Split name -> (labeled entries in the order they were drawn, unlabeled entries in the order of the train list).
+
+    Every labeled list is a prefix of the same sequence, so a smaller one is contained in a larger one.
+    """
+    for entry in entries:
+        if entry.sample.mask is None:
+            raise UserError(
+                f"{entry.source}: {entry.sample.image} has no mask; a balanced draw needs the train list's masks"
+            )
+    for name, size in sizes.items():
+        if not 0 < size < len(entries):
+            raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{len(entries) - 1}")
+    check_files(entries)
+    pixels = at_once([partial(class_pixels, entry.sample, spec) for entry in entries])
+    drawn = balanced_order(np.stack(pixels), max(sizes.values()), seed)
+    splits = {}
+    for name, size in sizes.items():
+        chosen = set(drawn[:size])
+        rest = [entry for index, entry in enumerate(entries) if index not in chosen]
+        splits[name] = ([entries[index] for index in drawn[:size]], rest)
+    return splits
+
+
+def class_pixels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
+    """(K,) the share of each class among the pixels of a mask."""
+    mask = read_mask(sample.mask, spec)
+    return np.bincount(mask.ravel(), minlength=256)[: spec.num_classes] / mask.size
+
+
+def balanced_order(shares: np.ndarray, length: int, seed: int) -> list[int]:
+    """The first `length` images of a class-balanced sequence; shares (N, K) of pixels.
+
+    Again and again, the class that is shown by the fewest chosen images (of equals, the one that the fewest images show
+    at all) gets the next image of a seeded random order that shows it. An image shows a class that covers 0.1 % of it,
+    or any pixel of it where no image does.
+    """
+    shows = shares >= 0.001
+    never = ~shows.any(axis=0)
+    shows[:, never] = shares[:, never] > 0
+    order = np.random.default_rng(seed).permutation(len(shares)).tolist()
+    waiting = {k: [i for i in reversed(order) if shows[i, k]] for k in np.flatnonzero(shows.any(axis=0)).tolist()}
+    rarity, counts = shows.sum(axis=0), np.zeros(shows.shape[1], int)
+    chosen: dict[int, None] = {}  # a set that keeps its order
+    anything = list(reversed(order))  # images without any class come last
+    while len(chosen) < length:
+        if waiting:
+            k = min(waiting, key=lambda k: (counts[k], rarity[k], k))
+            queue = waiting[k]
+        else:
+            queue = anything
+        while queue and queue[-1] in chosen:
+            queue.pop()
+        if queue:
+            index = queue.pop()
+            chosen[index] = None
+            counts += shows[index]
+        else:
+            del waiting[k]
+    return list(chosen)
+
+
+def parse_sizes(text: str, total: int) -> dict[str, int]:
+    """'1_8,32' -> {'1_8': ceil(total / 8), '32': 32}; rounded up, as the published lists are."""
+    sizes = {}
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        fraction = re.fullmatch(r"(\d+)_(\d+)", name)
+        if fraction and int(fraction[2]):
+            sizes[name] = -(-total * int(fraction[1]) // int(fraction[2]))
+        elif name.isdigit():
+            sizes[name] = int(name)
+        else:
+            raise UserError(f"--sizes: '{name}' is neither a fraction such as 1_8 nor a count such as 32")
+    if not sizes:
+        raise UserError("--sizes: give fractions such as 1_8 or counts such as 32, separated by commas")
+    return sizes
+
+
+def write_splits(
+    splits: dict[str, tuple[list[Entry], list[Entry]]], data_root: Path, out: Path, force: bool = False
+) -> list[Path]:
+    """Write <out>/<split>/{labeled,unlabeled}.txt; UserError before anything is written where a list exists."""
+    files = {
+        out / name / f"{kind}.txt": entries
+        for name, pair in splits.items()
+        for kind, entries in zip(("labeled", "unlabeled"), pair, strict=True)
+    }
+    there = [path for path in files if path.exists()]
+    if there and not force:
+        raise UserError(f"{there[0]} is there already ({len(there)} of {len(files)} lists); --force overwrites")
+    for path, entries in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{list_line(entry.sample, data_root)}\n" for entry in entries)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    return list(files)
+
+
+def list_line(sample: Sample, data_root: Path) -> str:
+    names = [path.relative_to(data_root).as_posix() for path in (sample.image, sample.mask) if path]
+    return ("\t" if any(" " in name for name in names) else " ").join(names)

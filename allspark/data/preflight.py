@@ -1,0 +1,63 @@
+"""What is looked at before the first step: files that cannot be read, masks that mean nothing, lists that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from allspark.config import DataConfig
+from allspark.data.base import DatasetSpec, Sample, at_once, read_image, read_pair
+from allspark.data.splits import Lists
+from allspark.errors import UserError
+
+
+def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0) -> list[str]:
+    """Open files before an hour is spent: all labeled samples up to 500, else 200; 50 of val; 20 unlabeled images.
+
+    Returns what is worth knowing; UserError on what would stop the run or make it meaningless.
+    """
+    rng = np.random.default_rng(seed)
+    labeled = some(lists.labeled, len(lists.labeled) if len(lists.labeled) <= 500 else 200, rng)
+    val, unlabeled = some(lists.val, 50, rng), some(lists.unlabeled, 20, rng)
+
+    def values(sample: Sample) -> np.ndarray:
+        return np.unique(read_pair(sample, spec)[1])
+
+    tasks = [partial(values, sample) for sample in (*labeled, *val)]
+    found = at_once(tasks + [partial(check_image, sample) for sample in unlabeled])[: len(labeled)]
+    counts = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} val images"
+    notes = [f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts}"]
+    present = set(np.concatenate(found).tolist()) - {spec.ignore_index}
+    if not present:
+        raise UserError(f"split {lists.name}: no pixel of the labeled masks has a class, all are {spec.ignore_index}")
+    absent = [name for index, name in enumerate(spec.classes) if index not in present]
+    if absent:
+        among = "images" if len(labeled) == len(lists.labeled) else f"images checked ({len(labeled)})"
+        notes.append(f"classes in none of the labeled {among}: {', '.join(absent)}")
+    return notes + overlaps(lists)
+
+
+def check_image(sample: Sample) -> None:
+    read_image(sample.image)
+
+
+def some(samples: Sequence[Sample], at_most: int, rng: np.random.Generator) -> list[Sample]:
+    if len(samples) <= at_most:
+        return list(samples)
+    return [samples[index] for index in sorted(rng.choice(len(samples), at_most, replace=False))]
+
+
+def overlaps(lists: Lists) -> list[str]:
+    images = {name: [s.image for s in getattr(lists, name)] for name in ("labeled", "unlabeled", "val")}
+    notes = [
+        f"{len(files) - len(set(files))} images stand more than once in the {name} list"
+        for name, files in images.items()
+        if len(set(files)) < len(files)
+    ]
+    for first, second in (("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val")):
+        both = set(images[first]) & set(images[second])
+        if both:
+            notes.append(f"{len(both)} images are both {first} and {second}, such as {min(both)}")
+    return notes

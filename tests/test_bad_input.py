@@ -1,0 +1,398 @@
+"""What a user can mend ends with exit code 2 and one line that says where it is and what to do; nothing else may."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as eval_script
+import train
+from allspark import __main__ as verbs
+from allspark.config import load_config
+from allspark.data.preflight import some
+from allspark.data.splits import resolve
+from allspark.errors import run_main
+
+ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def refused(capsys, recwarn):
+    """(main, argv, words) -> the message, after checking what holds for every one of them."""
+
+    def check(main, argv, *words):
+        capsys.readouterr()
+        assert run_main(main, list(map(str, argv))) == 2
+        message = capsys.readouterr().err
+        assert_one_line(message)
+        assert not [w for w in recwarn if w.category is UserWarning], "a warning is a second message on stderr"
+        for word in map(str, words):
+            assert word in message, f"'{word}' is not in: {message}"
+        return message
+
+    return check
+
+
+def assert_one_line(message):
+    assert message.startswith("error: ") and message.count("\n") == 1 and message.endswith("\n"), message
+    assert "Traceback" not in message
+
+
+# Configuration: the words go behind --config and --save-path; what the message must hold
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("epoch=3",), ("epoch: unknown key", "did you mean epochs")),
+        (("optim.learning_rate=3",), ("optim.learning_rate: unknown key", "lr")),
+        (("model.bottleneck.head=3",), ("model.bottleneck.head: unknown key", "num_heads")),
+        (("epochs=many",), ("epochs='many'", "must be int")),
+        (("epochs=2.5",), ("epochs=2.5", "must be int")),
+        (("batch_size=true",), ("batch_size=True", "must be int")),
+        (("optim.lr=fast",), ("optim.lr='fast'", "must be float")),
+        (("data=5",), ("data=5", "section")),
+        (("data.scale_range=[1]",), ("data.scale_range=[1]",)),
+        (("data.custom.value_map={a: 0}",), ("data.custom.value_map='a'", "must be int")),
+        (("optim.name=adam",), ("optim.name='adam'", "sgd or adamw")),
+        (("model.bottleneck=spark",), ("model.bottleneck.name='spark'", "none or allspark")),
+        (("device=tpu",), ("device='tpu'", "cpu")),
+        ((f"device={ABSENT_DEVICE}",), (f"device={ABSENT_DEVICE}", "not available", "cpu")),
+        (("crop_size=10",), ("data.crop_size=10", "at least 64")),
+        (("epochs=0",), ("epochs=0", "at least 1")),
+        (("batch_size=0",), ("batch_size=0", "at least 1")),
+        (("batch_size=7",), ("batch_size 7", "6 unlabeled images", "smaller batch_size")),
+        (("optim.lr=-1",), ("optim.lr=-1.0", "above 0")),
+        (("optim.lr=.nan",), ("optim.lr=nan",)),
+        (("optim.lr=[1",), ("optim.lr=[1", "YAML")),
+        (("epochs",), ("'epochs'", "key.path=value")),
+        (("method.name=nonsense",), ("method.name=nonsense", "one of", "fixmatch")),
+        (("method.warmup=3",), ("method.warmup: unknown option", "warmup_epochs")),
+        (("method.warmup_epochs=soon",), ("method.warmup_epochs='soon'", "must be int")),
+        (("method.labeled_view=blurred",), ("'blurred'", "strong")),
+        (("model.encoder=mit_b9",), ("model.encoder=mit_b9", "mit_b5")),
+        (("data.dataset=pascal",), ("pascal", "data.custom")),
+        (("data.custom=null",), ("data.dataset", "'tiny'", "pascal")),
+        (("data.custom.classes=[ground, left]",), ("masks/labeled/labeled0.png", "illegal mask values 2 (")),
+        (("data.custom.classes=[a, a, b]",), ("data.custom.classes", "named twice: a")),
+        (("data_root=/no/where",), ("data.data_root: /no/where", "ALLSPARK_DATA_TINY")),
+        (("data.custom.labeled_images=imgs",), ("data/imgs", "no such folder", "data.custom")),
+        (("--split", "1_3"), ("tiny/1_3/labeled.txt", "python -m allspark splits make")),
+        (("--labeled-id-path", "/no/list.txt"), ("/no/list.txt", "data.labeled_id_path")),
+        (("model.pretrained=/no/mit_b0.pth",), ("/no/mit_b0.pth", "no such weight file")),
+        (("model.init_from=/no/best.pth",), ("/no/best.pth", "no such weight file")),
+    ],
+    ids=lambda value: value[-1] if isinstance(value[0], str) and len(value) == 1 else None,
+)
+def test_recipe(words, told, place, refused):
+    refused(train.main, place.train(*words), *told)
+    assert not (place.run / "latest.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--dataset", "pascl", "--method", "allspark"), ("--dataset pascl", "there is", "pascal")),
+        (("--dataset", "pascal", "--method", "alspark"), ("--method alspark", "there is", "allspark")),
+        (("--dataset", "pascal"), ("--dataset and --method", "--config")),
+        ((), ("--dataset and --method", "--config")),
+        (("--config", "/no/recipe.yaml"), ("/no/recipe.yaml", "cannot be read")),
+    ],
+)
+def test_which_recipe(words, told, refused):
+    refused(train.main, words, *told)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: {dataset: tiny\n", "not valid YAML"),
+        ("epochs: [1, 2\nbatch_size: 3\n", "not valid YAML"),
+        ("- epochs\n- 3\n", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("epochs: 3\n", "data is missing"),
+    ],
+    ids=["open-brace", "open-bracket", "list", "empty", "incomplete"],
+)
+def test_recipe_file(text, told, place, refused):
+    place.config.write_text(text, encoding="utf-8")
+    refused(train.main, place.train(), place.config, told)
+
+
+def test_recipe_file_of_bytes(place, refused):
+    place.config.write_bytes(b"\xff\xfe\x00epochs")
+    refused(train.main, place.train(), place.config, "not valid YAML")
+
+
+def test_save_path_that_is_a_file(place, refused):
+    place.run.write_text("mine")
+    refused(train.main, place.train(), place.run)
+    assert place.run.read_text() == "mine"
+
+
+# Data: each case damages the place and says what the message must hold; the last words are its remedy
+
+
+@dataclass(frozen=True)
+class Damage:
+    name: str
+    do: Callable[[Path], None]  # to the data root
+    told: tuple[str, ...]
+    lists: bool = False  # name the files by lists instead of folders
+
+
+def save(path, array, **options):
+    Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def add_line(line):
+    def do(root):
+        with open(root / "lists" / "labeled.txt", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    return do
+
+
+def no_class_anywhere(root):
+    for path in (root / "masks" / "labeled").glob("*.png"):
+        save(path, np.full((64, 80), 255))
+
+
+def set_pixel(path, value):
+    mask = np.array(Image.open(path))
+    mask[0, 0] = value
+    save(path, mask)
+
+
+MASK, IMAGE = "masks/labeled/labeled1.png", "images/labeled/labeled1.png"
+DAMAGES = [
+    Damage("mask value", lambda root: set_pixel(root / MASK, 77), (MASK, "77 (1 pixel)", "0..2", "data.custom")),
+    Damage(
+        "val mask value",
+        lambda root: set_pixel(root / "masks/val/val1.png", 3),
+        ("masks/val/val1.png", "3 (1 pixel)", "Correct the mask"),
+    ),
+    Damage("RGB labels", lambda root: save(root / MASK, np.zeros((64, 80, 3))), (MASK, "found RGB", "8-bit")),
+    Damage("16-bit labels", lambda root: Image.new("I;16", (80, 64), 300).save(root / MASK), (MASK, "300", "8-bit")),
+    Damage("no class in any mask", no_class_anywhere, ("no pixel", "255")),
+    Damage("truncated image", lambda root: half(root / IMAGE), (IMAGE, "truncated", "copy it again")),
+    Damage(
+        "truncated val image",
+        lambda root: half(root / "images/val/val0.png"),
+        ("images/val/val0.png", "truncated", "copy it again"),
+    ),
+    Damage(
+        "truncated unlabeled image",
+        lambda root: half(root / "images/unlabeled/unlabeled5.png"),
+        ("images/unlabeled/unlabeled5.png", "truncated", "copy it again"),
+    ),
+    Damage("truncated mask", lambda root: half(root / MASK), (MASK, "truncated", "copy it again")),
+    Damage("empty image", lambda root: (root / IMAGE).write_bytes(b""), (IMAGE, "not an image")),
+    Damage("text for an image", lambda root: (root / IMAGE).write_text("hello"), (IMAGE, "not an image")),
+    Damage(
+        "mask of another size",
+        lambda root: save(root / MASK, np.zeros((64, 79))),
+        (IMAGE, MASK, "80 x 64", "79 x 64", "nearest"),
+    ),
+    Damage("folder without the mask", lambda root: (root / MASK).unlink(), (MASK, "does not exist", "data_root")),
+    Damage("missing mask", lambda root: (root / MASK).unlink(), ("labeled.txt line 2", MASK, "correct the list"), True),
+    Damage("missing image", lambda root: (root / IMAGE).unlink(), ("labeled.txt line 2", IMAGE, "correct"), True),
+    Damage("line without a mask", add_line(IMAGE), ("labeled.txt line 5", "has no mask"), True),
+    Damage("line of three words", add_line("a b c"), ("labeled.txt line 5", "3 columns", "tab"), True),
+    Damage(
+        "empty list", lambda root: (root / "lists/labeled.txt").write_text("\n"), ("labeled", "no labeled images"), True
+    ),
+    Damage("empty val list", lambda root: (root / "lists/val.txt").write_text(""), ("val list is empty",), True),
+    Damage("binary list", lambda root: shutil.copy(root / IMAGE, root / "lists/labeled.txt"), ("labeled.txt",), True),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_data(damage, place, refused):
+    damage.do(place.root)
+    words = place.lists("--method", "selftrain", "--save-path", place.run) if damage.lists else place.train()
+    refused(train.main, words, *damage.told)
+    assert not place.run.exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:1] + DAMAGES[-2:], ids=lambda damage: damage.name)
+def test_check_finds_the_same_before_a_run(damage, place, refused):
+    damage.do(place.root)
+    words = place.lists("--method", "selftrain") if damage.lists else ["--config", place.config]
+    refused(verbs.main, ["check", *words], *damage.told)
+
+
+def test_damage_that_the_start_did_not_open_is_told_no_worse(place, refused):
+    """Of many unlabeled images the start opens twenty; the others are found in a worker of the loader."""
+    for index in range(6, 24):
+        folder = place.root / "images" / "unlabeled"
+        shutil.copy(folder / "unlabeled0.png", folder / f"unlabeled{index}.png")
+    lists = resolve(load_config(place.config).data)
+    opened = some(lists.unlabeled, 20, np.random.default_rng(0))
+    unopened = [sample.image for sample in lists.unlabeled if sample not in opened]
+    for image in unopened:
+        half(image)
+    refused(train.main, place.train("num_workers=1"), "images/unlabeled/unlabeled", "truncated", "copy it again")
+    assert (place.run / "train.log").exists() and unopened, "it was found before the run, not in it"
+
+
+# Checkpoints and weight files
+
+
+class Code:
+    """What a hostile pickle does: calls a function when it is read."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def with_code(path, kind, folder):
+    if kind == "torch":
+        torch.save({"format": "allspark-1", "model": {"x": Code(folder)}}, path)
+    else:
+        path.write_bytes(pickle.dumps({"model": Code(folder)}))
+
+
+@pytest.fixture
+def readers(place):
+    """Everything that reads a checkpoint or weight file: (its main, its arguments, the word of its remedy)."""
+
+    def arguments(who, file):
+        if who == "resume":
+            place.run.mkdir()
+            shutil.copy(file, place.run / "latest.pth")
+            return train.main, place.train(), place.run / "latest.pth"
+        if who == "eval":
+            return eval_script.main, ["--checkpoint", file, "--device", "cpu"], file
+        return train.main, place.train(f"model.{who}={file}"), file
+
+    return arguments
+
+
+WHO = ["resume", "eval", "init_from", "pretrained"]
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_truncated_checkpoint(who, finished, readers, refused, tmp_path):
+    file = tmp_path / "half.pth"
+    shutil.copy(finished.run / "latest.pth", file)
+    half(file)
+    main, words, named = readers(who, file)
+    refused(
+        main, words, named, "not a readable", {"eval": "another one", "resume": "--fresh"}.get(who, "copy it again")
+    )
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle"])
+@pytest.mark.parametrize("who", WHO)
+def test_the_code_in_a_foreign_pickle_does_not_run(who, kind, readers, refused, tmp_path):
+    file, folder = tmp_path / "foreign.pth", tmp_path / "made_by_the_pickle"
+    with_code(file, kind, folder)
+    main, words, named = readers(who, file)
+    refused(main, words, named, "not a readable")
+    assert not folder.exists()
+    if kind == "torch":  # it would have run in the hands of another reader
+        torch.load(file, weights_only=False)
+    else:
+        pickle.loads(file.read_bytes())
+    assert folder.exists()
+
+
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("content", [{"anything": 1}, [1, 2], {"format": "allspark-1"}], ids=["dict", "list", "empty"])
+def test_file_of_another_program(content, who, readers, refused, tmp_path):
+    file = tmp_path / "other.pth"
+    torch.save(content, file)
+    main, words, named = readers(who, file)
+    refused(main, words, named)
+
+
+def test_missing_checkpoint(refused):
+    refused(eval_script.main, ["--checkpoint", "/no/best.pth"], "/no/best.pth", "no such checkpoint", "best.pth")
+
+
+def test_checkpoint_of_another_class_count(finished, refused, tmp_path):
+    content = torch.load(finished.run / "best.pth", weights_only=True)
+    content["recipe"]["data"]["custom"]["classes"].append("fourth")
+    torch.save(content, tmp_path / "four.pth")
+    told = ("four.pth", "(3, ", "(4, ", "other classes")
+    refused(eval_script.main, ["--checkpoint", tmp_path / "four.pth", "--device", "cpu"], *told)
+
+
+def test_run_of_another_class_count(finished, refused):
+    argv = finished.train("data.custom.classes=[ground, left, right, fourth]")
+    refused(train.main, argv, finished.run, "data.custom.classes", "fourth", "--fresh")
+
+
+def test_checkpoint_of_another_data_set(finished, refused):
+    argv = ["--checkpoint", finished.run / "best.pth", "--dataset", "pascal", "--device", "cpu"]
+    refused(eval_script.main, argv, "--dataset pascal", "tiny")
+
+
+def test_weights_of_another_encoder(finished, place, refused):
+    for key in ("pretrained", "init_from"):
+        argv = place.train("model.encoder=mit_b1", f"model.{key}={finished.run / 'best.pth'}")
+        refused(train.main, argv, finished.run / "best.pth", "does not fit", "stages.0", "model.encoder")
+
+
+def test_evaluation_without_its_data(finished, refused, tmp_path):
+    argv = ["--checkpoint", finished.run / "best.pth", "--device", "cpu", "--data-root"]
+    refused(eval_script.main, [*argv, "/no/where"], "/no/where", "ALLSPARK_DATA_TINY")
+    refused(eval_script.main, [*argv, tmp_path], tmp_path / "images" / "val", "data_root")
+
+
+def test_save_path_of_a_run_with_another_recipe(finished, refused):
+    refused(train.main, finished.train("seed=1"), finished.run, "seed: 0 -> 1", "--save-path", "--fresh")
+
+
+# Real processes: the exit code that a shell sees
+
+
+@pytest.fixture(scope="module")
+def processes(tiny_root, finished, start_process, tmp_path_factory):
+    """One of each kind, started together: name -> (process, what its message holds)."""
+    root = tmp_path_factory.mktemp("damaged") / "data"
+    roots = {}
+    for name, damage in (("image", DAMAGES[5]), ("mask", DAMAGES[0])):
+        shutil.copytree(tiny_root, root / name)
+        damage.do(root / name)
+        roots[name] = (f"data_root={root / name}", damage.told)
+    run = ["train.py", "--config", finished.config, "--save-path", root / "run"]
+    half_written = root / "half.pth"
+    half_written.write_bytes((finished.run / "best.pth").read_bytes()[:100_000])
+    check = ["-m", "allspark", "check", "--config", finished.config]
+    commands = {
+        "config": ([*run, "optim.learning_rate=3"], ("optim.learning_rate: unknown key",)),
+        "split": ([*check, "--split", "1_3"], ("tiny/1_3/labeled.txt", "splits make")),
+        "image": ([*run, roots["image"][0]], roots["image"][1]),
+        "mask": ([*check, roots["mask"][0]], roots["mask"][1]),
+        "checkpoint": (["eval.py", "--checkpoint", half_written], ("half.pth", "not a readable checkpoint")),
+    }
+    return {name: (start_process(words), told) for name, (words, told) in commands.items()}
+
+
+@pytest.mark.parametrize("kind", ["config", "split", "image", "mask", "checkpoint"])
+def test_real_process(kind, processes):
+    process, told = processes[kind]
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 2, err
+    assert_one_line(err)
+    assert "Traceback" not in out
+    for words in told:
+        assert words in err
