@@ -22,7 +22,7 @@ from allspark.errors import run_main
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "processes")  # which work while the other tests run
 
 
 @pytest.fixture
@@ -366,7 +366,7 @@ def test_save_path_of_a_run_with_another_recipe(finished, refused):
 
 @pytest.fixture(scope="module")
 def processes(tiny_root, finished, start_process, tmp_path_factory):
-    """One of each kind, started together: name -> (process, what its message holds)."""
+    """One of each kind, started with the module's first test: name -> (process, what its message holds)."""
     root = tmp_path_factory.mktemp("damaged") / "data"
     roots = {}
     for name, damage in (("image", DAMAGES[5]), ("mask", DAMAGES[0])):

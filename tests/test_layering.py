@@ -64,9 +64,9 @@ def test_no_hard_wired_device_or_data_set():
 
 
 def test_no_long_function_without_a_reason():
-    """40 lines and no more; the loop of train.py is the one that is read from top to bottom."""
+    """40 lines and no more; the run in train.py is the one that is read from top to bottom."""
     reasons = {"train.py:train"}
     for path in (*FILES, ROOT / "train.py", ROOT / "eval.py", *(ROOT / "allspark/cli").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and f"{path.name}:{node.name}" not in reasons:
-                assert node.end_lineno - node.lineno < 50, f"{path.name}:{node.name}"
+                assert node.end_lineno - node.lineno < 40, f"{path.name}:{node.name}"

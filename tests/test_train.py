@@ -24,7 +24,7 @@ METHODS = sorted(path.stem for path in (CONFIG_ROOT / "methods").glob("*.yaml"))
 NAMES = Path(__file__).parent / "golden" / "names.json"
 NO_STEP = "optim.lr=1e-30"  # a run whose weights stay where they were to the last bit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "launched")  # torchrun works beside the tests
 
 
 def load(path):
@@ -167,17 +167,25 @@ def test_a_killed_run_goes_on_bit_for_bit(resumed, finished):
     assert "resumed behind epoch 0, step 3" in (resumed / "train.log").read_text(encoding="utf-8")
 
 
+def test_a_kill_between_two_checkpoints_does_not_lose_the_best(resumed, finished):
+    """It was killed when latest.pth stood there: best.pth has to be there before it."""
+    straight, again = (load(run / "best.pth") for run in (finished.run, resumed))
+    assert_same_tensors(straight["model"], again["model"])
+
+
 def test_a_killed_run_logs_what_the_straight_one_logged(resumed, finished):
     assert without_speed(resumed) == without_speed(finished.run)
 
 
 def test_a_finished_run_is_left_as_it_is(resumed, finished):
-    files = [resumed / name for name in ("latest.pth", "best.pth", "metrics.jsonl", "config.yaml")]
-    before = [file.read_bytes() for file in files]
+    def results():
+        return {path.name: path.read_bytes() for path in resumed.iterdir() if path.suffix in (".pth", ".jsonl")}
+
+    before = results()
     words = ["--config", str(finished.config), "--save-path", str(resumed)]
     assert run_main(train.main, words) == 0
     assert run_main(train.main, [*words, "log_interval=7", "num_workers=1"]) == 0  # these decide no result
-    assert [file.read_bytes() for file in files[:3]] == before[:3]
+    assert results() == before
 
 
 def test_another_recipe_is_refused_and_touches_nothing(finished, capsys):
@@ -207,17 +215,26 @@ def test_a_diverged_run_saves_nothing_and_says_what_to_lower(place, capsys):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tiny_root, finished, start_process, tmp_path_factory):
-    """The recipe, its first epoch supervised, under torchrun on two CPU processes: (folder of the run, stdout)."""
+def launched(finished, start_process, tmp_path_factory):
+    """train.py under torchrun on two CPU processes, its first epoch supervised: (folder of the run, the launcher).
+
+    Started with the module's first test and waited for by the last that needs it.
+    """
     run = tmp_path_factory.mktemp("two") / "run"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = ["--config", finished.config, "--save-path", run, "log_interval=1", "burn_in_epochs=1"]
-    process = start_process([*launcher, "train.py", *words])
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    yield run, out
+    yield run, start_process([*launcher, "train.py", *words])
     for file in run.glob("*.pth"):
         file.unlink()
+
+
+@pytest.fixture(scope="module")
+def two_processes(launched):
+    """(folder of the finished run, what was printed)."""
+    run, process = launched
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    return run, out
 
 
 def test_torchrun_gives_one_log_and_one_checkpoint(two_processes, read_metrics):
@@ -230,17 +247,11 @@ def test_torchrun_gives_one_log_and_one_checkpoint(two_processes, read_metrics):
     assert "2 process(es) on cpu" in log
     for text in (log, out):
         assert text.count("epoch 1: mIoU") == 1
-    names = [path.name for path in run.iterdir()]
-    assert sorted(name for name in names if not name.startswith("events.")) == [
-        "best.pth",
-        "config.yaml",
-        "latest.pth",
-        "metrics.jsonl",
-        "train.log",
-    ]
-    assert len(names) == 6, "events of one process"
-    state = load(run / "latest.pth")["model"]
-    assert not [name for name in state if name.startswith("module.")]
+    names = {path.name for path in run.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert names - events == {"config.yaml", "latest.pth", "best.pth", "metrics.jsonl", "train.log"}
+    assert len(events) == 1
+    assert not [name for name in load(run / "latest.pth")["model"] if name.startswith("module.")]
 
 
 def test_one_process_and_two_give_the_same_scores(two_processes, read_metrics, start_process, tmp_path):
@@ -249,12 +260,12 @@ def test_one_process_and_two_give_the_same_scores(two_processes, read_metrics, s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what a launcher sets
     pair = [start_process(["eval.py", *words, tmp_path / "2.json"], RANK=r, LOCAL_RANK=r, **group) for r in (0, 1)]
     assert run_main(eval_script.main, [*map(str, words), str(tmp_path / "1.json")]) == 0
     printed = []
     for process in pair:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
         printed.append(out)
     assert "mean of 3 classes" in printed[0] and not printed[1]
