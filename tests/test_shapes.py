@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from allspark.data import shapes
+from allspark.data.base import IGNORE_INDEX
 from allspark.errors import UserError
 
 # As first written: sha256 of the mask, every 32nd pixel, mean per channel. A change here voids recorded results.
@@ -57,12 +58,12 @@ def test_images_do_not_depend_on_what_was_drawn_before():
 def test_every_class_is_there_and_none_rules():
     masks = np.stack([shapes.render("val", index)[1] for index in range(40)])
     assert masks.shape[1:] == (shapes.SIZE, shapes.SIZE)
-    assert set(np.unique(masks)) == {*range(shapes.SPEC.num_classes), shapes.IGNORE}
+    assert set(np.unique(masks)) == {*range(shapes.SPEC.num_classes), IGNORE_INDEX}
     share = np.bincount(masks.ravel(), minlength=256) / masks.size
     objects = share[1 : shapes.SPEC.num_classes]
     assert objects.max() < 3 * objects.min()
     assert 0.4 < share[0] < 0.8
-    assert share[shapes.IGNORE] < 0.05
+    assert share[IGNORE_INDEX] < 0.05
 
 
 @pytest.mark.parametrize("outline", [outline for outline, _ in shapes.OBJECTS.values()])
