@@ -47,10 +47,12 @@ class Start:
     best: dict[str, float] = dataclasses.field(default_factory=lambda: {"miou": -1.0, "epoch": -1})
 
 
-def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
+def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool = False) -> None:
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
     notes = check_data(recipe.data, spec, lists)
+    if fresh:
+        move_aside(save_path)
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
@@ -60,6 +62,10 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
     method.attach(model)
     optimizer = build_optimizer(recipe.optim, model)
     start = resume(save_path, recipe, model, method, optimizer)
+    if start.epoch == recipe.epochs:
+        if distributed.is_main():
+            print(f"{save_path}: this run is finished, best mIoU {start.best['miou']:.2f}; --fresh would start over")
+        return
     network = wrap(model, device)
 
     loaders = TrainLoader(
@@ -99,6 +105,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
             method.after_step(network, progress)
             step += 1
             log.add(losses, step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
+        log.flush()
 
         last = epoch + 1 == recipe.epochs
         improved = False
@@ -114,9 +121,9 @@ def train(recipe: Recipe, save_path: Path, device: torch.device) -> None:
             log.info(f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']})")
         if distributed.is_main():
             content = checkpoint_content(recipe, lists, model, method, optimizer, Start(epoch + 1, step, best))
-            save_checkpoint(save_path / LATEST, content)
-            if improved:
+            if improved:  # before latest.pth: a run killed in between does this epoch again, and its best with it
                 save_checkpoint(save_path / BEST, content)
+            save_checkpoint(save_path / LATEST, content)
     log.close()
 
 
@@ -172,7 +179,10 @@ def seed_step(seed: int, step: int) -> None:
 
 def open_log(save_path: Path, recipe: Recipe, start: Start, total_steps: int) -> RunLog:
     if distributed.is_main():
-        save_path.mkdir(parents=True, exist_ok=True)
+        try:
+            save_path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save-path {save_path}: cannot be made ({error.strerror}); choose another") from None
         (save_path / "config.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False), encoding="utf-8")
     return RunLog(
         save_path,
@@ -194,9 +204,7 @@ def describe(recipe: Recipe, model: Segmentor, device: torch.device, total_steps
     ]
     if recipe.batch_size // distributed.world_size() == 1 and recipe.method.name != "supervised":
         lines.append("one image per process: CutMix has no other image to paste from and is off")
-    if start.epoch == recipe.epochs:
-        lines.append(f"this run is finished; best mIoU {start.best['miou']:.2f}; --fresh would start over")
-    elif start.step:
+    if start.step:
         lines.append(f"resumed behind epoch {start.epoch - 1}, step {start.step}")
     return lines
 
@@ -204,7 +212,9 @@ def describe(recipe: Recipe, model: Segmentor, device: torch.device, total_steps
 def move_aside(save_path: Path) -> None:
     """--fresh: the old run keeps its files under another name."""
     if distributed.is_main() and save_path.exists():
-        save_path.rename(save_path.with_name(f"{save_path.name}.{datetime.now():%Y%m%d-%H%M%S}"))
+        aside = save_path.with_name(f"{save_path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+        save_path.rename(aside)
+        print(f"{save_path} was moved to {aside}")
     distributed.barrier()
 
 
@@ -229,9 +239,7 @@ def main(argv: Sequence[str]) -> None:
     save_path = args.save_path or default
     device = distributed.init(recipe.device, args.port)
     try:
-        if args.fresh:
-            move_aside(save_path)
-        train(recipe, save_path, device)
+        train(recipe, save_path, device, fresh=args.fresh)
     finally:
         distributed.close()
 

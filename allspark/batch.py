@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allspark.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -29,6 +31,10 @@ class Views:
     strong: tuple[str, ...] = ()
     cutmix: float = 0.0  # probability that a strong view gets a CutMix box
     unlabeled: bool = True  # False: the method uses no unlabeled images and none is read
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cutmix <= 1:
+            raise UserError(f"method.cutmix={self.cutmix} is a probability and must be in 0..1")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import os
 import re
 import types
@@ -156,39 +157,44 @@ def root_variable(dataset: str) -> str:
     return "ALLSPARK_DATA_" + re.sub(r"\W", "_", dataset.upper())
 
 
-LEAST = {  # key path -> smallest value; a value of None is left alone
-    "epochs": 1,
-    "batch_size": 1,
-    "burn_in_epochs": 0,
-    "seed": 0,
-    "log_interval": 1,
-    "data.crop_size": 64,
-    "data.num_workers": 0,
-    "model.decoder_channels": 1,
-    "model.bottleneck.num_heads": 1,
-    "evaluation.interval": 1,
-    "evaluation.window": 32,
-    "criterion.min_kept": 0,
+INF = float("inf")
+RANGES = {  # key path -> smallest and largest value; None is left alone
+    "epochs": (1, INF),
+    "batch_size": (1, INF),
+    "burn_in_epochs": (0, INF),
+    "seed": (0, 2**31 - 1),
+    "log_interval": (1, INF),
+    "data.crop_size": (64, 2**14),
+    "data.num_workers": (0, 1024),
+    "model.decoder_channels": (1, 2**14),
+    "model.drop_path": (0, 0.99),
+    "model.dropout": (0, 0.99),
+    "model.bottleneck.dropout": (0, 0.99),
+    "model.bottleneck.num_heads": (1, 64),
+    "optim.lr_multi": (0, 1e6),
+    "optim.momentum": (0, 0.9999),
+    "optim.weight_decay": (0, 1e3),
+    "optim.power": (0, 100),
+    "criterion.thresh": (0, 1),
+    "criterion.min_kept": (0, INF),
+    "evaluation.interval": (1, INF),
+    "evaluation.window": (32, 2**14),
 }
-RATES = ("model.drop_path", "model.dropout", "model.bottleneck.dropout")
 
 
 def _check_ranges(recipe: Recipe, source: str) -> None:
-    def value_of(path: str) -> Any:
-        return functools.reduce(getattr, path.split("."), recipe)
-
-    for path, least in LEAST.items():
-        value = value_of(path)
-        if value is not None and value < least:
-            raise UserError(f"{source}: {path}={value} must be at least {least}")
-    for path in RATES:
-        if not 0 <= value_of(path) < 1:
-            raise UserError(f"{source}: {path}={value_of(path)} is a rate and must be in [0, 1)")
-    if not recipe.optim.lr > 0:
+    for path, (least, most) in RANGES.items():
+        value = functools.reduce(getattr, path.split("."), recipe)
+        if value is not None and not (math.isfinite(value) and least <= value <= most):
+            want = f"at least {least}" if most == INF else f"between {least} and {most}"
+            raise UserError(f"{source}: {path}={value} must be {want}")
+    if not 0 < recipe.optim.lr < INF:
         raise UserError(f"{source}: optim.lr={recipe.optim.lr} must be above 0")
     low, high = recipe.data.scale_range
-    if not 0 < low <= high:
-        raise UserError(f"{source}: data.scale_range=[{low}, {high}] must be two factors above 0, the smaller first")
+    if not 0.01 <= low <= high <= 100:
+        raise UserError(
+            f"{source}: data.scale_range=[{low}, {high}] must be two factors of 0.01..100, the smaller first"
+        )
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:

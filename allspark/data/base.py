@@ -18,6 +18,7 @@ from allspark.errors import UserError
 IGNORE_INDEX = 255  # of every decoded mask, whatever the files hold
 
 THREADS = 8  # that read files at once
+MIN_SIDE = 32  # pixels; the smallest image that the models predict
 MAX_PIXELS = 250_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above twice this
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from allspark.config import DataConfig
-from allspark.data.base import DatasetSpec, Sample, at_once, read_image, read_pair
+from allspark.data.base import MIN_SIDE, DatasetSpec, Sample, at_once, read_image, read_pair
 from allspark.data.splits import Lists
 from allspark.errors import UserError
 
@@ -22,11 +22,9 @@ def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0)
     labeled = some(lists.labeled, len(lists.labeled) if len(lists.labeled) <= 500 else 200, rng)
     val, unlabeled = some(lists.val, 50, rng), some(lists.unlabeled, 20, rng)
 
-    def values(sample: Sample) -> np.ndarray:
-        return np.unique(read_pair(sample, spec)[1])
-
-    tasks = [partial(values, sample) for sample in (*labeled, *val)]
-    found = at_once(tasks + [partial(check_image, sample) for sample in unlabeled])[: len(labeled)]
+    tasks = [partial(mask_values, sample, spec) for sample in labeled]
+    tasks += [partial(check_val, sample, spec) for sample in val]
+    found = at_once(tasks + [partial(read_image, sample.image) for sample in unlabeled])[: len(labeled)]
     counts = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} val images"
     notes = [f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts}"]
     present = set(np.concatenate(found).tolist()) - {spec.ignore_index}
@@ -39,8 +37,15 @@ def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0)
     return notes + overlaps(lists)
 
 
-def check_image(sample: Sample) -> None:
-    read_image(sample.image)
+def mask_values(sample: Sample, spec: DatasetSpec) -> np.ndarray:
+    return np.unique(read_pair(sample, spec)[1])
+
+
+def check_val(sample: Sample, spec: DatasetSpec) -> None:
+    image, _ = read_pair(sample, spec)
+    if min(image.shape[:2]) < MIN_SIDE:
+        height, width = image.shape[:2]
+        raise UserError(f"{sample.image}: {width} x {height} pixels; evaluation needs at least {MIN_SIDE} on each side")
 
 
 def some(samples: Sequence[Sample], at_most: int, rng: np.random.Generator) -> list[Sample]:

@@ -45,7 +45,11 @@ def read_list(path: Path, data_root: Path, mask_path: Callable[[str], str] = sam
 def read_entries(path: Path, data_root: Path, mask_path: Callable[[str], str] = same_path) -> list[Entry]:
     path, data_root = Path(path), Path(data_root)
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a list, it is no UTF-8 text; give a file of `image mask` lines") from None
+    for number, line in enumerate(lines, start=1):
         columns = columns_of(line)
         if len(columns) > 2:
             raise UserError(

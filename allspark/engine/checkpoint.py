@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from allspark.errors import UserError
 
 FORMAT = "allspark-1"
+KEYS = ("model", "epoch", "step", "recipe", "split")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -31,7 +33,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a best.pth or latest.pth")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of a pickle that it then refuses
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, bit-flipped, foreign, or holding code: torch raises many kinds
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
@@ -40,6 +44,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: no checkpoint of this program (format '{FORMAT}'); give one that train.py wrote")
+    if missing := [key for key in KEYS if key not in content]:
+        raise UserError(f"{path}: not a checkpoint of train.py, it has no '{missing[0]}'; use another one")
     return content
 
 

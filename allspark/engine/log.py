@@ -46,8 +46,15 @@ class RunLog:
         self.images += images
         if self.active:
             self.bar.update()
-        if len(self.kept) < self.interval:
+        self.last = step, epoch, lr
+        if len(self.kept) >= self.interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Log what was kept; at the end of an epoch too, so that a resumed run averages over the same steps."""
+        if not self.kept:
             return
+        step, epoch, lr = self.last
         values = mean_values(self.kept)
         seconds = time.perf_counter() - self.since
         speed = self.images / seconds

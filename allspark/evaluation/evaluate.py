@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from allspark import distributed
 from allspark.batch import normalize
-from allspark.data.base import DatasetSpec
+from allspark.data.base import MIN_SIDE, DatasetSpec
 from allspark.errors import UserError
-from allspark.evaluation.inference import MIN_SIDE, Inference, class_scores
+from allspark.evaluation.inference import Inference, class_scores
 from allspark.evaluation.metrics import ConfusionMatrix, Scores
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name

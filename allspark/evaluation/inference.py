@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allspark.data.base import DatasetSpec
+from allspark.data.base import MIN_SIDE, DatasetSpec
 from allspark.errors import UserError
 
 MODES = ("whole", "center_crop", "sliding_window")
-MIN_SIDE = 32  # pixels; the smallest input that the models take
 
 
 @dataclass(frozen=True)
