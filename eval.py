@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from allspark import distributed
 from allspark.cli.loading import Loaded, load_for_inference
-from allspark.config import Recipe, load_recipe
-from allspark.data import spec_for, splits
+from allspark.config import Recipe
+from allspark.data import splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
@@ -27,11 +28,10 @@ from allspark.evaluation.pictures import colorize, overlay, save_index_png, save
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    device = distributed.init(args.device)
-    try:
+    with distributed.process_group(args.device) as device:
         loaded = load_for_inference(args.checkpoint, device)
         recipe = recipe_for(loaded, args)
-        spec = spec_for(recipe.data)
+        spec = loaded.spec
         mode = args.mode or recipe.evaluation.mode
         inference = inference_for(
             spec, recipe.data.crop_size, mode, recipe.evaluation.window, scales=args.scales, flip=args.flip
@@ -58,15 +58,13 @@ def main(argv: Sequence[str]) -> None:
             print(format_table(scores, spec.classes))
             if args.json is not None:
                 write_json(summary(scores, spec, inference, loaded), args.json)
-    finally:
-        distributed.close()
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
     parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipe says")
-    parser.add_argument("--dataset", help="needed for an imported checkpoint, which has no recipe")
+    parser.add_argument("--dataset", help="a check: the data set that the checkpoint must be of")
     parser.add_argument("--mode", choices=MODES, help="default: the recipe's, else the data set's own")
     parser.add_argument("--scales", type=scale_list, default=(1.0,), metavar="S,S", help="such as 0.75,1,1.25")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
@@ -94,13 +92,9 @@ def positive(text: str) -> int:
 
 
 def recipe_for(loaded: Loaded, args: argparse.Namespace) -> Recipe:
-    """The checkpoint's recipe, or for an imported one that of --dataset; with --data-root put in."""
+    """The checkpoint's recipe, with --data-root put in."""
     recipe = loaded.recipe
-    if recipe is None:
-        if args.dataset is None:
-            raise UserError(f"{args.checkpoint} has no recipe (imported weights): name its data set with --dataset")
-        recipe = load_recipe(args.dataset, "supervised")  # for its data and evaluation; the model is there already
-    elif args.dataset not in (None, recipe.data.dataset):
+    if args.dataset not in (None, recipe.data.dataset):
         raise UserError(
             f"--dataset {args.dataset}: {args.checkpoint} was trained on {recipe.data.dataset} and knows its recipe; "
             "leave --dataset out, and name other images with --data-root and --list"
@@ -129,8 +123,9 @@ class NamedImages(SegmentationDataset):
         super().__init__(samples, spec)
         self.names = [sample.image.stem for sample in samples]
         if len(set(self.names)) < len(self.names):
-            top = os.path.commonpath([sample.image.parent for sample in samples])
-            self.names = [sample.image.relative_to(top).with_suffix("").as_posix() for sample in samples]
+            images = [Path(os.path.abspath(sample.image)) for sample in samples]  # no .. in a name of a file we write
+            top = os.path.commonpath([image.parent for image in images])
+            self.names = [image.relative_to(top).with_suffix("").as_posix() for image in images]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
         image, mask, _ = super().__getitem__(index)
@@ -161,6 +156,8 @@ def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> None:
     if args.json is not None and args.json.is_dir():
         raise UserError(f"--json {args.json} is a folder; name a file in it")
     if args.save_dir is not None:
+        if twice := [name for name, count in Counter(dataset.names).items() if count > 1]:
+            raise UserError(f"--save-dir: two images of the list have the name {twice[0]}; each may stand there once")
         inputs = {path.resolve() for sample in dataset.samples for path in (sample.image, sample.mask)}
         for name in dataset.names:
             if (args.save_dir / f"{name}.png").resolve() in inputs:

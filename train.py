@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,11 +23,10 @@ from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset
-from allspark.data.loaders import TrainLoader
 from allspark.data.preflight import check_data
 from allspark.data.splits import Lists, resolve
-from allspark.engine.checkpoint import load_checkpoint, load_state, save_checkpoint
-from allspark.engine.log import RunLog
+from allspark.engine.checkpoint import TO_RESUME, load_checkpoint, load_state, save_checkpoint
+from allspark.engine.log import METRICS, RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
@@ -45,45 +45,37 @@ class Start:
     epoch: int = 0
     step: int = 0
     best: dict[str, float] = dataclasses.field(default_factory=lambda: {"miou": -1.0, "epoch": -1})
+    world_size: int | None = None  # with which it went so far
 
 
 def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool = False) -> None:
+    """A run from its first check to its last checkpoint. Long, because it is what happens, in order."""
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
     notes = check_data(recipe.data, spec, lists)
-    if fresh:
-        move_aside(save_path)
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
-    if not (save_path / LATEST).exists():
+    if fresh or not (save_path / LATEST).exists():
         notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     method = recipe_words.build_method(recipe, spec).to(device)
     method.attach(model)
     optimizer = build_optimizer(recipe.optim, model)
-    start = resume(save_path, recipe, model, method, optimizer)
+    loaders = recipe_words.build_loader(recipe, lists, spec, method.views)
+    val = SegmentationDataset(lists.val, spec)
+    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+
+    if fresh:
+        move_aside(save_path)
+    start = resume(save_path, recipe, lists, model, method, optimizer)
     if start.epoch == recipe.epochs:
         if distributed.is_main():
             print(f"{save_path}: this run is finished, best mIoU {start.best['miou']:.2f}; --fresh would start over")
         return
     network = wrap(model, device)
-
-    loaders = TrainLoader(
-        lists,
-        spec,
-        recipe.data,
-        method.views,
-        recipe.batch_size,
-        recipe.seed,
-        recipe.epoch_of,
-        distributed.rank(),
-        distributed.world_size(),
-    )
-    val = SegmentationDataset(lists.val, spec)
-    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
     total_steps = recipe.epochs * loaders.steps_per_epoch
     log = open_log(save_path, recipe, start, total_steps)
-    for note in (*describe(recipe, model, device, total_steps, start), *notes):
+    for note in (*describe(recipe, model, method, device, total_steps, start), *notes):
         log.info(note)
 
     step, best = start.step, start.best
@@ -106,11 +98,13 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
             step += 1
             log.add(losses, step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
         log.flush()
+        if not distributed.all_finite(model):
+            raise UserError(f"step {step}: a weight is not a number; lower optim.lr and start over with --fresh")
+        distributed.share_batchnorm_statistics(model)
 
         last = epoch + 1 == recipe.epochs
         improved = False
         if last or (epoch + 1) % recipe.evaluation.interval == 0:
-            distributed.share_batchnorm_statistics(model)
             workers = recipe.data.num_workers
             scores = evaluate(
                 method.predictor(network), val, spec, device, inference, num_workers=workers, progress=True
@@ -128,22 +122,27 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
 
 
 def resume(
-    save_path: Path, recipe: Recipe, model: Segmentor, method: Method, optimizer: torch.optim.Optimizer
+    save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, method: Method, optimizer: torch.optim.Optimizer
 ) -> Start:
-    """Continue from <save_path>/latest.pth, if there is one and it belongs to the same recipe."""
+    """Continue from <save_path>/latest.pth, if there is one and it belongs to the same recipe and lists."""
     latest = save_path / LATEST
     if not latest.exists():
         return Start()
-    content = load_checkpoint(latest)
+    content = load_checkpoint(latest, TO_RESUME)
     if changed := differences(content["recipe"], to_plain(recipe)):
         raise UserError(
             f"{save_path}: holds a run with another recipe ({'; '.join(changed[:5])}); "
             f"choose another --save-path, or --fresh to move the old run aside"
         )
+    if content["split"]["sha256"] != lists.hash:
+        raise UserError(
+            f"{latest}: this run began with other images in its lists (split {content['split']['name']}); "
+            f"restore them, or --fresh to move the old run aside"
+        )
     load_state(model, content["model"], latest)
     load_state(method, content["method"], latest)
     optimizer.load_state_dict(content["optimizer"])
-    return Start(content["epoch"], content["step"], content["best"])
+    return Start(content["epoch"], content["step"], content["best"], content.get("world_size"))
 
 
 def checkpoint_content(
@@ -158,6 +157,7 @@ def checkpoint_content(
         "best": reached.best,
         "recipe": to_plain(recipe),
         "split": {"name": lists.name, "sha256": lists.hash},
+        "world_size": distributed.world_size(),
     }
 
 
@@ -168,8 +168,11 @@ def wrap(model: Segmentor, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     devices = [device] if device.type == "cuda" else None
-    # Buffers are nobody's to overwrite: the memory states its own policy, batch norm is shared before an evaluation
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    # Buffers are nobody's to overwrite: the memory states its own policy, batch norm is shared at the end of an epoch,
+    # and all start alike because every process built the model from the same seed.
+    with warnings.catch_warnings():  # newer torch renames the argument, older torch knows only this name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -193,7 +196,9 @@ def open_log(save_path: Path, recipe: Recipe, start: Start, total_steps: int) ->
     )
 
 
-def describe(recipe: Recipe, model: Segmentor, device: torch.device, total_steps: int, start: Start) -> list[str]:
+def describe(
+    recipe: Recipe, model: Segmentor, method: Method, device: torch.device, total_steps: int, start: Start
+) -> list[str]:
     """What is about to run, in a few lines."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     lines = [
@@ -202,16 +207,18 @@ def describe(recipe: Recipe, model: Segmentor, device: torch.device, total_steps
         f"{distributed.world_size()} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}",
         f"{recipe.epochs} epochs, {total_steps} steps of {recipe.batch_size} labeled images",
     ]
-    if recipe.batch_size // distributed.world_size() == 1 and recipe.method.name != "supervised":
+    if method.views.cutmix and recipe.batch_size // distributed.world_size() == 1:
         lines.append("one image per process: CutMix has no other image to paste from and is off")
     if start.step:
         lines.append(f"resumed behind epoch {start.epoch - 1}, step {start.step}")
+        if start.world_size != distributed.world_size():
+            lines.append(f"went so far with {start.world_size} process(es), goes on with {distributed.world_size()}")
     return lines
 
 
 def move_aside(save_path: Path) -> None:
-    """--fresh: the old run keeps its files under another name."""
-    if distributed.is_main() and save_path.exists():
+    """--fresh: the old run keeps its files under another name. A folder that is no run is left where it is."""
+    if distributed.is_main() and any((save_path / name).exists() for name in (LATEST, METRICS)):
         aside = save_path.with_name(f"{save_path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
         save_path.rename(aside)
         print(f"{save_path} was moved to {aside}")
@@ -229,19 +236,22 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def default_path(recipe: Recipe, method: str) -> Path:
+    """exp/<dataset>/<method>/<split>, whatever a recipe calls them: nothing leads out of exp."""
+    names = (recipe.data.dataset, method, recipe.data.split or "own")
+    return Path("exp", *(name.replace("/", "_").replace("\\", "_").replace("..", "_") for name in names))
+
+
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     recipe = recipe_words.recipe_of(args)
+    recipe_words.build_method(recipe, spec_for(recipe.data))  # refused before a file is touched
     if args.print_config:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return
-    default = Path("exp") / recipe.data.dataset / (args.method or recipe.method.name) / (recipe.data.split or "own")
-    save_path = args.save_path or default
-    device = distributed.init(recipe.device, args.port)
-    try:
+    save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
+    with distributed.process_group(recipe.device, args.port) as device:
         train(recipe, save_path, device, fresh=args.fresh)
-    finally:
-        distributed.close()
 
 
 if __name__ == "__main__":

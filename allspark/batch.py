@@ -35,6 +35,8 @@ class Views:
     def __post_init__(self) -> None:
         if not 0 <= self.cutmix <= 1:
             raise UserError(f"method.cutmix={self.cutmix} is a probability and must be in 0..1")
+        if self.cutmix and not self.strong:
+            raise UserError(f"method.cutmix={self.cutmix} needs a strong view: set method.unlabeled_view=strong")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
 import os
 import re
 import types
@@ -131,8 +130,16 @@ RUN_KEYS = ("data.data_root", "data.num_workers", "device", "log_interval", "eva
 def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """configs/datasets/<dataset>.yaml, configs/methods/<method>.yaml, its section `datasets: <dataset>:`, overrides."""
     base = read_yaml(_find("datasets", dataset))
-    own = read_yaml(_find("methods", method))
-    special = own.pop("datasets", {}).get(dataset, {})
+    path = _find("methods", method)
+    own = read_yaml(path)
+    sections = own.pop("datasets", None) or {}
+    if not isinstance(sections, Mapping):
+        raise UserError(f"{path}: datasets={sections!r} must be a section of data set names")
+    for name in sections:
+        _find("datasets", str(name))
+    special = sections.get(dataset) or {}
+    if not isinstance(special, Mapping):
+        raise UserError(f"{path}: datasets.{dataset}={special!r} must be a section of keys")
     return build_recipe(merge(merge(base, own), special), overrides, f"--dataset {dataset} --method {method}")
 
 
@@ -143,10 +150,12 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None, source: str) -> Recipe:
     """Fill the dataclasses; every unknown key, missing key or wrong type is an error that names the key's full path."""
-    for key, value in (overrides or {}).items():
-        content = merge(content, _nest(full_key(key), value))
+    given = {full_key(key): value for key, value in (overrides or {}).items()}
+    for key, value in given.items():
+        content = merge(content, _nest(key, value))
     recipe = _convert(content, Recipe, "", source)
-    if root := os.environ.get(root_variable(recipe.data.dataset)):
+    root = os.environ.get(root_variable(recipe.data.dataset))
+    if root and "data.data_root" not in given:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data_root=root))
     _check_ranges(recipe, source)
     return recipe
@@ -157,7 +166,7 @@ def root_variable(dataset: str) -> str:
     return "ALLSPARK_DATA_" + re.sub(r"\W", "_", dataset.upper())
 
 
-INF = float("inf")
+INF = 2**31 - 1  # of a count: no upper end that anybody meets
 RANGES = {  # key path -> smallest and largest value; None is left alone
     "epochs": (1, INF),
     "batch_size": (1, INF),
@@ -185,8 +194,8 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
 def _check_ranges(recipe: Recipe, source: str) -> None:
     for path, (least, most) in RANGES.items():
         value = functools.reduce(getattr, path.split("."), recipe)
-        if value is not None and not (math.isfinite(value) and least <= value <= most):
-            want = f"at least {least}" if most == INF else f"between {least} and {most}"
+        if value is not None and not least <= value <= most:  # which no nan is
+            want = f"at most {most}" if value > most else f"at least {least}"
             raise UserError(f"{source}: {path}={value} must be {want}")
     if not 0 < recipe.optim.lr < INF:
         raise UserError(f"{source}: optim.lr={recipe.optim.lr} must be above 0")

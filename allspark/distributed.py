@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -35,7 +39,7 @@ def launched_by() -> tuple[int, int, int]:
     SLURM_NTASKS is also set in a batch script that runs plain python: only srun sets the number of tasks of the step.
     """
     env = os.environ
-    if "WORLD_SIZE" in env:
+    if "WORLD_SIZE" in env and "RANK" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     if "SLURM_STEP_NUM_TASKS" in env:
         return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
@@ -45,6 +49,12 @@ def launched_by() -> tuple[int, int, int]:
 def init(device: str = "auto", port: int | None = None) -> torch.device:
     """The device of this process; joins a process group (NCCL on GPUs, else gloo) if a launcher started several."""
     rank_, world, local_rank = launched_by()
+    if world > 1 and not torch.cuda.is_available():
+        if device == "mps":
+            raise UserError("device=mps takes one process: gloo has no collectives on it; start one, or device=cpu")
+        device = "cpu" if device == "auto" else device
+    if int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("srun over several nodes without MASTER_ADDR; start it with sbatch scripts/slurm_train.sh")
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -56,7 +66,25 @@ def init(device: str = "auto", port: int | None = None) -> torch.device:
     return chosen
 
 
-def close() -> None:
+@contextmanager
+def process_group(device: str = "auto", port: int | None = None) -> Iterator[torch.device]:
+    """init, and its end. One process of several that fails leaves at once, with its message.
+
+    To leave a group in order is collective, too: it would wait for processes that wait for this one. The launcher
+    then ends them.
+    """
+    chosen = init(device, port)
+    try:
+        yield chosen
+    except BaseException as error:
+        if world_size() == 1:
+            raise
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -103,9 +131,15 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 def share_batchnorm_statistics(model: nn.Module) -> None:
     """Running statistics of process 0 for all: without SyncBatchNorm (CPUs) each has seen its own images only."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter is a number on every process; the same answer on all of them."""
+    bad = torch.stack([~parameter.isfinite().all() for parameter in model.parameters()]).sum()
+    return all_reduce_sum(bad).item() == 0

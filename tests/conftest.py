@@ -1,6 +1,5 @@
 """What the tests of the commands share: a tiny data set of real files, its recipe, a finished run, real processes."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -165,9 +164,12 @@ def start_process():
 
     yield start
     for process in started:
-        with contextlib.suppress(ProcessLookupError):
+        process.terminate()  # first, so that a launcher ends its workers, which have process groups of their own
+    for process in started:
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def test_data_root_from_the_environment(monkeypatch):
         ("data.scale_range=[1]", ["data.scale_range=[1]", "tuple[float, float]"]),
         ("data.scale_range=[2, 1]", ["data.scale_range", "the smaller first"]),
         ("crop_size=32", ["data.crop_size=32", "at least 64"]),
-        ("model.dropout=1", ["model.dropout=1", "between 0 and 0.99"]),
+        ("model.dropout=1", ["model.dropout=1", "at most 0.99"]),
         ("optim.momentum=.nan", ["optim.momentum=nan"]),
         ("seed=99999999999999999999", ["seed=99999999999999999999"]),
         ("optim=3", ["optim=3", "section"]),

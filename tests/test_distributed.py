@@ -1,12 +1,15 @@
 """Two real gloo processes: what each memory policy leaves in the memory, and who owns the batch norm statistics."""
 
 import os
+import time
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
 
 from allspark import distributed
+from allspark.errors import UserError
 from allspark.models.memory import SemanticMemory
 
 POLICIES = ("rank0", "gather", "local")
@@ -25,21 +28,21 @@ def fresh(policy, rank):
 def worker(rank, world, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
-    assert distributed.init("cpu") == torch.device("cpu")
-    result = {}
-    for policy in POLICIES:
-        memory = fresh(policy, rank)
-        for _ in range(2):
-            memory.sync()
-            memory.enqueue(*features_of(rank))
-        result[policy] = memory.state_dict()
-    norm = nn.BatchNorm2d(2)
-    norm.running_mean.fill_(rank + 1.0)
-    distributed.share_batchnorm_statistics(norm)
-    result["mean"] = norm.running_mean
-    result["sum"] = distributed.all_reduce_sum(torch.tensor([rank + 1]))
-    torch.save(result, f"{folder}/{rank}.pt")
-    distributed.close()
+    with distributed.process_group("cpu") as device:
+        assert device == torch.device("cpu")
+        result = {}
+        for policy in POLICIES:
+            memory = fresh(policy, rank)
+            for _ in range(2):
+                memory.sync()
+                memory.enqueue(*features_of(rank))
+            result[policy] = memory.state_dict()
+        norm = nn.BatchNorm2d(2)
+        norm.running_mean.fill_(rank + 1.0)
+        distributed.share_batchnorm_statistics(norm)
+        result["mean"] = norm.running_mean
+        result["sum"] = distributed.all_reduce_sum(torch.tensor([rank + 1]))
+        torch.save(result, f"{folder}/{rank}.pt")
 
 
 def test_two_processes(tmp_path):
@@ -91,3 +94,20 @@ def test_srun_is_a_launcher(monkeypatch):
     for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
     assert distributed.launched_by() == (5, 8, 1)
+
+
+def fails_alone(rank, world, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with distributed.process_group("cpu"):
+        if rank == 1:
+            raise UserError("the disk of process 1 is full")
+        distributed.barrier()
+
+
+def test_a_process_that_fails_alone_leaves_at_once():
+    """With its exit code, and without waiting for the others, which wait for it."""
+    started = time.monotonic()
+    with pytest.raises(mp.ProcessExitedException) as stopped:
+        mp.spawn(fails_alone, (2, 20000 + (os.getpid() + 7) % 20000), nprocs=2)
+    assert (stopped.value.error_index, stopped.value.exit_code) == (1, 2)
+    assert time.monotonic() - started < 60

@@ -126,15 +126,12 @@ def test_save_gets_every_image_once(dataset):
 def one_process(rank, world, port, samples, root):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    try:
-        device = distributed.init("cpu")
+    with distributed.process_group("cpu") as device:
         names = []
         dataset = SegmentationDataset(samples, SPEC)
         options = {"batch_size": 2, "save": lambda name, *tensors: names.append(name)}
         scores = evaluate(Pointwise(), dataset, SPEC, device, Inference(), **options)
         (root / f"rank{rank}.json").write_text(json.dumps([vars(scores), names]))
-    finally:
-        distributed.close()
 
 
 def test_two_processes_equal_one(dataset, tmp_path):

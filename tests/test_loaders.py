@@ -205,7 +205,6 @@ def test_unreadable_image_is_one_clean_message(lists, workers):
         ({"batch_size": 3, "world_size": 2}, "batch_size: 3 .*2 processes"),
         ({"batch_size": 12}, "11 unlabeled images make no step of batch_size 12.*epoch_of=labeled"),
         ({"batch_size": 6, "epoch_of": "labeled"}, "5 labeled images make no step of batch_size 6"),
-        ({"seed": -1}, "seed: -1"),
         ({"views": Views(strong=("loud",))}, "'loud'; there are weak, strong"),
     ],
 )

@@ -25,15 +25,15 @@ CUSTOM = CustomDataConfig(classes=("a", "b", "c"))
 
 
 def write_images(root: Path, folder: str, count: int, masks: str | None = None) -> list[str]:
-    """`count` images of 12 x 10 and, below `masks`, masks that hold class 0 and, in every third image, 1 and 2."""
+    """`count` images of 48 x 40 and, below `masks`, masks that hold class 0 and, in every third image, 1 and 2."""
     for name in filter(None, (folder, masks)):
         (root / name).mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        Image.fromarray(np.full((10, 12, 3), index, np.uint8)).save(root / folder / f"{index:03}.jpg")
+        Image.fromarray(np.full((40, 48, 3), index, np.uint8)).save(root / folder / f"{index:03}.jpg")
         line = f"{folder}/{index:03}.jpg"
         if masks:
-            mask = np.zeros((10, 12), np.uint8)
+            mask = np.zeros((40, 48), np.uint8)
             mask[:2] = index % 3
             Image.fromarray(mask).save(root / masks / f"{index:03}.png")
             line += f" {masks}/{index:03}.png"
@@ -194,8 +194,10 @@ def test_data_sets_that_can_be_made_are_made_where_they_are_missing(tmp_path):
     assert find_data(data, spec) == tmp_path / "new"
     assert (tmp_path / "new" / "images" / "val" / "0000.png").is_file()
     (tmp_path / "there").mkdir()
-    find_data(replace(data, data_root=str(tmp_path / "there")), spec)
-    assert not any((tmp_path / "there").iterdir())  # a folder that is there is left alone
+    (tmp_path / "there" / "mine.txt").write_text("not the data set")
+    with pytest.raises(UserError, match="another data_root"):  # and a folder that holds something else is left alone
+        find_data(replace(data, data_root=str(tmp_path / "there")), spec)
+    assert (tmp_path / "there" / "mine.txt").is_file()
 
 
 def test_check_tells_what_is_worth_knowing(data, tmp_path):
@@ -215,9 +217,9 @@ def test_check_tells_what_is_worth_knowing(data, tmp_path):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.full((10, 12), 7, np.uint8), r"001.png: illegal mask values 7 \(120 pixels\)"),
-        (np.zeros((10, 12, 3), np.uint8), r"001.png: masks hold class indices.*found RGB"),
-        (np.zeros((12, 10), np.uint8), r"001.jpg is 12 x 10, .*001.png is 10 x 12"),
+        (np.full((40, 48), 7, np.uint8), r"001.png: illegal mask values 7 \(1920 pixels\)"),
+        (np.zeros((40, 48, 3), np.uint8), r"001.png: masks hold class indices.*found RGB"),
+        (np.zeros((48, 40), np.uint8), r"001.jpg is 48 x 40, .*001.png is 40 x 48"),
     ],
 )
 def test_check_refuses_masks(data, tmp_path, folder, mask, message):
@@ -243,7 +245,7 @@ def test_check_counts_what_failed(data, tmp_path):
 
 def test_check_refuses_labels_that_are_all_ignored(data, tmp_path):
     for path in (tmp_path / "data" / "train_masks").glob("*.png"):
-        Image.fromarray(np.full((10, 12), 255, np.uint8)).save(path)
+        Image.fromarray(np.full((40, 48), 255, np.uint8)).save(path)
     with pytest.raises(UserError, match="split few: no pixel"):
         check(data, tmp_path)
 

@@ -132,8 +132,9 @@ def test_a_supervised_start_has_the_labeled_loss_alone(place, read_metrics):
 
 def test_save_path_and_data_root_have_their_defaults(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    place.edit(data={"data_root": "/nowhere"})
     monkeypatch.setenv("ALLSPARK_DATA_TINY", str(place.root))
-    assert run_main(train.main, ["--config", str(place.config), "data_root=/nowhere", "epochs=1"]) == 0
+    assert run_main(train.main, ["--config", str(place.config), "epochs=1"]) == 0
     assert (tmp_path / "exp" / "tiny" / "allspark" / "own" / "latest.pth").is_file()
 
 

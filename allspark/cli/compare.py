@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset
 from allspark.data.splits import resolve
 from allspark.distributed import choose_device
+from allspark.engine.log import read_metrics
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
 from allspark.evaluation.inference import inference_for
@@ -57,16 +57,19 @@ def read_runs(words: Sequence[str]) -> list[Run]:
     """name=FOLDER or FOLDER; all on one data set."""
     runs = []
     for word in words:
-        name, equals, folder = word.partition("=")
-        folder = Path(folder if equals else name)
+        name, equals, folder = ("", "", word) if Path(word).is_dir() else word.partition("=")
+        folder = Path(folder if equals else word)
         metrics = folder / "metrics.jsonl"
         if not metrics.is_file():
             raise UserError(f"{folder}: not the folder of a run, there is no metrics.jsonl; train.py writes it")
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        lines = read_metrics(metrics)
         run = Run(name if equals else folder.name, folder, load_config(folder / "config.yaml"), lines)
         if not run.evaluations:
             raise UserError(f"{folder}: this run was not evaluated yet; let train.py finish it")
         runs.append(run)
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"runs of equal names: {', '.join(names)}; write name=FOLDER")
     datasets = {run.recipe.data.dataset for run in runs}
     if len(datasets) > 1:
         raise UserError(f"runs on different data sets cannot be compared: {', '.join(sorted(datasets))}")
@@ -107,7 +110,8 @@ def draw_predictions(runs: Sequence[Run], count: int, overlaid: bool, path: Path
     columns = []
     for run in runs:
         loaded = load_for_inference(run.folder / "latest.pth", device)
-        inference = inference_for(spec, loaded.recipe.data.crop_size, loaded.recipe.evaluation.mode)
+        evaluation = loaded.recipe.evaluation
+        inference = inference_for(spec, loaded.recipe.data.crop_size, evaluation.mode, evaluation.window)
         columns.append([predict(loaded.model, im[None], spec, device, inference, [n])[0].cpu() for im, _, n in items])
     examples = [
         Example(name, image, (mask, *(column[row] for column in columns)))

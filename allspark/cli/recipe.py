@@ -6,8 +6,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from allspark import distributed
+from allspark.batch import Views
 from allspark.config import MethodConfig, Recipe, bind_options, load_config, load_recipe, parse_overrides
 from allspark.data.base import DatasetSpec
+from allspark.data.loaders import TrainLoader
+from allspark.data.splits import Lists
 from allspark.errors import UserError
 from allspark.losses import build_criterion
 from allspark.methods import METHODS, Method
@@ -60,3 +64,18 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
             f"unlabeled branch would never get a gradient; set model.bottleneck=none or choose another method"
         )
     return kind(criterion, **recipe.method.options)
+
+
+def build_loader(recipe: Recipe, lists: Lists, spec: DatasetSpec, views: Views) -> TrainLoader:
+    """This process's share of the training batches; UserError where no batch can be made."""
+    return TrainLoader(
+        lists,
+        spec,
+        recipe.data,
+        views,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        epoch_of=recipe.epoch_of,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from allspark.config import DataConfig, load_config
+from allspark.config import DataConfig, load_config, root_variable
 from allspark.data import DATASETS, spec_for
 from allspark.data.draw import make_splits, parse_sizes, write_splits
 from allspark.data.splits import (
@@ -67,7 +67,7 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     if args.config is not None:
         data = load_config(args.config).data
         return data if args.data_root is None else replace(data, data_root=args.data_root)
-    root = args.data_root or os.environ.get(f"ALLSPARK_DATA_{args.dataset.upper()}") or f"data/{args.dataset}"
+    root = args.data_root or os.environ.get(root_variable(args.dataset)) or f"data/{args.dataset}"
     return DataConfig(dataset=args.dataset, data_root=root, crop_size=0)
 
 

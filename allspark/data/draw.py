@@ -114,5 +114,6 @@ def write_splits(
 
 
 def list_line(sample: Sample, data_root: Path) -> str:
-    names = [path.relative_to(data_root).as_posix() for path in (sample.image, sample.mask) if path]
+    paths = [path for path in (sample.image, sample.mask) if path]
+    names = [(p.relative_to(data_root) if p.is_relative_to(data_root) else p).as_posix() for p in paths]
     return ("\t" if any(" " in name for name in names) else " ").join(names)

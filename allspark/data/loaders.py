@@ -145,7 +145,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        check_request(lists, views, batch_size, seed, epoch_of, world_size)
+        check_request(lists, views, batch_size, epoch_of, world_size)
         # An epoch may be counted by an unlabeled list that is not read: supervised then runs as long as the others
         primary = UNLABELED if epoch_of == "unlabeled" else LABELED
         sizes = (len(lists.labeled), len(lists.unlabeled))
@@ -201,14 +201,12 @@ def single_threaded(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def check_request(lists: Lists, views: Views, batch_size: int, seed: int, epoch_of: str, world_size: int) -> None:
+def check_request(lists: Lists, views: Views, batch_size: int, epoch_of: str, world_size: int) -> None:
     """UserError for what no batch can be made of."""
     for name in (views.labeled, *views.strong):
         if name not in PHOTOMETRIC:
             raise UserError(f"views: there is no photometric policy '{name}'; there are {', '.join(PHOTOMETRIC)}")
-    if seed < 0:
-        raise UserError(f"seed: {seed}; give 0 or more")
-    if batch_size < 1 or batch_size % world_size:
+    if batch_size % world_size:
         raise UserError(
             f"batch_size: {batch_size} images do not divide among {world_size} processes; give a multiple of it"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allspark import distributed
-from allspark.config import CustomDataConfig, DataConfig
+from allspark.config import CustomDataConfig, DataConfig, root_variable
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, Sample, same_path
 from allspark.errors import UserError
@@ -159,13 +159,12 @@ def find_data(data: DataConfig, spec: DatasetSpec) -> Path:
     """The data root, made by spec.prepare where the data set can be made."""
     root = Path(data.data_root).expanduser()
     if spec.prepare is not None:
-        if distributed.rank() == 0 and not root.exists():
+        if distributed.rank() == 0:
             spec.prepare(root)
         distributed.barrier()
     if not root.is_dir():
-        variable = f"ALLSPARK_DATA_{spec.name.upper()}"
         raise UserError(
-            f"data.data_root: {root} is not a folder; correct the key or set {variable}=/path/to/{spec.name}"
+            f"data.data_root: {root} is not a folder; correct the key or set {root_variable(spec.name)}=DIR"
         )
     return root
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from allspark.errors import UserError
 
 FORMAT = "allspark-1"
-KEYS = ("model", "epoch", "step", "recipe", "split")
+TO_PREDICT = ("model", "epoch", "step", "recipe", "split")  # what a checkpoint must hold to be evaluated
+TO_RESUME = (*TO_PREDICT, "method", "optimizer", "best")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -27,8 +28,8 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What save_checkpoint wrote, on the CPU. No code in the file can run."""
+def load_checkpoint(path: str | Path, needed: Sequence[str] = TO_PREDICT) -> dict[str, Any]:
+    """What save_checkpoint wrote, on the CPU, with all that is needed in it. No code in the file can run."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a best.pth or latest.pth")
@@ -44,7 +45,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: no checkpoint of this program (format '{FORMAT}'); give one that train.py wrote")
-    if missing := [key for key in KEYS if key not in content]:
+    if missing := [key for key in needed if key not in content]:
         raise UserError(f"{path}: not a checkpoint of train.py, it has no '{missing[0]}'; use another one")
     return content
 

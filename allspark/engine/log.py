@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from allspark.errors import UserError
 
+METRICS = "metrics.jsonl"
+
 
 class RunLog:
     """Losses are kept as tensors and become numbers every `interval` steps: one host sync then, none in between."""
@@ -27,7 +29,7 @@ class RunLog:
         self.images, self.since = 0, time.perf_counter()
         if not active:
             return
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics = folder / METRICS
         self.text = folder / "train.log"
         drop_lines_after(self.metrics, start_step)
         self.writer = SummaryWriter(folder, purge_step=start_step + 1)
@@ -62,7 +64,7 @@ class RunLog:
         if not math.isfinite(values["loss"]):
             raise UserError(
                 f"step {step}: the loss is {values['loss']}; nothing was saved since the last epoch. "
-                f"Lower optim.lr (now {lr:.2e}) and start again: the run resumes from latest.pth"
+                f"Lower optim.lr (now {lr:.2e}) and start over with --fresh"
             )
         if self.active:
             self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
@@ -96,15 +98,21 @@ def mean_values(kept: list[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(names, torch.stack(means).tolist(), strict=True))
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Forget the lines of steps that a resumed run will do again (or that a dying run wrote by half)."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that a dying run wrote by half is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+            line = json.loads(text)
+        except json.JSONDecodeError:
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Forget the lines of steps that a resumed run will do again."""
+    if path.is_file():
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")

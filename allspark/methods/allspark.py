@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.losses import consistency_loss
-from allspark.methods.base import Criterion, Method, Progress, joint_forward
+from allspark.methods.base import Criterion, Method, Progress, check_threshold, joint_forward
 from allspark.pseudo import cutmix, predict_pseudo
 
 
@@ -37,6 +37,7 @@ class AllSpark(Method):
         threshold: float | None = None,
     ) -> None:
         super().__init__(criterion)
+        check_threshold(threshold)
         strong = () if unlabeled_view == "weak" else (unlabeled_view,)
         self.views = Views(labeled=labeled_view, strong=strong, cutmix=cutmix)
         self.warmup_epochs = warmup_epochs

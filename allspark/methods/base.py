@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.errors import UserError
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import unwrap
 from allspark.pseudo import predict_pseudo
@@ -59,6 +60,12 @@ class Method(nn.Module):
         """The labeled loss alone: supervised training, and the supervised start of every other method."""
         loss = self.criterion(model(labeled.image).logits, labeled.mask)
         return {"loss": loss, "loss_x": loss}
+
+
+def check_threshold(threshold: float | None) -> None:
+    """A threshold is a probability: 95 would keep no pixel, and say nothing."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"method.threshold={threshold} is a probability and must be in 0..1")
 
 
 def joint_forward(

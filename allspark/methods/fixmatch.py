@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.losses import consistency_loss
-from allspark.methods.base import Criterion, Method, Progress, joint_forward, unlabeled_forward
+from allspark.methods.base import Criterion, Method, Progress, check_threshold, joint_forward, unlabeled_forward
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 
 
@@ -29,6 +29,7 @@ class FixMatch(Method):
         ignore_padding: bool = True,
     ) -> None:
         super().__init__(criterion)
+        check_threshold(threshold)
         self.views = Views(labeled=labeled_view, strong=(unlabeled_view,), cutmix=cutmix)
         self.threshold = threshold
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
