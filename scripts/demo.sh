@@ -11,7 +11,7 @@ seed=${seed:-0}
 export OMP_NUM_THREADS=1 # the sums of a step, and so the result, do not depend on the number of cores
 
 train() { # a pipe has the exit status of its end: the file says whether its beginning succeeded
-    { python train.py --dataset shapes --split "$split" --save-path "$out/$1" --method "$@" 2>&1 && : >"$out/$1/done"; } |
+    { python -u train.py --dataset shapes --split "$split" --save-path "$out/$1" --method "$@" 2>&1 && : >"$out/$1/done"; } |
         sed "s/^/$1: /"
 }
 
