@@ -168,6 +168,8 @@ def wrap(model: Segmentor, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     devices = [device] if device.type == "cuda" else None
+    # Depthwise weights (C, 1, 3, 3) get channels-last gradients: a copy of a few kB, nothing to tell a user
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Buffers are nobody's to overwrite: the memory states its own policy, batch norm is shared at the end of an epoch,
     # and all start alike because every process built the model from the same seed.
     with warnings.catch_warnings():  # newer torch renames the argument, older torch knows only this name
