@@ -15,7 +15,7 @@ train() { # a pipe has the exit status of its end: the file says whether its beg
         sed "s/^/$1: /"
 }
 
-echo "demo: training supervised and AllSpark side by side, about five minutes on two cores"
+echo "demo: training supervised and AllSpark side by side, five to six minutes on two cores"
 mkdir -p "$out"
 rm -f "$out/supervised/done" "$out/allspark/done"
 train supervised seed="$seed" "$@" &
