@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Progress:
     total_steps: int
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """Batches -> losses. A module, so that its state (teachers, thresholds) is checkpointed and moved like any other.
 
     The keyword-only arguments of a subclass are its options, `method.*` in a recipe. `criterion(logits, mask)` is the
@@ -43,11 +44,11 @@ class Method(nn.Module):
     def attach(self, model: nn.Module) -> None:
         """Once, before a checkpoint is loaded and DDP wraps the model: teachers are born here."""
 
+    @abstractmethod
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
         """One training step: "loss" to descend on, and its parts to log."""
-        raise NotImplementedError
 
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         """Once per optimizer step."""
