@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
 from allspark.cli import recipe as recipe_words
-from allspark.config import Recipe, differences, to_plain
+from allspark.config import Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset
 from allspark.data.preflight import check_data
@@ -100,7 +100,8 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
         log.flush()
         if not distributed.all_finite(model):
             raise UserError(f"step {step}: a weight is not a number; lower optim.lr and start over with --fresh")
-        distributed.share_batchnorm_statistics(model)
+        for network_state in (model, method):  # a teacher has statistics, too
+            distributed.share_batchnorm_statistics(network_state)
 
         last = epoch + 1 == recipe.epochs
         improved = False
@@ -129,7 +130,8 @@ def resume(
     if not latest.exists():
         return Start()
     content = load_checkpoint(latest, TO_RESUME)
-    if changed := differences(content["recipe"], to_plain(recipe)):
+    before = recipe_words.complete(build_recipe(content["recipe"], None, str(latest)))  # keys younger than the run
+    if changed := differences(to_plain(before), to_plain(recipe)):
         raise UserError(
             f"{save_path}: holds a run with another recipe ({'; '.join(changed[:5])}); "
             f"choose another --save-path, or --fresh to move the old run aside"

@@ -59,6 +59,7 @@ class BottleneckConfig:
     num_heads: int = 2
     dropout: float = 0.1
     grouping_input: Literal["logits", "probabilities"] = "logits"  # Released: logits, never softmaxed
+    empty_slots: bool = True  # Released: noise that was never written over takes part in the softmax
     memory_policy: Literal["rank0", "gather", "local"] = "rank0"  # Released: rank0, by DDP's buffer broadcast
 
 
@@ -129,9 +130,18 @@ RUN_KEYS = ("data.data_root", "data.num_workers", "device", "log_interval", "eva
 
 def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """configs/datasets/<dataset>.yaml, configs/methods/<method>.yaml, its section `datasets: <dataset>:`, overrides."""
-    base = read_yaml(_find("datasets", dataset))
+    content = _with_method(read_yaml(_find("datasets", dataset)), dataset, method)
+    return build_recipe(content, overrides, f"--dataset {dataset} --method {method}")
+
+
+def _with_method(content: Mapping[str, Any], dataset: str, method: str) -> dict[str, Any]:
+    """content updated by the method's file and its section for the data set; before both by the file of its `base`."""
     path = _find("methods", method)
     own = read_yaml(path)
+    if (base := own.pop("base", None)) is not None:
+        if base == method:
+            raise UserError(f"{path}: base={base!r} names the file itself")
+        content = _with_method(content, dataset, str(base))
     sections = own.pop("datasets", None) or {}
     if not isinstance(sections, Mapping):
         raise UserError(f"{path}: datasets={sections!r} must be a section of data set names")
@@ -140,7 +150,7 @@ def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None =
     special = sections.get(dataset) or {}
     if not isinstance(special, Mapping):
         raise UserError(f"{path}: datasets.{dataset}={special!r} must be a section of keys")
-    return build_recipe(merge(merge(base, own), special), overrides, f"--dataset {dataset} --method {method}")
+    return merge(merge(content, own), special)
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

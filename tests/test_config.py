@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from allspark.cli.recipe import complete
 from allspark.config import (
     CONFIG_ROOT,
     build_recipe,
@@ -47,6 +48,42 @@ def test_released_hyper_parameters():
         assert (*found, r.method.options["warmup_epochs"]) == values
         assert (r.optim.name, r.optim.momentum, r.optim.weight_decay, r.optim.late) == ("sgd", 0.9, 1e-4, True)
         assert (r.model.encoder, r.model.bottleneck.name, r.model.bottleneck.num_heads) == ("mit_b5", "allspark", 2)
+
+
+def test_released_and_revised_differ_in_these_options_alone():
+    """The table of docs/differences.md; what a method does not set stands at the default of its constructor."""
+
+    def both(dataset):
+        plain = (to_plain(complete(load_recipe(dataset, method))) for method in ("allspark", "allspark_revised"))
+        return set(differences(*plain))
+
+    expected = {
+        "model.bottleneck.grouping_input: logits -> probabilities",
+        "model.bottleneck.empty_slots: True -> False",
+        "model.bottleneck.memory_policy: rank0 -> gather",
+        "method.pseudo_context: batch -> image",
+        "method.ignore_padding: False -> True",
+        "method.labeled_view: strong -> weak",
+        "method.unlabeled_view: weak -> strong",
+        "method.cutmix: 0.0 -> 0.5",
+        "method.threshold: None -> 0.95",
+        "method.teacher: none -> ema",
+    }
+    assert both("camvid") == expected
+    assert both("pascal") == expected | {"optim.late: True -> False"}
+
+
+def test_a_base_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "datasets" / "x.yaml").write_text("epochs: 1")
+    (tmp_path / "methods" / "mine.yaml").write_text("base: mien")
+    monkeypatch.setattr("allspark.config.CONFIG_ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"--method mien: there is no .*mien\.yaml; known are mine"):
+        load_recipe("x", "mine")
+    (tmp_path / "methods" / "mine.yaml").write_text("base: mine")
+    with pytest.raises(UserError, match="names the file itself"):
+        load_recipe("x", "mine")
 
 
 @pytest.mark.parametrize("dataset", sorted(p.stem for p in (CONFIG_ROOT / "datasets").glob("*.yaml")))

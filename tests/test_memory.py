@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.memory import SemanticMemory, group_channels
 
 
@@ -20,6 +21,7 @@ def test_enqueue_equals_a_loop_over_40_steps():
     generator = torch.Generator().manual_seed(3)
     memory = SemanticMemory(num_classes=5, channels=7, side=2)
     queue, pointer = memory.queue.clone(), memory.pointer.clone()
+    written = torch.zeros(5, dtype=torch.long)
     for step in range(40):
         batch = step % 3 + 1  # up to 21 rows for 7 slots: more than a ring holds when they are of one class
         features = torch.randn(batch, 7, 4, generator=generator)
@@ -29,6 +31,8 @@ def test_enqueue_equals_a_loop_over_40_steps():
         loop_enqueue(queue, pointer, features, classes)
         assert torch.equal(memory.queue, queue), step
         assert torch.equal(memory.pointer, pointer), step
+        written += torch.bincount(classes.flatten(), minlength=5)
+        assert torch.equal(memory.filled, written.clamp(max=7)), step
 
 
 def test_read_is_a_snapshot():
@@ -62,3 +66,48 @@ def test_grouping_ties_take_the_lowest_class():
     features = torch.randn(1, 4, 2, 2)
     maps = torch.ones(1, 3, 2, 2)
     assert group_channels(features, maps).eq(0).all()
+
+
+def partly_filled(noise):
+    """Class 0 has 3 of 6 slots, class 1 none, class 2 all, class 3 one; the rest is noise."""
+    torch.manual_seed(noise)
+    memory = SemanticMemory(4, 6, 2)
+    generator = torch.Generator().manual_seed(9)
+    memory.enqueue(torch.randn(2, 6, 4, generator=generator), torch.tensor([[0, 2, 2, 2, 0, 2], [2, 2, 2, 3, 0, 2]]))
+    return memory
+
+
+def test_read_without_empty_slots():
+    memory = partly_filled(noise=1)
+    assert memory.filled.tolist() == [3, 0, 6, 1]
+    tokens = memory.read(empty_slots=False)
+    for k, written in enumerate(memory.filled.tolist()):
+        assert torch.equal(tokens[k, :, :written], memory.queue[k, :written].T)
+        assert tokens[k, :, written:].eq(0).all()
+
+
+def attend(empty_slots, noise=1, classes=None):
+    """The attention of two labeled images over the memory, or over some of its classes alone."""
+    memory = partly_filled(noise)
+    torch.manual_seed(4)
+    bottleneck = AllSparkBottleneck(6, memory, dropout=0.0, empty_slots=empty_slots)
+    tokens = torch.randn(2, 4, 6)
+    if classes is not None:
+        return bottleneck.cross_branch(tokens, memory.read(empty_slots=False)[classes])
+    bottleneck.remember = lambda *write: None
+    return bottleneck.attend(torch.cat((tokens, tokens)), CrossBatch(num_labeled=2, read_memory=True), (2, 2))[:2]
+
+
+def test_empty_slots_take_no_part():
+    """As if the classes without a written slot did not exist: psi and softmax alike; and no noise is seen."""
+    torch.testing.assert_close(attend(False), attend(False, classes=[0, 2, 3]))
+    torch.testing.assert_close(attend(False, noise=1), attend(False, noise=2))
+    assert not torch.allclose(attend(True, noise=1), attend(True, noise=2))  # Released
+
+
+def test_a_memory_that_never_counted_is_full():
+    """Files of the released code hold queue and pointer only."""
+    state = {name: value for name, value in partly_filled(1).state_dict().items() if name != "filled"}
+    memory = SemanticMemory(4, 6, 2)
+    memory.load_state_dict(state, strict=True)
+    assert memory.filled.tolist() == [6, 6, 6, 6]

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from allspark.batch import LabeledBatch, UnlabeledBatch
-from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.cli.recipe import complete
+from allspark.config import BottleneckConfig, ModelConfig, OptimConfig, load_recipe
 from allspark.data import DATASETS, shapes
 from allspark.engine.optim import build_optimizer
 from allspark.losses import OHEM, CrossEntropy, consistency_loss
@@ -141,6 +142,19 @@ def test_allspark_options_change_what_they_say():
         torch.manual_seed(2)
         results[label] = method.losses(model, *batches, FIRST)["loss_u"].item()
     assert len(set(results.values())) == len(results), results
+
+
+def test_revised_recipe_reaches_every_parameter():
+    """All its options at once, with the memory read; its threshold lowered, or an untrained network learns nothing."""
+    recipe = complete(load_recipe("shapes", "allspark_revised", {"method.threshold": 0.0, "method.warmup_epochs": 0}))
+    torch.manual_seed(0)
+    model = build_model(recipe.model, CLASSES, CROP).train()
+    method = METHODS[recipe.method.name](CrossEntropy(), **recipe.method.options)
+    method.attach(model)
+    losses = method.losses(model, *random_batches(method), FIRST)
+    losses["loss"].backward()
+    assert torch.isfinite(losses["loss"])
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
 def test_fixmatch_literal():

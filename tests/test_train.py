@@ -178,6 +178,39 @@ def test_a_killed_run_logs_what_the_straight_one_logged(resumed, finished):
     assert without_speed(resumed) == without_speed(finished.run)
 
 
+def test_a_run_with_a_teacher_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
+    """The teacher labels, is evaluated, and is in the checkpoint."""
+    straight = place.train("method.teacher=ema", "method.teacher_momentum=0.5")
+    train.main(straight)
+    whole = load(place.run / "latest.pth")
+    save = train.save_checkpoint
+
+    def save_and_stop(path, content):
+        save(path, content)
+        if path.name == "latest.pth":
+            raise KeyboardInterrupt
+
+    broken = [str(tmp_path / "broken") if word == str(place.run) else word for word in straight]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", save_and_stop)
+        train.main(broken)
+    assert load(tmp_path / "broken" / "latest.pth")["epoch"] == 1
+    train.main(broken)
+    resumed = load(tmp_path / "broken" / "latest.pth")
+    assert any(name.startswith("teacher.model.encoder") for name in resumed["method"])
+    assert_same_tensors(resumed["method"], whole["method"])
+    assert_same_tensors(resumed["model"], whole["model"])
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished, place, capsys):
+    shutil.copytree(finished.run, place.run)
+    content = load(place.run / "latest.pth")
+    del content["recipe"]["model"]["bottleneck"]["empty_slots"]
+    torch.save(content, place.run / "latest.pth")
+    train.main(["--config", str(finished.config), "--save-path", str(place.run)])
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_as_it_is(resumed, finished):
     def results():
         return {path.name: path.read_bytes() for path in resumed.iterdir() if path.suffix in (".pth", ".jsonl")}

@@ -26,14 +26,26 @@ class CrossBatch:
     read_memory: bool = False
 
 
-def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, present: Tensor | None = None) -> Tensor:
     """softmax(psi(q^T k)) v^T over channels; q (..., N, Cq), k and v (..., N, Ck) -> (..., N, Cq).
 
     psi normalizes the similarity map of one image (and head) to mean 0 and variance 1, in place of a 1 / sqrt(d).
+    present (Ck,) bool: the other keys take no part, neither in the mean and variance nor in the softmax.
     """
     similarity = q.transpose(-2, -1) @ k  # (..., Cq, Ck)
-    weights = F.layer_norm(similarity, similarity.shape[-2:], eps=1e-5).softmax(-1)
+    weights = standardize(similarity, present).softmax(-1)
     return (F.dropout(weights, dropout) @ v.transpose(-2, -1)).transpose(-2, -1)
+
+
+def standardize(similarity: Tensor, present: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Each map (..., Cq, Ck) to mean 0 and variance 1 over its present columns; the others become -inf."""
+    if present is None:
+        return F.layer_norm(similarity, similarity.shape[-2:], eps=eps)
+    count = present.sum() * similarity.shape[-2]
+    mean = (similarity * present).sum((-2, -1), keepdim=True) / count
+    centered = (similarity - mean) * present
+    variance = centered.square().sum((-2, -1), keepdim=True) / count
+    return (centered * (variance + eps).rsqrt()).masked_fill(~present, float("-inf"))
 
 
 class ChannelAttention(nn.Module):
@@ -74,17 +86,27 @@ class CrossBranch(ChannelAttention):
     Released: not multi-head, one map over all heads * C query and M * heads * C key channels.
     """
 
-    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """tokens (B, N, C); context (M, N, C) for all images, None: each image is its own context -> (B, N, C)."""
+    def forward(self, tokens: Tensor, context: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+        """tokens (B, N, C); context (M, N, C) for all images, None: each image is its own context -> (B, N, C).
+
+        present (M,) bool: which of the M take part.
+        """
         source = tokens if context is None else context
         k, v = self.k(source), self.v(source)
         if context is not None:
             k, v = rearrange(k, "m n hc -> n (m hc)"), rearrange(v, "m n hc -> n (m hc)")
-        return self.finish(channel_attention(self.q(tokens), k, v, self.rate))
+        if present is not None:
+            present = present.repeat_interleave(self.k.out_features)  # (M,) -> (M * hC,)
+        return self.finish(channel_attention(self.q(tokens), k, v, self.rate, present))
 
 
 class AllSparkBottleneck(nn.Module):
-    """Sits on the deepest feature map: (B, C, h, w) -> (B, C, h, w)."""
+    """Sits on the deepest feature map: (B, C, h, w) -> (B, C, h, w).
+
+    grouping_input: what decides the class of a channel, logits or probabilities. Released: the logits.
+    empty_slots: the noise in slots that were never written takes part (Released). False: such a slot is 0, and a class
+    without any written slot is left out of the attention.
+    """
 
     def __init__(
         self,
@@ -94,6 +116,7 @@ class AllSparkBottleneck(nn.Module):
         num_heads: int = 2,
         dropout: float = 0.1,
         grouping_input: str = "logits",
+        empty_slots: bool = True,
     ) -> None:
         super().__init__()
         self.map_in = nn.Conv2d(channels, channels, 1)
@@ -104,6 +127,7 @@ class AllSparkBottleneck(nn.Module):
         self.norm_out = nn.LayerNorm(channels, eps=1e-6)
         self.map_out = nn.Conv2d(channels, channels, 1)
         self.grouping_input = grouping_input
+        self.empty_slots = empty_slots
 
     def forward(self, feature: Tensor, cross: CrossBatch | None = None, share_keys: bool = False) -> Tensor:
         """cross=None: inference, each image attends to its own channels (share_keys: to those of the whole batch)."""
@@ -126,8 +150,11 @@ class AllSparkBottleneck(nn.Module):
         if cross.num_labeled == 0:
             return attended_u
         self.remember(unlabeled.detach(), cross.pseudo_logits, size)
-        context = self.memory.read() if cross.read_memory else unlabeled
-        return torch.cat((self.cross_branch(labeled, context), attended_u))
+        context, present = unlabeled, None
+        if cross.read_memory:
+            context = self.memory.read(self.empty_slots)
+            present = None if self.empty_slots else self.memory.filled > 0
+        return torch.cat((self.cross_branch(labeled, context, present), attended_u))
 
     @torch.no_grad()
     def remember(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:

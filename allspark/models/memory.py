@@ -22,7 +22,8 @@ def group_channels(features: Tensor, class_maps: Tensor) -> Tensor:
 class SemanticMemory(nn.Module):
     """A first-in-first-out ring of channel maps per class: queue (K, C, N), the next slot to write: pointer (K,).
 
-    C slots per class, one slot is one channel's flattened spatial map of N = side * side values.
+    C slots per class, one slot is one channel's flattened spatial map of N = side * side values. Before anything is
+    written they hold noise (Released); filled (K,) counts the written ones, which are the first of the ring.
     policy, what several processes hold: rank0 = each write starts from the memory of process 0, the others' own writes
     last one step (Released: DDP's buffer broadcast does so); gather = the channels of all processes are written
     everywhere, in rank order; local = each process keeps its own.
@@ -30,6 +31,7 @@ class SemanticMemory(nn.Module):
 
     queue: Tensor
     pointer: Tensor
+    filled: Tensor
 
     def __init__(self, num_classes: int, channels: int, side: int, policy: str = "rank0") -> None:
         super().__init__()
@@ -37,12 +39,18 @@ class SemanticMemory(nn.Module):
         self.policy = policy
         self.register_buffer("queue", torch.randn(num_classes, channels, side * side))
         self.register_buffer("pointer", torch.zeros(num_classes, dtype=torch.long))
+        self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.long))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        """The released code does not count what it writes: a memory from there counts as written all over."""
+        state_dict.setdefault(f"{prefix}filled", torch.full_like(self.filled, self.queue.shape[1]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def sync(self) -> None:
         """Make the memories of the processes what the policy says, before a write."""
         if self.policy == "rank0":
-            distributed.broadcast(self.queue)
-            distributed.broadcast(self.pointer)
+            for buffer in self.buffers():
+                distributed.broadcast(buffer)
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, classes: Tensor) -> None:
@@ -61,10 +69,16 @@ class SemanticMemory(nn.Module):
         row = order[(first[:, None] + last).clamp(max=len(order) - 1)]
         self.queue.copy_(torch.where(written[..., None], features.flatten(0, 1)[row], self.queue))
         self.pointer.copy_((self.pointer + count) % slots)
+        self.filled.copy_((self.filled + count).clamp(max=slots))
 
-    def read(self) -> Tensor:
+    def read(self, empty_slots: bool = True) -> Tensor:
         """The memory as tokens (K, N, C): the slots of a class stand where an image has its channels.
 
-        A copy, since later writes must not change what the backward pass of this step sees.
+        A copy, since later writes must not change what the backward pass of this step sees. empty_slots=False: what was
+        never written is 0.
         """
-        return self.queue.transpose(1, 2).clone()
+        tokens = self.queue.transpose(1, 2)
+        if empty_slots:
+            return tokens.clone()
+        written = torch.arange(tokens.shape[-1], device=tokens.device) < self.filled[:, None]  # (K, C)
+        return tokens * written[:, None]

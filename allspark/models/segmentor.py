@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,6 +70,13 @@ class Segmentor(nn.Module):
         perturbed = None if perturb is None else resize(self.decoder(perturb(features)), size)
         return SegOutput(logits, perturbed, features)
 
+    def inference_copy(self) -> Segmentor:
+        """A network of its own with the same weights, for inference, which never reads the memory: it has none."""
+        twin = copy.deepcopy(self)
+        if twin.bottleneck is not None:
+            twin.bottleneck.memory = None
+        return twin.eval().requires_grad_(False)
+
 
 def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor:
     """The model of a recipe with fresh weights; crop_size decides the side of the memory: ceil(crop / 32)."""
@@ -87,6 +95,7 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor
             num_heads=cfg.bottleneck.num_heads,
             dropout=cfg.bottleneck.dropout,
             grouping_input=cfg.bottleneck.grouping_input,
+            empty_slots=cfg.bottleneck.empty_slots,
         )
     return Segmentor(encoder, bottleneck, decoder)
 

@@ -1,0 +1,144 @@
+"""A run with two processes, each on half the batch, against a literal simulation of both in one process.
+
+The golden cases fix what one process does. Here stands what a second one changes: whose gradients are averaged, and
+what each memory policy leaves in the memory. Batch norm is each process's own, as on CPUs (SyncBatchNorm needs GPUs).
+"""
+
+import copy
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_golden import batches, released_model
+from test_memory import loop_enqueue
+
+import train
+from allspark import distributed
+from allspark.config import OptimConfig
+from allspark.engine.optim import build_optimizer
+from allspark.losses import CrossEntropy
+from allspark.methods import METHODS, Progress
+from allspark.models.memory import group_channels
+from allspark.pseudo import predict_pseudo
+
+POLICIES = ("rank0", "gather", "local")
+STEPS = 3  # the memory is written in all of them and read from the second on
+CFG = OptimConfig(name="sgd", lr=0.001, lr_multi=10.0, weight_decay=1e-4)
+
+
+def make_model(policy):
+    model = released_model("b0_pascal_crop65", 21, 65).train()
+    model.bottleneck.memory.policy = policy
+    return model
+
+
+def share(step, rank):
+    """The batch of one process, 2 labeled and 2 unlabeled images; no two processes or steps have the same."""
+    return batches([seed + 100 * step + 7 * rank for seed in (1000, 1010, 1020)], 2, 65, 21)
+
+
+def method():
+    return METHODS["allspark"](CrossEntropy(), warmup_epochs=1)
+
+
+def worker(rank, world, port, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    with distributed.process_group("cpu") as device:
+        for policy in POLICIES:
+            model = make_model(policy)
+            optimizer, network, losses = build_optimizer(CFG, model), train.wrap(model, device), []
+            for step in range(STEPS):
+                parts = method().losses(network, *share(step, rank), Progress(step, epoch=step, total_steps=STEPS))
+                optimizer.zero_grad()
+                parts["loss"].backward()
+                optimizer.step()
+                losses.append([parts[name].item() for name in ("loss_x", "loss_u")])
+            torch.save({"model": model.state_dict(), "losses": losses}, f"{folder}/{policy}{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """What two real processes end with: (policy, rank) -> {"model": state_dict, "losses": (steps, 2)}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (2, 20000 + (os.getpid() + 11) % 20000, str(folder)), nprocs=2)
+    return {(p, r): torch.load(folder / f"{p}{r}.pt", weights_only=True) for p in POLICIES for r in range(2)}
+
+
+def written_by(model, image, pseudo_logits):
+    """The channels that a forward over `image` would write, and their classes. BatchNorm comes after the bottleneck."""
+    with torch.no_grad():
+        bottleneck, deepest = model.bottleneck, model.encoder(image)[-1]
+        residual = torch.nn.functional.gelu(bottleneck.map_in(deepest)).flatten(2).transpose(1, 2)
+        channels = bottleneck.norm_in(residual).transpose(1, 2)
+        return channels, group_channels(channels.unflatten(2, deepest.shape[-2:]), pseudo_logits)
+
+
+def remember(policy, memories, writes):
+    """What the policy leaves in the memories (queue, pointer) of both processes after both have written."""
+    before = [(queue.clone(), pointer.clone()) for queue, pointer in memories]
+    for rank, (queue, pointer) in enumerate(memories):
+        if policy == "rank0":  # the released code: DDP copies process 0's buffers over all others before each forward
+            queue.copy_(before[0][0])
+            pointer.copy_(before[0][1])
+        for source in range(2) if policy == "gather" else [rank]:
+            loop_enqueue(queue, pointer, *writes[source])
+
+
+def simulate(policy):
+    """Two models, two halves of the batch, averaged gradients; the memory is kept outside, by loops."""
+    models = [make_model("local") for _ in range(2)]
+    optimizers = [build_optimizer(CFG, model) for model in models]
+    memories = [(m.bottleneck.memory.queue.clone(), m.bottleneck.memory.pointer.clone()) for m in models]
+    losses = [[], []]
+    for step in range(STEPS):
+        halves = [share(step, rank) for rank in range(2)]
+        pseudo = [predict_pseudo(m, u.weak, share_keys=True) for m, (_, u) in zip(models, halves, strict=True)]
+        writes = [
+            written_by(m, u.weak, p.logits) for m, (_, u), p in zip(copy.deepcopy(models), halves, pseudo, strict=True)
+        ]
+        remember(policy, memories, writes)
+        for rank, model in enumerate(models):
+            memory = model.bottleneck.memory
+            memory.queue.copy_(memories[rank][0])
+            memory.enqueue = lambda features, classes: None
+            parts = method().losses(model, *halves[rank], Progress(step, epoch=step, total_steps=STEPS))
+            parts["loss"].backward()
+            losses[rank].append([parts[name].item() for name in ("loss_x", "loss_u")])
+        for first, second in zip(*(model.parameters() for model in models), strict=True):
+            if first.grad is not None:
+                mean = (first.grad + second.grad) / 2
+                first.grad, second.grad = mean, mean.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return models, memories, losses
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_processes_equal_their_simulation(real, policy, one_thread):
+    models, memories, losses = simulate(policy)
+    for rank in range(2):
+        state = real[policy, rank]["model"]
+        np.testing.assert_allclose(real[policy, rank]["losses"], losses[rank], atol=1e-5, rtol=0)
+        queue, pointer = memories[rank]
+        assert torch.equal(state["bottleneck.memory.pointer"], pointer)
+        torch.testing.assert_close(state["bottleneck.memory.queue"], queue, atol=1e-4, rtol=1e-4)
+        for name, value in models[rank].state_dict().items():
+            if "memory" not in name:
+                torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_what_each_policy_leaves(real):
+    """gather: all hold the same. rank0: the second differs by the last step's writes alone. local: by all of them."""
+
+    def differing(policy):
+        first, second = (real[policy, rank]["model"]["bottleneck.memory.queue"] for rank in range(2))
+        return int((first != second).any(2).sum())
+
+    last_step = 2 * 2 * 256  # of each of two processes, the channels of two images
+    assert differing("gather") == 0
+    assert 0 < differing("rank0") <= last_step < differing("local")
