@@ -111,3 +111,18 @@ def test_a_memory_that_never_counted_is_full():
     memory = SemanticMemory(4, 6, 2)
     memory.load_state_dict(state, strict=True)
     assert memory.filled.tolist() == [6, 6, 6, 6]
+
+
+def test_grouping_input():
+    """Released: the logits. With probabilities the softmax over classes comes first, and other classes win."""
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randn(2, 4, 6, generator=generator)
+    logits = 3 * torch.randn(2, 4, 20, 20, generator=generator)
+    channels = tokens.transpose(1, 2)
+    classes = {"logits": group_channels(channels.unflatten(2, (2, 2)), logits)}
+    classes["probabilities"] = group_channels(channels.unflatten(2, (2, 2)), logits.softmax(1))
+    assert not torch.equal(*classes.values())
+    for grouping_input, expected in classes.items():
+        memory = SemanticMemory(4, 6, 2)
+        AllSparkBottleneck(6, memory, grouping_input=grouping_input).remember(tokens, logits, (2, 2))
+        assert memory.filled.tolist() == torch.bincount(expected.flatten(), minlength=4).clamp(max=6).tolist()

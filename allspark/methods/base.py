@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.errors import UserError
 from allspark.models.bottleneck import CrossBatch
-from allspark.models.segmentor import unwrap
+from allspark.models.segmentor import Perturb, SegOutput, unwrap
 from allspark.pseudo import predict_pseudo
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +42,10 @@ class Method(nn.Module, ABC):
         self.criterion = criterion
 
     def attach(self, model: nn.Module) -> None:
-        """Once, before a checkpoint is loaded and DDP wraps the model: teachers are born here."""
+        """Once, before a checkpoint is loaded, the optimizer is built and DDP wraps the model (a Segmentor).
+
+        Teachers are born here, and modules that the method trains beside the decoder are put into model.heads.
+        """
 
     @abstractmethod
     def losses(
@@ -81,16 +84,36 @@ def joint_forward(
 
     pseudo_logits: evaluation logits of `unlabeled`, from the method's own pseudo pass; without one it is made here.
     """
+    logits = joint_output(model, labeled, unlabeled, pseudo_logits=pseudo_logits, read_memory=read_memory).logits
+    return logits[: len(labeled)], logits[len(labeled) :]
+
+
+def joint_output(
+    model: nn.Module,
+    labeled: Tensor,
+    unlabeled: Tensor,
+    *,
+    pseudo_logits: Tensor | None = None,
+    read_memory: bool = False,
+    perturb: Perturb | None = None,
+) -> SegOutput:
+    """joint_forward for who needs more than logits: all that the pass gives, labeled images first."""
     cross = None
     if unwrap(model).bottleneck is not None:
         if pseudo_logits is None:
             pseudo_logits = predict_pseudo(model, unlabeled).logits
         cross = CrossBatch(len(labeled), pseudo_logits, read_memory)
-    logits = model(torch.cat((labeled, unlabeled)), cross=cross).logits
-    return logits[: len(labeled)], logits[len(labeled) :]
+    return model(torch.cat((labeled, unlabeled)), cross=cross, perturb=perturb)
+
+
+def unlabeled_output(
+    model: nn.Module, image: Tensor, *, perturb: Perturb | None = None, clean: bool = True
+) -> SegOutput:
+    """A later pass of the step, without labeled images; of a bottleneck its unlabeled branch alone, no write."""
+    cross = None if unwrap(model).bottleneck is None else CrossBatch(num_labeled=0)
+    return model(image, cross=cross, perturb=perturb, clean=clean)
 
 
 def unlabeled_forward(model: nn.Module, image: Tensor) -> Tensor:
-    """A later pass of the step, without labeled images -> logits; of a bottleneck its unlabeled branch, no write."""
-    cross = None if unwrap(model).bottleneck is None else CrossBatch(num_labeled=0)
-    return model(image, cross=cross).logits
+    """The logits of unlabeled_output."""
+    return unlabeled_output(model, image).logits

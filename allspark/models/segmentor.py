@@ -15,7 +15,7 @@ from allspark.config import ModelConfig
 from allspark.errors import UserError
 from allspark.models import mit
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
-from allspark.models.decoder import MLPDecoder, resize
+from allspark.models.decoder import DECODERS, resize
 from allspark.models.memory import SemanticMemory
 
 # drop-path rate -> a module that takes (B, 3, H, W) to four maps of strides 4, 8, 16, 32, finest first. Its attribute
@@ -30,6 +30,9 @@ ENCODERS: dict[str, Callable[[float], nn.Module]] = {
 }
 
 
+Perturb = Callable[[list[Tensor]], list[Tensor]]  # four feature maps, finest first -> four maps of the same shapes
+
+
 @dataclass(frozen=True)
 class SegOutput:
     """logits (B, K, H, W) at the size of the input; perturbed: logits of the perturbed features, where asked for."""
@@ -41,13 +44,17 @@ class SegOutput:
 
 
 class Segmentor(nn.Module):
-    """image (B, 3, H, W), normalized, H and W >= 32 -> SegOutput. Sizes and devices follow the input."""
+    """image (B, 3, H, W), normalized, H and W >= 32 -> SegOutput. Sizes and devices follow the input.
+
+    heads: what a method trains beside the decoder (Method.attach puts it there); it works on SegOutput.features.
+    """
 
     def __init__(self, encoder: nn.Module, bottleneck: AllSparkBottleneck | None, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
         self.bottleneck = bottleneck
         self.decoder = decoder
+        self.heads = nn.ModuleDict()
 
     def forward(
         self,
@@ -55,17 +62,21 @@ class Segmentor(nn.Module):
         *,
         cross: CrossBatch | None = None,
         share_keys: bool = False,
-        perturb: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        perturb: Perturb | None = None,
+        clean: bool = True,
     ) -> SegOutput:
         """cross: a training batch of labeled and unlabeled images; None: inference, no image depends on another.
 
         share_keys: batch mates share the keys of the bottleneck (Released, pseudo-labels only).
-        perturb: features -> features; its logits are returned beside the clean ones, from the same encoder pass.
+        perturb: features -> features; its logits are returned beside the clean ones, from the same encoder pass, or
+        with clean=False as the only ones.
         """
         features = self.encoder(image)
         if self.bottleneck is not None:
             features = [*features[:-1], self.bottleneck(features[-1], cross, share_keys)]
         size = image.shape[-2:]
+        if perturb is not None and not clean:
+            return SegOutput(resize(self.decoder(perturb(features)), size), features=features)
         logits = resize(self.decoder(features), size)
         perturbed = None if perturb is None else resize(self.decoder(perturb(features)), size)
         return SegOutput(logits, perturbed, features)
@@ -84,7 +95,7 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor
         raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; one of {', '.join(ENCODERS)}")
     encoder = ENCODERS[cfg.encoder](cfg.drop_path)
     width = cfg.decoder_channels or encoder.decoder_channels
-    decoder = MLPDecoder(encoder.channels, num_classes, width, cfg.dropout)
+    decoder = DECODERS[cfg.decoder](encoder.channels, num_classes, width, cfg.dropout)
     bottleneck = None
     if cfg.bottleneck.name == "allspark":
         channels = encoder.channels[-1]
