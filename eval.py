@@ -7,37 +7,42 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from allspark import distributed
-from allspark.cli.loading import Loaded, load_for_inference
+from allspark.cli import loading
+from allspark.cli.loading import Loaded
 from allspark.config import Recipe
 from allspark.data import splits
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
+from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor
+from allspark.data.manifest import other_images
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.inference import MODES, Inference, inference_for
 from allspark.evaluation.metrics import Scores, finite, format_table
-from allspark.evaluation.pictures import colorize, overlay, save_index_png, save_rgb
+from allspark.evaluation.outputs import PredictionFolder, unique_names
+
+SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, else class indices
+with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""
+PICTURES_HELP = """with --save-dir: <image>_color.png and <image>_overlay.png for people, too. Default: yes, but not for
+Cityscapes, whose server takes one file per image"""
 
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     with distributed.process_group(args.device) as device:
-        loaded = load_for_inference(args.checkpoint, device)
-        recipe = recipe_for(loaded, args)
-        spec = loaded.spec
-        mode = args.mode or recipe.evaluation.mode
-        inference = inference_for(
-            spec, recipe.data.crop_size, mode, recipe.evaluation.window, scales=args.scales, flip=args.flip
-        )
-        dataset = NamedImages(val_samples(recipe, spec, args.list), spec)
-        prepare_outputs(args, dataset)
+        loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
+        recipe, spec = recipe_for(loaded, args), loaded.spec
+        inference = loaded.inference(args.mode, scales=args.scales, flip=args.flip)
+        root = splits.find_data(recipe.data, spec)
+        dataset = NamedImages(val_samples(recipe, spec, root, args), spec)
+        val = {"name": val_name(recipe, args), "sha256": splits.samples_hash(dataset.samples, root)}
+        folder = prepare_outputs(args, dataset)
+        warn(changed_lists(loaded, val, args))
         scores = evaluate(
             loaded.model,
             dataset,
@@ -47,142 +52,152 @@ def main(argv: Sequence[str]) -> None:
             batch_size=args.batch_size,
             num_workers=recipe.data.num_workers,
             progress=True,
-            save=Pictures(args.save_dir, spec) if args.save_dir else None,
+            save=folder and (lambda name, image, mask, prediction: folder.write(name, image, prediction)),
             absent_as_zero=args.absent_as_zero,
         )
-        if math.isnan(scores.pixel_accuracy):
-            raise UserError(
-                f"{args.list or 'val'}: no pixel has a class, all masks hold {spec.ignore_index}; use others"
-            )
-        if distributed.is_main():
-            print(format_table(scores, spec.classes))
-            if args.json is not None:
-                write_json(summary(scores, spec, inference, loaded), args.json)
+        if math.isnan(scores.pixel_accuracy) and dataset.masks:
+            raise UserError(f"{val['name']}: no pixel has a class, all masks hold {spec.ignore_index}; use others")
+        if not distributed.is_main():
+            return
+        if not dataset.masks:
+            print(f"{scores.num_images} predictions in {args.save_dir}; no scores, {val['name']} names no masks")
+            return
+        print(format_table(scores, spec.classes))
+        if args.json is not None:
+            write_json(summary(scores, spec, inference.mode, loaded, val), args.json)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE")
+    loading.add_arguments(parser)
     parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipe says")
-    parser.add_argument("--dataset", help="a check: the data set that the checkpoint must be of")
-    parser.add_argument("--mode", choices=MODES, help="default: the recipe's, else the data set's own")
-    parser.add_argument("--scales", type=scale_list, default=(1.0,), metavar="S,S", help="such as 0.75,1,1.25")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
-    parser.add_argument("--save-dir", type=Path, metavar="DIR", help="write index, colour and overlay PNGs here")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
     parser.add_argument("--list", type=Path, metavar="FILE", help="evaluate these `image mask` lines instead of val")
     parser.add_argument("--absent-as-zero", action="store_true", help="a class that is nowhere counts as IoU 0")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
+    parser.add_argument("--save-dir", type=Path, metavar="DIR", help=SAVE_DIR_HELP)
+    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, help=PICTURES_HELP)
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # from launchers; not needed
     return parser.parse_args(argv)
 
 
-def scale_list(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of factors such as 0.75,1,1.25") from None
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a count of 1 or more")
-    return int(text)
-
-
 def recipe_for(loaded: Loaded, args: argparse.Namespace) -> Recipe:
-    """The checkpoint's recipe, with --data-root put in."""
+    """The recipe of the checkpoint or, for imported weights, of --dataset; with --data-root put in."""
     recipe = loaded.recipe
-    if args.dataset not in (None, recipe.data.dataset):
-        raise UserError(
-            f"--dataset {args.dataset}: {args.checkpoint} was trained on {recipe.data.dataset} and knows its recipe; "
-            "leave --dataset out, and name other images with --data-root and --list"
-        )
+    if recipe is None:
+        fitting = loading.of_so_many_classes(loaded.spec.num_classes)
+        raise UserError(f"{args.checkpoint}: imported weights; name their data set with --dataset ({fitting})")
     return recipe if args.data_root is None else replace(recipe, data=replace(recipe.data, data_root=args.data_root))
 
 
-def val_samples(recipe: Recipe, spec: DatasetSpec, given: Path | None) -> Sequence[Sample]:
+def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Namespace) -> list[Sample]:
     """The samples of --list, else the recipe's val; every file known to exist. No list of training images is read."""
-    root = splits.find_data(recipe.data, spec)
-    if given is not None:
-        entries = splits.read_entries(splits.existing(given, "--list"), root, spec.mask_path)
+    if args.list is not None:
+        entries = splits.read_entries(splits.existing(args.list, "--list"), root, spec.mask_path)
     else:
         entries = splits.val_entries(recipe.data, spec, root)
-    for entry in entries:
-        if entry.sample.mask is None:
-            raise UserError(f"{entry.source}: {entry.sample.image} has no mask beside it; write `image mask`")
+    bare = [entry for entry in entries if entry.sample.mask is None]
+    only_pictures = len(bare) == len(entries) and args.save_dir is not None and args.json is None
+    if bare and not only_pictures:
+        raise UserError(
+            f"{bare[0].source}: {bare[0].sample.image} has no mask beside it; write `image mask` "
+            "(no line with a mask, --save-dir and no --json: predictions alone)"
+        )
     splits.check_files(entries)
     return [entry.sample for entry in entries]
 
 
+def val_name(recipe: Recipe, args: argparse.Namespace) -> str:
+    return str(args.list or recipe.data.val_id_path or "val")
+
+
 class NamedImages(SegmentationDataset):
-    """The samples under names that no two share: the stem, or where stems collide the path below the common folder."""
+    """The samples under names that no two share. Without a mask, no pixel of it has a class."""
 
     def __init__(self, samples: Sequence[Sample], spec: DatasetSpec) -> None:
         super().__init__(samples, spec)
-        self.names = [sample.image.stem for sample in samples]
-        if len(set(self.names)) < len(self.names):
-            images = [Path(os.path.abspath(sample.image)) for sample in samples]  # no .. in a name of a file we write
-            top = os.path.commonpath([image.parent for image in images])
-            self.names = [image.relative_to(top).with_suffix("").as_posix() for image in images]
+        self.names = unique_names([sample.image for sample in samples])
+
+    @property
+    def masks(self) -> list[Path]:
+        return [sample.mask for sample in self.samples if sample.mask is not None]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        image, mask, _ = super().__getitem__(index)
+        if self.samples[index].mask is not None:
+            image, mask, _ = super().__getitem__(index)
+        else:
+            image = to_tensor(read_image(self.samples[index].image))
+            mask = torch.full(image.shape[1:], self.spec.ignore_index, dtype=torch.uint8)
         return image, mask, self.names[index]
 
 
-class Pictures:
-    """Writes <name>.png (class indices with palette), <name>_color.png and <name>_overlay.png."""
-
-    def __init__(self, folder: Path, spec: DatasetSpec) -> None:
-        self.folder, self.palette = folder, spec.palette
-
-    def __call__(self, name: str, image: Tensor, mask: Tensor, prediction: Tensor) -> None:
-        save_index_png(prediction, self.palette, self.folder / f"{name}.png")
-        save_rgb(colorize(prediction, self.palette), self.folder / f"{name}_color.png")
-        save_rgb(overlay(image, prediction, self.palette), self.folder / f"{name}_overlay.png")
-
-
-def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> None:
+def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> PredictionFolder | None:
     """Make the folders before the work, and refuse to write pictures over the data."""
-    try:
-        if args.json is not None:
+    if args.json is not None:
+        try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-        if args.save_dir is not None:
-            args.save_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{error.filename}: the folder cannot be made ({error.strerror}); choose another") from None
-    if args.json is not None and args.json.is_dir():
-        raise UserError(f"--json {args.json} is a folder; name a file in it")
-    if args.save_dir is not None:
-        if twice := [name for name, count in Counter(dataset.names).items() if count > 1]:
-            raise UserError(f"--save-dir: two images of the list have the name {twice[0]}; each may stand there once")
-        inputs = {path.resolve() for sample in dataset.samples for path in (sample.image, sample.mask)}
-        for name in dataset.names:
-            if (args.save_dir / f"{name}.png").resolve() in inputs:
-                raise UserError(f"--save-dir {args.save_dir}: {name}.png is part of the data; choose another folder")
+        except OSError as error:
+            raise UserError(f"{error.filename}: the folder cannot be made ({error.strerror}); choose another") from None
+        if args.json.is_dir():
+            raise UserError(f"--json {args.json} is a folder; name a file in it")
+    if args.save_dir is None:
+        return None
+    spec = dataset.spec
+    pictures = spec.submission is None if args.pictures is None else args.pictures
+    folder = PredictionFolder(args.save_dir, spec.palette, encode=spec.submission, index_only=not pictures)
+    folder.prepare(dataset.names, [sample.image for sample in dataset.samples], dataset.masks)
+    return folder
 
 
-def summary(scores: Scores, spec: DatasetSpec, inference: Inference, loaded: Loaded) -> dict:
-    """What --json holds; `split` is the one that the checkpoint was trained on, null for an imported one."""
-    split = loaded.meta.get("split") or {}
-    return {
+def changed_lists(loaded: Loaded, val: dict[str, str], args: argparse.Namespace) -> list[str]:
+    """Where a name of the checkpoint's lists stands for other images, among published lists or here today, in words."""
+    split, folder = loaded.meta.get("split") or {}, loaded.spec.splits
+    name, labeled = str(split.get("name")), split.get("labeled")
+    path = splits.SPLITS_ROOT / folder / name / "labeled.txt"
+    told = [] if labeled is None else [other_images(name, labeled, folder)]
+    if told == [None] and path.is_file():
+        images = [sample.image.as_posix() for sample in splits.read_list(path, Path())]
+        told.append(difference(f"split {name}, {path}", labeled, splits.list_hash(images)))
+    if args.list is None:
+        told.append(difference(f"the list {val['name']}", split.get("val"), val["sha256"]))
+    return [message for message in told if message is not None]
+
+
+def difference(what: str, then: str | None, now: str) -> str | None:
+    if then in (None, now):
+        return None
+    return f"{what}: other images than at the training of the checkpoint; sha256 {then} then, {now} today"
+
+
+def warn(messages: Sequence[str]) -> None:
+    if distributed.is_main():
+        for message in messages:
+            print(f"warning: {message}", file=sys.stderr)
+
+
+def summary(scores: Scores, spec: DatasetSpec, mode: str, loaded: Loaded, val: dict[str, str]) -> dict:
+    """What --json holds; `split` is the one that the checkpoint was trained on, not known of imported weights."""
+    result = {
         "miou": finite(scores.miou),
         "iou": scores.by_class(spec.classes),
         "pixel_accuracy": finite(scores.pixel_accuracy),
         "num_images": scores.num_images,
-        "mode": inference.mode,
-        "split": {"name": split.get("name"), "sha256": split.get("sha256")},
+        "mode": mode,
+        "split": loaded.meta.get("split") or {"name": None, "sha256": None},
+        "val": val,
         "checkpoint_sha256": loaded.meta["sha256"],
     }
+    return result | {key: loaded.meta[key] for key in ("source",) if key in loaded.meta}
 
 
 def write_json(result: dict, path: Path) -> None:
     """The whole file or none: written beside and renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); free space or choose another") from None
 
 
 if __name__ == "__main__":

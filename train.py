@@ -24,7 +24,7 @@ from allspark.config import Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset
 from allspark.data.preflight import check_data
-from allspark.data.splits import Lists, resolve
+from allspark.data.splits import Lists, provenance, resolve
 from allspark.engine.checkpoint import TO_RESUME, load_checkpoint, load_state, save_checkpoint
 from allspark.engine.log import METRICS, RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
@@ -52,7 +52,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
     """A run from its first check to its last checkpoint. Long, because it is what happens, in order."""
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
-    notes = check_data(recipe.data, spec, lists)
+    notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
@@ -158,7 +158,7 @@ def checkpoint_content(
         "step": reached.step,
         "best": reached.best,
         "recipe": to_plain(recipe),
-        "split": {"name": lists.name, "sha256": lists.hash},
+        "split": lists.split,
         "world_size": distributed.world_size(),
     }
 

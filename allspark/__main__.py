@@ -12,7 +12,10 @@ from allspark.errors import run_main
 VERBS = {
     "check": "everything that can be wrong with a recipe and its data, before training starts",
     "compare": "a table, learning curves and a grid of predictions from finished runs",
+    "predict": "images, folders, lists -> masks of class indices, and pictures to look at",
+    "prepare": "official archives -> the layout that the configs expect",
     "splits": "class-balanced lists of labeled and unlabeled images",
+    "weights": "encoders and whole models of other code bases: import, inspect, fetch",
 }
 
 

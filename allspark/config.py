@@ -31,6 +31,7 @@ class CustomDataConfig:
     ignore_index: int = 255
     value_map: dict[int, int] | None = None  # stored value -> class index or ignore_index, e.g. {0: 0, 255: 1}
     palette: tuple[tuple[int, int, int], ...] | None = None
+    background: int | None = None  # index of the class of all that belongs to no other one, where there is one
     eval_mode: Literal["whole", "center_crop", "sliding_window"] = "whole"
     labeled_images: str | None = None
     labeled_masks: str | None = None
@@ -66,6 +67,7 @@ class BottleneckConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     encoder: str = "mit_b5"
+    decoder: Literal["mlp", "mlp_bn"] = "mlp"  # mlp_bn: mmsegmentation's, a batch norm per level
     decoder_channels: int | None = None  # None: 256 for mit_b0 and mit_b1, 768 for the others (SegFormer, table 6)
     drop_path: float = 0.1
     dropout: float = 0.1  # before the classifier

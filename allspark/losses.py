@@ -44,11 +44,12 @@ def consistency_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy against pseudo-labels, and the share of pixels that took part (mask_ratio).
 
+    label: classes (B, H, W), or soft labels (B, K, H, W), probabilities of each class.
     keep (B, H, W) bool: confident pixels; valid (B, H, W) bool: not padding; None: all of them. The denominator is the
     number of valid pixels, not of confident ones, so that little confidence also means little weight (UniMatch).
     """
     loss = F.cross_entropy(logits, label, reduction="none")
-    valid = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
+    valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
     counted = valid if keep is None else keep & valid
     total = valid.sum().clamp(min=1)
     return (loss * counted).sum() / total, counted.sum() / total

@@ -280,12 +280,16 @@ def readers(place):
             return train.main, place.train(), place.run / "latest.pth"
         if who == "eval":
             return eval_script.main, ["--checkpoint", file, "--device", "cpu"], file
+        if who == "predict":
+            image, out = place.root / "images" / "val" / "val0.png", place.root.parent / "out"
+            return verbs.main, ["predict", "--checkpoint", file, "--device", "cpu", "--out", out, image], file
         return train.main, place.train(f"model.{who}={file}"), file
 
     return arguments
 
 
-WHO = ["resume", "eval", "init_from", "pretrained"]
+WHO = ["resume", "eval", "predict", "init_from", "pretrained"]
+REMEDIES = {"eval": "another one", "predict": "another one", "resume": "--fresh"}
 
 
 @pytest.mark.parametrize("who", WHO)
@@ -294,9 +298,7 @@ def test_truncated_checkpoint(who, finished, readers, refused, tmp_path):
     shutil.copy(finished.run / "latest.pth", file)
     half(file)
     main, words, named = readers(who, file)
-    refused(
-        main, words, named, "not a readable", {"eval": "another one", "resume": "--fresh"}.get(who, "copy it again")
-    )
+    refused(main, words, named, "not a readable", REMEDIES.get(who, "copy it again"))
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])

@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from allspark.__main__ import main
+from allspark.cli.compare import differing_lists
+from allspark.data.manifest import load_manifest
 from allspark.errors import UserError
 
 
@@ -33,6 +36,35 @@ def test_overlay_differs(finished, tmp_path):
         main(["compare", str(finished.run), "--out", str(tmp_path / f"o{len(words)}"), *words])
     plain, laid = (np.asarray(Image.open(tmp_path / f"o{n}" / "predictions.png")) for n in range(2))
     assert plain.shape == laid.shape and not np.array_equal(plain, laid)
+
+
+def test_other_images_under_one_name_are_told(finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(finished.run, other)
+    content = torch.load(other / "latest.pth", weights_only=True)
+    content["split"]["labeled"] = load_manifest().splits["pascal/u2pl_1_8"].lists["labeled"].sha256
+    torch.save(content, other / "latest.pth")
+    mine = torch.load(finished.run / "latest.pth", weights_only=True)["split"]
+    assert set(mine) == {"name", "sha256", "labeled", "unlabeled", "val"}
+    logged = f"split folders: labeled list sha256 {mine['labeled'][:12]} (not published), val list sha256 "
+    assert logged in (finished.run / "train.log").read_text()
+    main(["compare", f"a={finished.run}", f"b={other}", "--out", str(tmp_path / "out"), "--images", "1"])
+    shown = capsys.readouterr()
+    note = (tmp_path / "out" / "table.md").read_text().splitlines()[-1]
+    assert note in shown.err and note in shown.out and note.startswith("split folders is not the same labeled list")
+    assert f"a: sha256 {mine['labeled'][:12]}; b: sha256 {content['split']['labeled'][:12]} (pascal/u2pl_1_8 of" in note
+    for file in other.glob("*.pth"):
+        file.unlink()
+
+
+def test_which_lists_are_told():
+    a = {"name": "1_8", "sha256": "0", "labeled": "1" * 64, "val": "2" * 64}
+    assert differing_lists({"a": a, "b": a, "older": {"name": "1_8", "sha256": "0"}}) == []
+    assert differing_lists({"a": a, "b": {**a, "name": "92", "labeled": "3" * 64}}) == []
+    (note,) = differing_lists({"a": a, "b": {**a, "labeled": "3" * 64}, "c": a})
+    assert note.startswith("split 1_8 is not") and "a, c: sha256 111111111111; b: sha256 333333333333" in note
+    (note,) = differing_lists({"a": a, "b": {**a, "name": "92", "val": "3" * 64}})
+    assert note.startswith("val is not the same val list")
 
 
 def test_what_is_not_a_finished_run_is_refused(finished, tmp_path):

@@ -21,7 +21,8 @@ import eval as eval_script
 from allspark import distributed
 from allspark.batch import normalize
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
+from allspark.data import DATASETS, cityscapes, splits
+from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, read_mask, to_tensor
 from allspark.engine.checkpoint import save_checkpoint
 from allspark.errors import UserError, run_main
 from allspark.evaluation import pictures
@@ -215,7 +216,7 @@ def checkpoint(dataset, tmp_path):
     )
     torch.manual_seed(0)
     model = build_model(recipe.model, 4, 64)
-    content = {"recipe": to_plain(recipe), "model": model.state_dict(), "step": 7, "epoch": 1}
+    content = {"recipe": to_plain(recipe), "model": model.state_dict(), "method": {}, "step": 7, "epoch": 1}
     save_checkpoint(tmp_path / "best.pth", content | {"split": {"name": "1_8", "sha256": "5" * 64}})
     return tmp_path / "best.pth"
 
@@ -230,10 +231,12 @@ def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(name in table for name in SPEC.classes) and "pixel accuracy" in table
     result = json.loads((out / "scores.json").read_text())
-    keys = ["miou", "iou", "pixel_accuracy", "num_images", "mode", "split", "checkpoint_sha256"]
+    keys = ["miou", "iou", "pixel_accuracy", "num_images", "mode", "split", "val", "checkpoint_sha256"]
     assert list(result) == keys and list(result["iou"]) == list(SPEC.classes)
     assert (result["num_images"], result["mode"]) == (5, "whole")
-    assert result["split"] == {"name": "1_8", "sha256": "5" * 64}
+    assert result["split"] == {"name": "1_8", "sha256": "5" * 64} and "source" not in result
+    images = "".join(f"image{index}.png\n" for index in range(5))
+    assert result["val"] == {"name": f"{tmp_path}/val.txt", "sha256": hashlib.sha256(images.encode()).hexdigest()}
     assert result["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     expected = {f"image{index}{kind}.png" for index in range(5) for kind in ("", "_color", "_overlay")}
     assert {path.name for path in out.iterdir()} == expected | {"scores.json"}
@@ -263,6 +266,129 @@ def test_pictures_of_equal_stems_do_not_overwrite_each_other(checkpoint, tmp_pat
     (tmp_path / "list.txt").write_text("".join(lines))
     eval_script.main(arguments(checkpoint, "--list", tmp_path / "list.txt", "--save-dir", tmp_path / "out"))
     assert (tmp_path / "out/a/frame.png").is_file() and (tmp_path / "out/b/frame_overlay.png").is_file()
+
+
+def checkpoint_of(dataset, folder, **split):
+    """A random MiT-B0 of a data set of this package: the file, and the model in it."""
+    data = DataConfig(dataset=dataset, data_root=str(folder), crop_size=64, num_workers=0)
+    model = ModelConfig(encoder="mit_b0", decoder_channels=32)
+    recipe = Recipe(data=data, model=model, method=MethodConfig(name="supervised"), epochs=1)
+    torch.manual_seed(0)
+    network = build_model(model, DATASETS[dataset].num_classes, 64).eval()
+    content = {"recipe": to_plain(recipe), "model": network.state_dict(), "method": {}, "step": 7, "epoch": 1}
+    save_checkpoint(folder / "run.pth", content | {"split": {"name": "1_8", "sha256": "5" * 64, **split}})
+    return folder / "run.pth", network
+
+
+def read(path):
+    with Image.open(path) as picture:
+        return np.array(picture), picture.mode
+
+
+def frames(folder, count=2):
+    """Images named as those of Cityscapes, with masks of both kinds, and a list of each kind."""
+    rng, lines = np.random.RandomState(1), []
+    for index in range(count):
+        name = f"frankfurt_000000_{index:06}"
+        Image.fromarray(rng.randint(0, 256, (64, 128, 3)).astype(np.uint8)).save(folder / f"{name}_leftImg8bit.png")
+        train_ids = rng.randint(0, 19, (64, 128)).astype(np.uint8)
+        Image.fromarray(train_ids).save(folder / f"{name}_gtFine_labelTrainIds.png")
+        Image.fromarray(cityscapes.TO_LABEL_IDS(train_ids)).save(folder / f"{name}_gtFine_labelIds.png")
+        lines.append(f"{name}_leftImg8bit.png {name}_gtFine_labelTrainIds.png\n")
+    (folder / "frames.txt").write_text("".join(lines))
+    (folder / "test.txt").write_text("".join(line.split()[0] + "\n" for line in lines))
+    return [folder / line.split()[0] for line in lines]
+
+
+@pytest.mark.parametrize("dataset", ["cityscapes", "cityscapes_labelids"])
+def test_what_is_saved_of_cityscapes_is_what_its_server_takes(dataset, tmp_path, one_thread):
+    images = frames(tmp_path)
+    path, model = checkpoint_of(dataset, tmp_path)
+    out = tmp_path / "out"
+    options = ("--list", tmp_path / "frames.txt", "--mode", "whole", "--save-dir", out)
+    eval_script.main(arguments(path, *options))
+    for image in images:
+        prefix = image.name.removesuffix("leftImg8bit.png")  # the server takes the one file <city>_<seq>_<frame>*.png
+        (found,) = out.rglob(f"{prefix}*.png")
+        values, mode = read(found)
+        with torch.no_grad():
+            prediction = model(normalize(to_tensor(read_image(image)))[None]).logits.argmax(1)[0].numpy()
+        assert mode == "L" and values.shape == (64, 128) and len(np.unique(prediction)) > 1
+        assert set(np.unique(values)) <= set(cityscapes.LABEL_IDS)
+        np.testing.assert_array_equal(read_mask(found, DATASETS["cityscapes_labelids"]), prediction)
+    eval_script.main(arguments(path, *options, "--pictures"))
+    kinds = ("", "_color", "_overlay")
+    assert {file.name for file in out.iterdir()} == {f"{image.stem}{kind}.png" for image in images for kind in kinds}
+
+
+def test_outside_the_center_crop_the_server_gets_unlabeled(tmp_path):
+    (image, *_) = frames(tmp_path)
+    path, _ = checkpoint_of("cityscapes", tmp_path)
+    more = ("--list", tmp_path / "frames.txt", "--mode", "center_crop", "--save-dir", tmp_path / "out")
+    eval_script.main(arguments(path, *more))
+    values, _ = read(tmp_path / "out" / image.name)
+    assert (values[:, :32] == 0).all() and (values[:, 96:] == 0).all() and (values[:, 32:96] != 0).all()
+
+
+def test_what_is_saved_of_pascal_is_indices_with_its_palette(tmp_path):
+    (image, *_) = frames(tmp_path, 1)
+    path, _ = checkpoint_of("pascal", tmp_path)
+    eval_script.main(arguments(path, "--list", tmp_path / "test.txt", "--save-dir", tmp_path / "out"))
+    with Image.open(tmp_path / "out" / image.name) as picture:
+        assert picture.mode == "P" and np.array(picture).max() < 21
+        assert picture.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]  # background, aeroplane, bicycle
+
+
+def test_a_test_set_without_masks_is_predicted_and_not_scored(tmp_path, capsys):
+    images = frames(tmp_path)
+    path, _ = checkpoint_of("cityscapes", tmp_path)
+    options = ["--list", tmp_path / "test.txt", "--save-dir", tmp_path / "out", "--mode", "whole"]
+    eval_script.main(arguments(path, *options))
+    assert "2 predictions" in capsys.readouterr().out
+    assert all((tmp_path / "out" / image.name).is_file() for image in images)
+    mixed = (tmp_path / "frames.txt").read_text().splitlines()[0] + "\n" + images[1].name
+    (tmp_path / "test.txt").write_text(mixed)
+    for more in ((), ("--json", tmp_path / "scores.json")):  # a mask that was forgotten; scores that cannot be
+        assert run_main(eval_script.main, arguments(path, *options, *more)) == 2
+        assert re.search(r"test.txt line 2.*no mask", capsys.readouterr().err)
+        (tmp_path / "test.txt").write_text(f"\n{images[0].name}\n")
+
+
+def test_a_list_that_changed_under_its_name_is_told(tmp_path, capsys, monkeypatch):
+    """Checkpoints of CamVid's split 1_8, which is in the manifest, and of one that lies here alone."""
+    (image,) = frames(tmp_path, 1)
+    here = tmp_path / "splits" / "camvid"
+    shutil.copytree(splits.SPLITS_ROOT / "camvid", here)
+    (here / "mine").mkdir()
+    (here / "mine" / "labeled.txt").write_text("images/train/one.jpg labels/train/one.png\n")
+    monkeypatch.setattr(splits, "SPLITS_ROOT", tmp_path / "splits")
+    today = {}
+    for name in ("1_8", "mine"):
+        listed = splits.read_list(here / name / "labeled.txt", Path())
+        today[name] = splits.list_hash(sample.image.as_posix() for sample in listed)
+    (tmp_path / "val.txt").write_text(f"{image.name} mask.png\n")
+    Image.fromarray(np.zeros((64, 128), np.uint8)).save(tmp_path / "mask.png")
+    val = splits.list_hash([image.name])
+
+    def warnings(*more, **split):
+        path, _ = checkpoint_of("camvid", tmp_path, **split)
+        content = torch.load(path, weights_only=True)
+        content["recipe"]["data"]["val_id_path"] = str(tmp_path / "val.txt")
+        torch.save(content, path)
+        eval_script.main(arguments(path, "--json", tmp_path / "scores.json", *more))
+        assert json.loads((tmp_path / "scores.json").read_text())["split"].items() >= split.items()
+        return capsys.readouterr().err.splitlines()
+
+    assert warnings() == []  # a checkpoint of the time before the lists had hashes of their own
+    for name, now in today.items():
+        assert warnings(name=name, labeled=now, unlabeled="1" * 64, val=val) == []
+        (warning,) = warnings(name=name, labeled="0" * 64, val=val)
+        assert warning.startswith(f"warning: split {name}") and "0" * 12 in warning and now[:12] in warning
+    (warning,) = warnings(name=name, labeled=now, val="2" * 64)
+    assert "val.txt" in warning and "2" * 64 in warning and val in warning
+    by_hand = ("--list", tmp_path / "val.txt")
+    assert warnings(*by_hand, name=name, labeled=now, val="2" * 64) == []
+    assert warnings(name="gone", labeled="0" * 64, val=val) == []
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import nn
 from allspark.errors import UserError
 from allspark.evaluation.inference import (
     Inference,
+    best_class,
     class_prob,
     class_scores,
     predict_sliding,
@@ -161,6 +162,15 @@ def test_prob_sums_to_one_and_has_the_maximum_of_the_logits():
     prob = class_prob(model, picture, Inference())
     torch.testing.assert_close(prob.sum(1), torch.ones(2, 40, 40))
     assert torch.equal(prob.max(1)[1], class_scores(model, picture, Inference()).max(1)[1])
+
+
+@pytest.mark.parametrize("inference", [Inference(), sliding(32), Inference(flip=True), Inference(scales=(1.0, 1.5))])
+def test_best_class_and_its_probability(inference):
+    model, picture = Blurred(), image(2, 3, 40, 40)
+    label, prob = best_class(class_scores(model, picture, inference), inference)
+    expected = class_prob(model, picture, inference).max(1)
+    assert torch.equal(label, expected.indices)
+    torch.testing.assert_close(prob, expected.values)
 
 
 def test_center_crop_region():

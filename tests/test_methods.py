@@ -51,6 +51,7 @@ def random_batches(method, batch_x=2, batch_u=2, size=(CROP, CROP), classes=CLAS
 def test_losses_and_gradients(name, bottleneck):
     """Finite losses, a gradient for every trainable parameter (DDP waits for each), train mode kept."""
     model, method = make_model(bottleneck), make_method(name)
+    method.attach(model)
     losses = method.losses(model, *random_batches(method), FIRST)
     losses["loss"].backward()
     assert all(torch.isfinite(value) for value in losses.values())
@@ -77,15 +78,17 @@ def test_pseudo_pass_changes_nothing(share_keys):
 
 
 def test_one_enqueue_per_step():
-    """Every channel of every unlabeled image is written once, whichever method runs with the bottleneck."""
+    """Every channel of every unlabeled image of the joint pass is written once, whichever method it is."""
     for name, kind in METHODS.items():
         if kind.takes_bottleneck:
             model, method = make_model(), make_method(name)
+            method.attach(model)
             writes = []
             enqueue = model.bottleneck.memory.enqueue
             model.bottleneck.memory.enqueue = lambda f, c, w=writes, e=enqueue: (w.append(f.shape), e(f, c))
             method.losses(model, *random_batches(method), FIRST)
-            assert [shape[:2] for shape in writes] == [(2, 256)], name
+            images = {"unimatch_v2": 4}.get(name, 2)  # both strong views are in its joint pass
+            assert [shape[:2] for shape in writes] == [(images, 256)], name
 
 
 @pytest.mark.parametrize(("batch_x", "batch_u"), [(1, 3), (3, 1), (1, 1)])
@@ -241,6 +244,7 @@ def shapes_batches(method, batch=4):
 def test_loss_falls_on_shapes(name, bottleneck):
     model = make_model(bottleneck, DATASETS["shapes"].num_classes)
     method = make_method(name)
+    method.attach(model)
     optimizer = build_optimizer(OptimConfig(name="adamw", lr=1e-3, lr_multi=1.0, weight_decay=0.01), model)
     batches = shapes_batches(method)
     labeled_losses = []
@@ -250,6 +254,7 @@ def test_loss_falls_on_shapes(name, bottleneck):
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
+        method.after_step(model, Progress(step, step // 6, 12))
         labeled_losses.append(losses["loss_x"].item())
     assert sum(labeled_losses[-3:]) < 0.8 * sum(labeled_losses[:3])
 
@@ -257,9 +262,11 @@ def test_loss_falls_on_shapes(name, bottleneck):
 @pytest.mark.parametrize(("name", "bottleneck"), CASES)
 def test_state_dict_round_trip(name, bottleneck):
     model, method = make_model(bottleneck), make_method(name)
+    method.attach(model)
     other = make_model(bottleneck)
-    other.load_state_dict(model.state_dict(), strict=True)
     again = make_method(name)
+    again.attach(other)
+    other.load_state_dict(model.state_dict(), strict=True)
     again.load_state_dict(method.state_dict(), strict=True)
     if bottleneck == "allspark":
         assert torch.equal(other.bottleneck.memory.queue, model.bottleneck.memory.queue)

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,16 @@ from allspark.data import DATASETS, shapes, spec_for
 from allspark.data.base import Sample
 from allspark.data.draw import balanced_order, make_splits, parse_sizes
 from allspark.data.preflight import check_data
-from allspark.data.splits import SPLITS_ROOT, find_data, list_hash, read_entries, read_list, resolve, samples_hash
+from allspark.data.splits import (
+    SPLITS_ROOT,
+    find_data,
+    list_hash,
+    provenance,
+    read_entries,
+    read_list,
+    resolve,
+    samples_hash,
+)
 from allspark.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared"))
@@ -150,6 +160,37 @@ def test_missing_split_names_path_alternatives_and_command(data, tmp_path):
     message = str(caught.value)
     assert str(tmp_path / "splits" / "mine" / "1_8" / "labeled.txt") in message and "splits of mine: few" in message
     assert "python -m allspark splits make --config FILE" in message and "--sizes 1_8" in message
+
+
+def test_a_published_list_that_is_missing_is_to_be_fetched(tmp_path):
+    for name, split in (("pascal", "1_8"), ("cityscapes_labelids", "1_30")):
+        data, folder = DataConfig(dataset=name, data_root=str(tmp_path), crop_size=64, split=split), name.split("_")[0]
+        command = f"python -m allspark splits fetch --dataset {folder} --split"
+        with pytest.raises(UserError, match=rf"{folder}/{split}/labeled.txt does not exist.*{command} {split}"):
+            resolve(data, tmp_path / "splits")
+        own = tmp_path / "own.txt"
+        own.write_text("")
+        data = replace(data, labeled_id_path=str(own), unlabeled_id_path=str(own))
+        with pytest.raises(UserError, match=rf"{folder}/val.txt: this list does not exist.*{command} val"):
+            resolve(data, tmp_path / "splits")
+    (tmp_path / "splits" / "coco" / "1_512").mkdir(parents=True)
+    (tmp_path / "splits" / "coco" / "1_512" / "labeled.txt").write_text("")
+    data = DataConfig(dataset="coco", data_root=str(tmp_path), crop_size=64, split="1_512")
+    with pytest.raises(UserError, match=r"1_512/unlabeled.txt.*splits fetch.*1_512.*splits build --dataset coco"):
+        resolve(data, tmp_path / "splits")
+
+
+def test_a_run_tells_whose_its_lists_are(data, tmp_path):
+    lists = resolve(data, tmp_path / "splits")
+    labeled = list_hash(f"train/{i:03}.jpg" for i in range(6))
+    assert lists.split == {"name": "few", "sha256": lists.hash, **lists.hashes} and lists.hashes["labeled"] == labeled
+    assert lists.hashes["val"] == list_hash(f"val/{i:03}.jpg" for i in range(4))
+    (note,) = provenance(lists, spec_for(data))
+    assert note.startswith(f"split few: labeled list sha256 {labeled[:12]} (not published), val list sha256 ")
+    lists = resolve(DataConfig(dataset="shapes", data_root="data/shapes", crop_size=64, split="1_8"))
+    assert "(= shapes/1_8 of this project)" in provenance(lists, DATASETS["shapes"])[0]
+    other = replace(lists, hashes={**lists.hashes, "labeled": labeled})
+    assert provenance(other, DATASETS["shapes"])[1].startswith("WARNING: split 1_8 has the name of shapes/1_8")
 
 
 def test_missing_root_names_key_path_and_variable(data, tmp_path):
@@ -347,11 +388,29 @@ def test_verb_make_names_what_is_wrong(make, tmp_path):
 
 def test_verb_list_prints_counts_and_hashes(data, tmp_path, capsys):
     verb.show(argparse.Namespace(dataset=None), tmp_path / "splits")
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
     assert [line[:2] for line in lines] == [["mine/few/labeled", "6"], ["mine/few/unlabeled", "9"], ["mine/val", "4"]]
     assert lines[0][2] == list_hash(f"train/{i:03}.jpg" for i in range(6))[:12]
     with pytest.raises(UserError, match="no lists of other"):
         verb.show(argparse.Namespace(dataset="other"), tmp_path / "splits")
+
+
+def test_verb_list_tells_provenance_and_traps(tmp_path, capsys):
+    shutil.copytree(SPLITS_ROOT / "shapes", tmp_path / "shapes")
+    (tmp_path / "shapes" / "1_8" / "labeled.txt").write_text("images/train/0001.png labels/train/0001.png\n")
+    verb.show(argparse.Namespace(dataset="shapes"), tmp_path)
+    out = capsys.readouterr().out
+    assert "    = shapes/1_4 of this project\n" in out and "    WARNING: split 1_8 has the name of" in out
+    verb.show(argparse.Namespace(dataset="cityscapes_labelids"), tmp_path)
+    assert "brought by `splits fetch`: cityscapes, cityscapes/1_30" in capsys.readouterr().out
+    published = SHARED / "splits" / "pascal"
+    if not published.is_dir():
+        pytest.skip(f"{published} is absent: no published lists beside the project")
+    shutil.copytree(published / "u2pl_1_8", tmp_path / "pascal" / "mine")
+    verb.show(argparse.Namespace(dataset="pascal"), tmp_path)
+    out = capsys.readouterr().out
+    assert "= pascal/u2pl_1_8 of Haochen-Wang409/U2PL ab3d2be data/splits/pascal/1323 (Apache-2.0)" in out
+    assert "    used by U2PL" in out and "    trap: Often set beside results on pascal/1_8" in out
 
 
 def test_our_own_lists_hold_relative_paths():

@@ -7,7 +7,7 @@ import argparse
 from allspark.cli import recipe as recipe_words
 from allspark.data import spec_for
 from allspark.data.preflight import check_data
-from allspark.data.splits import resolve
+from allspark.data.splits import provenance, resolve
 from allspark.evaluation.inference import inference_for
 from allspark.models.segmentor import build_model
 from allspark.models.weights import load_pretrained
@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     spec = spec_for(recipe.data)
     method = recipe_words.build_method(recipe, spec)
     lists = resolve(recipe.data)
-    notes = check_data(recipe.data, spec, lists)
+    notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
     recipe_words.build_loader(recipe, lists, spec, method.views)
     inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)

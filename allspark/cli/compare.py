@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from allspark.cli.loading import load_for_inference
 from allspark.config import Recipe, load_config
 from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset
+from allspark.data.manifest import known_as
 from allspark.data.splits import resolve
 from allspark.distributed import choose_device
+from allspark.engine.checkpoint import load_checkpoint
 from allspark.engine.log import read_metrics
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
@@ -45,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     runs = read_runs(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
-    table = score_table(runs)
+    notes = differing_lists({run.name: load_checkpoint(run.folder / "latest.pth", ("split",))["split"] for run in runs})
+    for note in notes:
+        print(f"WARNING: {note}", file=sys.stderr)
+    table = score_table(runs) + "".join(f"\n{note}\n" for note in notes)
     (args.out / "table.md").write_text(table, encoding="utf-8")
     plot_curves({run.name: curve(run) for run in runs}, args.out / "curves.png")
     draw_predictions(runs, args.images, args.overlay, args.out / "predictions.png")
@@ -74,6 +81,27 @@ def read_runs(words: Sequence[str]) -> list[Run]:
     if len(datasets) > 1:
         raise UserError(f"runs on different data sets cannot be compared: {', '.join(sorted(datasets))}")
     return runs
+
+
+def differing_lists(splits: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What makes scores incomparable: other labeled images under one name, another val list. Run -> its split."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run, split in splits.items():
+        for kind, name in (("labeled", f"split {split.get('name')}"), ("val", "val")):
+            if kind in split:  # older checkpoints do not say
+                found[name, kind][split[kind]].append(run)
+    notes = []
+    for (name, kind), runs in found.items():
+        if len(runs) > 1:
+            told = "; ".join(f"{', '.join(names)}: {list_name(sha256)}" for sha256, names in runs.items())
+            notes.append(f"{name} is not the same {kind} list in these runs, do not compare them: {told}")
+    return notes
+
+
+def list_name(sha256: str) -> str:
+    """'sha256 1a88d02c7870 (pascal/1_8 of LiheYoung/UniMatch)'."""
+    whose = known_as(sha256)
+    return f"sha256 {sha256[:12]}{f' ({whose})' if whose else ''}"
 
 
 def score_table(runs: Sequence[Run]) -> str:

@@ -63,7 +63,8 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
             f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: the bottleneck's "
             f"unlabeled branch would never get a gradient; set model.bottleneck=none or choose another method"
         )
-    return kind(criterion, **recipe.method.options)
+    facts = {name: getattr(spec, name) for name in kind.facts}
+    return kind(criterion, **facts, **recipe.method.options)
 
 
 def build_loader(recipe: Recipe, lists: Lists, spec: DatasetSpec, views: Views) -> TrainLoader:

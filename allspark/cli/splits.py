@@ -1,25 +1,20 @@
-"""python -m allspark splits make | list: seeded, nested, class-balanced lists, and what lists there are."""
+"""python -m allspark splits list | verify | fetch | build | make: published lists, and lists of one's own."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+from allspark.cli import published
 from allspark.config import DataConfig, load_config, root_variable
 from allspark.data import DATASETS, spec_for
 from allspark.data.draw import make_splits, parse_sizes, write_splits
-from allspark.data.splits import (
-    SPLITS_ROOT,
-    existing,
-    find_data,
-    folder_entries,
-    list_hash,
-    read_entries,
-    read_list,
-    samples_hash,
-)
+from allspark.data.layouts import LAYOUTS
+from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images
+from allspark.data.splits import existing, find_data, folder_entries, read_entries, read_list, samples_hash
 from allspark.errors import UserError
 
 
@@ -36,12 +31,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--out", type=Path, help="default: splits/<dataset>")
     make.add_argument("--force", action="store_true", help="overwrite lists that are there")
-    show = verbs.add_parser("list", help="the splits that are there, with counts and hashes")
+    show = verbs.add_parser("list", help="the splits that are there: counts, hashes, whose they are, their traps")
     show.add_argument("--dataset", help="only this one")
+    verify = verbs.add_parser("verify", help="compare lists with what was published under their names")
+    verify.add_argument("--from", dest="source", metavar="DIR", help="laid out like splits/, the default")
+    verify.add_argument("--dataset", help="only this one")
+    fetch = verbs.add_parser("fetch", help="bring published lists from their public repositories, and verify them")
+    fetch.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
+    fetch.add_argument("--split", nargs="+", metavar="S", help="such as 1_8 or val; default: all of the data set")
+    fetch.add_argument("--from", dest="source", metavar="DIR|URL", help="a checkout, a folder like splits/, or a url")
+    build = verbs.add_parser("build", help="derive what the data gives: val, train, and unlabeled lists")
+    build.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
+    build.add_argument("--data-root", help="default: ALLSPARK_DATA_<DATASET>, else data/<dataset>")
+    for verb in (fetch, build):
+        verb.add_argument("--out", help="default: splits/")
+        verb.add_argument("--force", action="store_true", help="overwrite lists that hold something else")
 
 
 def main(args: argparse.Namespace) -> None:
-    {"make": make, "list": show}[args.verb](args)
+    verbs = {"make": make, "list": show, "verify": published.verify, "fetch": published.fetch_lists, "build": build}
+    verbs[args.verb](args)
+
+
+def build(args: argparse.Namespace) -> None:
+    root = data_root(args)
+    if not root.is_dir():
+        raise UserError(f"--data-root {root} is not a folder; correct it or set {root_variable(args.dataset)}=DIR")
+    published.build(args, root)
 
 
 def make(args: argparse.Namespace) -> None:
@@ -67,17 +83,49 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     if args.config is not None:
         data = load_config(args.config).data
         return data if args.data_root is None else replace(data, data_root=args.data_root)
+    return DataConfig(dataset=args.dataset, data_root=str(data_root(args)), crop_size=0)
+
+
+def data_root(args: argparse.Namespace) -> Path:
     root = args.data_root or os.environ.get(root_variable(args.dataset)) or f"data/{args.dataset}"
-    return DataConfig(dataset=args.dataset, data_root=root, crop_size=0)
+    return Path(root).expanduser()
 
 
 def show(args: argparse.Namespace, splits_root: Path = SPLITS_ROOT) -> None:
-    """A line per list: count and sha256 of its normal form, the same whatever its line ends and mask column."""
-    lists = sorted(splits_root.glob(f"{args.dataset or '*'}/**/*.txt"))
-    if not lists:
-        raise UserError(f"{splits_root}: no lists{f' of {args.dataset}' if args.dataset else ''}; see `splits make`")
-    for path in lists:
+    """A line per list: count and sha256 of its normal form, the same whatever its line ends and mask column.
+
+    Below a split that is known by its hash: whose it is, who uses it, its traps; then what can be fetched.
+    """
+    only = DATASETS[args.dataset].splits if args.dataset in DATASETS else args.dataset
+    hashes: dict[str, dict[str, str]] = defaultdict(dict)  # split -> kind -> sha256
+    lines: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(splits_root.glob(f"{only or '*'}/**/*.txt")):
+        name = path.relative_to(splits_root).with_suffix("")
         images = [sample.image.as_posix() for sample in read_list(path, Path())]
-        print(
-            f"{path.relative_to(splits_root).with_suffix('').as_posix():40} {len(images):7}  {list_hash(images)[:12]}"
-        )
+        split = name.parent.as_posix()
+        hashes[split][name.name] = list_hash(images)
+        lines[split].append(f"{name.as_posix():40} {len(images):7}  {list_hash(images)[:12]}")
+    for split in lines:
+        print("\n".join((*lines[split], *what_is_known(split, hashes[split]))))
+    fetchable = [s for s in load_manifest().splits.values() if s.places and s.name not in lines]
+    names = [s.name for s in fetchable if only in (None, s.name.split("/")[0])]
+    if names:
+        print(f"published, and brought by `splits fetch`: {', '.join(names)}")
+    elif not lines:
+        raise UserError(f"{splits_root}: no lists{f' of {only}' if only else ''}; see `splits make`")
+
+
+def what_is_known(name: str, hashes: dict[str, str]) -> list[str]:
+    """Provenance and traps of the published split that these lists are, indented; nothing of others."""
+    told = []
+    found = [load_manifest().by_hash(sha256) for sha256 in hashes.values()]
+    for split in {split.name: split for split, _ in filter(None, found)}.values():
+        whose = "; ".join(f"{place.source} {place.path} ({place.source.licence})" for place in split.places)
+        told.append(f"= {split.name} of {whose or split.whose}")
+        told += [f"used by {user}" for user in split.used_by]
+        told += [split.note] if split.note else []
+        told += [f"trap: {trap}" for trap in split.traps]
+    folder, _, split_name = name.partition("/")
+    if "labeled" in hashes and (warning := other_images(split_name, hashes["labeled"], folder)):
+        told.append(f"WARNING: {warning}")
+    return [f"    {line}" for line in told]

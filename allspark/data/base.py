@@ -56,6 +56,9 @@ class DatasetSpec:
     leaves outside 0..K-1 and ignore_index is reported by read_mask with the file's name.
     mask_path: a list's mask column -> the file to read. mask_hint: what to do about illegal values, beyond the usual.
     prepare: makes the data set under its root where nothing has to be downloaded.
+    submission: (H, W) uint8 class indices with `ignore_index` -> the 8-bit values that the benchmark's server takes;
+    None where it takes class indices, or where there is none.
+    background: index of the class of all that belongs to no other one; None where there is no such class.
     """
 
     name: str
@@ -68,6 +71,8 @@ class DatasetSpec:
     split_folder: str | None = None  # whose folder of splits/ it shares; None: its own
     mask_path: Callable[[str], str] = same_path
     mask_hint: str = ""
+    submission: Callable[[np.ndarray], np.ndarray] | None = None
+    background: int | None = None
 
     @property
     def num_classes(self) -> int:

@@ -28,6 +28,10 @@ TRAIN_CLASSES = (
 )
 LABEL_IDS, CLASSES, PALETTE = zip(*TRAIN_CLASSES, strict=True)
 
+# Class index -> labelId, which the server takes (cityscapesscripts, evaluation/evalPixelLevelSemanticLabeling.py).
+# A pixel without a class becomes 0, unlabeled: beyond 33 there is no labelId, and the server would stop at it.
+TO_LABEL_IDS = Table.of(dict(enumerate(LABEL_IDS)), default=0)
+
 
 def label_ids_path(path: str) -> str:
     """The published lists name ..._labelTrainIds.png; the raw file beside it is ..._labelIds.png."""
@@ -39,6 +43,7 @@ SPEC = DatasetSpec(
     classes=CLASSES,
     palette=PALETTE,
     eval_mode="sliding_window",
+    submission=TO_LABEL_IDS,
     mask_hint="This data set reads labelTrainIds files; for the raw labelIds files use dataset cityscapes_labelids",
 )
 
@@ -50,4 +55,5 @@ SPEC_LABEL_IDS = DatasetSpec(
     decode_mask=Table.of({label_id: index for index, label_id in enumerate(LABEL_IDS)}, default=IGNORE_INDEX),
     split_folder="cityscapes",
     mask_path=label_ids_path,
+    submission=TO_LABEL_IDS,
 )

@@ -15,4 +15,4 @@ drier, toothbrush
 """
 CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))  # a name may be broken over two lines
 
-SPEC = DatasetSpec(name="coco", classes=CLASSES, palette=bit_palette(len(CLASSES)))
+SPEC = DatasetSpec(name="coco", classes=CLASSES, palette=bit_palette(len(CLASSES)), background=0)

@@ -15,6 +15,8 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
     twice = sorted({c for c in custom.classes if custom.classes.count(c) > 1})
     if twice:
         raise UserError(f"data.custom.classes: named twice: {', '.join(twice)}; every class needs a name of its own")
+    if custom.background is not None and not 0 <= custom.background < num_classes:
+        raise UserError(f"data.custom.background: {custom.background} is not a class index 0..{num_classes - 1}")
     palette = custom.palette if custom.palette is not None else bit_palette(num_classes)
     if len(palette) != num_classes:
         raise UserError(f"data.custom.palette: {len(palette)} colours for {num_classes} classes; give one each or none")
@@ -27,6 +29,7 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
         palette=tuple((red, green, blue) for red, green, blue in palette),
         eval_mode=custom.eval_mode,
         decode_mask=keep if stored_as_decoded(custom) else Table.of(decoding(custom), default=num_classes),
+        background=custom.background,
         mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or say what its values mean: "
         "data.custom.classes, ignore_index, value_map",
     )

@@ -74,4 +74,5 @@ SPEC = DatasetSpec(
         (239, 89, 81),
     ),
     prepare=generate,
+    background=0,
 )

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from allspark import distributed
 from allspark.config import CustomDataConfig, DataConfig, root_variable
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, Sample, same_path
+from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images
 from allspark.errors import UserError
 
-SPLITS_ROOT = Path(__file__).resolve().parents[2] / "splits"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
 class Lists:
-    """The samples of a run. hash: sha256 of the three lists' hashes; name: the split's, or the file that was given."""
+    """The samples of a run. name: the split's, or the file that was given.
+
+    hashes: labeled, unlabeled, val -> sha256 of the list's normal form; hash: sha256 of those three.
+    """
 
     labeled: tuple[Sample, ...]
     unlabeled: tuple[Sample, ...]
     val: tuple[Sample, ...]
     hash: str
     name: str
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def split(self) -> dict[str, str]:
+        """What a checkpoint says of its lists."""
+        return {"name": self.name, "sha256": self.hash, **self.hashes}
 
 
 @dataclass(frozen=True)
@@ -43,23 +51,39 @@ def read_list(path: Path, data_root: Path, mask_path: Callable[[str], str] = sam
 
 
 def read_entries(path: Path, data_root: Path, mask_path: Callable[[str], str] = same_path) -> list[Entry]:
-    path, data_root = Path(path), Path(data_root)
-    entries = []
+    data_root = Path(data_root)
+    return [
+        Entry(Sample(data_root / line.image, data_root / mask_path(line.mask) if line.mask else None), line.source)
+        for line in read_lines(path)
+    ]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a list file, as it is written."""
+
+    image: str
+    mask: str | None
+    source: str
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a list file that are not blank; UserError where it is no list."""
+    lines = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        texts = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a list, it is no UTF-8 text; give a file of `image mask` lines") from None
-    for number, line in enumerate(lines, start=1):
-        columns = columns_of(line)
+    for number, text in enumerate(texts, start=1):
+        columns = columns_of(text)
         if len(columns) > 2:
             raise UserError(
                 f"{path} line {number}: {len(columns)} columns, expected `image mask` or `image`; "
                 "where a name has a blank in it, put a tab between image and mask"
             )
         if columns:
-            mask = data_root / mask_path(columns[1]) if len(columns) == 2 else None
-            entries.append(Entry(Sample(data_root / columns[0], mask), f"{path} line {number}"))
-    return entries
+            lines.append(Line(columns[0], columns[1] if len(columns) == 2 else None, f"{path} line {number}"))
+    return lines
 
 
 def columns_of(line: str) -> list[str]:
@@ -83,11 +107,6 @@ def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entr
         return None if masks is None else data_root / masks / image.relative_to(folder).with_suffix(".png")
 
     return [Entry(Sample(image, mask_of(image)), f"{folder}") for image in found]
-
-
-def list_hash(images: Iterable[str]) -> str:
-    """sha256 of a list in normal form: the image column alone, in order, a line feed after each line."""
-    return hashlib.sha256("".join(f"{image}\n" for image in images).encode()).hexdigest()
 
 
 def samples_hash(samples: Sequence[Sample], data_root: Path) -> str:
@@ -127,7 +146,8 @@ def train_entries(data: DataConfig, kind: str, spec: DatasetSpec, root: Path, sp
     if data.split is None:
         return None
     path = find_split(data, spec, splits_root) / f"{kind}.txt"
-    return read_entries(existing(path, f"data.split={data.split}"), root, spec.mask_path)
+    key = f"data.split={data.split}"
+    return read_entries(existing(path, key, how_to_get(spec.splits, data.split, kind)), root, spec.mask_path)
 
 
 def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Path = SPLITS_ROOT) -> list[Entry]:
@@ -136,8 +156,9 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     if data.val_id_path is None and custom is not None and custom.val_images is not None:
         return folder_entries(root, custom.val_images, custom.val_masks)
     key = "the default of data.val_id_path" if data.val_id_path is None else "data.val_id_path"
-    path = existing(Path(data.val_id_path or splits_root / spec.splits / "val.txt"), key)
-    return read_entries(path, root, spec.mask_path)
+    path = Path(data.val_id_path or splits_root / spec.splits / "val.txt")
+    remedy = how_to_get(spec.splits, None, "val") if data.val_id_path is None else ""
+    return read_entries(existing(path, key, remedy), root, spec.mask_path)
 
 
 def checked_lists(
@@ -151,8 +172,21 @@ def checked_lists(
         if entry.sample.mask is None:
             raise UserError(f"{entry.source}: {entry.sample.image} has no mask; name it in the list or in data.custom")
     check_files((*labeled, *unlabeled, *val))
-    parts = [tuple(entry.sample for entry in entries) for entries in (labeled, unlabeled, val)]
-    return Lists(*parts, hash=list_hash(samples_hash(part, root) for part in parts), name=name)
+    lists = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
+    parts = {kind: tuple(entry.sample for entry in entries) for kind, entries in lists.items()}
+    hashes = {kind: samples_hash(part, root) for kind, part in parts.items()}
+    return Lists(**parts, hash=list_hash(hashes.values()), name=name, hashes=hashes)
+
+
+def provenance(lists: Lists, spec: DatasetSpec) -> list[str]:
+    """Which lists these are: their hashes and whose they are, and a warning where a published name means others."""
+
+    def told(kind: str) -> str:
+        sha256 = lists.hashes[kind]
+        return f"{kind} list sha256 {sha256[:12]} ({f'= {whose}' if (whose := known_as(sha256)) else 'not published'})"
+
+    warning = other_images(lists.name, lists.hashes["labeled"], spec.splits)
+    return [f"split {lists.name}: {told('labeled')}, {told('val')}"] + ([f"WARNING: {warning}"] if warning else [])
 
 
 def find_data(data: DataConfig, spec: DatasetSpec) -> Path:
@@ -175,16 +209,26 @@ def find_split(data: DataConfig, spec: DatasetSpec, splits_root: Path) -> Path:
         return folder / data.split
     there = ", ".join(sorted(path.parent.name for path in folder.glob("*/labeled.txt"))) or "none yet"
     who = f"--dataset {spec.name}" if data.custom is None else "--config FILE"
-    command = f"splits make {who} --train LIST --sizes {data.split} --out {folder}"
+    make = f"splits make {who} --train LIST --sizes {data.split} --out {folder}"
     raise UserError(
         f"data.split: {folder / str(data.split) / 'labeled.txt'} does not exist; splits of {spec.name}: {there}. "
-        f"Make one: python -m allspark {command}"
+        f"{how_to_get(spec.splits, data.split, 'labeled') or f'Make one: python -m allspark {make}'}"
     )
 
 
-def existing(path: Path, key: str) -> Path:
+def how_to_get(folder: str, split: str | None, kind: str) -> str:
+    """The command that brings a published list, empty where it is not one; split: None for the data set's own lists."""
+    found = load_manifest().find("/".join(filter(None, (folder, split, kind))))
+    if found is None or not found[0].places:
+        return ""
+    command = f"It is published, fetch it: python -m allspark splits fetch --dataset {folder} --split {split or kind}"
+    build = f", or derive it from the data: python -m allspark splits build --dataset {folder}"
+    return command + (build if kind == "unlabeled" else "")
+
+
+def existing(path: Path, key: str, remedy: str = "") -> Path:
     if not path.is_file():
-        raise UserError(f"{path}: this list does not exist; it is asked for by {key}")
+        raise UserError(f"{path}: this list does not exist; it is asked for by {key}{'. ' if remedy else ''}{remedy}")
     return path
 
 

@@ -77,23 +77,29 @@ def weak(image: np.ndarray, rng: Generator) -> np.ndarray:
     return image
 
 
-def strong(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """(H, W, 3) uint8: colour jitter p 0.8, grey p 0.2, blur p 0.5; as many draws each time. (UniMatch)"""
-    jitters, order = rng.random() < 0.8, rng.permutation(4)
+def draw_jitter(rng: Generator) -> list[Callable[[Image.Image], Image.Image]]:
+    """Colour jitter: brightness, contrast and saturation by 0.5 to 1.5, hue by up to 0.25, in a random order."""
+    order = rng.permutation(4)
     brightness, contrast, saturation = rng.uniform(0.5, 1.5, size=3)
     hue = rng.uniform(-0.25, 0.25)
+    steps = (
+        lambda p: F.adjust_brightness(p, brightness),
+        lambda p: F.adjust_contrast(p, contrast),
+        lambda p: F.adjust_saturation(p, saturation),
+        lambda p: F.adjust_hue(p, hue),
+    )
+    return [steps[index] for index in order]
+
+
+def strong(image: np.ndarray, rng: Generator) -> np.ndarray:
+    """(H, W, 3) uint8: colour jitter p 0.8, grey p 0.2, blur p 0.5; as many draws each time. (UniMatch)"""
+    jitters, jitter = rng.random() < 0.8, draw_jitter(rng)
     greys, blurs, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
 
     picture = Image.fromarray(image)
     if jitters:
-        jitter = (
-            lambda p: F.adjust_brightness(p, brightness),
-            lambda p: F.adjust_contrast(p, contrast),
-            lambda p: F.adjust_saturation(p, saturation),
-            lambda p: F.adjust_hue(p, hue),
-        )
-        for step in order:
-            picture = jitter[step](picture)
+        for step in jitter:
+            picture = step(picture)
     if greys:
         picture = F.to_grayscale(picture, num_output_channels=3)
     if blurs:
@@ -101,9 +107,47 @@ def strong(image: np.ndarray, rng: Generator) -> np.ndarray:
     return np.array(picture)
 
 
+def pseudoseg(image: np.ndarray, rng: Generator) -> np.ndarray:
+    """(H, W, 3) uint8: colour jitter, always; no grey, no blur. The method cuts its square itself. (PseudoSeg)"""
+    picture = Image.fromarray(image)
+    for step in draw_jitter(rng):
+        picture = step(picture)
+    return np.array(picture)
+
+
+Operation = Callable[[Image.Image, float], Image.Image]
+IMAS_OPERATIONS: tuple[tuple[Operation, float, float], ...] = (  # and the range of the strength, where it has one
+    (lambda picture, _: picture, 0, 0),
+    (lambda picture, _: F.autocontrast(picture), 0, 0),
+    (lambda picture, _: F.equalize(picture), 0, 0),
+    (lambda picture, _: F.invert(picture), 0, 0),
+    (lambda picture, radius: picture.filter(ImageFilter.GaussianBlur(radius)), 0.1, 2.0),
+    (F.adjust_contrast, 0.1, 0.95),
+    (F.adjust_brightness, 0.1, 0.95),
+    (F.adjust_saturation, 0.1, 0.95),
+    (F.adjust_sharpness, 0.1, 0.95),
+    (lambda picture, bits: F.posterize(picture, int(bits)), 4, 8),
+    (lambda picture, threshold: F.solarize(picture, int(threshold)), 1, 256),
+    (F.adjust_hue, 0, 0.5),
+)
+
+
+def imas(image: np.ndarray, rng: Generator) -> np.ndarray:
+    """(H, W, 3) uint8: two of IMAS_OPERATIONS, one after the other, each as strong as a uniform draw says; as many
+    draws each time. (iMAS)
+    """
+    chosen, strengths = rng.integers(len(IMAS_OPERATIONS), size=2), rng.random(2).tolist()
+    picture = Image.fromarray(image)
+    for (operation, low, high), strength in zip((IMAS_OPERATIONS[c] for c in chosen), strengths, strict=True):
+        picture = operation(picture, low + (high - low) * strength)
+    return np.array(picture)
+
+
 PHOTOMETRIC: dict[str, Policy] = {
     "weak": weak,
     "strong": strong,
+    "imas": imas,
+    "pseudoseg": pseudoseg,
 }
 
 

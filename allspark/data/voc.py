@@ -28,4 +28,4 @@ CLASSES = (
     "tv/monitor",
 )
 
-SPEC = DatasetSpec(name="pascal", classes=CLASSES, palette=bit_palette(len(CLASSES)))
+SPEC = DatasetSpec(name="pascal", classes=CLASSES, palette=bit_palette(len(CLASSES)), background=0)

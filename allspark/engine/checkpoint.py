@@ -1,4 +1,8 @@
-"""Checkpoints: written atomically, tensors and plain values only, so that they load with weights_only=True."""
+"""Checkpoints: written atomically, tensors and plain values only, so that they load with weights_only=True.
+
+Of train.py they hold a run: its recipe, the state of model, method and optimizer, where it stands. Imported ones hold
+a model, {"model", "architecture": {"model", "num_classes", "crop_size"}, "source": {"format", "file", "sha256"}}.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,9 @@ import torch
 from allspark.errors import UserError
 
 FORMAT = "allspark-1"
-TO_PREDICT = ("model", "epoch", "step", "recipe", "split")  # what a checkpoint must hold to be evaluated
-TO_RESUME = (*TO_PREDICT, "method", "optimizer", "best")
+TO_PREDICT = ("model", "method", "epoch", "step", "recipe", "split")  # what one of train.py must hold to be evaluated
+TO_RESUME = (*TO_PREDICT, "optimizer", "best")
+IMPORTED = ("model", "architecture", "source")  # what an imported one holds
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -28,8 +33,11 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path, needed: Sequence[str] = TO_PREDICT) -> dict[str, Any]:
-    """What save_checkpoint wrote, on the CPU, with all that is needed in it. No code in the file can run."""
+def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> dict[str, Any]:
+    """What save_checkpoint wrote, on the CPU. No code in the file can run.
+
+    needed: what must be in it; None: what its kind, of train.py or imported, needs to predict.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a best.pth or latest.pth")
@@ -44,14 +52,35 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] = TO_PREDICT) -> dic
             f"use another one, or train with --fresh to start over"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: no checkpoint of this program (format '{FORMAT}'); give one that train.py wrote")
-    if missing := [key for key in needed if key not in content]:
-        raise UserError(f"{path}: not a checkpoint of train.py, it has no '{missing[0]}'; use another one")
+        raise UserError(
+            f"{path}: no checkpoint of this program (format '{FORMAT}'); give one that train.py wrote, "
+            f"or bring the weights in: python -m allspark weights import {path} --out FILE"
+        )
+    check_content(content, needed, path)
     return content
+
+
+def is_imported(content: Mapping[str, Any]) -> bool:
+    return "architecture" in content and "recipe" not in content
+
+
+def check_content(content: Mapping[str, Any], needed: Sequence[str] | None, path: Path) -> None:
+    imported = is_imported(content)
+    missing = [key for key in needed or (IMPORTED if imported else TO_PREDICT) if key not in content]
+    if missing and imported and needed:
+        raise UserError(
+            f"{path}: imported weights, no run that could be resumed; "
+            f"keep the file elsewhere and start from it with model.init_from=FILE"
+        )
+    if missing:
+        kind = "whole imported checkpoint" if imported else "checkpoint of train.py"
+        raise UserError(f"{path}: not a {kind}, it has no '{missing[0]}'; use another one")
 
 
 def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
     """load_state_dict, strict, with a mismatch told in one sentence (another class count, crop or encoder)."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds something else than tensors by name; use another checkpoint")
     own = module.state_dict()
     wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
     wrong += [name for name in state if name not in own]

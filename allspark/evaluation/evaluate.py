@@ -13,7 +13,7 @@ from allspark import distributed
 from allspark.batch import normalize
 from allspark.data.base import MIN_SIDE, DatasetSpec
 from allspark.errors import UserError
-from allspark.evaluation.inference import Inference, class_scores
+from allspark.evaluation.inference import Inference, best_class, class_scores
 from allspark.evaluation.metrics import ConfusionMatrix, Scores
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
@@ -46,7 +46,7 @@ def evaluate(
     loader = DataLoader(shard, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
     hidden = None if progress and distributed.is_main() else True  # None: hidden where stderr is no terminal
     for items in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
-        for image, mask, names in equal_sizes(items):
+        for (image, mask), names in equal_sizes(items):
             prediction = predict(model, image, spec, device, inference, names)
             rows, columns = inference.region(*mask.shape[-2:])
             confusion.update(prediction[:, rows, columns], mask[:, rows, columns].to(device))
@@ -61,19 +61,49 @@ def predict(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> Tensor:
     """uint8 image (B, 3, H, W) -> uint8 class indices (B, H, W) on the device, ignore_index outside the center crop."""
-    height, width = image.shape[-2:]
-    if min(height, width) < MIN_SIDE:
-        raise UserError(f"{names[0]}: {width} x {height} pixels; the model needs at least {MIN_SIDE} on each side")
-    rows, columns = inference.region(height, width)
+    scores = region_scores(model, image, spec, device, inference, names)
+    label = scores.max(1)[1].to(torch.uint8)  # max, not argmax: several times faster on NCHW
+    return uncropped(label, image, inference, spec.ignore_index)
+
+
+def predict_with_confidence(
+    model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
+) -> tuple[Tensor, Tensor]:
+    """What predict gives, and the probability of each pixel's class: float (B, H, W), 0 outside the center crop."""
+    label, prob = best_class(region_scores(model, image, spec, device, inference, names), inference)
+    label = uncropped(label.to(torch.uint8), image, inference, spec.ignore_index)
+    return label, uncropped(prob, image, inference, 0)
+
+
+def region_scores(
+    model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
+) -> Tensor:
+    """class_scores of the part of the images that is predicted: uint8 (B, 3, H, W) -> (B, K, rows, columns)."""
+    check_size(image, names[0])
+    rows, columns = inference.region(*image.shape[-2:])
     scores = class_scores(model, normalize(image[..., rows, columns].to(device)), inference)
     if scores.shape[1] != spec.num_classes:
         raise UserError(
             f"the model has {scores.shape[1]} classes, data set {spec.name} has {spec.num_classes}: "
             "evaluate it on the data set that it was trained for"
         )
-    prediction = torch.full((len(image), height, width), spec.ignore_index, dtype=torch.uint8, device=device)
-    prediction[:, rows, columns] = scores.max(1)[1].to(torch.uint8)  # max, not argmax: several times faster on NCHW
-    return prediction
+    return scores
+
+
+def uncropped(values: Tensor, image: Tensor, inference: Inference, outside: int) -> Tensor:
+    """Values (B, rows, columns) of the region in their place in the images: (B, H, W), `outside` around them."""
+    height, width = image.shape[-2:]
+    rows, columns = inference.region(height, width)
+    whole = values.new_full((len(image), height, width), outside)
+    whole[:, rows, columns] = values
+    return whole
+
+
+def check_size(image: Tensor, name: object) -> None:
+    """UserError if an image (..., H, W) is smaller than the models can take."""
+    height, width = image.shape[-2:]
+    if min(height, width) < MIN_SIDE:
+        raise UserError(f"{name}: {width} x {height} pixels; the model needs at least {MIN_SIDE} on each side")
 
 
 class Shard(Dataset):
@@ -93,13 +123,16 @@ class Shard(Dataset):
             return error
 
 
-def equal_sizes(items: Iterable[Item | UserError]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Stack the items of each size: image (B, 3, H, W), mask (B, H, W), names. No padding, so no pixel is invented."""
-    groups: dict[torch.Size, list[Item]] = {}
+def equal_sizes(items: Iterable[tuple | UserError]) -> Iterator[tuple[list[Tensor], list[str]]]:
+    """Stack the items of each size, an image (3, H, W), what belongs to it, a name -> [(B, 3, H, W), ...], names.
+
+    No padding, so no pixel is invented. A UserError among the items is raised.
+    """
+    groups: dict[torch.Size, list[tuple]] = {}
     for item in items:
         if isinstance(item, UserError):
             raise item
         groups.setdefault(item[0].shape, []).append(item)
     for group in groups.values():
-        images, masks, names = zip(*group, strict=True)
-        yield torch.stack(images), torch.stack(masks), list(names)
+        *tensors, names = zip(*group, strict=True)
+        yield [torch.stack(each) for each in tensors], list(names)

@@ -37,6 +37,11 @@ class Inference:
         if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
             raise UserError(f"evaluation scales {self.scales}: give one or more factors above 0 and at most 16")
 
+    @property
+    def averaged(self) -> bool:
+        """Whether class scores are mean probabilities of several passes; else they are the logits of one."""
+        return self.mode == "sliding_window" or self.scales != (1.0,) or self.flip
+
     def region(self, height: int, width: int) -> tuple[slice, slice]:
         """Rows and columns of the image that are predicted and counted: all of it, but for center_crop."""
         if self.mode != "center_crop":
@@ -72,10 +77,16 @@ def class_scores(model: nn.Module, image: Tensor, inference: Inference) -> Tenso
 
     center_crop is a matter of the caller, who cuts `inference.region` from image and mask.
     """
-    if inference.mode != "sliding_window" and inference.scales == (1.0,) and not inference.flip:
-        with evaluating(model):
-            return predict_whole(model, image)  # the softmax would not move the maximum
-    return class_prob(model, image, inference)
+    if inference.averaged:
+        return class_prob(model, image, inference)
+    with evaluating(model):
+        return predict_whole(model, image)  # the softmax would not move the maximum
+
+
+def best_class(scores: Tensor, inference: Inference) -> tuple[Tensor, Tensor]:
+    """What class_scores says: the class (B, H, W) int64 with the highest score, and its probability (B, H, W)."""
+    best, label = scores.max(1)
+    return label, best if inference.averaged else (best - scores.logsumexp(1)).exp()
 
 
 def class_prob(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:

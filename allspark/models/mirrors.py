@@ -1,0 +1,75 @@
+"""Where the ImageNet-1k weights of the MiT encoders are published, and what each place says of their licence.
+
+No file name, revision or hash stands here that was not read at the place named beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LICENCE = (
+    "NVIDIA Source Code License for SegFormer: research or evaluation only, no commercial use, of the weights and of "
+    "what derives from them (section 3.3); https://github.com/NVlabs/SegFormer/blob/master/LICENSE"
+)
+
+# github.com/open-mmlab/mmsegmentation, configs/segformer/segformer_mit-b{0..5}_8xb2-160k_ade20k-512x512.py: the names
+# of the files, which end in the first 8 digits of their SHA-256 (tools/misc/publish_model.py there).
+OPENMMLAB = {
+    "mit_b0": "7e0fe6dd",
+    "mit_b1": "02e5a6a1",
+    "mit_b2": "66e8bf70",
+    "mit_b3": "13b1141c",
+    "mit_b4": "d588d980",
+    "mit_b5": "658746d9",
+}
+# Revisions of huggingface.co/smp-hub/mit_b{0..5}.imagenet, read in encoders/mix_transformer.py of
+# segmentation-models-pytorch 0.6.0; the file name in encoders/__init__.py.
+SMP_HUB = {
+    "mit_b0": "9ce53d104d92d75aabb00aae70677aaab67e7c84",
+    "mit_b1": "a04bf4f13a549bce677cf79b04852e7510782817",
+    "mit_b2": "868ab6f13871dcf8c3d9f90ee4519403475b65ef",
+    "mit_b3": "32558d12a65f1daa0ebcf4f4053c4285e2c1cbda",
+    "mit_b4": "3a3454e900a4b4f11dd60eeb59101a9a1a36b017",
+    "mit_b5": "ced04d96c586b6297fd59a7a1e244fc78fdb6531",
+}
+# huggingface.co/nvidia/mit-b{0,1,2,4,5}: the listings of their files were read, that of mit-b3 was not.
+NVIDIA = ("mit_b0", "mit_b1", "mit_b2", "mit_b4", "mit_b5")
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """One published file. digest: 'sha256:' and its first digits, None: none is known; licence: what the place says."""
+
+    place: str
+    url: str
+    digest: str | None
+    licence: str
+
+
+def mirrors(name: str) -> list[Mirror]:
+    """The places that have the weights of mit_b0..b5, in the order to try them: what can be verified first."""
+    found = [
+        Mirror(
+            "OpenMMLab",
+            f"https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/segformer/{name}_20220624-{OPENMMLAB[name]}.pth",
+            f"sha256:{OPENMMLAB[name]}",
+            "none stated; converted from the official files (configs/segformer/README.md of mmsegmentation)",
+        ),
+        Mirror(
+            "smp-hub on Hugging Face",
+            f"https://huggingface.co/smp-hub/{name}.imagenet/resolve/{SMP_HUB[name]}/model.safetensors",
+            None,
+            "'license: other' (https://huggingface.co/smp-hub/mit_b1.imagenet/blob/main/README.md)",
+        ),
+        Mirror(  # the url: encoders/mix_transformer.py of segmentation-models-pytorch 0.3.4
+            "segmentation-models-pytorch on GitHub",
+            f"https://github.com/qubvel/segmentation_models.pytorch/releases/download/v0.0.2/{name}.pth",
+            None,
+            "none stated; NVIDIA's files, the header of encoders/mix_transformer.py names NVIDIA's licence",
+        ),
+    ]
+    if name in NVIDIA:
+        repository = f"https://huggingface.co/nvidia/{name.replace('_', '-')}"
+        licence = f"'license: other' ({repository}/blob/main/README.md)"
+        found.append(Mirror("NVIDIA on Hugging Face", f"{repository}/resolve/main/pytorch_model.bin", None, licence))
+    return found

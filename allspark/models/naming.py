@@ -1,0 +1,227 @@
+"""The names that other code bases give to the tensors of these networks: tables, and a format told by its keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# A row of a table is `theirs: ours` and names a module or one tensor; what follows (.weight, .bn.running_mean) is
+# carried over, and the first row that fits decides. {s}: stage or decoder level from 0, {S}: from 1, {b}: block.
+# Ours, but not in the network: attn.k and attn.v, joined to attn.kv; attn.qkv, split into attn.q and attn.kv.
+FIELDS = {"{s}": r"(?P<s>[0-3])", "{S}": r"(?P<S>[1-4])", "{b}": r"(?P<b>[0-9]+)"}
+
+OURS_MIT = {
+    "stages.{s}.patch_embed": "stages.{s}.patch_embed",
+    "stages.{s}.blocks.{b}.norm1": "stages.{s}.blocks.{b}.norm1",
+    "stages.{s}.blocks.{b}.attn": "stages.{s}.blocks.{b}.attn",
+    "stages.{s}.blocks.{b}.norm2": "stages.{s}.blocks.{b}.norm2",
+    "stages.{s}.blocks.{b}.ffn": "stages.{s}.blocks.{b}.ffn",
+    "stages.{s}.norm": "stages.{s}.norm",
+}
+OURS_REST = {
+    "decoder.linears.{s}": "decoder.linears.{s}",
+    "decoder.convs.{s}": "decoder.convs.{s}",
+    "decoder.fuse": "decoder.fuse",
+    "decoder.classifier": "decoder.classifier",
+    "bottleneck": "bottleneck",
+}
+# github.com/NVlabs/SegFormer, xmed-lab/AllSpark, and segmentation-models-pytorch 0.6 (encoders/mix_transformer.py)
+SEGFORMER_MIT = {
+    "patch_embed{S}": "stages.{s}.patch_embed",
+    "block{S}.{b}.mlp.dwconv.dwconv": "stages.{s}.blocks.{b}.ffn.dwconv",
+    "block{S}.{b}.mlp": "stages.{s}.blocks.{b}.ffn",
+    "block{S}.{b}": "stages.{s}.blocks.{b}",
+    "norm{S}": "stages.{s}.norm",
+}
+SEGFORMER_HEAD = {
+    "decode_head.linear_c{S}.proj": "decoder.linears.{s}",
+    "decode_head.linear_fuse": "decoder.fuse",
+    "decode_head.linear_pred": "decoder.classifier",
+}
+RELEASED_REST = {
+    "decoder.decoder.linear_c{S}.proj": "decoder.linears.{s}",
+    "decoder.decoder.linear_fuse": "decoder.fuse",
+    "decoder.decoder.linear_pred": "decoder.classifier",
+    "decoder.allspark.map_in.0": "bottleneck.map_in",
+    "decoder.allspark.map_out.0": "bottleneck.map_out",
+    "decoder.allspark.attn_norm": "bottleneck.norm_in",
+    "decoder.allspark.encoder_norm": "bottleneck.norm_out",
+    "decoder.allspark.attn.kv_queue": "bottleneck.memory.queue",
+    "decoder.allspark.attn.queue_ptr": "bottleneck.memory.pointer",
+    "decoder.allspark.attn.q_l2u": "bottleneck.cross_branch.q",
+    "decoder.allspark.attn.k_l2u": "bottleneck.cross_branch.k",
+    "decoder.allspark.attn.v_l2u": "bottleneck.cross_branch.v",
+    "decoder.allspark.attn.out_l2u": "bottleneck.cross_branch.out",
+    "decoder.allspark.attn.q_u": "bottleneck.self_branch.q",
+    "decoder.allspark.attn.k_u": "bottleneck.self_branch.k",
+    "decoder.allspark.attn.v_u": "bottleneck.self_branch.v",
+    "decoder.allspark.attn.out_u": "bottleneck.self_branch.out",
+}
+# Files that transformers writes and huggingface.co holds (nvidia/mit-b0, nvidia/segformer-b0-finetuned-...)
+TRANSFORMERS_MIT = {
+    "patch_embeddings.{s}.proj": "stages.{s}.patch_embed.proj",
+    "patch_embeddings.{s}.layer_norm": "stages.{s}.patch_embed.norm",
+    "block.{s}.{b}.layer_norm_1": "stages.{s}.blocks.{b}.norm1",
+    "block.{s}.{b}.attention.self.query": "stages.{s}.blocks.{b}.attn.q",
+    "block.{s}.{b}.attention.self.key": "stages.{s}.blocks.{b}.attn.k",
+    "block.{s}.{b}.attention.self.value": "stages.{s}.blocks.{b}.attn.v",
+    "block.{s}.{b}.attention.self.sr": "stages.{s}.blocks.{b}.attn.sr",
+    "block.{s}.{b}.attention.self.layer_norm": "stages.{s}.blocks.{b}.attn.norm",
+    "block.{s}.{b}.attention.output.dense": "stages.{s}.blocks.{b}.attn.proj",
+    "block.{s}.{b}.layer_norm_2": "stages.{s}.blocks.{b}.norm2",
+    "block.{s}.{b}.mlp.dense1": "stages.{s}.blocks.{b}.ffn.fc1",
+    "block.{s}.{b}.mlp.dwconv.dwconv": "stages.{s}.blocks.{b}.ffn.dwconv",
+    "block.{s}.{b}.mlp.dense2": "stages.{s}.blocks.{b}.ffn.fc2",
+    "layer_norm.{s}": "stages.{s}.norm",
+}
+TRANSFORMERS_HEAD = {
+    "decode_head.linear_c.{s}.proj": "decoder.linears.{s}",
+    "decode_head.linear_projections.{s}.proj": "decoder.linears.{s}",
+    "decode_head.linear_fuse": "decoder.fuse.conv",
+    "decode_head.batch_norm": "decoder.fuse.bn",
+    "decode_head.classifier": "decoder.classifier",
+}
+# What transformers 5 calls them in memory: a state_dict saved by hand (5.23, models/segformer/modeling_segformer.py)
+TRANSFORMERS_5_MIT = {
+    "stages.{s}.patch_embeddings.proj": "stages.{s}.patch_embed.proj",
+    "stages.{s}.patch_embeddings.layer_norm": "stages.{s}.patch_embed.norm",
+    "stages.{s}.blocks.{b}.layernorm_before": "stages.{s}.blocks.{b}.norm1",
+    "stages.{s}.blocks.{b}.attention.q_proj": "stages.{s}.blocks.{b}.attn.q",
+    "stages.{s}.blocks.{b}.attention.k_proj": "stages.{s}.blocks.{b}.attn.k",
+    "stages.{s}.blocks.{b}.attention.v_proj": "stages.{s}.blocks.{b}.attn.v",
+    "stages.{s}.blocks.{b}.attention.sequence_reduction.sequence_reduction": "stages.{s}.blocks.{b}.attn.sr",
+    "stages.{s}.blocks.{b}.attention.sequence_reduction.layer_norm": "stages.{s}.blocks.{b}.attn.norm",
+    "stages.{s}.blocks.{b}.attention.o_proj": "stages.{s}.blocks.{b}.attn.proj",
+    "stages.{s}.blocks.{b}.layernorm_after": "stages.{s}.blocks.{b}.norm2",
+    "stages.{s}.blocks.{b}.mlp.fc1": "stages.{s}.blocks.{b}.ffn.fc1",
+    "stages.{s}.blocks.{b}.mlp.dwconv.dwconv": "stages.{s}.blocks.{b}.ffn.dwconv",
+    "stages.{s}.blocks.{b}.mlp.fc2": "stages.{s}.blocks.{b}.ffn.fc2",
+    "stages.{s}.layer_norm": "stages.{s}.norm",
+}
+# github.com/open-mmlab/mmsegmentation (models/backbones/mit.py, models/decode_heads/segformer_head.py)
+MMSEGMENTATION_MIT = {
+    "layers.{s}.0.projection": "stages.{s}.patch_embed.proj",
+    "layers.{s}.0.norm": "stages.{s}.patch_embed.norm",
+    "layers.{s}.1.{b}.attn.attn.in_proj_weight": "stages.{s}.blocks.{b}.attn.qkv.weight",
+    "layers.{s}.1.{b}.attn.attn.in_proj_bias": "stages.{s}.blocks.{b}.attn.qkv.bias",
+    "layers.{s}.1.{b}.attn.attn.out_proj": "stages.{s}.blocks.{b}.attn.proj",
+    "layers.{s}.1.{b}.ffn.layers.0": "stages.{s}.blocks.{b}.ffn.fc1",
+    "layers.{s}.1.{b}.ffn.layers.1": "stages.{s}.blocks.{b}.ffn.dwconv",
+    "layers.{s}.1.{b}.ffn.layers.4": "stages.{s}.blocks.{b}.ffn.fc2",
+    "layers.{s}.1.{b}": "stages.{s}.blocks.{b}",
+    "layers.{s}.2": "stages.{s}.norm",
+}
+MMSEGMENTATION_HEAD = {
+    "decode_head.convs.{s}": "decoder.convs.{s}",
+    "decode_head.fusion_conv": "decoder.fuse",
+    "decode_head.conv_seg": "decoder.classifier",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Naming:
+    """One code base's names: its encoder, which stands under one of `prefixes`, and what comes after it."""
+
+    title: str
+    encoder: Mapping[str, str]
+    rest: Mapping[str, str]
+    prefixes: tuple[str, ...]  # '': an encoder by itself
+
+    @cached_property
+    def rules(self) -> list[tuple[re.Pattern[str], str]]:
+        rows = [
+            (prefix + theirs, ("encoder." if prefix else "") + ours)
+            for prefix in self.prefixes
+            for theirs, ours in self.encoder.items()
+        ]
+        return [(pattern(theirs), ours) for theirs, ours in (*rows, *self.rest.items())]
+
+    def ours(self, name: str) -> str | None:
+        """Our name of their tensor, without `encoder.` where theirs is of an encoder by itself; None: not theirs."""
+        for rule, ours in self.rules:
+            if match := rule.fullmatch(name):
+                found = match.groupdict()
+                stage = int(found["S"]) - 1 if found.get("S") else found.get("s")
+                return ours.format(s=stage, b=found.get("b")) + found["tail"]
+        return None
+
+
+def pattern(template: str) -> re.Pattern[str]:
+    """The names that a row's left side stands for."""
+    text = re.escape(template)
+    for field, expression in FIELDS.items():
+        text = text.replace(re.escape(field), expression)
+    return re.compile(text + r"(?P<tail>(\..+)?)")
+
+
+OURS = Naming("AllSpark, this code", OURS_MIT, OURS_REST, ("encoder.", ""))
+MIT = Naming("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
+RELEASED = Naming("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
+NAMINGS = (  # where several know equally many names of a file, the first is meant
+    OURS,
+    MIT,
+    RELEASED,
+    Naming("SegFormer, original", SEGFORMER_MIT, SEGFORMER_HEAD, ("backbone.",)),
+    Naming("transformers", TRANSFORMERS_MIT, TRANSFORMERS_HEAD, ("segformer.encoder.", "encoder.", "")),
+    Naming("transformers 5, in memory", TRANSFORMERS_5_MIT, TRANSFORMERS_HEAD, ("segformer.", "")),
+    Naming("mmsegmentation", MMSEGMENTATION_MIT, MMSEGMENTATION_HEAD, ("backbone.", "")),
+)
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
+FIRST = "encoder.stages.0.patch_embed.proj.weight"  # what every MiT has
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that a wrapper gave to all names."""
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            return unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
+    return dict(tensors)
+
+
+def detect(names: Iterable[str]) -> Naming | None:
+    """The naming that knows most of the names; None if none of them finds the beginning of a MiT encoder."""
+    names = list(names)
+    known = {naming: [ours for name in names if (ours := naming.ours(name))] for naming in NAMINGS}
+    best = max(NAMINGS, key=lambda naming: len(known[naming]))
+    return best if FIRST in known[best] or FIRST.removeprefix("encoder.") in known[best] else None
+
+
+@dataclass(frozen=True)
+class Translated:
+    """Tensors under our names (encoder.*, decoder.*, bottleneck.*), the name each came from, and names left over."""
+
+    tensors: dict[str, Tensor]
+    sources: dict[str, str]
+    unknown: list[str]
+
+
+def translate(tensors: Mapping[str, Tensor], naming: Naming) -> Translated:
+    """Rename; split a fused q, k and v; join a separate k and v."""
+    result = Translated({}, {}, [])
+
+    def put(name: str, tensor: Tensor, source: str) -> None:
+        result.tensors[name], result.sources[name] = tensor, source
+
+    for theirs, tensor in tensors.items():
+        ours = naming.ours(theirs) or ""
+        ours = f"encoder.{ours}" if ours.startswith("stages.") else ours
+        if not ours or ours in result.tensors:  # a second one for the same place is one too many
+            result.unknown.append(theirs)
+        elif ".attn.qkv." in ours and tensor.ndim:
+            third = len(tensor) // 3
+            put(ours.replace(".qkv.", ".q."), tensor[:third], theirs)
+            put(ours.replace(".qkv.", ".kv."), tensor[third:], theirs)
+        else:
+            put(ours, tensor, theirs)
+    for key in [name for name in result.tensors if name.startswith("encoder.") and ".attn.k." in name]:
+        value = key.replace(".attn.k.", ".attn.v.")
+        k, v = result.tensors[key], result.tensors.get(value)
+        if v is not None and k.shape == v.shape and k.ndim:
+            put(key.replace(".attn.k.", ".attn.kv."), torch.cat((k, v)), result.sources[key])
+            del result.tensors[key], result.tensors[value]
+    return result

@@ -1,0 +1,112 @@
+"""The MiT encoders against transformers' and segmentation-models-pytorch's, weights read as `weights import` does.
+
+Epsilon of the layer norms. Original and segmentation-models-pytorch: 1e-5 in patch embeddings and after `sr`, 1e-6 in
+all others, as here. transformers: 1e-5 in all (its layer_norm_eps is not used); mmsegmentation: 1e-6 in all. With
+features of variance 1 that moves the maps by about 5e-6 of their scale, thrice the rounding of float32: left alone.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from allspark.models.weights import VARIANTS, WeightFile, read_weights, recognize
+
+TOLERANCE = 1e-5  # of the largest value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def filled(module):
+    """With weights of a size that keeps signals at variance 1, biases and norms away from 0 and 1."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.ndim > 1:
+                tensor.uniform_(-1, 1).mul_((3 / tensor[0].numel()) ** 0.5)
+            elif name.endswith(("weight", "running_var")):
+                tensor.uniform_(0.8, 1.2)
+            elif name.endswith(("bias", "running_mean")):
+                tensor.uniform_(-0.1, 0.1)
+    return module.eval()
+
+
+def transformers_config(size, **more):
+    config = pytest.importorskip("transformers", reason="transformers is not installed (requirements.txt)")
+    depths, widths = list(size.depths), list(size.channels)
+    return config.SegformerConfig(depths=depths, hidden_sizes=widths, decoder_hidden_size=size.decoder_channels, **more)
+
+
+def same_maps(ours, theirs):
+    assert len(ours) == len(theirs)
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.shape == other.shape
+        assert (own - other).abs().max() < TOLERANCE * other.abs().max()
+        assert other.std() > 0.1
+
+
+def imported(source, variant):
+    found = recognize(WeightFile(Path("state"), source, {}) if isinstance(source, dict) else read_weights(source))
+    found.state()
+    assert found.architecture.model.encoder == variant
+    assert not found.result.unexpected
+    return found.module.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_transformers(variant, image, tmp_path):
+    config = transformers_config(VARIANTS[variant])
+    from transformers import SegformerModel
+
+    model = filled(SegformerModel(config))
+    theirs = model(image, output_hidden_states=True).hidden_states
+    model.save_pretrained(tmp_path)
+    ours = imported(tmp_path / "model.safetensors", variant)(image)
+    same_maps(ours, theirs)
+    (tmp_path / "model.safetensors").unlink()
+    if variant == "mit_b0":  # the names it has in memory, which since transformers 5 are others than those in its files
+        same_maps(imported(model.state_dict(), variant)(image), theirs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_segmentation_models_pytorch(variant, image):
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    model = filled(smp.encoders.get_encoder(variant, weights=None))
+    ours = imported(model.state_dict(), variant)(image)
+    same_maps(ours, model(image)[2:])  # it gives the image and an empty map of stride 2, too
+
+
+@torch.no_grad()
+def test_encoder_of_a_whole_model_of_segmentation_models_pytorch(image, tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    model = filled(smp.Unet("mit_b0", encoder_weights=None))
+    torch.save({"state_dict": {f"model.{name}": t for name, t in model.state_dict().items()}}, tmp_path / "unet.ckpt")
+    found = recognize(read_weights(tmp_path / "unet.ckpt"))
+    assert found.architecture.num_classes is None
+    assert all(name.startswith(("decoder.", "segmentation_head.")) for name in found.result.unexpected)
+    found.state()
+    same_maps(found.module.eval()(image), model.encoder(image)[2:])
+
+
+@torch.no_grad()
+def test_logits_of_transformers(image, tmp_path):
+    config = transformers_config(VARIANTS["mit_b0"], num_labels=7)
+    from transformers import SegformerForSemanticSegmentation
+
+    model = filled(SegformerForSemanticSegmentation(config))
+    model.save_pretrained(tmp_path)
+    ours = imported(tmp_path / "model.safetensors", "mit_b0")
+    same_maps([ours.decoder(ours.encoder(image))], [model(image).logits])

@@ -1,0 +1,241 @@
+"""The manifest of published lists: its reader, look-up by hash, and what is true of the lists themselves."""
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from allspark.data import manifest
+from allspark.data.layouts import LAYOUTS, complement
+from allspark.data.manifest import (
+    MANIFEST,
+    SPLITS_ROOT,
+    Facts,
+    Verdict,
+    judge,
+    known_as,
+    list_hash,
+    load_manifest,
+    other_images,
+)
+from allspark.data.splits import columns_of, read_list
+from allspark.errors import UserError
+
+SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared")) / "splits"
+VOC_TRAIN, CITYSCAPES_TRAIN, COCO_TRAIN = 10582, 2975, 118287
+LABELED = {  # methods.md 8.2 of the specification: labeled images of each split
+    "pascal": {"92": 92, "183": 183, "366": 366, "732": 732, "1464": 1464}
+    | {"1_16": 662, "1_8": 1323, "1_4": 2646, "1_2": 5291},
+    "cityscapes": {"1_30": 100, "1_16": 186, "1_8": 372, "1_4": 744, "1_2": 1488},
+    "coco": {"1_512": 232, "1_256": 463, "1_128": 925, "1_64": 1849, "1_32": 3697},
+}
+TRAIN = {"pascal": VOC_TRAIN, "cityscapes": CITYSCAPES_TRAIN, "coco": COCO_TRAIN}
+
+
+@cache
+def images(name: str) -> list[str]:
+    """The images of a published list; the test is skipped where it is not beside the project."""
+    path = SHARED / f"{name}.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent: no published lists beside the project")
+    return [columns_of(line)[0] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def shared(first: str, second: str) -> int:
+    return len(set(images(first)) & set(images(second)))
+
+
+@pytest.fixture
+def content() -> dict:
+    """A small manifest, as plain values."""
+    source = {"repository": "somebody/lists", "revision": "0" * 40, "licence": "MIT"}
+    facts = {"count": 1, "sha256": "1" * 64, "sorted": None}
+    split = {"name": "pascal/7", "lists": {"labeled": facts}, "places": [{"source": "s", "path": "splits/7"}]}
+    return {"sources": {"s": source}, "splits": [split]}
+
+
+def load(content, tmp_path):
+    path = tmp_path / f"{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return load_manifest(path)
+
+
+def test_a_manifest_is_read(content, tmp_path):
+    read = load(content, tmp_path)
+    split, kind, facts = read.find("pascal/7/labeled")
+    assert (split.name, kind, facts) == ("pascal/7", "labeled", Facts(1, "1" * 64))
+    assert split.places[0].url("labeled") == (
+        "https://raw.githubusercontent.com/somebody/lists/" + "0" * 40 + "/splits/7/labeled.txt"
+    )
+    assert read.by_hash("1" * 64) == (split, "labeled") and read.by_hash("2" * 64) is None
+    assert read.find("pascal/7/val") is None and read.find("pascal/8/labeled") is None
+    assert list(read.all_lists("coco")) == [] and len(list(read.all_lists("pascal"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(more=1), r"unknown key 'more'; there are sources, splits"),
+        (lambda c: c.pop("splits"), "the key 'splits' is missing"),
+        (lambda c: c["sources"]["s"].update(revision="0324f3d"), r"sources.s.revision: '0324f3d' is no full commit"),
+        (lambda c: c["sources"]["s"].pop("licence"), r"sources.s: the key 'licence' is missing"),
+        (lambda c: c["splits"][0].update(traps="one"), r"splits\[0\].traps: 'one' is no list"),
+        (lambda c: c["splits"][0].update(name="../x"), r"splits\[0\]: '../x' is no name"),
+        (lambda c: c["splits"][0]["lists"].update({"../up": {"count": 1}}), "'../up' is no name"),
+        (lambda c: c["splits"][0]["lists"]["labeled"].update(sha256="12"), r"labeled.sha256: '12' is no SHA-256"),
+        (lambda c: c["splits"][0]["lists"]["labeled"].update(count="9"), r"lists.labeled.count: '9' is no int"),
+        (lambda c: c["splits"][0]["lists"]["labeled"].update(hash="9"), r"lists.labeled: unknown key 'hash'"),
+        (lambda c: c["splits"][0]["places"].append({"source": "t", "path": "x"}), "there is no source 't'"),
+        (lambda c: c["splits"].append(dict(c["splits"][0])), "pascal/7 stands there twice"),
+    ],
+)
+def test_what_is_wrong_in_a_manifest_is_named(content, tmp_path, change, message):
+    change(content)
+    with pytest.raises(UserError, match=message):
+        load(content, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "sources: {}\nsplits: []\nx: !!python/object:os.system {}"])
+def test_what_is_no_manifest_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load(text, tmp_path)
+
+
+def test_judge_tells_order_from_images():
+    facts = Facts(3, list_hash("bac"), list_hash("abc"))
+    assert judge("bac", facts) is Verdict.IDENTICAL and judge("abc", facts) is Verdict.REORDERED
+    assert judge("ab", facts) is Verdict.COUNT and judge("abd", facts) is Verdict.OTHER
+    assert judge("xyz", Facts(3)) is Verdict.UNRECORDED and judge("xy", Facts(3)) is Verdict.COUNT
+    assert judge("cab", Facts(3, None, list_hash("abc"))) is Verdict.REORDERED
+    assert judge("cad", Facts(3, None, list_hash("abc"))) is Verdict.OTHER
+
+
+def test_the_manifest_of_this_project():
+    read = load_manifest(MANIFEST)
+    for folder, splits in LABELED.items():
+        for split, count in splits.items():
+            lists = read.splits[f"{folder}/{split}"].lists
+            assert (lists["labeled"].count, lists["unlabeled"].count) == (count, TRAIN[folder] - count), split
+            assert lists["labeled"].sha256 and read.splits[f"{folder}/{split}"].places
+        assert LAYOUTS[folder].train in read.splits[folder].lists
+    hashes = [facts.sha256 for _, _, facts in read.all_lists() if facts.sha256]
+    assert len(hashes) == len(set(hashes)) > 50
+
+
+def test_a_hash_tells_whose_list_it_is():
+    ours = load_manifest().splits["camvid/1_8"].lists["labeled"].sha256
+    theirs = load_manifest().splits["pascal/1_8"].lists
+    assert known_as(ours) == "camvid/1_8 of this project"
+    assert known_as(theirs["labeled"].sha256) == "pascal/1_8 of LiheYoung/UniMatch"
+    assert known_as(theirs["unlabeled"].sha256, "pascal") == "pascal/1_8/unlabeled of LiheYoung/UniMatch"
+    assert known_as(theirs["labeled"].sha256, "coco") is None and known_as("0" * 64) is None
+
+
+def test_a_published_name_on_other_images_is_a_warning():
+    splits = load_manifest().splits
+    published, u2pl = (splits[f"pascal/{name}"].lists["labeled"].sha256 for name in ("1_8", "u2pl_1_8"))
+    assert other_images("1_8", published, "pascal") is None
+    assert other_images("mine", "0" * 64, "pascal") is None and other_images("1_8", "0" * 64, "mine") is None
+    warning = other_images("1_8", u2pl, "pascal")
+    assert f"sha256 {u2pl[:12]}, that of pascal/u2pl_1_8 of Haochen-Wang409/U2PL" in warning
+    assert f"published: {published[:12]}" in warning and "split 1_8" in warning
+    assert other_images("u2pl_1_2", "0" * 64, "pascal") is None  # nobody knows its hash
+
+
+def test_our_own_lists_are_those_of_the_manifest():
+    for name in ("camvid", "shapes"):
+        for split, kind, facts in load_manifest().all_lists(name):
+            listed = read_list(SPLITS_ROOT / f"{split.list_name(kind)}.txt", Path())
+            assert judge([sample.image.as_posix() for sample in listed], facts) is Verdict.IDENTICAL
+
+
+def test_no_published_list_lies_in_the_repository():
+    """They are other people's: what is fetched stays untracked."""
+    ignored = (SPLITS_ROOT.parent / ".gitignore").read_text().split()
+    assert all(f"/splits/{folder}/" in ignored for folder in LABELED)
+
+
+@pytest.mark.parametrize("folder", LABELED)
+def test_counts_of_the_published_lists(folder):
+    for split, count in LABELED[folder].items():
+        assert len(images(f"{folder}/{split}/labeled")) == count == len(set(images(f"{folder}/{split}/labeled")))
+        if folder != "coco":
+            unlabeled = images(f"{folder}/{split}/unlabeled")
+            assert len(unlabeled) == TRAIN[folder] - count == len(set(unlabeled))
+            assert not shared(f"{folder}/{split}/labeled", f"{folder}/{split}/unlabeled")
+    assert len(images(f"{folder}/val")) == {"pascal": 1449, "cityscapes": 500, "coco": 5000}[folder]
+
+
+def test_every_half_completes_the_same_training_images():
+    for folder, train in (("pascal", "pascal/train_aug"), ("cityscapes", None)):
+        splits = [name.partition("/")[2] for name in load_manifest().splits if name.startswith(f"{folder}/")]
+        splits = [split for split in splits if (SHARED / folder / split).is_dir()]
+        halves = [{*images(f"{folder}/{s}/labeled"), *images(f"{folder}/{s}/unlabeled")} for s in splits]
+        whole = set(images(train)) if train else halves[0]
+        assert len(splits) >= 5 and all(half == whole for half in halves) and len(whole) == TRAIN[folder]
+        assert not whole & set(images(f"{folder}/val"))
+        facts = load_manifest().splits[folder].lists[LAYOUTS[folder].train]
+        assert judge(sorted(whole), facts) is Verdict.IDENTICAL
+
+
+@pytest.mark.parametrize(
+    ("split", "fine"),
+    [("1_16", 93), ("1_8", 193), ("1_4", 388), ("1_2", 742), ("u2pl_1_16", 662), ("u2pl_1_8", 1323), ("u2pl_1_4", 1464)]
+    + [(split, int(split)) for split in ("92", "183", "366", "732", "1464")],
+)
+def test_fine_masks_of_the_voc_lists(split, fine):
+    """methods.md 8.4: the blended lists of UniMatch are random, those of U2PL prefer VOC's own masks."""
+    assert shared(f"pascal/{split}/labeled", "pascal/1464/labeled") == fine
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "count"),
+    [
+        ("pascal/1_16", "pascal/1_8", 662),  # nested
+        ("pascal/1_8", "pascal/1_4", 1323),
+        ("pascal/1_4", "pascal/1_2", 2646),
+        ("pascal/u2pl_1_16", "pascal/u2pl_1_8", 662),
+        ("pascal/u2pl_1_8", "pascal/u2pl_1_4", 1323),
+        ("cityscapes/1_16", "cityscapes/1_8", 186),
+        ("cityscapes/1_8", "cityscapes/1_4", 372),
+        ("cityscapes/1_4", "cityscapes/1_2", 744),
+        ("coco/1_512", "coco/1_32", 232),
+        ("pascal/92", "pascal/183", 9),  # not nested: the traps of the manifest
+        ("pascal/92", "pascal/366", 28),
+        ("pascal/183", "pascal/366", 42),
+        ("pascal/366", "pascal/732", 188),
+        ("cityscapes/1_30", "cityscapes/1_16", 7),
+        ("cityscapes/1_30", "cityscapes/1_2", 55),
+        ("coco/1_256", "coco/1_128", 4),
+        ("pascal/1_16", "pascal/u2pl_1_16", 43),  # equal name and size, other images
+        ("pascal/1_8", "pascal/u2pl_1_8", 172),
+        ("pascal/1_4", "pascal/u2pl_1_4", 666),
+    ],
+)
+def test_intersections_that_the_manifest_speaks_of(first, second, count):
+    assert shared(f"{first}/labeled", f"{second}/labeled") == count
+
+
+def test_hashes_of_the_manifest_are_those_of_the_published_lists():
+    missing = []
+    for split, kind, facts in load_manifest().all_lists():
+        if facts.sha256 and split.places and not facts.derived and (SHARED / split.name).is_dir():
+            name = split.list_name(kind)
+            assert judge(images(name), facts) is Verdict.IDENTICAL, name
+            assert list_hash(sorted(images(name))) == facts.sorted and len(images(name)) == facts.count
+        elif split.places:
+            missing.append(split.list_name(kind))
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: no published lists beside the project")
+    assert all("u2pl" in name or "coco" in name or name == "cityscapes/train" for name in missing)
+
+
+def test_which_unlabeled_lists_are_the_complement_in_order():
+    """So that what `splits build` says of them is known: blended VOC lists identical, the others reordered."""
+    for split in LABELED["pascal"]:
+        derived = complement(images("pascal/train_aug"), images(f"pascal/{split}/labeled"))
+        verdict = judge(derived, manifest.load_manifest().splits[f"pascal/{split}"].lists["unlabeled"])
+        assert verdict is (Verdict.IDENTICAL if split.startswith("1_") else Verdict.REORDERED), split
