@@ -1,4 +1,4 @@
-"""prepare as a job: in several processes, repeated, forced, stopped; a second run completes what the first left."""
+"""prepare as a job: in several processes, repeated, forced, stopped; a second run completes what is missing."""
 
 import io
 import os

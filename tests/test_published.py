@@ -62,7 +62,7 @@ def test_lists_as_they_were_published_are_identical(own, capsys):
     assert len(there) == 12 and sum(line.startswith("identical") for line in there.values()) == 10
     assert there["shapes/mine"].startswith("unknown") and there["shapes/mine"].endswith("in no manifest")
     assert "has the images of shapes/val of this project" in there["shapes/copy"]
-    assert "pascal/1_8/labeled" in out[-1] and out[-1].startswith("absent: ")
+    assert out[-1].startswith("absent: pascal/val, pascal/train_aug, pascal/92, ") and "shapes" not in out[-1]
     splits("verify", "--from", own, "--dataset", "shapes")
     assert "pascal" not in capsys.readouterr().out
 
@@ -243,6 +243,12 @@ def test_nothing_is_overwritten_without_force(manifest, server, tmp_path, capsys
     assert path.read_text() == "my own\n" and not server.asked and not (tmp_path / "pascal" / "val.txt").exists()
     splits(*words, "--force")
     assert len(lines(path)) == 3
+
+
+def test_a_place_that_cannot_be_written_is_one_message(manifest, server, tmp_path):
+    (tmp_path / "pascal").write_text("a file where a folder has to be")
+    with pytest.raises(UserError, match="pascal/val.txt: cannot be written .*another --out"):
+        splits("fetch", "--dataset", "pascal", "--split", "val", "--from", server.url, "--out", tmp_path)
 
 
 def test_a_checkout_gives_what_it_holds(manifest, tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,13 +61,21 @@ def verify(args: argparse.Namespace) -> None:
         verdict, told = check_file(path, known.get(name), partial(expected_images, manifest, root, name))
         wrong += [name] if verdict == "DIFFERS" else []
         print(f"{verdict:10} {name:32} {told}")
-    if absent := [name for name in known if name not in files]:
+    if absent := absent_names(known, files):
         print(f"absent: {', '.join(absent)}")
     if wrong:
         raise UserError(
             f"{root}: {len(wrong)} of {len(files)} lists are not what was published: {', '.join(wrong)}; "
             "`splits fetch --force` replaces a list, or give your own another name"
         )
+
+
+def absent_names(known: Mapping[str, Listed], files: Container[str]) -> list[str]:
+    """The lists that are not there; a split of which nothing is there stands for its lists."""
+    missing = [name for name in known if name not in files]
+    whole = {split.name for split, _, _ in known.values() if "/" in split.name}
+    whole -= {name.rpartition("/")[0] for name in known if name in files}
+    return list(dict.fromkeys(n if (split := n.rpartition("/")[0]) not in whole else split for n in missing))
 
 
 def check_file(path: Path, listed: Listed | None, expected: Callable[[], set[str] | None]) -> tuple[str, str]:
@@ -254,13 +262,14 @@ def is_plain(images: Sequence[str]) -> bool:
 
 def write_list(path: Path, images: Sequence[str], layout: Layout) -> None:
     """Lines `image mask`; the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text("".join(f"{i} {layout.mask_of(i)}\n" for i in images), encoding="utf-8", newline="\n")
         beside.replace(path)
-    finally:
+    except OSError as error:
         beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from None
 
 
 def build(args: argparse.Namespace, root: Path) -> None:

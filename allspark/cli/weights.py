@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allspark.cli.loading import load_for_inference
-from allspark.config import to_plain
+from allspark.config import build_recipe, to_plain
 from allspark.download import fetch
 from allspark.engine.checkpoint import FORMAT, file_sha256, is_imported, load_checkpoint, save_checkpoint
 from allspark.errors import UserError
@@ -75,11 +75,9 @@ def import_weights(args: argparse.Namespace) -> None:
         write_encoder(args.out, state, found)
     else:
         architecture = found.architecture
-        plain = {"num_classes": architecture.num_classes, "crop_size": architecture.crop_size}
-        plain = {"model": to_plain(architecture.model), **plain}
-        write_checkpoint(
-            args.out, {"model": state, "architecture": plain, "source": source_of(file, found.naming.title)}
-        )
+        plain = {**vars(architecture), "model": to_plain(architecture.model)}
+        source = source_of(file, found.naming.title)
+        write_checkpoint(args.out, {"model": state, "architecture": plain, "source": source})
 
 
 def ours_again(file: WeightFile) -> dict[str, Any]:
@@ -163,13 +161,17 @@ def written_whole(path: Path) -> Iterator[Path]:
 def inspect_weights(args: argparse.Namespace) -> None:
     file = read_weights(args.file)
     digest = file_sha256(args.file)
-    content = file.content
     print(f"sha256 {digest}, {len(file.tensors)} tensors, {args.file.stat().st_size} bytes")
-    if content.get("format") == FORMAT:
-        origin = content["source"] if is_imported(content) else {"recipe of": content["recipe"]["data"]["dataset"]}
-        print("checkpoint of this code: " + ", ".join(f"{key} {value}" for key, value in origin.items()))
+    if file.content.get("format") == FORMAT:
+        print(f"checkpoint of this code, {origin_of(load_checkpoint(args.file), args.file)}")
     print(f"licence: {licence_of(digest)}")
     print("\n".join(described(recognize(file))))
+
+
+def origin_of(content: Mapping[str, Any], path: Path) -> str:
+    if is_imported(content):
+        return f"imported: {content['source']}"
+    return f"trained on {build_recipe(content['recipe'], None, str(path)).data.dataset}, step {content['step']}"
 
 
 def licence_of(digest: str) -> str:
@@ -192,7 +194,8 @@ def fetch_weights(args: argparse.Namespace) -> None:
         try:
             bring(url, digest, args.name, folder, out)
         except UserError as error:
-            reasons += [line for line in str(error).splitlines() if line.startswith("  ")] or [f"  {error}"]
+            tried = [line for line in str(error).splitlines() if line.startswith("  ")]  # of allspark.download
+            reasons += tried or [f"  {url}: {error}"]
         else:
             print(f"from {place}, which says of the licence: {licence}")
             shutil.rmtree(folder)
@@ -219,7 +222,7 @@ def bring(url: str, digest: str | None, name: str, folder: Path, out: Path) -> N
     try:
         found = recognize(read_weights(raw), encoder_only=True)
         if found.architecture.model.encoder != name:
-            raise UserError(f"{url}: holds {found.architecture.model.encoder}, not {name}")
+            raise UserError(f"holds {found.architecture.model.encoder}, not {name}")
         state = found.state()
         print("\n".join(described(found)))
         write_encoder(out, state, found)
