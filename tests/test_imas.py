@@ -397,3 +397,5 @@ def test_bad_options():
         METHODS["imas"](None, threshold=70)
     with pytest.raises(UserError, match=r"method.teacher_momentum=1"):
         METHODS["imas"](None, teacher_momentum=1.0)
+    with pytest.raises(UserError, match=r"method.unlabeled_weight=-3"):
+        METHODS["imas"](None, unlabeled_weight=-3.0)

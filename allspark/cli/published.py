@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -268,7 +269,8 @@ def write_list(path: Path, images: Sequence[str], layout: Layout) -> None:
         beside.write_text("".join(f"{i} {layout.mask_of(i)}\n" for i in images), encoding="utf-8", newline="\n")
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from None
 
 

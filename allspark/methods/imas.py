@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.ema import EMATeacher
+from allspark.errors import UserError
 from allspark.hardness import clipped_boxes, easiness, opposite_ranks
 from allspark.methods.base import (
     Criterion,
@@ -48,6 +49,8 @@ class IMAS(Method):
         super().__init__(criterion)
         check_threshold(threshold)
         check_momentum(teacher_momentum)
+        if not unlabeled_weight >= 0:  # nan, too
+            raise UserError(f"method.unlabeled_weight={unlabeled_weight} must be at least 0")
         self.views = Views(labeled=labeled_view, strong=(unlabeled_view,))
         self.background = background
         self.threshold = threshold

@@ -43,7 +43,8 @@ class SemanticMemory(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         """The released code does not count what it writes: a memory from there counts as written all over."""
-        state_dict.setdefault(f"{prefix}filled", torch.full_like(self.filled, self.queue.shape[1]))
+        if f"{prefix}queue" in state_dict:
+            state_dict.setdefault(f"{prefix}filled", torch.full_like(self.filled, self.queue.shape[1]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def sync(self) -> None:

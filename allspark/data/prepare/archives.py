@@ -132,16 +132,19 @@ def entries(source: Path) -> Iterator[Entry]:
 
 
 def folder_entries(root: Path) -> Iterator[Entry]:
-    seen, name = set(), root.resolve().name
+    seen, top = set(), root.resolve().name
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        subfolders[:] = [] if real in seen else sorted(f for f in subfolders if not f.startswith("."))
-        for file in [] if real in seen else sorted(files):
+        if real in seen:  # a link back: it would lead round and round
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for file in sorted(files):
             path = Path(folder, file)
             if not file.startswith(".") and path.is_file():
-                relative = PurePosixPath(name, *path.relative_to(root).parts)
+                relative = PurePosixPath(top, *path.relative_to(root).parts)
                 yield Entry(str(relative), path.stat().st_size, True, path.read_bytes, path)
-        seen.add(real)
 
 
 def zip_entries(source: Path) -> Iterator[Entry]:
