@@ -78,7 +78,7 @@ def close(found, expected):
 
 @steps
 def test_unimatch_literal(bottleneck, batch_u, ignore_padding):
-    """Its whole step: evaluation pass, joint pass decoded twice, strong pass, three streams, the weights of the sum."""
+    """Its whole step: evaluation pass, joint pass with perturbed maps decoded along, strong pass, the sum."""
     method = make_method("unimatch", threshold=THRESHOLD, warmup_epochs=0, ignore_padding=ignore_padding)
     labeled, unlabeled = random_batches(method, batch_u=batch_u)
     model = quiet_model(bottleneck)
@@ -93,8 +93,9 @@ def test_unimatch_literal(bottleneck, batch_u, ignore_padding):
         model.train()
         both = torch.cat((labeled.image, unlabeled.weak))
         c1, c2, c3, c4 = features_of(model, both, CrossBatch(2, partner, read_memory=True))
-        clean = decode(model, [c1, c2, c3, c4])
-        perturbed = decode(model, [c1 * mask1, c2, c3, c4 * mask4])[2:]
+        maps = [torch.cat((c1, c1 * mask1)), torch.cat((c2, c2)), torch.cat((c3, c3)), torch.cat((c4, c4 * mask4))]
+        clean, perturbed = decode(model, maps).chunk(2)  # batch norm sees both
+        perturbed = perturbed[2:]
         boxes = unlabeled.cutmix
         views = [paste(view, box, view) for view, box in zip(unlabeled.strong, boxes, strict=True)]
         strong = decode(model, features_of(model, torch.cat(views), CrossBatch(0)))

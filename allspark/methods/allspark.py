@@ -7,15 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.ema import EMATeacher
-from allspark.errors import UserError
-from allspark.losses import consistency_loss
-from allspark.methods.base import Criterion, Method, Progress, check_threshold, joint_forward
-from allspark.models.segmentor import unwrap
+from allspark.methods.base import Criterion, Progress, TeacherMethod, check_threshold, joint_forward, pseudo_loss
 from allspark.pseudo import cutmix, predict_pseudo
 
 
-class AllSpark(Method):
+class AllSpark(TeacherMethod):
     """Labeled features reborn from unlabeled ones: the bottleneck does the work, the loss is plain (section 3).
 
     The defaults are the released code's numerics (xmed-lab/AllSpark 9da63e2, train_allspark.py).
@@ -42,29 +38,20 @@ class AllSpark(Method):
         teacher: Literal["none", "ema"] = "none",
         teacher_momentum: float = 0.996,
     ) -> None:
-        super().__init__(criterion)
+        super().__init__(criterion, teacher_momentum if teacher == "ema" else None)
         check_threshold(threshold)
-        if not 0 <= teacher_momentum < 1:
-            raise UserError(f"method.teacher_momentum={teacher_momentum} must be at least 0 and below 1")
         strong = () if unlabeled_view == "weak" else (unlabeled_view,)
         self.views = Views(labeled=labeled_view, strong=strong, cutmix=cutmix)
         self.warmup_epochs = warmup_epochs
         self.share_keys = pseudo_context == "batch"
         self.ignore_padding = ignore_padding
         self.threshold = threshold
-        self.teacher: EMATeacher | None = None
-        self.teacher_momentum = teacher_momentum if teacher == "ema" else None
-
-    def attach(self, model: nn.Module) -> None:
-        if self.teacher_momentum is not None:
-            self.teacher = EMATeacher(unwrap(model).inference_copy(), self.teacher_momentum)
 
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        labeler = model if self.teacher is None else self.teacher.model
-        pseudo = predict_pseudo(labeler, unlabeled.weak, self.share_keys)
-        image, valid = unlabeled.weak, unlabeled.valid
+        pseudo = predict_pseudo(self.predictor(model), unlabeled.weak, self.share_keys)
+        image, valid = unlabeled.weak, unlabeled.valid | (not self.ignore_padding)
         if self.views.strong:
             box = unlabeled.cutmix[0]
             image, valid, pseudo = cutmix(unlabeled.strong[0], box), cutmix(valid, box), pseudo.cutmix(box)
@@ -76,13 +63,5 @@ class AllSpark(Method):
             read_memory=progress.epoch >= self.warmup_epochs,
         )
         loss_x = self.criterion(logits_x, labeled.mask)
-        keep = None if self.threshold is None else pseudo.confidence >= self.threshold
-        loss_u, mask_ratio = consistency_loss(logits_u, pseudo.label, keep, valid if self.ignore_padding else None)
+        loss_u, mask_ratio = pseudo_loss(logits_u, pseudo, self.threshold, valid)
         return {"loss": (loss_x + loss_u) / 2, "loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio}
-
-    def after_step(self, model: nn.Module, progress: Progress) -> None:
-        if self.teacher is not None:
-            self.teacher.update(unwrap(model), progress.step)
-
-    def predictor(self, model: nn.Module) -> nn.Module:
-        return unwrap(model) if self.teacher is None else self.teacher.model

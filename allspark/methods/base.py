@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.ema import EMATeacher
 from allspark.errors import UserError
+from allspark.losses import consistency_loss
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import Perturb, SegOutput, unwrap
-from allspark.pseudo import predict_pseudo
+from allspark.pseudo import Pseudo, predict_pseudo
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,10 +63,44 @@ class Method(nn.Module, ABC):
         """The network that is evaluated and saved as the result."""
         return unwrap(model)
 
+    def pseudo_labels(self, model: nn.Module, image: Tensor, valid: Tensor) -> Pseudo:
+        """What the method would teach on images (B, 3, H, W), valid (B, H, W) as in UnlabeledBatch; changes nothing.
+
+        Training measures it on unlabeled images whose labels are known to others. Labels of a train-mode pass, as
+        FixMatch's, depend on the rest of the batch: for them this is the evaluation-mode pass.
+        """
+        return predict_pseudo(self.predictor(model), image)
+
     def supervised_losses(self, model: nn.Module, labeled: LabeledBatch) -> dict[str, Tensor]:
         """The labeled loss alone: supervised training, and the supervised start of every other method."""
         loss = self.criterion(model(labeled.image).logits, labeled.mask)
         return {"loss": loss, "loss_x": loss}
+
+
+class TeacherMethod(Method):
+    """A method with an EMA teacher, which makes its labels, is evaluated and is saved as the result.
+
+    It owns no memory of the bottleneck: what it sees of an image are the image's own channels. With
+    teacher_momentum=None there is no teacher and the student stands for it.
+    """
+
+    def __init__(self, criterion: Criterion, teacher_momentum: float | None) -> None:
+        super().__init__(criterion)
+        if teacher_momentum is not None and not 0 <= teacher_momentum < 1:  # one that keeps all of itself never learns
+            raise UserError(f"method.teacher_momentum={teacher_momentum} must be at least 0 and below 1")
+        self.teacher_momentum = teacher_momentum
+        self.teacher: EMATeacher | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        if self.teacher_momentum is not None:
+            self.teacher = EMATeacher(unwrap(model).inference_copy(), self.teacher_momentum)
+
+    def after_step(self, model: nn.Module, progress: Progress) -> None:
+        if self.teacher is not None:
+            self.teacher.update(unwrap(model), progress.step)
+
+    def predictor(self, model: nn.Module) -> nn.Module:
+        return unwrap(model) if self.teacher is None else self.teacher.model
 
 
 def check_threshold(threshold: float | None) -> None:
@@ -73,10 +109,10 @@ def check_threshold(threshold: float | None) -> None:
         raise UserError(f"method.threshold={threshold} is a probability and must be in 0..1")
 
 
-def check_momentum(momentum: float) -> None:
-    """Of a teacher: one that keeps all of itself would never learn."""
-    if not 0 <= momentum < 1:
-        raise UserError(f"method.teacher_momentum={momentum} must be at least 0 and below 1")
+def pseudo_loss(logits: Tensor, pseudo: Pseudo, threshold: float | None, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """consistency_loss on the pixels whose pseudo-label has a probability of at least threshold (None: on all)."""
+    keep = None if threshold is None else pseudo.confidence >= threshold
+    return consistency_loss(logits, pseudo.label, keep, valid)
 
 
 def joint_forward(
@@ -103,6 +139,7 @@ def joint_output(
     pseudo_logits: Tensor | None = None,
     read_memory: bool = False,
     perturb: Perturb | None = None,
+    clean: bool = True,
 ) -> SegOutput:
     """joint_forward for who needs more than logits: all that the pass gives, labeled images first."""
     cross = None
@@ -110,7 +147,7 @@ def joint_output(
         if pseudo_logits is None:
             pseudo_logits = predict_pseudo(model, unlabeled).logits
         cross = CrossBatch(len(labeled), pseudo_logits, read_memory)
-    return model(torch.cat((labeled, unlabeled)), cross=cross, perturb=perturb)
+    return model(torch.cat((labeled, unlabeled)), cross=cross, perturb=perturb, clean=clean)
 
 
 def unlabeled_output(

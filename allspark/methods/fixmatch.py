@@ -5,8 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.losses import consistency_loss
-from allspark.methods.base import Criterion, Method, Progress, check_threshold, joint_forward, unlabeled_forward
+from allspark.methods.base import (
+    Criterion,
+    Method,
+    Progress,
+    check_threshold,
+    joint_forward,
+    pseudo_loss,
+    unlabeled_forward,
+)
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 
 
@@ -50,6 +57,6 @@ class FixMatch(Method):
         logits_s = unlabeled_forward(model, cutmix(unlabeled.strong[0], box))
         pseudo = Pseudo.of(logits_w).cutmix(box, partner)
         loss_x = self.criterion(logits_x, labeled.mask)
-        valid = cutmix(unlabeled.valid, box) if self.ignore_padding else None
-        loss_u, mask_ratio = consistency_loss(logits_s, pseudo.label, pseudo.confidence >= self.threshold, valid)
+        valid = unlabeled.valid | (not self.ignore_padding)
+        loss_u, mask_ratio = pseudo_loss(logits_s, pseudo, self.threshold, cutmix(valid, box))
         return {"loss": (loss_x + loss_u) / 2, "loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio}

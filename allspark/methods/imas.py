@@ -7,14 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.ema import EMATeacher
 from allspark.errors import UserError
 from allspark.hardness import clipped_boxes, easiness, opposite_ranks
 from allspark.methods.base import (
     Criterion,
-    Method,
     Progress,
-    check_momentum,
+    TeacherMethod,
     check_threshold,
     joint_forward,
     unlabeled_forward,
@@ -23,7 +21,7 @@ from allspark.models.segmentor import unwrap
 from allspark.pseudo import Pseudo, paste, predict_pseudo
 
 
-class IMAS(Method):
+class IMAS(TeacherMethod):
     """Where student and teacher agree, easiness e is near 1: more of the strong view, more CutMix, more weight.
 
     CutMix is of weak views, an easy image with a hard one; in an odd batch the middle one stays as it is (Released).
@@ -46,21 +44,16 @@ class IMAS(Method):
         warmup_epochs: int = 5,
         ignore_padding: bool = False,
     ) -> None:
-        super().__init__(criterion)
+        super().__init__(criterion, teacher_momentum)
         check_threshold(threshold)
-        check_momentum(teacher_momentum)
         if not unlabeled_weight >= 0:  # nan, too
             raise UserError(f"method.unlabeled_weight={unlabeled_weight} must be at least 0")
         self.views = Views(labeled=labeled_view, strong=(unlabeled_view,))
         self.background = background
         self.threshold = threshold
         self.unlabeled_weight = unlabeled_weight
-        self.teacher_momentum = teacher_momentum
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding
-
-    def attach(self, model: nn.Module) -> None:
-        self.teacher = EMATeacher(unwrap(model).inference_copy(), self.teacher_momentum)
 
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
@@ -80,7 +73,7 @@ class IMAS(Method):
             logits_u = unlabeled_forward(model, image)
 
         loss_x = self.criterion(logits_x, labeled.mask)
-        counted = valid if self.ignore_padding else torch.ones_like(valid)
+        counted = valid | (not self.ignore_padding)
         total = (F.cross_entropy(logits_u, label, reduction="none") * (sure & counted)).sum((1, 2))
         each = total / counted.sum((1, 2)).clamp(min=1)  # of all pixels, not of confident ones
         loss_u = (easy.repeat(len(each) // len(easy)) * each).mean()  # what is pasted weighs as the image below it
@@ -100,9 +93,3 @@ class IMAS(Method):
         partner, box = opposite_ranks(easy), clipped_boxes(weak)
         mixed = (paste(part, box, part[partner]) for part in (weak, *targets))
         return tuple(torch.cat(pair) for pair in zip((intensity, *targets), mixed, strict=True))
-
-    def after_step(self, model: nn.Module, progress: Progress) -> None:
-        self.teacher.update(unwrap(model), progress.step)
-
-    def predictor(self, model: nn.Module) -> nn.Module:
-        return self.teacher.model

@@ -5,24 +5,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.ema import EMATeacher
 from allspark.errors import UserError
-from allspark.losses import consistency_loss
 from allspark.masking import hide_patches
 from allspark.methods.base import (
     Criterion,
-    Method,
     Progress,
-    check_momentum,
+    TeacherMethod,
     check_threshold,
     joint_forward,
+    pseudo_loss,
     unlabeled_forward,
 )
-from allspark.models.segmentor import unwrap
 from allspark.pseudo import Pseudo, cutmix, predict_multi_scale
 
 
-class MaskMatch(Method):
+class MaskMatch(TeacherMethod):
     """The teacher labels the weak view at several scales (MS); strong view and masked strong view (LCR) learn from it.
 
     No code is public, and the abstract has no numbers but "only 30 %" of an image visible: all others are ours.
@@ -43,9 +40,8 @@ class MaskMatch(Method):
         warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
-        super().__init__(criterion)
+        super().__init__(criterion, teacher_momentum)
         check_threshold(threshold)
-        check_momentum(teacher_momentum)
         if not 0 <= masked <= 1:
             raise UserError(f"method.masked={masked} is a share of the patches and must be in 0..1")
         if patch_size < 1:
@@ -56,18 +52,14 @@ class MaskMatch(Method):
         self.threshold = threshold
         self.masked, self.patch_size = masked, patch_size
         self.scales = scales
-        self.teacher_momentum = teacher_momentum
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding
-
-    def attach(self, model: nn.Module) -> None:
-        self.teacher = EMATeacher(unwrap(model).inference_copy(), self.teacher_momentum)
 
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        (strong,), (box,), valid = unlabeled.strong, unlabeled.cutmix, unlabeled.valid
-        pseudo = predict_multi_scale(self.teacher.model, unlabeled.weak, self.scales)
+        (strong,), (box,), valid = unlabeled.strong, unlabeled.cutmix, unlabeled.valid | (not self.ignore_padding)
+        pseudo = self.pseudo_labels(model, unlabeled.weak, valid)
         mixed = pseudo.cutmix(box)
         logits_x, logits_s = joint_forward(
             model,
@@ -78,17 +70,10 @@ class MaskMatch(Method):
         )
         logits_m = unlabeled_forward(model, hide_patches(strong, self.patch_size, self.masked))
         loss_x = self.criterion(logits_x, labeled.mask)
-        loss_s, mask_ratio = self.consistency(logits_s, mixed, cutmix(valid, box))
-        loss_lcr, _ = self.consistency(logits_m, pseudo, valid)  # of the entire image, hidden or not
+        loss_s, mask_ratio = pseudo_loss(logits_s, mixed, self.threshold, cutmix(valid, box))
+        loss_lcr, _ = pseudo_loss(logits_m, pseudo, self.threshold, valid)  # of the entire image, hidden or not
         parts = {"loss_x": loss_x, "loss_u_s": loss_s, "loss_u_lcr": loss_lcr, "mask_ratio": mask_ratio}
         return {"loss": (loss_x + 0.5 * loss_s + 0.5 * loss_lcr) / 2, **parts}
 
-    def consistency(self, logits: Tensor, pseudo: Pseudo, valid: Tensor) -> tuple[Tensor, Tensor]:
-        keep = pseudo.confidence >= self.threshold
-        return consistency_loss(logits, pseudo.label, keep, valid if self.ignore_padding else None)
-
-    def after_step(self, model: nn.Module, progress: Progress) -> None:
-        self.teacher.update(unwrap(model), progress.step)
-
-    def predictor(self, model: nn.Module) -> nn.Module:
-        return self.teacher.model
+    def pseudo_labels(self, model: nn.Module, image: Tensor, valid: Tensor) -> Pseudo:
+        return predict_multi_scale(self.predictor(model), image, self.scales)

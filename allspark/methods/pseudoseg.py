@@ -12,7 +12,7 @@ from allspark.masking import cut_out
 from allspark.methods.base import Criterion, Method, Progress, joint_output
 from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
 from allspark.models.segmentor import unwrap
-from allspark.pseudo import fuse, labeling
+from allspark.pseudo import Pseudo, fuse, labeling
 
 
 class PseudoSeg(Method):
@@ -60,7 +60,7 @@ class PseudoSeg(Method):
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        weak_logits, soft_label = self.soft_labels(model, unlabeled)
+        weak_logits, soft_label = self.soft_labels(model, unlabeled.weak, unlabeled.valid)
         strong, hole = cut_out(unlabeled.strong[0])
         out = joint_output(
             model,
@@ -92,11 +92,14 @@ class PseudoSeg(Method):
         loss_x, loss_sgc = self.criterion(logits, mask), self.criterion(sgc_logits, mask)
         return {"loss_x": loss_x, "loss_sgc": loss_sgc, "loss_cls": loss_cls}
 
-    def soft_labels(self, model: nn.Module, unlabeled: UnlabeledBatch) -> tuple[Tensor, Tensor]:
+    def soft_labels(self, model: nn.Module, weak: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's logits of the weak view, and its soft label (B, K, H, W)."""
         with labeling(model) as network:
-            out, heads = network(unlabeled.weak), network.heads
+            out, heads = network(weak), network.heads
             present = (heads["classifier"](out.features[-1]) >= 0).float()  # sigmoid >= 0.5
             cam = heads["classifier"].grad_cam(out.features[-1], present)
-            sgc_logits = heads["sgc"](out.features[-2:], cam, unlabeled.valid)
+            sgc_logits = heads["sgc"](out.features[-2:], cam, valid)
             return out.logits, fuse(out.logits, sgc_logits, self.gamma, self.temperature)
+
+    def pseudo_labels(self, model: nn.Module, image: Tensor, valid: Tensor) -> Pseudo:
+        return Pseudo.of(self.soft_labels(model, image, valid)[1].log())  # their softmax is the soft label

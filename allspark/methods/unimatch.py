@@ -6,8 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.losses import consistency_loss
-from allspark.methods.base import Criterion, Method, Progress, check_threshold, joint_output, unlabeled_forward
+from allspark.methods.base import (
+    Criterion,
+    Method,
+    Progress,
+    check_threshold,
+    joint_output,
+    pseudo_loss,
+    unlabeled_forward,
+)
 from allspark.perturb import FeatureDropout
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 
@@ -54,13 +61,13 @@ class UniMatch(Method):
         strong = [cutmix(view, box) for view, box in zip(unlabeled.strong, boxes, strict=True)]
         logits_s1, logits_s2 = unlabeled_forward(model, torch.cat(strong)).chunk(2)
 
-        pseudo, valid = Pseudo.of(joint.logits[num_labeled:]), unlabeled.valid
-        mixed1, mixed2 = (pseudo.cutmix(box, partner) for box in boxes)
-        valid1, valid2 = (cutmix(valid, box) for box in boxes)
+        pseudo, valid = Pseudo.of(joint.logits[num_labeled:]), unlabeled.valid | (not self.ignore_padding)
         loss_x = self.criterion(joint.logits[:num_labeled], labeled.mask)
-        loss_s1, _ = self.consistency(logits_s1, mixed1, valid1)
-        loss_s2, _ = self.consistency(logits_s2, mixed2, valid2)
-        loss_fp, mask_ratio = self.consistency(joint.perturbed[num_labeled:], pseudo, valid)
+        loss_s1, loss_s2 = (
+            pseudo_loss(logits, pseudo.cutmix(box, partner), self.threshold, cutmix(valid, box))[0]
+            for logits, box in zip((logits_s1, logits_s2), boxes, strict=True)
+        )
+        loss_fp, mask_ratio = pseudo_loss(joint.perturbed[num_labeled:], pseudo, self.threshold, valid)
         return {
             "loss": (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2,
             "loss_x": loss_x,
@@ -69,7 +76,3 @@ class UniMatch(Method):
             "loss_u_fp": loss_fp,
             "mask_ratio": mask_ratio,
         }
-
-    def consistency(self, logits: Tensor, pseudo: Pseudo, valid: Tensor) -> tuple[Tensor, Tensor]:
-        keep = pseudo.confidence >= self.threshold
-        return consistency_loss(logits, pseudo.label, keep, valid if self.ignore_padding else None)

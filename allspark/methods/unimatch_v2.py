@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.ema import EMATeacher
-from allspark.losses import consistency_loss
-from allspark.methods.base import Criterion, Method, Progress, check_momentum, check_threshold
-from allspark.models.bottleneck import CrossBatch
+from allspark.methods.base import Criterion, Progress, TeacherMethod, check_threshold, joint_output, pseudo_loss
 from allspark.models.segmentor import unwrap
 from allspark.perturb import ComplementaryDropout
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 
 
-class UniMatchV2(Method):
+class UniMatchV2(TeacherMethod):
     """The teacher's confident labels of the weak view supervise two strong, CutMixed views with complementary channels.
 
     The partner is another image of the batch. Released: the reversed batch, whose middle image is pasted on itself.
@@ -36,31 +33,26 @@ class UniMatchV2(Method):
         warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
-        super().__init__(criterion)
+        super().__init__(criterion, teacher_momentum)
         check_threshold(threshold)
-        check_momentum(teacher_momentum)
         self.views = Views(labeled="weak", strong=("strong", "strong"), cutmix=cutmix)
         self.threshold = threshold
         self.perturb = ComplementaryDropout(feature_dropout)
-        self.teacher_momentum = teacher_momentum
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding
-
-    def attach(self, model: nn.Module) -> None:
-        self.teacher = EMATeacher(unwrap(model).inference_copy(), self.teacher_momentum)
 
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        boxes, valid = unlabeled.cutmix, unlabeled.valid
+        boxes, valid = unlabeled.cutmix, unlabeled.valid | (not self.ignore_padding)
         pseudo = predict_pseudo(self.teacher.model, unlabeled.weak)
         mixed = [pseudo.cutmix(box) for box in boxes]
         strong = torch.cat([cutmix(view, box) for view, box in zip(unlabeled.strong, boxes, strict=True)])
         read_memory = progress.epoch >= self.warmup_epochs
         logits_x, logits_s1, logits_s2 = self.student(model, labeled.image, strong, mixed, read_memory)
         loss_x = self.criterion(logits_x, labeled.mask)
-        loss_s1, ratio1 = self.consistency(logits_s1, mixed[0], cutmix(valid, boxes[0]))
-        loss_s2, ratio2 = self.consistency(logits_s2, mixed[1], cutmix(valid, boxes[1]))
+        loss_s1, ratio1 = pseudo_loss(logits_s1, mixed[0], self.threshold, cutmix(valid, boxes[0]))
+        loss_s2, ratio2 = pseudo_loss(logits_s2, mixed[1], self.threshold, cutmix(valid, boxes[1]))
         return {
             "loss": (loss_x + (loss_s1 + loss_s2) / 2) / 2,
             "loss_x": loss_x,
@@ -78,17 +70,13 @@ class UniMatchV2(Method):
         """
         if unwrap(model).bottleneck is None:
             return model(labeled).logits, *model(strong, perturb=self.perturb, clean=False).logits.chunk(2)
-        cross = CrossBatch(len(labeled), torch.cat([pseudo.logits for pseudo in mixed]), read_memory)
-        perturb = partial(self.perturb, num_labeled=len(labeled))
-        logits = model(torch.cat((labeled, strong)), cross=cross, perturb=perturb, clean=False).logits
+        logits = joint_output(
+            model,
+            labeled,
+            strong,
+            pseudo_logits=torch.cat([pseudo.logits for pseudo in mixed]),
+            read_memory=read_memory,
+            perturb=partial(self.perturb, num_labeled=len(labeled)),
+            clean=False,
+        ).logits
         return logits[: len(labeled)], *logits[len(labeled) :].chunk(2)
-
-    def consistency(self, logits: Tensor, pseudo: Pseudo, valid: Tensor) -> tuple[Tensor, Tensor]:
-        keep = pseudo.confidence >= self.threshold
-        return consistency_loss(logits, pseudo.label, keep, valid if self.ignore_padding else None)
-
-    def after_step(self, model: nn.Module, progress: Progress) -> None:
-        self.teacher.update(unwrap(model), progress.step)
-
-    def predictor(self, model: nn.Module) -> nn.Module:
-        return self.teacher.model

@@ -68,18 +68,19 @@ class Segmentor(nn.Module):
         """cross: a training batch of labeled and unlabeled images; None: inference, no image depends on another.
 
         share_keys: batch mates share the keys of the bottleneck (Released, pseudo-labels only).
-        perturb: features -> features; its logits are returned beside the clean ones, from the same encoder pass, or
-        with clean=False as the only ones.
+        perturb: features -> features; its logits are returned beside the clean ones, from the same encoder pass and
+        decoded as one batch with them (UniMatch: batch norm sees both), or with clean=False as the only ones.
         """
         features = self.encoder(image)
         if self.bottleneck is not None:
             features = [*features[:-1], self.bottleneck(features[-1], cross, share_keys)]
         size = image.shape[-2:]
-        if perturb is not None and not clean:
+        if perturb is None:
+            return SegOutput(resize(self.decoder(features), size), features=features)
+        if not clean:
             return SegOutput(resize(self.decoder(perturb(features)), size), features=features)
-        logits = resize(self.decoder(features), size)
-        perturbed = None if perturb is None else resize(self.decoder(perturb(features)), size)
-        return SegOutput(logits, perturbed, features)
+        both = [torch.cat(pair) for pair in zip(features, perturb(features), strict=True)]
+        return SegOutput(*resize(self.decoder(both), size).chunk(2), features)
 
     def inference_copy(self) -> Segmentor:
         """A network of its own with the same weights, for inference, which never reads the memory: it has none."""
