@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from allspark.models.attention import channel_attention, shared_channel_attention
 from allspark.models.memory import SemanticMemory, group_channels
 
 
@@ -24,28 +25,6 @@ class CrossBatch:
     num_labeled: int
     pseudo_logits: Tensor | None = None
     read_memory: bool = False
-
-
-def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, present: Tensor | None = None) -> Tensor:
-    """softmax(psi(q^T k)) v^T over channels; q (..., N, Cq), k and v (..., N, Ck) -> (..., N, Cq).
-
-    psi normalizes the similarity map of one image (and head) to mean 0 and variance 1, in place of a 1 / sqrt(d).
-    present (Ck,) bool: the other keys take no part, neither in the mean and variance nor in the softmax.
-    """
-    similarity = q.transpose(-2, -1) @ k  # (..., Cq, Ck)
-    weights = standardize(similarity, present).softmax(-1)
-    return (F.dropout(weights, dropout) @ v.transpose(-2, -1)).transpose(-2, -1)
-
-
-def standardize(similarity: Tensor, present: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Each map (..., Cq, Ck) to mean 0 and variance 1 over its present columns; the others become -inf."""
-    if present is None:
-        return F.layer_norm(similarity, similarity.shape[-2:], eps=eps)
-    count = present.sum() * similarity.shape[-2]
-    mean = (similarity * present).sum((-2, -1), keepdim=True) / count
-    centered = (similarity - mean) * present
-    variance = centered.square().sum((-2, -1), keepdim=True) / count
-    return (centered * (variance + eps).rsqrt()).masked_fill(~present, float("-inf"))
 
 
 class ChannelAttention(nn.Module):
@@ -91,13 +70,12 @@ class CrossBranch(ChannelAttention):
 
         present (M,) bool: which of the M take part.
         """
-        source = tokens if context is None else context
-        k, v = self.k(source), self.v(source)
-        if context is not None:
-            k, v = rearrange(k, "m n hc -> n (m hc)"), rearrange(v, "m n hc -> n (m hc)")
+        if context is None:
+            return self.finish(channel_attention(self.q(tokens), self.k(tokens), self.v(tokens), self.rate))
+        k, v = (rearrange(projection(context), "m n hc -> (m hc) n") for projection in (self.k, self.v))
         if present is not None:
             present = present.repeat_interleave(self.k.out_features)  # (M,) -> (M * hC,)
-        return self.finish(channel_attention(self.q(tokens), k, v, self.rate, present))
+        return self.finish(shared_channel_attention(self.q(tokens), k, v, self.rate, present))
 
 
 class AllSparkBottleneck(nn.Module):
