@@ -19,7 +19,7 @@ from allspark.cli import loading
 from allspark.cli.loading import Loaded
 from allspark.config import Recipe
 from allspark.data import splits
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor
+from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor, worker_count
 from allspark.data.manifest import other_images
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
             device,
             inference,
             batch_size=args.batch_size,
-            num_workers=recipe.data.num_workers,
+            num_workers=worker_count(recipe.data.num_workers),
             progress=True,
             save=folder and (lambda name, image, mask, prediction: folder.write(name, image, prediction)),
             absent_as_zero=args.absent_as_zero,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -15,22 +16,25 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
-from allspark.data.base import SegmentationDataset
-from allspark.data.preflight import check_data
+from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
+from allspark.data.preflight import check_data, hidden_sample
 from allspark.data.splits import Lists, provenance, resolve
 from allspark.engine.checkpoint import TO_RESUME, load_checkpoint, load_state, save_checkpoint
 from allspark.engine.log import METRICS, RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
+from allspark.engine.step import Stepper, autocast, set_precision
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.inference import inference_for
+from allspark.evaluation.labels import CenterCrops, LabelQuality, label_quality
+from allspark.evaluation.metrics import Scores
 from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.weights import load_pretrained
@@ -50,9 +54,12 @@ class Start:
 
 def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool = False) -> None:
     """A run from its first check to its last checkpoint. Long, because it is what happens, in order."""
+    set_precision(recipe.precision, device)
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
     notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
+    hidden, hidden_notes = hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)
+    notes += hidden_notes
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
@@ -60,19 +67,21 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
         notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     method = recipe_words.build_method(recipe, spec).to(device)
     method.attach(model)
-    optimizer = build_optimizer(recipe.optim, model)
+    stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
     loaders = recipe_words.build_loader(recipe, lists, spec, method.views)
-    val = SegmentationDataset(lists.val, spec)
-    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+    val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
+    inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)  # or refused now
 
     if fresh:
         move_aside(save_path)
-    start = resume(save_path, recipe, lists, model, method, optimizer)
+    start = resume(save_path, recipe, lists, model, method, stepper)
     if start.epoch == recipe.epochs:
         if distributed.is_main():
             print(f"{save_path}: this run is finished, best mIoU {start.best['miou']:.2f}; --fresh would start over")
         return
     network = wrap(model, device)
+    if recipe.compile:
+        compile_parts(model)
     total_steps = recipe.epochs * loaders.steps_per_epoch
     log = open_log(save_path, recipe, start, total_steps)
     for note in (*describe(recipe, model, method, device, total_steps, start), *notes):
@@ -82,18 +91,18 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
     for epoch in range(start.epoch, recipe.epochs):
         network.train()
         loaders.set_epoch(epoch)
+        stepper.keep()
         for labeled, unlabeled in loaders.on(device):
             progress = Progress(step, epoch, total_steps)
             seed_step(recipe.seed, step)
             lr = poly_lr(recipe.optim, step, total_steps)
-            set_lr(optimizer, lr)
-            if epoch < recipe.burn_in_epochs:
-                losses = method.supervised_losses(network, labeled)
-            else:
-                losses = method.losses(network, labeled, unlabeled, progress)
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            optimizer.step()
+            set_lr(stepper.optimizer, lr)
+            with autocast(recipe.precision, device):
+                if epoch < recipe.burn_in_epochs:
+                    losses = method.supervised_losses(network, labeled)
+                else:
+                    losses = method.losses(network, labeled, unlabeled, progress)
+            stepper.step(losses["loss"])
             method.after_step(network, progress)
             step += 1
             log.add(losses, step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
@@ -106,25 +115,23 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
         last = epoch + 1 == recipe.epochs
         improved = False
         if last or (epoch + 1) % recipe.evaluation.interval == 0:
-            workers = recipe.data.num_workers
-            scores = evaluate(
-                method.predictor(network), val, spec, device, inference, num_workers=workers, progress=True
-            )
+            scores, quality = validate(recipe, spec, method, network, val, crops, device)
             improved = scores.miou > best["miou"]
             best = {"miou": scores.miou, "epoch": epoch} if improved else best
-            log.scores(step=step, epoch=epoch, miou=scores.miou, iou=scores.by_class(spec.classes))
-            log.info(f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']})")
+            pseudo, told = (quality.named(), f", {quality}") if quality else ({}, "")
+            log.scores(step=step, epoch=epoch, miou=scores.miou, iou=scores.by_class(spec.classes), **pseudo)
+            log.info(f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']}){told}")
         if distributed.is_main():
-            content = checkpoint_content(recipe, lists, model, method, optimizer, Start(epoch + 1, step, best))
+            content = checkpoint_content(recipe, lists, model, method, stepper, Start(epoch + 1, step, best))
             if improved:  # before latest.pth: a run killed in between does this epoch again, and its best with it
                 save_checkpoint(save_path / BEST, content)
             save_checkpoint(save_path / LATEST, content)
+    best_score = f"best {best['miou']:.2f} in epoch {best['epoch']} (selected on val)"
+    log.info(f"last epoch {scores.miou:.2f}, {best_score}")
     log.close()
 
 
-def resume(
-    save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, method: Method, optimizer: torch.optim.Optimizer
-) -> Start:
+def resume(save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper) -> Start:
     """Continue from <save_path>/latest.pth, if there is one and it belongs to the same recipe and lists."""
     latest = save_path / LATEST
     if not latest.exists():
@@ -143,17 +150,63 @@ def resume(
         )
     load_state(model, content["model"], latest)
     load_state(method, content["method"], latest)
-    optimizer.load_state_dict(content["optimizer"])
+    stepper.optimizer.load_state_dict(content["optimizer"])
+    if "stepper" in content:  # younger than some checkpoints
+        stepper.load_state_dict(content["stepper"])
     return Start(content["epoch"], content["step"], content["best"], content.get("world_size"))
 
 
+def validate(
+    recipe: Recipe,
+    spec: DatasetSpec,
+    method: Method,
+    network: nn.Module,
+    val: SegmentationDataset,
+    crops: CenterCrops,
+    device: torch.device,
+) -> tuple[Scores, LabelQuality | None]:
+    """What the result so far is worth on val, and the pseudo-labels on unlabeled images; in the run's precision."""
+    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+    predictor, workers = method.predictor(network), worker_count(recipe.data.num_workers)
+    with autocast(recipe.precision, device), not_compiled(recipe):
+        scores = evaluate(predictor, val, spec, device, inference, num_workers=workers, progress=True)
+        return scores, measure_labels(recipe, method, network, crops, device)
+
+
+def not_compiled(recipe: Recipe) -> contextlib.AbstractContextManager:
+    """Images to evaluate have any size: nothing is compiled for them."""
+    return torch.compiler.set_stance("force_eager") if recipe.compile else contextlib.nullcontext()
+
+
+def measure_labels(
+    recipe: Recipe, method: Method, network: nn.Module, crops: CenterCrops, device: torch.device
+) -> LabelQuality | None:
+    """What the method's pseudo-labels are worth on these crops of unlabeled images; None where nothing is known."""
+    if not recipe.evaluation.pseudo_labels:
+        return None
+
+    def labeler(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        pseudo = method.pseudo_labels(network, image, valid)
+        return pseudo.label, pseudo.confidence
+
+    return label_quality(
+        labeler,
+        crops,
+        device,
+        threshold=method.threshold,
+        batch_size=recipe.batch_size // distributed.world_size(),  # a pass as large as training's own
+        num_workers=worker_count(recipe.data.num_workers),
+    )
+
+
 def checkpoint_content(
-    recipe: Recipe, lists: Lists, model: Segmentor, method: Method, optimizer: torch.optim.Optimizer, reached: Start
+    recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper, reached: Start
 ) -> dict[str, Any]:
     return {
         "model": model.state_dict(),
         "method": method.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": stepper.optimizer.state_dict(),
+        "stepper": stepper.state_dict(),
         "epoch": reached.epoch,
         "step": reached.step,
         "best": reached.best,
@@ -177,6 +230,12 @@ def wrap(model: Segmentor, device: torch.device) -> nn.Module:
     with warnings.catch_warnings():  # newer torch renames the argument, older torch knows only this name
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def compile_parts(model: Segmentor) -> None:
+    """Encoder and decoder, each shape of a training step once; the bottleneck's blocks on a CPU are no graph."""
+    for part in (model.encoder, model.decoder):
+        part.compile(dynamic=False)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -213,6 +272,8 @@ def describe(
     ]
     if method.views.cutmix and recipe.batch_size // distributed.world_size() == 1:
         lines.append("one image per process: CutMix has no other image to paste from and is off")
+    if recipe.precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        lines.append("WARNING: precision=bf16 on a CPU without bf16 instructions is many times slower than fp32")
     if start.step:
         lines.append(f"resumed behind epoch {start.epoch - 1}, step {start.step}")
         if start.world_size != distributed.world_size():

@@ -50,7 +50,9 @@ class DataConfig:
     unlabeled_id_path: str | None = None
     val_id_path: str | None = None  # default: splits/<dataset>/val.txt
     scale_range: tuple[float, float] = (0.5, 2.0)  # of the long side, for the random resize
-    num_workers: int = 2  # per process; 0: load in the training process
+    num_workers: int | None = None  # per process; None: one for each core, at most 8; 0: load in the training process
+    photometric: Literal["cv2", "pil"] = "cv2"  # cv2: six times faster, a few grey levels off: data/transforms.py
+    cache: str = "none"  # folder for the training images, decoded once and memory-mapped; none: decode each time
     custom: CustomDataConfig | None = None
 
 
@@ -67,12 +69,13 @@ class BottleneckConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     encoder: str = "mit_b5"
-    decoder: Literal["mlp", "mlp_bn"] = "mlp"  # mlp_bn: mmsegmentation's, a batch norm per level
-    decoder_channels: int | None = None  # None: 256 for mit_b0 and mit_b1, 768 for the others (SegFormer, table 6)
-    drop_path: float = 0.1
+    decoder: Literal["mlp", "mlp_bn", "deeplab"] = "mlp"  # mlp_bn: mmsegmentation's, a batch norm per level
+    decoder_channels: int | None = None  # None: 256; for mit_b2 to mit_b5 768 (SegFormer, table 6)
+    drop_path: float = 0.1  # published for MiT; for ResNets 0
     dropout: float = 0.1  # before the classifier
     pretrained: str = "none"  # path of encoder weights, or none
     init_from: str = "none"  # path of a trained checkpoint to fine-tune, or none
+    checkpointing: bool = False  # activations of the encoder are made again in the backward pass: less memory, slower
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
 
 
@@ -85,6 +88,7 @@ class OptimConfig:
     weight_decay: float = 1e-4
     power: float = 0.9  # poly schedule (1 - step / total) ** power
     late: bool = False  # Released: the rate is set after the step, so step k runs with the rate of k - 1
+    clip_norm: float | None = None  # largest norm of the gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,7 @@ class EvaluationConfig:
     mode: Literal["whole", "center_crop", "sliding_window"] | None = None  # None: the data set's own
     window: int | None = None  # side of the window or center crop; None: the training crop
     interval: int = 1  # epochs between evaluations; the last epoch is always evaluated
+    pseudo_labels: int = 64  # unlabeled images whose label the list names, to measure pseudo-labels on and no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +129,22 @@ class Recipe:
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     log_interval: int = 10  # steps
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # of forward and backward pass; weights are float32
+    compile: bool = False  # encoder and decoder by torch.compile: a minute or more at the start
 
 
 # What a resumed run may change: it decides where and how a run happens, not what comes out.
-RUN_KEYS = ("data.data_root", "data.num_workers", "device", "log_interval", "evaluation.interval")
+RUN_KEYS = (
+    "data.data_root",
+    "data.num_workers",
+    "data.cache",
+    "device",
+    "log_interval",
+    "evaluation.interval",
+    "evaluation.pseudo_labels",
+    "model.checkpointing",
+    "compile",
+)
 
 
 def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -193,6 +210,7 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
     "model.bottleneck.dropout": (0, 0.99),
     "model.bottleneck.num_heads": (1, 64),
     "optim.lr_multi": (0, 1e6),
+    "optim.clip_norm": (1e-6, 1e9),
     "optim.momentum": (0, 0.9999),
     "optim.weight_decay": (0, 1e3),
     "optim.power": (0, 100),
@@ -200,6 +218,7 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
     "criterion.min_kept": (0, INF),
     "evaluation.interval": (1, INF),
     "evaluation.window": (32, 2**14),
+    "evaluation.pseudo_labels": (0, INF),
 }
 
 

@@ -128,22 +128,21 @@ def kept(target: Path, digest: str | None, check: Callable[[Path], str | None] |
 
 def fault(path: Path, digest: str | None, check: Callable[[Path], str | None] | None) -> str | None:
     """What is wrong with a whole file, None where it is what is wanted."""
-    if digest is not None and not (found := file_digest(path, algorithm_of(digest))).startswith(digest):
-        return f"is damaged or another file ({found}, expected {digest})"
+    if digest is not None:
+        algorithm = digest.partition(":")[0]
+        found = f"{algorithm}:{file_digest(path, algorithm)}"
+        if not found.startswith(digest):
+            return f"is damaged or another file ({found}, expected {digest})"
     return check(path) if check else None
 
 
-def algorithm_of(digest: str) -> str:
-    return digest.partition(":")[0]
-
-
 def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
-    """'sha256:<hex>' of a file's bytes."""
+    """Hex digits of the hash of a file's bytes."""
     digest = hashlib.new(algorithm)  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return f"{algorithm}:{digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def bring(url: str, part: Path, terms: Terms) -> None:

@@ -24,14 +24,14 @@ env_is_ready() { # in a blink: nothing heavy is imported
     cmp -s requirements.txt "$stamp" && "$env/bin/python" - <<'EOF' 2>/dev/null
 from importlib.util import find_spec
 import cv2
-names = "torch torchvision timm einops numpy PIL yaml tqdm tensorboard matplotlib mmcv mmengine pytest ruff"
+names = "torch torchvision timm einops numpy PIL yaml tqdm tensorboard matplotlib mmcv mmengine pytest xdist ruff"
 assert all(map(find_spec, names.split()))
 EOF
 }
 
 imports_work() {
     "$env/bin/python" - <<'EOF'
-import cv2, einops, matplotlib, numpy, PIL, pytest, ruff, timm, torch, torchvision, tqdm, yaml
+import cv2, einops, matplotlib, numpy, PIL, pytest, ruff, timm, torch, torchvision, tqdm, xdist, yaml
 from mmcv.cnn import ConvModule
 from torch.utils.tensorboard import SummaryWriter
 EOF

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Lint, format check and tests; arguments go to pytest: sh scripts/test.sh tests/test_config.py -x
+# Lint, format check and tests, one process per core; arguments go to pytest: sh scripts/test.sh -n 0 tests/test_config.py
 set -eu
 cd -- "$(dirname -- "$0")/.."
 . scripts/setup.sh
@@ -10,7 +10,8 @@ python -m ruff format --check .
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 status=0
-python -m pytest -q -rs --junitxml="$report" "$@" || status=$?
+# One thread each, however many cores: sums, and so the bit-identical runs, do not depend on the machine
+OMP_NUM_THREADS=1 python -m pytest -q -rs -n "${workers:-auto}" --maxprocesses=8 --dist worksteal --junitxml="$report" "$@" || status=$?
 python - "$report" <<'EOF' || true
 import sys
 from collections import Counter

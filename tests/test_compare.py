@@ -1,7 +1,12 @@
-"""python -m allspark compare and check, on a finished run of the tiny data set."""
+"""python -m allspark compare and check, on a finished run of the tiny data set, and scripts/compare.sh."""
 
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +14,47 @@ import torch
 import yaml
 from PIL import Image
 
+import train
 from allspark.__main__ import main
-from allspark.cli.compare import differing_lists
+from allspark.cli.compare import differing_lists, paired_table, read_rows, score_table, unfinished
+from allspark.config import merge
 from allspark.data.manifest import load_manifest
 from allspark.errors import UserError
+from allspark.evaluation import pictures
+
+REPO = Path(train.__file__).parent
+CLASSES = ["ground", "left", "right"]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def mean_and_std(values: list[float], digits: int = 2) -> str:
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+@pytest.fixture
+def write_run(finished, tmp_path):
+    """(folder, seed, mIoU of each epoch) -> the folder of a run with these scores and the finished run's weights."""
+
+    def write(name: str, seed: int, *scores: float, more: list[dict] | None = None, **sections: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = merge(yaml.safe_load((finished.run / "config.yaml").read_text()), {"seed": seed, **sections})
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+        lines = [{"step": 1, "epoch": 0, "loss": 2.0, "loss_x": 1.0}]
+        for epoch, score in enumerate(scores):  # of two classes; the first is nowhere where the score is 23
+            iou = {"ground": None if score == 23.0 else score, "left": score + 1, "right": None}
+            others = more[epoch] if more else {}
+            lines.append({"step": 3 * (epoch + 1), "epoch": epoch, "miou": score, **others, "iou": iou})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "latest.pth").symlink_to(finished.run / "latest.pth")
+        return folder
+
+    return write
 
 
 def test_table_curves_and_pictures(finished, tmp_path, capsys):
@@ -21,14 +63,170 @@ def test_table_curves_and_pictures(finished, tmp_path, capsys):
     lines = [json.loads(line) for line in (finished.run / "metrics.jsonl").read_text().splitlines()]
     scores = [line["miou"] for line in lines if "miou" in line]
     rows = (out / "table.md").read_text().splitlines()
-    assert [cell.strip() for cell in rows[0].split("|")[1:5]] == ["run", "mIoU last", "mIoU best", "ground"]
-    cells = [cell.strip() for cell in rows[2].split("|")[1:4]]
-    assert cells == ["first", f"{scores[-1]:.2f}", f"{max(scores):.2f}"]
-    assert rows[3].split("|")[1].strip() == "run"  # without a name: that of the folder
+    assert cells(rows[0])[:4] == ["run", "seeds", "mIoU last", "mIoU best"]
+    assert cells(rows[2])[:4] == ["first", "1", f"{scores[-1]:.2f}", f"{max(scores):.2f}"]
+    assert cells(rows[3])[0] == "run"  # without a name: that of the folder
     assert rows[2] in capsys.readouterr().out
     grid = np.asarray(Image.open(out / "predictions.png"))
     assert grid.shape[1] > 4 * 240 and len(np.unique(grid.reshape(-1, 3), axis=0)) > 50
     assert Image.open(out / "curves.png").width > 500
+
+
+def test_the_runs_of_one_name_are_the_seeds_of_one_row(write_run, capsys):
+    scores = [(24.0, 20.0), (22.0, 23.0), (30.5, 29.0)]  # two evaluations of each seed
+    words = [write_run(f"b{seed}", seed, *pair) for seed, pair in enumerate(scores)]
+    rows = read_rows([*(f"mine={run}" for run in words), f"other={write_run('alone', 0, 10.0)}"])
+    assert [(row.name, len(row.runs)) for row in rows] == [("mine", 3), ("other", 1)]
+    lines = score_table(rows).splitlines()
+    last = mean_and_std([20.0, 23.0, 29.0])
+    best = mean_and_std([24.0, 23.0, 30.5])
+    left = mean_and_std([21.0, 24.0, 30.0], digits=1)
+    assert last == "24.00 ± 4.58"  # (4 ** 2 + 1 ** 2 + 5 ** 2) / 2 = 4.58 ** 2
+    assert cells(lines[0]) == ["run", "seeds", "mIoU last", "mIoU best", *CLASSES]
+    assert cells(lines[2]) == ["mine", "3", last, best, mean_and_std([20.0, 29.0], digits=1), left, "-"]
+    assert cells(lines[3]) == ["other", "1", "10.00", "10.00", "10.0", "11.0", "-"]
+    assert "best on val is a" in score_table(rows)
+
+
+def test_each_seed_less_the_same_seed_of_the_base(write_run):
+    base = {0: 20.0, 1: 21.5, 2: 25.0}
+    mine = {1: 22.0, 2: 24.0, 3: 90.0}
+    words = [f"base={write_run(f'a{seed}', seed, score)}" for seed, score in base.items()]
+    words += [f"mine={write_run(f'b{seed}', seed, score)}" for seed, score in mine.items()]
+    rows = read_rows([*words, f"one={write_run('c', 2, 27.0)}"])
+    lines = paired_table(rows, "base").splitlines()
+    assert cells(lines[0]) == ["mIoU last, less base", "seed 0", "seed 1", "seed 2", "mean ± std"]
+    mean, std = (0.5 - 1.0) / 2, math.sqrt(((0.5 + 0.25) ** 2 + (-1.0 + 0.25) ** 2) / 1)
+    assert cells(lines[2]) == ["mine", "-", "+0.50", "-1.00", f"{mean:+.2f} ± {std:.2f}"]
+    assert cells(lines[3]) == ["one", "-", "-", "+2.00", "+2.00"] and len(lines) == 4
+    assert paired_table(rows[:1], "base") == ""
+    with pytest.raises(UserError, match=r"--paired fixmatch: .* there are base, mine, one"):
+        paired_table(rows, "fixmatch")
+
+
+def test_runs_of_one_name_are_one_recipe(write_run, tmp_path):
+    first = write_run("a", 0, 20.0)
+    moved = write_run("b", 1, 20.0, data={"data_root": "/elsewhere"}, device="auto")  # where it ran, not what
+    assert len(read_rows([f"x={first}", f"x={moved}"])[0].runs) == 2
+    other = write_run("c", 1, 20.0, optim={"lr": 0.5})
+    with pytest.raises(UserError, match=r"^x: .*a and .*c are not two seeds.*\(optim.lr: 0.001 -> 0.5\).*name=FOLDER"):
+        read_rows([f"x={first}", f"x={other}"])
+    assert len(read_rows([f"x={first}", f"y={other}"])) == 2
+    with pytest.raises(UserError, match=r"both have seed 1"):
+        read_rows([f"x={first}", f"x={moved}", f"x={write_run('d', 1, 20.0)}"])
+
+
+def test_pseudo_labels_and_pairs_come_with_the_table(write_run, tmp_path, capsys):
+    pseudo = [{"pseudo_accuracy": None, "pseudo_coverage": 0.0}, {"pseudo_accuracy": 81.5, "pseudo_coverage": 40.25}]
+    more = [{"pseudo_accuracy": math.nan, "pseudo_coverage": 10.0}, {"pseudo_accuracy": 84.5, "pseudo_coverage": 44.75}]
+    words = [f"mine={write_run('a', 0, 20.0, 22.0, more=pseudo)}", f"mine={write_run('b', 1, 21.0, 25.0, more=more)}"]
+    assert [run.points("pseudo_accuracy") for run in read_rows(words)[0].runs] == [[(6, 81.5)], [(6, 84.5)]]
+    words += [f"plain={write_run('c', 0, 20.0, 21.0)}"]
+    main(["compare", *words, "--out", str(tmp_path / "out"), "--paired", "plain", "--images", "1"])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in capsys.readouterr().out and "| plain" in table and "+1.00" in table
+    lines = table.splitlines()
+    assert cells(lines[0])[4:6] == ["pseudo-label accuracy", "pseudo-label coverage"]
+    assert cells(lines[2])[4:6] == [mean_and_std([81.5, 84.5], 1), mean_and_std([40.25, 44.75], 1)]
+    assert cells(lines[3])[4:6] == ["-", "-"] and "coverage: the pixels confident" in table
+    for name in ("curves", "predictions", "pseudo_labels"):
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
+        assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
+    main(["compare", words[-1], "--out", str(tmp_path / "without"), "--images", "1"])
+    made = {path.name for path in (tmp_path / "without").iterdir()}
+    assert made == {"table.md", "curves.png", "predictions.png"}
+    assert "pseudo" not in (tmp_path / "without" / "table.md").read_text().lower()
+
+
+def test_a_run_on_its_way_is_told(write_run):
+    done, half = write_run("a", 0, 20.0, 21.0), write_run("b", 1, 20.0)
+    (note,) = unfinished(read_rows([f"x={done}", f"x={half}"]))
+    assert note == "x seed 1 is not finished: 1 of 2 epochs are evaluated"
+
+
+def test_a_line_is_the_mean_in_a_band_from_lowest_to_highest():
+    axes = pictures.new_figure(4, 3).subplots()
+    seeds = [[(1, 10.0), (2, 20.0), (3, 99.0)], [(1, 13.0), (2, 26.0)], []]  # one stopped early, one has nothing
+    pictures.draw_rows(axes, {"mine": seeds, "one": [[(1, 5.0), (2, 6.0)]], "none": [[]]}, "title")
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 11.5], [2, 23]], [[1, 5], [2, 6]]]
+    (band,) = axes.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
+    assert corners == {(1, 10), (1, 13), (2, 20), (2, 26)}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine  23.0", "one  6.0"]
+
+
+def test_twenty_rows_are_told_apart(tmp_path):
+    points = {f"row {index}": [[(1, 20.0 + index), (2, 25.0 + index)]] for index in range(20)}
+    axes = pictures.new_figure(8, 5).subplots()
+    pictures.draw_rows(axes, points, "title")
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 20
+    assert len(axes.get_legend().get_texts()) == 20
+    axes.figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1  # beside it
+    curves = {name: [pictures.Curve(seeds[0], {"loss_x": [(1, 2.0), (2, 1.0)]})] for name, seeds in points.items()}
+    pictures.plot_curves(curves, tmp_path / "curves.png")
+    drawn = Image.open(tmp_path / "curves.png")
+    assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
+
+
+def test_a_wide_grid_goes_on_in_bands():
+    palette = [(10 * index, 200, 255 - 10 * index) for index in range(21)]
+    masks = tuple(np.full((10, 20), index, np.uint8) for index in range(21))  # truth 0, predictions 1 to 20
+    example = pictures.Example("a", np.zeros((3, 10, 20), np.uint8), masks)
+    heads = ["image", "truth", *(f"a rather long name {index}" for index in range(1, 21))]
+    page = pictures.draw_grid([example], heads, [str(index) for index in range(21)], palette, panel_width=60)
+    margin, step = pictures.MARGIN, 60 + 8
+    assert page.width == 2 * margin + 9 * step - 8
+    band, top = margin + 34 + 30 + 24, margin + 34 + 15
+    for row, shown in enumerate((range(0, 8), (0, *range(8, 15)), (0, *range(15, 21)))):
+        for column, index in enumerate(shown):
+            assert page.getpixel((margin + (1 + column) * step + 30, top + row * band)) == palette[index]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """(arguments, variables) -> scripts/compare.sh run by the Python of this process."""
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(REPO / "requirements.txt", tmp_path / "env" / "allspark-requirements.txt")  # nothing to install
+    here = {"VIRTUAL_ENV": str(tmp_path / "env"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "gpus": "0"}
+
+    def run(words=(), **variables):
+        command, env = ["sh", str(REPO / "scripts" / "compare.sh"), *words], os.environ | here | variables
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def test_the_script_trains_what_is_missing_and_compares(place, script, tmp_path):
+    out = tmp_path / "some where"
+    words = [word for word in place.lists() if word not in ("--dataset", "pascal", "epochs=1")]
+    facts = ["--dataset", "pascal", "--split", "tiny", "--method", "supervised", "seed=0", "epochs=2"]
+    train.main([*facts, "--save-path", str(out / "supervised" / "seed_0"), *words])
+    before = (out / "supervised" / "seed_0" / "latest.pth").stat()
+    (out / "supervised" / "seed_2").write_text("in the way of a run's folder\n")
+    done = script(words, dataset="pascal", SPLIT="tiny", methods="supervised", seeds="0 1 2", BUDGET="2", out=str(out))
+    assert "compare: pascal tiny, 2 epochs: supervised; seeds 0 1 2; 3 runs into" in done.stdout, done.stderr
+    assert done.stdout.count("seed_0: this run is finished") == 1
+    assert (out / "supervised" / "seed_0" / "latest.pth").stat().st_mtime_ns == before.st_mtime_ns
+    recipe = yaml.safe_load((out / "supervised" / "seed_1" / "config.yaml").read_text())
+    assert (recipe["seed"], recipe["epochs"], recipe["data"]["crop_size"]) == (1, 2, 65)
+    assert cells((out / "table.md").read_text().splitlines()[2])[:2] == ["supervised", "2"]
+    assert (out / "curves.png").is_file() and (out / "predictions.png").is_file()
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
+        "did not finish, see above: supervised seed 2"
+    )
+    for file in out.rglob("*.pth"):
+        file.unlink()
+
+
+def test_the_script_tells_a_slip_before_it_trains(script, tmp_path):
+    slip = script(methods="supervised fixmach+allspark", out=str(tmp_path / "out"))
+    assert slip.returncode == 2 and "there is no configs/methods/fixmach.yaml" in slip.stderr
+    no_split = script(dataset="pascal", methods="supervised")
+    assert no_split.returncode == 2 and "split=NAME" in no_split.stderr and not slip.stdout + no_split.stdout
 
 
 def test_overlay_differs(finished, tmp_path):

@@ -379,19 +379,6 @@ def test_background_of_own_data():
         make_spec("mine", CustomDataConfig(classes=("a", "b"), background=2))
 
 
-def test_recipes():
-    thresholds = {}
-    for dataset in ("pascal", "cityscapes", "coco", "camvid", "shapes"):
-        recipe, plain = complete(load_recipe(dataset, "imas")), load_recipe(dataset, "fixmatch")
-        assert (recipe.optim, recipe.criterion, recipe.model) == (plain.optim, plain.criterion, plain.model)
-        thresholds[dataset] = recipe.method.options["threshold"]
-        assert recipe.method.options["unlabeled_weight"] == 3 and recipe.method.options["teacher_momentum"] == 0.996
-        assert not recipe.method.options["ignore_padding"] and recipe.burn_in_epochs == (
-            8 if dataset == "shapes" else 0
-        )
-    assert thresholds == {"pascal": 0.95, "cityscapes": 0.7, "coco": 0.95, "camvid": 0.7, "shapes": 0.95}
-
-
 def test_bad_options():
     with pytest.raises(UserError, match=r"method.threshold=70"):
         METHODS["imas"](None, threshold=70)

@@ -25,6 +25,7 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     | {"models.bottleneck", "models.cam", "models.segmentor"},
     "evaluation": {"batch", "distributed", "data.base"},
     "engine": {"config", "distributed"},
+    "bench": {"config", "batch", "distributed", "losses", "data", "models", "methods", "evaluation", "engine"},
 }
 
 

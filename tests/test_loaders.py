@@ -1,19 +1,22 @@
 """Training batches: what is in them, and that a sample's draws depend on (seed, epoch, position) alone."""
 
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data import spec_for
-from allspark.data.base import Sample
-from allspark.data.loaders import StepSampler, TrainLoader
+from allspark.data.base import Sample, worker_count
+from allspark.data.loaders import StepSampler, TrainLoader, make_loader
 from allspark.data.splits import Lists
 from allspark.errors import UserError
 
@@ -35,12 +38,12 @@ def lists(tmp_path) -> Lists:
         Image.fromarray(rng.integers(0, 3, (40, 48), np.uint8)).save(tmp_path / f"{index}_mask.png")
         samples.append(Sample(tmp_path / f"{index}.png", tmp_path / f"{index}_mask.png"))
     unlabeled = tuple(Sample(sample.image) for sample in samples[5:])
-    return Lists(tuple(samples[:5]), unlabeled, tuple(samples[:1]), hash="", name="tiny")
+    return Lists(tuple(samples[:5]), unlabeled, tuple(samples[:1]), hash="", name="tiny", hidden=tuple(samples[5:]))
 
 
 def loader(lists: Lists, views: Views = VIEWS, batch_size: int = 4, seed: int = 3, **options) -> TrainLoader:
-    workers = options.pop("num_workers", 0)
-    return TrainLoader(lists, SPEC, replace(DATA, num_workers=workers), views, batch_size, seed, **options)
+    changed = {key: options.pop(key) for key in ("num_workers", "photometric", "cache") if key in options}
+    return TrainLoader(lists, SPEC, replace(DATA, **changed), views, batch_size, seed, **options)
 
 
 def epoch_of(train: TrainLoader, epoch: int = 0, start_step: int = 0) -> list[list[torch.Tensor]]:
@@ -84,6 +87,73 @@ def test_workers_change_nothing(lists):
     assert len(pickle.dumps(helped.pairs)) > 0  # where workers are not forked they get it so
     for epoch in (0, 1):  # the second epoch finds the workers of the first
         assert equal(epoch_of(alone, epoch), epoch_of(helped, epoch))
+
+
+class CountsThreads(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return max(cv2.getNumThreads(), torch.get_num_threads())
+
+
+def test_workers_have_one_thread():
+    threads = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(2), torch.set_num_threads(2)
+    try:
+        assert [int(batch) for batch in make_loader(CountsThreads(), 1, False, batch_size=1)] == [1, 1]
+    finally:
+        cv2.setNumThreads(threads[0]), torch.set_num_threads(threads[1])
+
+
+def test_unasked_there_is_a_worker_for_each_core(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert worker_count(0) == 0 and worker_count(20) == 20
+    cores = os.sched_getaffinity(0)
+    assert worker_count(None) == min(8, len(cores))
+    try:
+        os.sched_setaffinity(0, {min(cores)})  # as a batch system gives a process its cores
+        assert worker_count(None) == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(max(1, len(cores) // 2)))  # torchrun's processes share the machine
+    assert worker_count(None) == min(8, len(cores) // max(1, len(cores) // 2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert worker_count(None) == 1
+
+
+def test_photometric_says_who_computes_the_same_views(lists):
+    """Nearly the same pixels; what is not photometric is the same."""
+    fast, exact = (epoch_of(loader(lists, photometric=name), 1) for name in ("cv2", "pil"))
+    for one, two in zip(fast, exact, strict=True):
+        for index, (a, b) in enumerate(zip(one, two, strict=True)):
+            photometric = index in (0, 4, 5)  # the labeled images and the strong views
+            assert torch.equal(a, b) != photometric
+            assert not photometric or (a - b).abs().mean() < 0.05  # in standard deviations; a grey level is 0.017
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cache_changes_nothing(lists, tmp_path, workers):
+    plain = [epoch_of(loader(lists), epoch) for epoch in (0, 1)]
+    cached = loader(lists, num_workers=workers, cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists(), "it is made when batches are asked for, not before"
+    assert all(equal(batches, epoch_of(cached, epoch)) for epoch, batches in enumerate(plain))
+    for sample in (*lists.labeled, *lists.unlabeled):
+        sample.image.unlink()  # nobody opens it any more
+    assert all(equal(batches, epoch_of(cached, epoch)) for epoch, batches in enumerate(plain))
+
+
+def test_cache_holds_what_is_trained_on(lists, tmp_path):
+    """No label of an unlabeled image; no unlabeled image where none is read."""
+    for sample in lists.hidden:
+        sample.mask.write_bytes(b"not a mask")
+    epoch_of(loader(lists, cache=str(tmp_path / "cache")))
+    epoch_of(loader(lists, Views(unlabeled=False), cache=str(tmp_path / "alone")))
+    sizes = {
+        root: sorted(p.stat().st_size // (40 * 48) for p in (tmp_path / root).glob("*/pixels"))
+        for root in ("cache", "alone")
+    }
+    assert sizes == {"cache": [5, 16 * 3], "alone": [5, 5 * 3]}
 
 
 def test_one_process_is_the_union_of_two(lists):
@@ -186,8 +256,8 @@ def test_supervised_reads_no_unlabeled_image(lists):
 
 def test_labels_of_unlabeled_images_are_never_opened(lists):
     before = epoch_of(loader(lists))
-    for index in range(5, 16):
-        (lists.labeled[0].image.parent / f"{index}_mask.png").write_bytes(b"not a mask")
+    for sample in lists.hidden:
+        sample.mask.write_bytes(b"not a mask")
     assert equal(before, epoch_of(loader(lists)))
 
 

@@ -19,7 +19,8 @@ from allspark.cli.recipe import build_method, complete
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe, load_config, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import bit_palette, read_image, to_tensor
-from allspark.engine.checkpoint import file_sha256, save_checkpoint
+from allspark.download import file_digest
+from allspark.engine.checkpoint import save_checkpoint
 from allspark.errors import UserError, run_main
 from allspark.models.segmentor import build_model
 
@@ -110,7 +111,7 @@ def test_imported_weights_are_the_network(tmp_path, crop, bottleneck):
     assert not loaded.model.training
     assert (loaded.recipe, loaded.crop_size, loaded.spec.num_classes) == (None, crop, 4)
     assert loaded.spec.palette == bit_palette(4) and loaded.inference().mode == "whole"
-    assert loaded.meta == {"source": SOURCE, "sha256": file_sha256(tmp_path / "imported.pth")}
+    assert loaded.meta == {"source": SOURCE, "sha256": file_digest(tmp_path / "imported.pth")}
 
 
 def test_eval_of_imported_weights_takes_the_data_set_from_the_command_line(imported, camvid, tmp_path, capsys):
@@ -213,10 +214,10 @@ def test_imported_weights_are_no_run_to_resume_but_one_can_start_from_them(place
     _, content = imported_content(3)
     place.run.mkdir()
     save_checkpoint(place.run / "latest.pth", content)
-    before = file_sha256(place.run / "latest.pth")
+    before = file_digest(place.run / "latest.pth")
     message = told(train.main, place.train(), capsys)
     assert "latest.pth" in message and "model.init_from=FILE" in message
-    assert file_sha256(place.run / "latest.pth") == before
+    assert file_digest(place.run / "latest.pth") == before
     shutil.move(place.run / "latest.pth", tmp_path / "start.pth")
     train.main(place.train(f"model.init_from={tmp_path / 'start.pth'}", "epochs=1"))
     assert "init_from" in (place.run / "train.log").read_text()

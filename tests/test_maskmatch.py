@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import CROP, FIRST, make_method, make_model, random_batches
+from test_methods import CROP, FIRST, make_method, make_model, quiet_model, random_batches
 
-from allspark.cli.recipe import complete
-from allspark.config import load_recipe
 from allspark.errors import UserError
 from allspark.masking import hide_patches
 from allspark.methods import Progress
@@ -20,19 +18,6 @@ from allspark.models.bottleneck import CrossBatch
 from allspark.pseudo import predict_multi_scale
 
 THRESHOLD = 0.3  # of an untrained network on 5 classes: some pixels are confident, some are not
-
-
-def quiet_model(bottleneck="none", seed=None):
-    """Nothing random in it; with a seed, away from where it began."""
-    model = make_model(bottleneck, dropout=0.0, drop_path=0.0)
-    if bottleneck == "allspark":
-        model.bottleneck.cross_branch.dropout = model.bottleneck.self_branch.dropout = 0.0
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def hidden_patches(image, size):
@@ -213,21 +198,6 @@ def test_teacher_follows_without_a_memory_of_its_own():
     method.after_step(model, Progress(99, 0, 100))
     after = teacher.encoder.stages[0].patch_embed.proj.weight
     torch.testing.assert_close(after, 0.9 * before + 0.1 * weight)
-
-
-def test_recipe():
-    options = {name: load_recipe(name, "maskmatch").method.options for name in ("pascal", "cityscapes", "shapes")}
-    assert complete(load_recipe("pascal", "maskmatch")).method.options == {
-        "threshold": 0.95,
-        "masked": 0.7,
-        "patch_size": 32,
-        "scales": (0.5, 1.0, 1.5),
-        "cutmix": 0.5,
-        "teacher_momentum": 0.996,
-        "warmup_epochs": 5,
-        "ignore_padding": True,
-    }
-    assert options["cityscapes"]["threshold"] == 0.7 and options["cityscapes"]["patch_size"] == 64
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_maskmatch import quiet_model
-from test_methods import CLASSES, CROP, FIRST, make_model, random_batches
+from test_methods import CLASSES, CROP, FIRST, make_model, quiet_model, random_batches
 
 from allspark.batch import LabeledBatch
 from allspark.cli.recipe import build_method, complete

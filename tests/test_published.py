@@ -274,6 +274,8 @@ def test_data_sets_of_our_own_are_not_fetched():
     for name in ("camvid", "shapes"):
         with pytest.raises(UserError, match=f"--dataset {name}: its lists are not published elsewhere"):
             splits("fetch", "--dataset", name)
+        with pytest.raises(UserError, match=f"this project's own, in splits/{name}"):
+            splits("build", "--dataset", name, "--data-root", "nowhere")
 
 
 @needs_shared
@@ -344,7 +346,9 @@ def test_build_refuses_data_that_is_not_whole(manifest, tmp_path):
     root = voc_root(tmp_path / "data", TRAIN[:2], VAL, TRAIN)
     (out / "pascal" / "3").mkdir(parents=True)
     (out / "pascal" / "3" / "labeled.txt").write_text("JPEGImages/other.jpg x\n")
-    with pytest.raises(UserError, match="3/labeled.txt: JPEGImages/other.jpg is none of the 8 training images"):
+    with pytest.raises(
+        UserError, match="3/labeled.txt: JPEGImages/other.jpg is none of the 8 training images.*prepare the rest"
+    ):
         splits(*words, root)
 
 

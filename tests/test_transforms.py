@@ -1,10 +1,14 @@
 """The weak geometry, the photometric views and the CutMix box: their distributions, and that draws and pixels agree."""
 
+import math
+import random
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
+from torchvision.transforms import functional as TF
 
-from allspark.data.transforms import PHOTOMETRIC, Geometry, cutmix_box, draw_geometry
+from allspark.data.transforms import CV2, PHOTOMETRIC, PILLOW, Geometry, cutmix_box, draw_geometry
 
 CROP = 64
 
@@ -40,16 +44,68 @@ def test_draws_do_not_depend_on_pixels_and_repeat():
     assert len(set(geometries(20, 90, 50))) > 15
 
 
-def test_crop_is_a_window_of_the_resized_image():
-    image = coordinates(50, 90)
-    for geometry in geometries(30, 90, 50):
-        scaled = np.asarray(Image.fromarray(image).resize(geometry.size, Image.Resampling.BILINEAR))
-        left, top = geometry.offset
-        expected = scaled[top : top + CROP, left : left + CROP]
-        expected = np.pad(expected, ((0, CROP - expected.shape[0]), (0, CROP - expected.shape[1]), (0, 0)))
+def resized_whole(geometry: Geometry, image: np.ndarray, resample: Image.Resampling, fill: int) -> np.ndarray:
+    """The crop as it is defined: Pillow resizes the whole image, then it is padded, cut and flipped."""
+    scaled = np.asarray(Image.fromarray(image).resize(geometry.size, resample))
+    left, top = geometry.offset
+    crop = scaled[top : top + geometry.crop, left : left + geometry.crop]
+    room = [(0, geometry.crop - side) for side in crop.shape[:2]] + [(0, 0)] * (image.ndim - 2)
+    crop = np.pad(crop, room, constant_values=fill)
+    return crop[:, ::-1] if geometry.flip else crop
+
+
+def any_geometries(count: int):
+    """Images of 1 to 300 pixels a side, crops of all relations to them, and scales of 0.5 to 2, some of 0.1 to 8."""
+    for index in range(count):
+        rng = np.random.default_rng([8, index])
+        height, width = (int(rng.integers(1, 301 if rng.random() < 0.8 else 9)) for _ in range(2))
+        scales = (0.1, 8) if index % 8 == 0 else (0.5, 2)
+        if max(height, width) * scales[0] >= 1:
+            yield rng, height, width, draw_geometry(rng, width, height, int(rng.integers(8, 200)), scales)
+
+
+def test_image_is_within_2_grey_levels_of_resizing_it_whole():
+    """The worst there is: noise, of all values and of black and white alone. On a smooth image 1 in a few pixels."""
+    kinds, worst, cut = (lambda v: v, lambda v: v // 128 * 255), [], 0
+    for index, (rng, height, width, geometry) in enumerate(any_geometries(400)):
+        image = kinds[index % 2](rng.integers(0, 256, (height, width, 3), np.uint8))
         crop = geometry.image(image)
-        assert crop.shape == (CROP, CROP, 3) and crop.dtype == np.uint8
-        assert np.array_equal(crop[:, ::-1] if geometry.flip else crop, expected)
+        assert crop.shape == (geometry.crop, geometry.crop, 3) and crop.dtype == np.uint8
+        expected = resized_whole(geometry, image, Image.Resampling.BILINEAR, fill=0)
+        worst.append(np.abs(crop.astype(int) - expected).max())
+        cut += geometry.offset != (0, 0)
+    assert max(worst) <= 2 and cut > 100
+
+    image = coordinates(50, 90)
+    for geometry in geometries(40, 90, 50):
+        distance = np.abs(
+            geometry.image(image).astype(int) - resized_whole(geometry, image, Image.Resampling.BILINEAR, fill=0)
+        )
+        assert distance.max() <= 1 and distance.mean() < 0.1
+
+
+def test_image_that_is_not_scaled_is_cut():
+    image = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    crop = Geometry((70, 90), (3, 20), CROP, flip=False).image(image)
+    assert np.array_equal(crop, image[20:84, 3:67])
+
+
+def test_mask_is_what_resizing_it_whole_gives():
+    """To the pixel: nearest has ties wherever sizes have common divisors."""
+    for rng, height, width, geometry in any_geometries(400):
+        mask = rng.integers(0, 256, (height, width), np.uint8)
+        expected = resized_whole(geometry, mask, Image.Resampling.NEAREST, fill=255)
+        assert np.array_equal(geometry.mask(mask, fill=255), expected), (height, width, geometry)
+
+
+def test_work_follows_the_crop_not_the_image():
+    """A view of a memory-mapped file is read where the crop needs it: the rest may be anything."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (600, 1200, 3), np.uint8)
+    geometry = Geometry((1801, 901), (1300, 700), CROP, flip=False)
+    other = image.copy()
+    other[:100], other[:, :200] = 0, 0
+    assert np.array_equal(geometry.image(image), geometry.image(other))
 
 
 def test_valid_is_false_exactly_on_the_padding():
@@ -114,6 +170,66 @@ def test_strong_view_takes_as_many_draws_whatever_it_does():
     assert left == {True}
 
 
+def test_strong_view_is_what_the_draws_say():
+    """With the exact operations, against Pillow for the same draws."""
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        jitters, order = rng.random() < 0.8, rng.permutation(4)
+        strengths = (*rng.uniform(0.5, 1.5, size=3), rng.uniform(-0.25, 0.25))
+        greys, blurs, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
+        expected = Image.fromarray(image)
+        for index in order if jitters else ():
+            expected = adjust[index](expected, strengths[index])
+        expected = TF.to_grayscale(expected, 3) if greys else expected
+        expected = expected.filter(ImageFilter.GaussianBlur(radius)) if blurs else expected
+        view = PHOTOMETRIC["strong"](image, np.random.default_rng(seed), PILLOW)
+        assert np.array_equal(view, np.asarray(expected)), seed
+
+
+def photograph() -> np.ndarray:
+    """(120, 160, 3) uint8 as smooth as one: noise at four sizes, the coarse ones strongest, in two colours."""
+    rng, layers = np.random.default_rng(0), []
+    for side, weight in ((4, 90), (12, 40), (40, 15), (120, 3)):
+        noise = rng.normal(size=(side, side * 4 // 3, 3)) @ np.array([[0.9, 0.9, 0.9], [0.3, 0, -0.3], [0, 0.1, 0]])
+        layers.append([np.asarray(Image.fromarray(noise[..., c]).resize((160, 120))) for c in range(3)])
+        layers[-1] = weight * np.stack(layers[-1], -1)
+    return (sum(layers) + 120).clip(0, 255).astype(np.uint8)
+
+
+# Strengths, and the largest and the mean difference on a photograph and on noise: what the comment on CV2 says
+DIFFERENCES = {
+    "brightness": ((0.1, 1.5), (0, 0), (0, 0)),
+    "contrast": ((0.1, 1.5), (0, 0), (0, 0)),
+    "saturation": ((0.1, 1.5), (1, 0.002), (1, 0.002)),
+    "grey": ((0, 1), (1, 0.002), (1, 0.002)),
+    "hue": ((-0.25, 0.5), (9, 0.3), (13, 1.2)),
+    "blur": ((0.1, 2.0), (3, 0.4), (3, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_fast_operations_are_as_close_as_stated(name):
+    (low, high), *bounds = DIFFERENCES[name]
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
+    for image, (largest, mean) in zip((photograph(), noise), bounds, strict=True):
+        before, means = image.copy(), []
+        for strength in np.linspace(low, high, 25).tolist():
+            distance = np.abs(CV2[name](image, strength).astype(int) - PILLOW[name](image, strength))
+            if name == "blur":  # the border is the one place where it is further off
+                assert distance.max() <= (25 if image is not noise else 40)
+                distance = distance[6:-6, 6:-6]
+            assert distance.max() <= largest, strength
+            means.append(distance.mean())
+        assert np.mean(means) <= mean
+        assert np.array_equal(image, before), "an operation changed its input"
+
+
+def test_fast_operations_stand_in_for_operations_that_there_are():
+    assert CV2.keys() == PILLOW.keys() and {name for name in CV2 if CV2[name] is not PILLOW[name]} == set(DIFFERENCES)
+
+
 def test_frequencies_of_the_strong_view():
     """On coloured noise: equal channels mean grey (p 0.2); without jitter, grey and blur nothing changes (p 0.08)."""
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
@@ -140,6 +256,44 @@ def test_cutmix_box_distribution():
     assert 0.017 < area.min() < 0.03 and 0.36 < area.max() <= 0.4
     assert 0.26 < ratio.min() < 0.4 and 2.5 < ratio.max() < 3.9
     assert top.min() == 0 and left.min() == 0 and (top + height).max() == size == (left + width).max()
+
+
+def test_cutmix_box_has_the_distribution_of_its_specification():
+    """Against a literal loop with other random numbers: Kolmogorov and Smirnov's largest distance, at p = 0.001."""
+    size, count, drawn = 200, 2000, []
+    for seed in range(count):
+        box = cutmix_box(np.random.default_rng([3, seed]), size, probability=1.0)
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        drawn.append((len(rows), len(columns), rows[0], columns[0]))
+    numbers, expected = random.Random(0), []
+    while len(expected) < count:
+        area = numbers.uniform(0.02, 0.4) * size**2
+        fits = False
+        while not fits:
+            ratio = numbers.uniform(0.3, 1 / 0.3)
+            width, height = math.floor(math.sqrt(area / ratio)), math.floor(math.sqrt(area * ratio))
+            left, top = numbers.randrange(size), numbers.randrange(size)
+            fits = left + width <= size and top + height <= size
+        expected.append((height, width, top, left))
+
+    def largest_distance(first, second):
+        first, second = np.sort(first), np.sort(second)
+        both = np.concatenate((first, second))
+        return np.abs(np.searchsorted(first, both, "right") - np.searchsorted(second, both, "right")).max() / count
+
+    ours, theirs = np.array(drawn, float).T, np.array(expected, float).T
+    for name, of in {
+        "area": lambda h, w, top, left: h * w,
+        "ratio": lambda h, w, top, left: h / w,
+        "top": lambda h, w, top, left: top,
+        "left": lambda h, w, top, left: left,
+        "place in what is left": lambda h, w, top, left: left / np.maximum(size - w, 1),
+    }.items():
+        assert largest_distance(of(*ours), of(*theirs)) < 1.95 * math.sqrt(2 / count), name
+    share = ours[0] * ours[1] / size**2
+    assert 0.017 < share.min() < 0.022 and 0.39 < share.max() <= 0.4
+    place = ours[3] / np.maximum(size - ours[1], 1)  # uniform, whatever the size
+    assert np.abs(np.quantile(place, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.04
 
 
 @pytest.mark.parametrize(("probability", "frequency"), [(0.0, 0), (1.0, 50)])

@@ -6,33 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import CROP, FIRST, make_method, make_model, random_batches
+from test_methods import CROP, FIRST, WIDTHS, make_method, make_model, quiet_model, random_batches
 
-from allspark.cli.recipe import complete
-from allspark.config import load_recipe
 from allspark.errors import UserError
 from allspark.methods import Progress
 from allspark.models.bottleneck import CrossBatch
 from allspark.perturb import ComplementaryDropout, FeatureDropout
 
-WIDTHS = (32, 64, 160, 256)  # of mit_b0
 THRESHOLD = 0.3  # of an untrained network on 5 classes: some pixels are confident, some are not
 CASES = [(name, bottleneck) for name in ("unimatch", "unimatch_v2") for bottleneck in ("none", "allspark")]
 STEPS = [("none", 2, True), ("none", 3, True), ("none", 2, False), ("allspark", 2, True)]
 steps = pytest.mark.parametrize(("bottleneck", "batch_u", "ignore_padding"), STEPS)
-
-
-def quiet_model(bottleneck, seed=None):
-    """A model in which nothing but the perturbation is random; with a seed, away from where it began."""
-    model = make_model(bottleneck, dropout=0.0, drop_path=0.0)
-    if bottleneck == "allspark":
-        model.bottleneck.cross_branch.dropout = model.bottleneck.self_branch.dropout = 0.0
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def features_of(model, image, cross=None):
@@ -278,7 +262,7 @@ def test_the_views_have_boxes_of_their_own():
         assert "loss_u_s1" in changed and not changed & kept, name
 
 
-# Options and recipes
+# Options
 
 
 @pytest.mark.parametrize(
@@ -295,12 +279,3 @@ def test_the_views_have_boxes_of_their_own():
 def test_options_are_refused_by_name(name, options, words):
     with pytest.raises(UserError, match=f"method.{words}"):
         make_method(name, **options)
-
-
-@pytest.mark.parametrize("dataset", ["pascal", "cityscapes", "coco", "camvid", "shapes"])
-def test_published_thresholds(dataset):
-    """UniMatch keeps every pixel of Cityscapes, V2 does not; the footing is the data set's, as for all methods."""
-    for name, threshold in (("unimatch", 0.0 if dataset == "cityscapes" else 0.95), ("unimatch_v2", 0.95)):
-        recipe, footing = complete(load_recipe(dataset, name)), load_recipe(dataset, "fixmatch")
-        assert (recipe.method.options["threshold"], recipe.method.options["cutmix"]) == (threshold, 0.5)
-        assert (recipe.optim, recipe.epochs, recipe.batch_size) == (footing.optim, footing.epochs, footing.batch_size)

@@ -3,6 +3,7 @@
 The mathematics behind foreign names is tested in test_encoder_parity.py and test_mmsegmentation.py.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -338,11 +339,13 @@ def test_sources_that_are_none(source, original, call, tmp_path):
     (tmp_path / "pytorch_model-00001-of-00003.bin").write_bytes(source.read_bytes())
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     (tmp_path / "half.pth").write_bytes(source.read_bytes()[:100_000])
+    torch.save({"model": original, "args": argparse.Namespace(lr=1)}, tmp_path / "code.pth")
     for name, told in (
         ("resnet.pth", ("no MiT encoder", "layer1.0.conv1.weight", "mmsegmentation")),
         ("pytorch_model-00001-of-00003.bin", ("in several files", "max_shard_size")),
         ("model.safetensors.index.json", ("in several files",)),
         ("half.pth", ("not a readable weight file",)),
+        ("code.pth", ("it holds argparse.Namespace", "save its state_dict alone")),
         ("absent.pth", ("no such weight file",)),
         (".", ("is a folder", "model.safetensors")),
     ):
@@ -403,7 +406,7 @@ def test_inspect_own(finished, call, tmp_path):
     said = call("inspect", finished.run / "best.pth")
     assert "checkpoint of this code" in said and "tiny" in said and "3 classes, decoder mlp of width 32" in said
     call("import", finished.run / "best.pth", "--out", tmp_path / "ours.pth")
-    assert "imported" in (said := call("inspect", tmp_path / "ours.pth")) and "best.pth" in said
+    assert "imported: format AllSpark, this code, file best.pth, sha256" in call("inspect", tmp_path / "ours.pth")
     torch.save({"format": "allspark-1", "model": {"encoder.norm": torch.zeros(1)}}, tmp_path / "stub.pth")
     assert "stub.pth" in call("inspect", tmp_path / "stub.pth", code=2)
 

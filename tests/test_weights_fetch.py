@@ -104,19 +104,22 @@ def test_fetch_from_the_disk(form, source, call, tmp_path):
     out = tmp_path / "pretrained" / "mit_b0.safetensors"
     where = source if form == "path" else source.as_uri()
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    call("fetch", "mit_b0", "--from", where, "--out", out, "--sha256", digest[:8])
+    said = call("fetch", "mit_b0", "--from", where, "--out", out, "--sha256", f"sha256:{digest[:8]}")
+    assert f"{where}: MiT encoder" in said and f"from {where}\n" in said and ".download" not in said
     assert encoder_state(out)["stages.0.norm.weight"].sum() == encoder_state(source)["stages.0.norm.weight"].sum()
     assert source.exists()
 
 
 def test_fetch_refusals(source, call, tmp_path):
     out = tmp_path / "pretrained" / "mit.pth"
+    (tmp_path / "text.pth").write_text("no weights")
     for words, told in (
         (("mit_b1", "--from", source), "holds mit_b0, not mit_b1"),
         (("mit_b0", "--from", source, "--sha256", "0" * 64), "expected sha256:000"),
-        (("mit_b0", "--from", source, "--sha256", "xyz"), "sha256"),
+        (("mit_b0", "--from", source, "--sha256", "xyz"), "--sha256 xyz: give 8 to 64 hex digits"),
         (("mit_b0", "--from", "http://example.com/mit_b0.pth"), "http:// is refused"),
-        (("mit_b0", "--from", tmp_path / "absent.pth"), "no such file"),
+        (("mit_b0", "--from", tmp_path / "absent.pth"), f"{tmp_path / 'absent.pth'}: there is no such file\n"),
+        (("mit_b0", "--from", tmp_path / "text.pth"), f"  {tmp_path / 'text.pth'}: not a readable weight file"),
         (("mit_b0", "--sha256", "0" * 64), "--from"),
     ):
         assert told in call("fetch", *words, "--out", out, code=2)

@@ -6,7 +6,7 @@ import argparse
 
 from allspark.cli import recipe as recipe_words
 from allspark.data import spec_for
-from allspark.data.preflight import check_data
+from allspark.data.preflight import check_data, hidden_sample
 from allspark.data.splits import provenance, resolve
 from allspark.evaluation.inference import inference_for
 from allspark.models.segmentor import build_model
@@ -23,6 +23,7 @@ def main(args: argparse.Namespace) -> None:
     method = recipe_words.build_method(recipe, spec)
     lists = resolve(recipe.data)
     notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
+    notes += hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)[1]
     recipe_words.build_loader(recipe, lists, spec, method.views)
     inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)

@@ -1,35 +1,47 @@
-"""python -m allspark compare: finished runs side by side, as a table, learning curves and a grid of predictions."""
+"""python -m allspark compare: runs side by side, over their seeds: tables, learning curves, a grid of predictions."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allspark.cli.loading import load_for_inference
-from allspark.config import Recipe, load_config
+from allspark.cli.loading import load_for_inference, naming, positive
+from allspark.cli.recipe import complete
+from allspark.config import Recipe, differences, load_config, to_plain
 from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset
 from allspark.data.manifest import known_as
 from allspark.data.splits import resolve
 from allspark.distributed import choose_device
 from allspark.engine.checkpoint import load_checkpoint
-from allspark.engine.log import read_metrics
+from allspark.engine.log import METRICS, read_metrics
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
-from allspark.evaluation.inference import inference_for
-from allspark.evaluation.pictures import Curve, Example, draw_grid, plot_curves
+from allspark.evaluation.pictures import Curve, Example, Points, draw_grid, plot_curves, plot_panels, save_image
+
+PSEUDO = {"pseudo_accuracy": "pseudo-label accuracy", "pseudo_coverage": "pseudo-label coverage"}  # key -> head
+LEGEND = """
+In percent, on val. last: of the last epoch, as are the classes. best: of the best epoch of each run; best on val is a
+selection, and higher for it. ±: sample standard deviation over the seeds. curves.png: the mean over the seeds in a band
+from the lowest to the highest. predictions.png: the last epoch of each row's first run.
+"""
+PSEUDO_LEGEND = """
+Pseudo-labels: of unlabeled images whose labels training never opens; coverage: the pixels confident enough to learn
+from, accuracy: of these the right ones.
+"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its name in the table, its recipe, and the lines of metrics.jsonl."""
+    """A run of train.py: its folder, its recipe, and the lines of metrics.jsonl."""
 
-    name: str
     folder: Path
     recipe: Recipe
     lines: list[dict[str, Any]]
@@ -38,49 +50,114 @@ class Run:
     def evaluations(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if "miou" in line]
 
+    def points(self, key: str) -> Points:
+        """(step, value) of the lines that have a number there."""
+        values = [(line["step"], line.get(key)) for line in self.lines]
+        return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: runs that differ in their seeds alone."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def by_seed(self) -> dict[int, Run]:
+        return {run.recipe.seed: run for run in self.runs}
+
+
+Measure = Callable[[Run], float | None]  # a number of a run, None where it has none
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that train.py wrote; name=FOLDER names it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for table.md, curves.png and predictions.png")
-    parser.add_argument("--images", type=int, default=5, help="rows of the grid of predictions, spread over val")
+    words = "folder that train.py wrote; name=FOLDER names its row; runs of one name are the seeds of one row"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=words)
+    parser.add_argument("--out", type=Path, required=True, help="folder for table.md and the pictures")
+    parser.add_argument("--paired", metavar="NAME", help="a second table: each row less this one, seed by seed")
+    parser.add_argument("--images", type=positive, default=5, help="rows of the grid of predictions, spread over val")
     parser.add_argument("--overlay", action="store_true", help="lay the masks over the images")
 
 
 def main(args: argparse.Namespace) -> None:
-    runs = read_runs(args.runs)
-    args.out.mkdir(parents=True, exist_ok=True)
-    notes = differing_lists({run.name: load_checkpoint(run.folder / "latest.pth", ("split",))["split"] for run in runs})
+    rows = read_rows(args.runs)
+    tables = [score_table(rows), "" if args.paired is None else paired_table(rows, args.paired)]
+    notes = [*unfinished(rows), *differing_lists(splits_of(rows))]
     for note in notes:
         print(f"WARNING: {note}", file=sys.stderr)
-    table = score_table(runs) + "".join(f"\n{note}\n" for note in notes)
-    (args.out / "table.md").write_text(table, encoding="utf-8")
-    plot_curves({run.name: curve(run) for run in runs}, args.out / "curves.png")
-    draw_predictions(runs, args.images, args.overlay, args.out / "predictions.png")
-    print(table, end="")
-    print(f"pictures: {args.out / 'predictions.png'}, {args.out / 'curves.png'}")
+    text = "\n".join(filter(None, tables)) + "".join(f"\n{note}\n" for note in notes)
+    write_text(args.out / "table.md", text)
+    plot_curves({row.name: [curve(run) for run in row.runs] for row in rows}, args.out / "curves.png")
+    draw_predictions(rows, args.images, args.overlay, args.out / "predictions.png")
+    made = ["predictions.png", "curves.png"]
+    if panels := pseudo_panels(rows):
+        plot_panels(panels, args.out / "pseudo_labels.png")
+        made.append("pseudo_labels.png")
+    print(text, end="")
+    print(f"pictures: {', '.join(str(args.out / name) for name in made)}")
 
 
-def read_runs(words: Sequence[str]) -> list[Run]:
-    """name=FOLDER or FOLDER; all on one data set."""
-    runs = []
+def read_rows(words: Sequence[str]) -> list[Row]:
+    """name=FOLDER or FOLDER, all on one data set; equal names are one row, whose recipes differ in the seed alone."""
+    rows: dict[str, Row] = {}
     for word in words:
         name, equals, folder = ("", "", word) if Path(word).is_dir() else word.partition("=")
-        folder = Path(folder if equals else word)
-        metrics = folder / "metrics.jsonl"
-        if not metrics.is_file():
-            raise UserError(f"{folder}: not the folder of a run, there is no metrics.jsonl; train.py writes it")
-        lines = read_metrics(metrics)
-        run = Run(name if equals else folder.name, folder, load_config(folder / "config.yaml"), lines)
-        if not run.evaluations:
-            raise UserError(f"{folder}: this run was not evaluated yet; let train.py finish it")
-        runs.append(run)
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"runs of equal names: {', '.join(names)}; write name=FOLDER")
-    datasets = {run.recipe.data.dataset for run in runs}
+        run = read_run(Path(folder if equals else word))
+        name = name if equals else run.folder.absolute().name
+        row = rows.setdefault(name, Row(name, []))
+        for other in row.runs:
+            check_seeds(name, other, run)
+        row.runs.append(run)
+    datasets = {run.recipe.data.dataset for row in rows.values() for run in row.runs}
     if len(datasets) > 1:
         raise UserError(f"runs on different data sets cannot be compared: {', '.join(sorted(datasets))}")
-    return runs
+    return list(rows.values())
+
+
+def read_run(folder: Path) -> Run:
+    """UserError unless it was evaluated at least once."""
+    if not (folder / METRICS).is_file():
+        raise UserError(f"{folder}: not the folder of a run, there is no {METRICS}; train.py writes it")
+    with naming(folder / "config.yaml"):
+        recipe = complete(load_config(folder / "config.yaml"))
+    run = Run(folder, recipe, read_metrics(folder / METRICS))
+    if not run.evaluations:
+        raise UserError(f"{folder}: this run was not evaluated yet; let train.py finish it")
+    return run
+
+
+def check_seeds(name: str, one: Run, other: Run) -> None:
+    """UserError unless the two runs are one recipe with two seeds."""
+    changed = differences(to_plain(one.recipe), to_plain(other.recipe))
+    wrong = [change for change in changed if not change.startswith("seed: ")]
+    if one.recipe.seed == other.recipe.seed:
+        wrong.append(f"both have seed {one.recipe.seed}")
+    if wrong:
+        raise UserError(
+            f"{name}: {one.folder} and {other.folder} are not two seeds of one recipe ({'; '.join(wrong[:5])}); "
+            f"runs of one name are its seeds, so leave one out or give it another name: name=FOLDER"
+        )
+
+
+def splits_of(rows: Sequence[Row]) -> dict[str, Mapping[str, str]]:
+    """Each run, named by its row and where there are several by its seed -> the split in its checkpoint."""
+    splits = {}
+    for row in rows:
+        for seed, run in row.by_seed.items():
+            name = row.name if len(row.runs) == 1 else f"{row.name} seed {seed}"
+            splits[name] = load_checkpoint(run.folder / "latest.pth", ("split",))["split"]
+    return splits
+
+
+def unfinished(rows: Sequence[Row]) -> list[str]:
+    """Runs whose last evaluation is not that of their last epoch: scores on the way."""
+    return [
+        f"{row.name} seed {seed} is not finished: {done} of {run.recipe.epochs} epochs are evaluated"
+        for row in rows
+        for seed, run in row.by_seed.items()
+        if (done := run.evaluations[-1]["epoch"] + 1) < run.recipe.epochs
+    ]
 
 
 def differing_lists(splits: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -104,46 +181,112 @@ def list_name(sha256: str) -> str:
     return f"sha256 {sha256[:12]}{f' ({whose})' if whose else ''}"
 
 
-def score_table(runs: Sequence[Run]) -> str:
-    """Markdown: mIoU of the last epoch, of the best one, and per class of the last."""
-    classes = list(runs[0].evaluations[-1]["iou"])
-    rows = [["run", "mIoU last", "mIoU best", *classes]]
-    for run in runs:
-        last, best = run.evaluations[-1], max(line["miou"] for line in run.evaluations)
-        per_class = ["-" if last["iou"][name] is None else f"{last['iou'][name]:.1f}" for name in classes]
-        rows.append([run.name, f"{last['miou']:.2f}", f"{best:.2f}", *per_class])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def score_table(rows: Sequence[Row]) -> str:
+    """Markdown: mIoU of the last epoch, of the best one, and per class of the last; mean ± std over the seeds."""
+    measures = measures_of(rows)
+    table = [["run", "seeds", *measures]]
+    for row in rows:
+        cells = [spread([measure(run) for run in row.runs], digits) for measure, digits in measures.values()]
+        table.append([row.name, str(len(row.runs)), *cells])
+    return markdown(table) + LEGEND + (PSEUDO_LEGEND if pseudo_keys(rows) else "")
+
+
+def measures_of(rows: Sequence[Row]) -> dict[str, tuple[Measure, int]]:
+    """The head of each column -> how a run's number comes about, and its digits."""
+
+    def of_class(name: str) -> Measure:
+        return lambda run: run.evaluations[-1]["iou"].get(name)
+
+    def last_of(key: str) -> Measure:
+        return lambda run: next((value for _, value in reversed(run.points(key))), None)
+
+    measures: dict[str, tuple[Measure, int]] = {
+        "mIoU last": (last_miou, 2),
+        "mIoU best": (lambda run: max(line["miou"] for line in run.evaluations), 2),
+    }
+    measures |= {PSEUDO[key]: (last_of(key), 1) for key in pseudo_keys(rows)}
+    return measures | {name: (of_class(name), 1) for name in rows[0].runs[0].evaluations[-1]["iou"]}
+
+
+def last_miou(run: Run) -> float:
+    return run.evaluations[-1]["miou"]
+
+
+def pseudo_keys(rows: Sequence[Row]) -> list[str]:
+    """What of the pseudo-labels' quality any run has logged."""
+    return [key for key in PSEUDO if any(run.points(key) for row in rows for run in row.runs)]
+
+
+def paired_table(rows: Sequence[Row], base: str) -> str:
+    """Markdown: last mIoU of each other row less that of the row `base` with the same seed, and mean ± std of these."""
+    found = {row.name: row for row in rows}
+    if base not in found:
+        raise UserError(f"--paired {base}: there is no such row; there are {', '.join(found)}")
+    seeds = sorted(found[base].by_seed)
+    table = [[f"mIoU last, less {base}", *(f"seed {seed}" for seed in seeds), "mean ± std"]]
+    for row in (row for row in rows if row.name != base):
+        pairs = [(row.by_seed.get(seed), found[base].by_seed[seed]) for seed in seeds]
+        gains = [None if run is None else last_miou(run) - last_miou(other) for run, other in pairs]
+        table.append([row.name, *(spread([gain], 2, "+") for gain in gains), spread(gains, 2, "+")])
+    return markdown(table) if len(table) > 1 else ""
+
+
+def spread(values: Sequence[float | None], digits: int, sign: str = "") -> str:
+    """'29.73 ± 1.79': mean and sample standard deviation of the numbers among them; of one no ±, of none '-'."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "-"
+    mean = f"{statistics.fmean(numbers):{sign}.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table of equally wide columns; its first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
 
 
+def write_text(path: Path, text: str) -> None:
+    """The whole file or none: written beside and renamed."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
 def curve(run: Run) -> Curve:
-    losses: dict[str, list[tuple[int, float]]] = {}
-    for line in run.lines:
-        for name in line:
-            if name.startswith("loss_"):
-                losses.setdefault(name, []).append((line["step"], line[name]))
-    return Curve([(line["step"], line["miou"]) for line in run.evaluations], losses)
+    losses = dict.fromkeys(key for line in run.lines for key in line if key.startswith("loss_"))
+    return Curve(run.points("miou"), {name: run.points(name) for name in losses})
 
 
-def draw_predictions(runs: Sequence[Run], count: int, overlaid: bool, path: Path) -> None:
-    """Image, truth and the prediction of each run's last epoch, for `count` val images at equal distances."""
-    data = runs[0].recipe.data
+def pseudo_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:
+    return {
+        f"{PSEUDO[key]} (%)": {row.name: [run.points(key) for run in row.runs] for row in rows}
+        for key in pseudo_keys(rows)
+    }
+
+
+def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path) -> None:
+    """Image, truth and the last epoch's prediction of each row's first run, for `count` val images spread evenly."""
+    data = rows[0].runs[0].recipe.data
     spec, device = spec_for(data), choose_device("auto")
     val = SegmentationDataset(resolve(data).val, spec)
     items = [val[index * len(val) // count] for index in range(min(count, len(val)))]
     columns = []
-    for run in runs:
-        loaded = load_for_inference(run.folder / "latest.pth", device)
-        evaluation = loaded.recipe.evaluation
-        inference = inference_for(spec, loaded.recipe.data.crop_size, evaluation.mode, evaluation.window)
+    for row in rows:
+        loaded = load_for_inference(row.runs[0].folder / "latest.pth", device)
+        inference = loaded.inference()
         columns.append([predict(loaded.model, im[None], spec, device, inference, [n])[0].cpu() for im, _, n in items])
     examples = [
-        Example(name, image, (mask, *(column[row] for column in columns)))
-        for row, (image, mask, name) in enumerate(items)
+        Example(name, image, (mask, *(column[place] for column in columns)))
+        for place, (image, mask, name) in enumerate(items)
     ]
-    heads = ["image", "truth", *(run.name for run in runs)]
-    draw_grid(examples, heads, spec.classes, spec.palette, panel_width=240, overlaid=overlaid).save(path)
+    heads = ["image", "truth", *(row.name for row in rows)]
+    save_image(draw_grid(examples, heads, spec.classes, spec.palette, panel_width=240, overlaid=overlaid), path)

@@ -17,12 +17,12 @@ from allspark.cli.recipe import build_method, complete
 from allspark.config import Recipe, build_recipe, load_recipe, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
-from allspark.engine.checkpoint import file_sha256, is_imported, load_checkpoint, load_state
+from allspark.download import file_digest
+from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
 from allspark.errors import UserError
 from allspark.evaluation.inference import MODES, Inference, inference_for
 from allspark.models.segmentor import build_model
 
-STRIDE = 32  # pixels per cell of the memory, which tells the crop of imported weights no closer
 ANY_CROP = 64  # to build a model with, where nothing tells the crop: a model without a memory has no use for it
 
 
@@ -84,7 +84,7 @@ def load_for_inference(path: str | Path, device: torch.device, dataset: str | No
     """
     content = load_checkpoint(path)
     loaded = (load_imported if is_imported(content) else load_trained)(content, path, dataset)
-    return replace(loaded, model=loaded.model.to(device).eval(), meta={**loaded.meta, "sha256": file_sha256(path)})
+    return replace(loaded, model=loaded.model.to(device).eval(), meta={**loaded.meta, "sha256": file_digest(path)})
 
 
 def load_trained(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> Loaded:
@@ -109,20 +109,23 @@ def load_imported(content: Mapping[str, Any], path: str | Path, dataset: str | N
     """The model of the file's architecture. `pretrained` and `init_from` in it are never looked at."""
     plan, num_classes, stated = read_architecture(content["architecture"], path)
     if dataset is None:
-        spec, crop = unnamed_spec(num_classes), stated
-        data = {"dataset": spec.name, "data_root": "", "crop_size": crop or ANY_CROP}
-        base = {"data": data, "method": "supervised", "epochs": 1}
+        spec, of_recipe = unnamed_spec(num_classes), ANY_CROP
+        base = {"data": {"dataset": spec.name, "data_root": ""}, "method": "supervised", "epochs": 1}
     else:
         spec = spec_of(dataset, num_classes, path)
         # a spec that shares another's lists shares its recipe; the method plays no part in predicting
-        recipe = load_recipe(spec.splits, "supervised", {"data.dataset": dataset})
-        crop = training_crop(stated, recipe.data.crop_size)
-        base = to_plain(replace(recipe, data=replace(recipe.data, crop_size=crop)))
+        base = to_plain(load_recipe(spec.splits, "supervised", {"data.dataset": dataset}))
+        of_recipe = base["data"]["crop_size"]
+    base["data"]["crop_size"] = stated or of_recipe
     with naming(path):
         recipe = build_recipe({**base, "model": plan}, None, "architecture")  # strict: a wrong key or value is told
         model = build_model(recipe.model, num_classes, recipe.data.crop_size)
     load_state(model, content["model"], path)
-    return Loaded(model, spec, None if dataset is None else recipe, crop, {"source": texts(content, "source", path)})
+    meta = {"source": texts(content, "source", path)}
+    if dataset is None:
+        return Loaded(model, spec, None, stated, meta)
+    crop = training_crop(stated, of_recipe, model.encoder.strides[-1])
+    return Loaded(model, spec, replace(recipe, data=replace(recipe.data, crop_size=crop)), crop, meta)
 
 
 def texts(content: Mapping[str, Any], key: str, path: str | Path) -> dict[str, str]:
@@ -180,11 +183,12 @@ def unnamed_spec(num_classes: int) -> DatasetSpec:
     return DatasetSpec("unnamed", classes, bit_palette(num_classes))
 
 
-def training_crop(stated: int | None, of_recipe: int) -> int:
+def training_crop(stated: int | None, of_recipe: int, stride: int = 32) -> int:
     """The crop that imported weights were trained with, which is the side of the sliding window.
 
-    What they state was read off the side of their memory, so the recipe's crop stands where it means the same side.
+    What they state was read off the side of their memory, which is of cells of `stride` pixels, so the recipe's crop
+    stands where it means the same side.
     """
-    if stated is None or math.ceil(stated / STRIDE) == math.ceil(of_recipe / STRIDE):
+    if stated is None or math.ceil(stated / stride) == math.ceil(of_recipe / stride):
         return of_recipe
     return stated

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loading.add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where <name>.png goes: class indices")
     parser.add_argument("--index-only", action="store_true", help="without _color, _overlay and _confidence.png")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where a list's files lie; default: beside it")
+    parser.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="where the paths of a list start; default: beside it"
+    )
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="image, folder (with all below it), quoted glob, .txt list of images"
     )
@@ -112,5 +114,8 @@ def listed(path: Path, data_root: Path | None) -> list[Path]:
     ]
     if not entries:
         raise UserError(f"{path}: this list names no image; write one per line")
-    check_files(entries)
+    try:
+        check_files(entries)
+    except UserError as error:
+        raise UserError(f"{error}: without --data-root, paths in a list start from its own folder") from None
     return [entry.sample.image for entry in entries]

@@ -13,7 +13,14 @@ from allspark.data.prepare.plan import Options, Plan, prepare
 from allspark.download import fetch
 from allspark.errors import UserError
 
-NOTES = {"coco": OVERLAP}
+NOTES = {
+    "voc": "The masks of VOC and SBD together: SegmentationClassAug, train_aug of 10,582 images.",
+    "cityscapes": "Of all that gtFine holds the labelIds are taken, and labelTrainIds made from them.",
+    "coco": OVERLAP,
+    "camvid": "Either the SegNet tutorial, 11 classes at 480 x 360, or both original archives: their frames halved, "
+    "their labels of 32 colours grouped to the same classes (allspark/data/camvid.py says how, and by whom).",
+}
+MORE = "Goes on where a stopped run ended; checks the counts; overwrites nothing without --force."
 MOST_WORKERS = 16  # by default; more wait for the disk
 
 
@@ -22,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, plan in PLANS.items():
         archives = ", ".join(archive.name for archive in plan.archives)
         aliases = {plan.dataset} - {name}  # what --dataset calls it
-        verb = datasets.add_parser(name, aliases=aliases, help=f"from {archives}", description=NOTES.get(name))
+        verb = datasets.add_parser(name, aliases=aliases, help=f"from {archives}", description=f"{NOTES[name]} {MORE}")
         verb.set_defaults(plan=plan)
         verb.add_argument(
             "--from",
@@ -32,11 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="PATH",
             help=f"{archives}; the folder that has them, or what they unpack to (default: the folder --out)",
         )
-        verb.add_argument("--out", type=Path, help=f"default: {root_variable(plan.dataset)}, else data/{plan.dataset}")
-        verb.add_argument("--workers", type=int, help="processes (default: one per core, 16 at most)")
+        verb.add_argument(
+            "--out", type=Path, metavar="DIR", help=f"default: {root_variable(plan.dataset)}, else data/{plan.dataset}"
+        )
+        verb.add_argument("--workers", type=int, help="processes (default: one per core, 16 at most)", metavar="N")
         verb.add_argument("--force", action="store_true", help="make files again that are there")
-        verb.add_argument("--allow-partial", action="store_true", help="leave out what is not in the archives")
-        verb.add_argument("--ignore-unknown", action="store_true", help="labels of no known class become ignored")
+        verb.add_argument(
+            "--allow-partial", action="store_true", help="prepare what is there, be it a part of the data set"
+        )
+        verb.add_argument(
+            "--ignore-unknown", action="store_true", help="labels of no known class become ignored pixels"
+        )
         if any(archive.urls for archive in plan.archives):
             verb.add_argument("--download", action="store_true", help="bring the archives to --out first, verified")
 

@@ -226,7 +226,7 @@ def candidates(split: Published, kind: str, source: str | None) -> list[str]:
     if source is None:
         return [place.url(kind) for place in split.places]
     files = [place.file(kind) for place in split.places]
-    return [f"{source.rstrip('/')}/{file}" for file in (*files, f"{split.list_name(kind)}.txt")]
+    return list(dict.fromkeys(f"{source.rstrip('/')}/{file}" for file in (*files, f"{split.list_name(kind)}.txt")))
 
 
 def bring(places: Sequence[str], name: str, facts: Facts, layout: Layout) -> list[str]:
@@ -300,7 +300,8 @@ def derive(layout: Layout, root: Path, out: Path) -> dict[str, list[str]]:
     for split, images in labeled.items():
         if strange := sorted(set(images) - set(train)):
             raise UserError(
-                f"{out / split / 'labeled.txt'}: {strange[0]} is none of the {len(train)} training images under {root}"
+                f"{out / split / 'labeled.txt'}: {strange[0]} is none of the {len(train)} training images under "
+                f"{root}; prepare the rest of the data, or move the list away if it is of other data"
             )
         lists[f"{split}/unlabeled"] = complement(train, images)
     return lists

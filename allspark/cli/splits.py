@@ -7,45 +7,66 @@ import os
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from allspark.cli import published
 from allspark.config import DataConfig, load_config, root_variable
 from allspark.data import DATASETS, spec_for
 from allspark.data.draw import make_splits, parse_sizes, write_splits
-from allspark.data.layouts import LAYOUTS
+from allspark.data.layouts import LAYOUTS, layout_of
 from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images
 from allspark.data.splits import existing, find_data, folder_entries, read_entries, read_list, samples_hash
 from allspark.errors import UserError
 
+OUTCOMES = (
+    "identical: the published images in the published order; unrecorded: as many lines, or the same images, where "
+    "nobody recorded more; unknown: a list of your own; DIFFERS: not what was published, and how. Exit code 2 if one "
+    "differs."
+)
+DRAWING = "Seeded; the smaller list of two is part of the larger; every class gets its share of images."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    make = verbs.add_parser("make", help="draw labeled and unlabeled lists from a full train list")
-    whose = make.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}")
-    whose.add_argument("--config", help="the recipe that describes a data set of one's own")
-    make.add_argument("--data-root", help="default: the recipe's, else ALLSPARK_DATA_<DATASET>, else data/<dataset>")
-    make.add_argument("--train", required=True, help="list of `image mask` lines; with --masks a folder of images")
-    make.add_argument("--masks", help="folder of masks with the images' names; both folders are below the data root")
-    make.add_argument("--sizes", required=True, help="fractions or counts: 1_4,1_8,1_16 or 16,32")
-    make.add_argument("--seed", type=int, default=0)
-    make.add_argument("--out", type=Path, help="default: splits/<dataset>")
-    make.add_argument("--force", action="store_true", help="overwrite lists that are there")
-    show = verbs.add_parser("list", help="the splits that are there: counts, hashes, whose they are, their traps")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    show = add_verb(verbs, "list", "the lists that are there, whose they are, their traps, and what can be fetched")
     show.add_argument("--dataset", help="only this one")
-    verify = verbs.add_parser("verify", help="compare lists with what was published under their names")
+    verify = add_verb(verbs, "verify", "compare lists with what was published under their names", OUTCOMES)
     verify.add_argument("--from", dest="source", metavar="DIR", help="laid out like splits/, the default")
     verify.add_argument("--dataset", help="only this one")
-    fetch = verbs.add_parser("fetch", help="bring published lists from their public repositories, and verify them")
-    fetch.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
+    fetch = add_verb(verbs, "fetch", "bring published lists from their public repositories, and verify them")
+    fetch.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
     fetch.add_argument("--split", nargs="+", metavar="S", help="such as 1_8 or val; default: all of the data set")
     fetch.add_argument("--from", dest="source", metavar="DIR|URL", help="a checkout, a folder like splits/, or a url")
-    build = verbs.add_parser("build", help="derive what the data gives: val, train, and unlabeled lists")
+    build = add_verb(verbs, "build", "derive what the data gives: val, train, the unlabeled half of a labeled list")
     build.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
-    build.add_argument("--data-root", help="default: ALLSPARK_DATA_<DATASET>, else data/<dataset>")
+    build.add_argument("--data-root", metavar="DIR", help="default: ALLSPARK_DATA_<DATASET>, else data/<dataset>")
     for verb in (fetch, build):
-        verb.add_argument("--out", help="default: splits/")
+        verb.add_argument("--out", metavar="DIR", help="default: splits/")
         verb.add_argument("--force", action="store_true", help="overwrite lists that hold something else")
+    add_make(add_verb(verbs, "make", "draw labeled and unlabeled lists from a full train list", DRAWING))
+
+
+def add_verb(verbs: Any, name: str, help_text: str, more: str = "") -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}. {more}")
+
+
+def add_make(make: argparse.ArgumentParser) -> None:
+    whose = make.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}")
+    whose.add_argument("--config", metavar="FILE", help="the recipe that describes a data set of one's own")
+    make.add_argument(
+        "--data-root", metavar="DIR", help="default: the recipe's, else ALLSPARK_DATA_<DATASET>, else data/<dataset>"
+    )
+    make.add_argument(
+        "--train", required=True, metavar="LIST", help="list of `image mask` lines; with --masks a folder of images"
+    )
+    make.add_argument(
+        "--masks", metavar="DIR", help="folder of masks with the images' names; both folders are below the data root"
+    )
+    make.add_argument("--sizes", required=True, help="fractions or counts: 1_4,1_8,1_16 or 16,32")
+    make.add_argument("--seed", type=int, default=0, help="default: 0")
+    make.add_argument("--out", type=Path, metavar="DIR", help="default: splits/<dataset>")
+    make.add_argument("--force", action="store_true", help="overwrite lists that are there")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -54,6 +75,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
+    layout_of(published.folder_of(args.dataset))  # refuses one that has none, whatever lies there
     root = data_root(args)
     if not root.is_dir():
         raise UserError(f"--data-root {root} is not a folder; correct it or set {root_variable(args.dataset)}=DIR")
@@ -107,12 +129,16 @@ def show(args: argparse.Namespace, splits_root: Path = SPLITS_ROOT) -> None:
         lines[split].append(f"{name.as_posix():40} {len(images):7}  {list_hash(images)[:12]}")
     for split in lines:
         print("\n".join((*lines[split], *what_is_known(split, hashes[split]))))
-    fetchable = [s for s in load_manifest().splits.values() if s.places and s.name not in lines]
-    names = [s.name for s in fetchable if only in (None, s.name.split("/")[0])]
-    if names:
-        print(f"published, and brought by `splits fetch`: {', '.join(names)}")
+    fetchable = [
+        split.name if "/" in split.name else split.list_name(kind)
+        for split, kind, facts in load_manifest().all_lists(only)
+        if split.places and not facts.derived and split.name not in lines
+    ]
+    if fetchable:
+        print(f"published, and brought by `splits fetch`: {', '.join(dict.fromkeys(fetchable))}")
     elif not lines:
-        raise UserError(f"{splits_root}: no lists{f' of {only}' if only else ''}; see `splits make`")
+        there = ", ".join(sorted(path.name for path in splits_root.glob("*") if path.is_dir())) or "nothing"
+        raise UserError(f"{splits_root}: no lists{f' of {only}' if only else ''}, there is {there}; see `splits make`")
 
 
 def what_is_known(name: str, hashes: dict[str, str]) -> list[str]:

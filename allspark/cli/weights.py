@@ -1,4 +1,4 @@
-"""python -m allspark weights import | inspect | fetch: MiT and whole-model weights of every public format -> ours."""
+"""python -m allspark weights import | inspect | fetch: encoders and whole models of every public format -> ours."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allspark.cli.loading import load_for_inference
+from allspark.cli.loading import load_for_inference, texts
 from allspark.config import build_recipe, to_plain
-from allspark.download import fetch
-from allspark.engine.checkpoint import FORMAT, file_sha256, is_imported, load_checkpoint, save_checkpoint
-from allspark.errors import UserError
-from allspark.models.mirrors import LICENCE, mirrors
+from allspark.download import DIGEST, fetch, file_digest
+from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
+from allspark.errors import UserError, reason_of
+from allspark.models.mirrors import LICENCE, licence, mirrors
 from allspark.models.naming import OURS
 from allspark.models.weights import (
-    VARIANTS,
+    KNOWN,
     Recognized,
     WeightFile,
     check_finite,
@@ -36,18 +36,22 @@ from allspark.models.weights import (
 )
 
 TORCH = (".pth", ".pt")
+FORMATS = "The format is told by the names of the tensors; pretrained_weights/README.md lists those that are known."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    take = verbs.add_parser("import", help="a file of any public format -> encoder weights or a checkpoint of ours")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    what = "a file of any public format -> encoder weights or a checkpoint of ours"
+    take = verbs.add_parser("import", help=what, description=f"{what}. {FORMATS}")
     take.add_argument("source", type=Path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
     take.add_argument("--out", type=Path, required=True, metavar="DST", help=".pth; encoder weights: or .safetensors")
     take.add_argument("--force", action="store_true", help="overwrite DST")
-    look = verbs.add_parser("inspect", help="what a file holds")
-    look.add_argument("file", type=Path)
-    get = verbs.add_parser("fetch", help="ImageNet weights of an encoder, from the first public mirror that has them")
-    get.add_argument("name", choices=VARIANTS, metavar="NAME", help=", ".join(VARIANTS))
+    what = "what a file holds: format, network, classes, what is missing, hash, licence"
+    look = verbs.add_parser("inspect", help=what, description=f"{what}. {FORMATS}")
+    look.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
+    what = "ImageNet weights of an encoder, from the first public mirror that has them"
+    get = verbs.add_parser("fetch", help=what, description=f"{what}, converted and put in place.")
+    get.add_argument("name", choices=KNOWN, metavar="NAME", help=", ".join(KNOWN))
     get.add_argument("--out", type=Path, metavar="DST", help="default: pretrained_weights/NAME.pth")
     get.add_argument(
         "--from", dest="sources", action="append", metavar="URL|PATH", help="instead of the mirrors; several: in turn"
@@ -96,11 +100,11 @@ def ours_again(file: WeightFile) -> dict[str, Any]:
 
 
 def source_of(file: WeightFile, title: str) -> dict[str, str]:
-    return {"format": title, "file": file.path.name, "sha256": file_sha256(file.path)}
+    return {"format": title, "file": file.path.name, "sha256": file_digest(file.path)}
 
 
-def described(found: Recognized) -> list[str]:
-    """Format, network and keys in a few lines."""
+def described(found: Recognized, source: str | None = None) -> list[str]:
+    """Format, network and keys in a few lines. source: where the file came from, if it lay elsewhere."""
     model, classes = found.architecture.model, found.architecture.num_classes
     network = f"encoder {model.encoder}"
     if classes is not None:
@@ -110,7 +114,7 @@ def described(found: Recognized) -> list[str]:
         network += f", bottleneck of {model.bottleneck.num_heads} heads with a memory for crops of {crop}"
     fit, left = found.result, found.leftovers
     others = [name for name in fit.unexpected if name not in left]
-    lines = [f"{found.file.path}: {found.naming.title}; {network}"]
+    lines = [f"{source or found.file.path}: {found.naming.title}; {network}"]
     lines.append(f"  keys: {len(fit.taken)} matched, {len(fit.missing)} missing, {len(others)} unexpected")
     lines += [f"  missing: {shortened(fit.missing)}"] * bool(fit.missing)
     lines += [f"  left out: {shortened(others)}"] * bool(others)
@@ -154,13 +158,14 @@ def written_whole(path: Path) -> Iterator[Path]:
             yield Path(folder) / path.name
             os.replace(Path(folder) / path.name, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: cannot be written ({reason}); make room, or choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason_of(error)}); make room, or choose another place"
+        ) from error
 
 
 def inspect_weights(args: argparse.Namespace) -> None:
     file = read_weights(args.file)
-    digest = file_sha256(args.file)
+    digest = file_digest(args.file)
     print(f"sha256 {digest}, {len(file.tensors)} tensors, {args.file.stat().st_size} bytes")
     if file.content.get("format") == FORMAT:
         print(f"checkpoint of this code, {origin_of(load_checkpoint(args.file), args.file)}")
@@ -170,15 +175,15 @@ def inspect_weights(args: argparse.Namespace) -> None:
 
 def origin_of(content: Mapping[str, Any], path: Path) -> str:
     if is_imported(content):
-        return f"imported: {content['source']}"
+        return f"imported: {', '.join(f'{key} {value}' for key, value in texts(content, 'source', path).items())}"
     return f"trained on {build_recipe(content['recipe'], None, str(path)).data.dataset}, step {content['step']}"
 
 
 def licence_of(digest: str) -> str:
-    for name in VARIANTS:
+    for name in KNOWN:
         for mirror in mirrors(name):
             if mirror.digest is not None and f"sha256:{digest}".startswith(mirror.digest):
-                return f"{name} of {mirror.place}; {LICENCE}"
+                return f"{name} of {mirror.place}; {licence(name)}"
     return f"not known from the file. Published MiT weights and all that is trained from them: {LICENCE}"
 
 
@@ -187,30 +192,32 @@ def fetch_weights(args: argparse.Namespace) -> None:
     check_target(out, args.force)
     if args.sha256 and not args.sources:
         raise UserError("--sha256: says which file --from must bring; the mirrors' files differ from each other")
-    print(f"licence: {LICENCE}")
+    print(f"licence: {licence(args.name)}")
     folder = out.parent / f".{args.name}.download"  # what an interrupted download has brought waits here
     reasons = []
-    for place, url, digest, licence in sources(args):
+    for place, url, digest, terms in sources(args):
         try:
             bring(url, digest, args.name, folder, out)
         except UserError as error:
             tried = [line for line in str(error).splitlines() if line.startswith("  ")]  # of allspark.download
             reasons += tried or [f"  {url}: {error}"]
         else:
-            print(f"from {place}, which says of the licence: {licence}")
+            print(f"from {place}{terms and f', which says of the licence: {terms}'}")
             shutil.rmtree(folder)
             return
     with contextlib.suppress(OSError):
         folder.rmdir()
-    told = "\n".join(reasons)
-    raise UserError(f"{args.name}: no source gave usable weights\n{told}\nA file from elsewhere: --from URL or PATH")
+    told = "\n".join((*reasons, *["A file from elsewhere: --from URL or PATH"][: not args.sources]))
+    raise UserError(f"{args.name}: no source gave usable weights\n{told}")
 
 
 def sources(args: argparse.Namespace) -> list[tuple[str, str, str | None, str]]:
-    """Place, url, digest and words on the licence of what to try."""
+    """Place, url, digest and the place's words on the licence, of what to try."""
     if args.sources:
-        digest = args.sha256 and f"sha256:{args.sha256}"
-        return [(source, source, digest, "nothing that is known here") for source in args.sources]
+        digest = args.sha256 and f"sha256:{args.sha256.lower().removeprefix('sha256:')}"
+        if digest and not DIGEST.fullmatch(digest):
+            raise UserError(f"--sha256 {args.sha256}: give 8 to 64 hex digits")
+        return [(source, source, digest, "") for source in args.sources]
     return [(mirror.place, mirror.url, mirror.digest, mirror.licence) for mirror in mirrors(args.name)]
 
 
@@ -224,7 +231,9 @@ def bring(url: str, digest: str | None, name: str, folder: Path, out: Path) -> N
         if found.architecture.model.encoder != name:
             raise UserError(f"holds {found.architecture.model.encoder}, not {name}")
         state = found.state()
-        print("\n".join(described(found)))
+        print("\n".join(described(found, url)))
         write_encoder(out, state, found)
+    except UserError as error:
+        raise UserError(str(error).removeprefix(f"{raw}: ")) from None  # `raw` is gone by then
     finally:
         raw.unlink(missing_ok=True)

@@ -94,7 +94,10 @@ LAYOUTS: dict[str, Layout] = {  # by folder of splits/
 
 def layout_of(folder: str) -> Layout:
     if folder not in LAYOUTS:
-        raise UserError(f"--dataset {folder}: its lists are not published elsewhere; there are {', '.join(LAYOUTS)}")
+        raise UserError(
+            f"--dataset {folder}: its lists are not published elsewhere, they are this project's own, in "
+            f"splits/{folder}; `splits fetch` and `splits build` know {', '.join(LAYOUTS)}"
+        )
     return LAYOUTS[folder]
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import default_collate as stack  # into memory that a worker shares, where torch.stack is copied
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.config import DataConfig
-from allspark.data.base import DatasetSpec, Sample, read_image, read_pair, to_tensor
+from allspark.data.base import DatasetSpec, Sample, to_tensor, worker_count
+from allspark.data.cache import Files, open_files
 from allspark.data.splits import Lists
-from allspark.data.transforms import PHOTOMETRIC, Geometry, cutmix_box, draw_geometry
+from allspark.data.transforms import OPERATIONS, PHOTOMETRIC, Geometry, cutmix_box, draw_geometry
 from allspark.errors import UserError
 
 LABELED, UNLABELED = 0, 1  # streams of random numbers
@@ -32,6 +35,14 @@ class TrainPairs(Dataset):
 
     def __init__(self, lists: Lists, spec: DatasetSpec, data: DataConfig, views: Views, seed: int) -> None:
         self.lists, self.spec, self.data, self.views, self.seed = lists, spec, data, views, seed
+        self.files = Files(spec)
+
+    def open_cache(self) -> None:
+        """Read through data.cache from now on, where it names a folder; made first where need be."""
+        unlabeled = self.lists.unlabeled if self.views.unlabeled else ()
+        images = [sample.image for sample in (*self.lists.labeled, *unlabeled)]
+        masks = [sample.mask for sample in self.lists.labeled]
+        self.files = open_files(self.data.cache, self.spec, images, masks)
 
     def __getitem__(self, key: Key) -> tuple[LabeledBatch, UnlabeledBatch | None] | UserError:
         epoch, position, labeled, unlabeled = key
@@ -52,21 +63,22 @@ class TrainPairs(Dataset):
         )
 
     def labeled(self, sample: Sample, stream: tuple[int, ...]) -> LabeledBatch:
-        """image (3, crop, crop) uint8, mask (crop, crop) int64; not a batch yet."""
-        image, mask = read_pair(sample, self.spec)
+        """image (3, crop, crop) and mask (crop, crop), both uint8 on their way; not a batch yet."""
+        image, mask = self.files.pair(sample)
         geometry = self.geometry(image, stream)
-        view = PHOTOMETRIC[self.views.labeled](geometry.image(image), np.random.default_rng([*stream, 1]))
-        return LabeledBatch(to_tensor(view), torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)).long())
+        rng = np.random.default_rng([*stream, 1])
+        view = PHOTOMETRIC[self.views.labeled](geometry.image(image), rng, OPERATIONS[self.data.photometric])
+        return LabeledBatch(to_tensor(view), torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)))
 
     def unlabeled(self, sample: Sample, stream: tuple[int, ...]) -> UnlabeledBatch:
         """The views of one crop, (3, crop, crop) uint8 each, and its bool masks (crop, crop); not a batch yet."""
-        image = read_image(sample.image)
+        image = self.files.image(sample.image)
         geometry = self.geometry(image, stream)
         crop = geometry.image(image)
         strong, cutmix = [], []
         for number, name in enumerate(self.views.strong, start=1):
             rng = np.random.default_rng([*stream, number])
-            strong.append(to_tensor(PHOTOMETRIC[name](crop, rng)))
+            strong.append(to_tensor(PHOTOMETRIC[name](crop, rng, OPERATIONS[self.data.photometric])))
             cutmix.append(torch.from_numpy(cutmix_box(rng, self.data.crop_size, self.views.cutmix)))
         return UnlabeledBatch(to_tensor(crop), tuple(strong), torch.from_numpy(geometry.valid()), tuple(cutmix))
 
@@ -77,14 +89,14 @@ def collate(items: Sequence[tuple[LabeledBatch, UnlabeledBatch | None] | UserErr
         if isinstance(item, UserError):
             return item
     labeled, unlabeled = zip(*items, strict=True)
-    batch = LabeledBatch(torch.stack([one.image for one in labeled]), torch.stack([one.mask for one in labeled]))
+    batch = LabeledBatch(stack([one.image for one in labeled]), stack([one.mask for one in labeled]))
     if unlabeled[0] is None:
         return batch, None
     return batch, UnlabeledBatch(
-        torch.stack([one.weak for one in unlabeled]),
-        tuple(torch.stack(views) for views in zip(*(one.strong for one in unlabeled), strict=True)),
-        torch.stack([one.valid for one in unlabeled]),
-        tuple(torch.stack(boxes) for boxes in zip(*(one.cutmix for one in unlabeled), strict=True)),
+        stack([one.weak for one in unlabeled]),
+        tuple(stack(views) for views in zip(*(one.strong for one in unlabeled), strict=True)),
+        stack([one.valid for one in unlabeled]),
+        tuple(stack(boxes) for boxes in zip(*(one.cutmix for one in unlabeled), strict=True)),
     )
 
 
@@ -151,7 +163,7 @@ class TrainLoader:
         sizes = (len(lists.labeled), len(lists.unlabeled))
         self.sampler = StepSampler(sizes, primary, batch_size, seed, rank, world_size)
         self.pairs = TrainPairs(lists, spec, data, views, seed)
-        self.num_workers = data.num_workers
+        self.num_workers = worker_count(data.num_workers)
         self.loaders: dict[bool, DataLoader] = {}  # by pin_memory, made when first used
 
     @property
@@ -167,12 +179,15 @@ class TrainLoader:
         device = torch.device(device)
         pin = device.type == "cuda"
         if pin not in self.loaders:
+            self.pairs.open_cache()
             self.loaders[pin] = make_loader(
                 self.pairs, self.num_workers, pin, batch_sampler=self.sampler, collate_fn=collate
             )
         for step in self.loaders[pin]:
             labeled, unlabeled = clean(step)
-            yield labeled.to(device), None if unlabeled is None else unlabeled.to(device)
+            labeled = labeled.to(device)
+            labeled = LabeledBatch(labeled.image, labeled.mask.long())  # an eighth of the bytes until here
+            yield labeled, None if unlabeled is None else unlabeled.to(device)
 
 
 def clean(step: Step | UserError) -> Step:
@@ -199,6 +214,7 @@ def make_loader(dataset: Dataset, num_workers: int, pin: bool, **options) -> Dat
 def single_threaded(worker: int) -> None:
     """Workers are the parallelism; threads inside them only get in each other's way."""
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)
 
 
 def check_request(lists: Lists, views: Views, batch_size: int, epoch_of: str, world_size: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from allspark.config import DataConfig
-from allspark.data.base import MIN_SIDE, DatasetSpec, Sample, at_once, read_image, read_pair
+from allspark.data.base import MIN_SIDE, DatasetSpec, Sample, at_once, attempts, one_message, read_image, read_pair
 from allspark.data.splits import Lists
 from allspark.errors import UserError
 
@@ -23,7 +23,7 @@ def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0)
     val, unlabeled = some(lists.val, 50, rng), some(lists.unlabeled, 20, rng)
 
     tasks = [partial(mask_values, sample, spec) for sample in labeled]
-    tasks += [partial(check_val, sample, spec) for sample in val]
+    tasks += [partial(check_whole, sample, spec) for sample in val]
     found = at_once(tasks + [partial(read_image, sample.image) for sample in unlabeled])[: len(labeled)]
     counts = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} val images"
     notes = [f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts}"]
@@ -41,7 +41,24 @@ def mask_values(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     return np.unique(read_pair(sample, spec)[1])
 
 
-def check_val(sample: Sample, spec: DatasetSpec) -> None:
+def hidden_sample(lists: Lists, spec: DatasetSpec, at_most: int) -> tuple[list[Sample], list[str]]:
+    """The samples that pseudo-labels are measured on, at equal distances over lists.hidden, and what to say of them.
+
+    Those that cannot be read are left out with a warning: a label that is not trained on must not end a run.
+    """
+    count = min(at_most, len(lists.hidden))
+    chosen = [lists.hidden[index * len(lists.hidden) // count] for index in range(count)]
+    found = attempts([partial(check_whole, sample, spec) for sample in chosen])
+    broken = [result for result in found if isinstance(result, UserError)]
+    notes = [f"WARNING: pseudo-labels are not measured here: {one_message(broken, count)}"] if broken else []
+    good = [sample for sample, result in zip(chosen, found, strict=True) if not isinstance(result, UserError)]
+    if good:
+        notes.append(f"pseudo-labels are measured on {len(good)} unlabeled images, whose labels training never opens")
+    return good, notes
+
+
+def check_whole(sample: Sample, spec: DatasetSpec) -> None:
+    """UserError unless the sample can be evaluated on."""
     image, _ = read_pair(sample, spec)
     if min(image.shape[:2]) < MIN_SIDE:
         height, width = image.shape[:2]

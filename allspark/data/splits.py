@@ -21,6 +21,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 class Lists:
     """The samples of a run. name: the split's, or the file that was given.
 
+    hidden: those unlabeled images whose mask is known all the same, with it: to measure by, never to train on.
     hashes: labeled, unlabeled, val -> sha256 of the list's normal form; hash: sha256 of those three.
     """
 
@@ -30,6 +31,7 @@ class Lists:
     hash: str
     name: str
     hashes: Mapping[str, str] = field(default_factory=dict)
+    hidden: tuple[Sample, ...] = ()
 
     @property
     def split(self) -> dict[str, str]:
@@ -132,10 +134,9 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT) -> Lists:
     unlabeled = train_entries(data, "unlabeled", spec, root, splits_root)
     if unlabeled is None and custom.unlabeled_images is not None:
         unlabeled = folder_entries(root, custom.unlabeled_images, None)
-    unlabeled = [Entry(Sample(entry.sample.image), entry.source) for entry in unlabeled or ()]
     val = val_entries(data, spec, root, splits_root)
     name = data.labeled_id_path or data.split or "folders"
-    return checked_lists(labeled, unlabeled, val, name, root)
+    return checked_lists(labeled, unlabeled or [], val, name, root)
 
 
 def train_entries(data: DataConfig, kind: str, spec: DatasetSpec, root: Path, splits_root: Path) -> list[Entry] | None:
@@ -171,11 +172,20 @@ def checked_lists(
     for entry in (*labeled, *val):
         if entry.sample.mask is None:
             raise UserError(f"{entry.source}: {entry.sample.image} has no mask; name it in the list or in data.custom")
+    hidden = known_labels(labeled, unlabeled)
+    unlabeled = [Entry(Sample(entry.sample.image), entry.source) for entry in unlabeled]
     check_files((*labeled, *unlabeled, *val))
     lists = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
     parts = {kind: tuple(entry.sample for entry in entries) for kind, entries in lists.items()}
     hashes = {kind: samples_hash(part, root) for kind, part in parts.items()}
-    return Lists(**parts, hash=list_hash(hashes.values()), name=name, hashes=hashes)
+    return Lists(**parts, hash=list_hash(hashes.values()), name=name, hashes=hashes, hidden=hidden)
+
+
+def known_labels(labeled: list[Entry], unlabeled: list[Entry]) -> tuple[Sample, ...]:
+    """The unlabeled samples whose line names a mask that is there. An image that is labeled, too, hides nothing."""
+    shown, exists = {entry.sample.image for entry in labeled}, folder_reader()
+    samples = (entry.sample for entry in unlabeled)
+    return tuple(s for s in samples if s.mask is not None and s.image not in shown and exists(s.mask))
 
 
 def provenance(lists: Lists, spec: DatasetSpec) -> list[str]:
@@ -232,15 +242,24 @@ def existing(path: Path, key: str, remedy: str = "") -> Path:
     return path
 
 
-def check_files(entries: Sequence[Entry]) -> None:
-    """UserError unless every file is there; each folder is read once, which costs less than asking for every file."""
+def folder_reader() -> Callable[[Path], bool]:
+    """Path.exists that reads each folder once, which costs less than asking for every file."""
     folders: dict[Path, set[str]] = {}
 
     def exists(path: Path) -> bool:
         if path.parent not in folders:
-            folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            try:
+                folders[path.parent] = set(os.listdir(path.parent))
+            except (OSError, ValueError):  # not there, no folder, not ours to read, or no path at all
+                folders[path.parent] = set()
         return path.name in folders[path.parent]
 
+    return exists
+
+
+def check_files(entries: Sequence[Entry]) -> None:
+    """UserError unless every file is there."""
+    exists = folder_reader()
     paths = [(path, entry.source) for entry in entries for path in (entry.sample.image, entry.sample.mask) if path]
     missing = [(path, source) for path, source in paths if not exists(path)]
     if missing:

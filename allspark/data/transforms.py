@@ -6,22 +6,25 @@ gives the same crop whatever computes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.random import Generator
 from PIL import Image, ImageFilter
-from torchvision.transforms import functional as F
-
-Policy = Callable[[np.ndarray, Generator], np.ndarray]
+from torchvision.transforms import functional as TF
 
 
 @dataclass(frozen=True)
 class Geometry:
     """The weak augmentation of an image: scale to `size`, pad right and bottom, cut a square of `crop`, maybe flip.
 
-    size (width, height) and offset (left, top) of the crop are pixels of the scaled image. As in UniMatch.
+    size (width, height) and offset (left, top) of the crop are pixels of the scaled image. As in UniMatch. Only what
+    the crop shows is scaled: masks come out as if Pillow had resized all of it, images within 2 grey levels of that.
     """
 
     size: tuple[int, int]
@@ -31,33 +34,81 @@ class Geometry:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (crop, crop, 3); bilinear, padded with black (before normalization, as released)."""
-        scaled = Image.fromarray(image).resize(self.size, Image.Resampling.BILINEAR)
-        return self._cut(np.asarray(scaled), 0)
+        (left, top), (width, height) = self.offset, self._visible()
+        across = _span(left, width, self.size[0], image.shape[1])
+        down = _span(top, height, self.size[1], image.shape[0])
+        source = np.array(image[down.first : down.last, across.first : across.last])
+        scaled = F.interpolate(
+            torch.from_numpy(source)[None].permute(0, 3, 1, 2),  # channels last: several times faster than Pillow
+            scale_factor=(down.factor, across.factor),
+            mode="bilinear",
+            antialias=True,
+            recompute_scale_factor=False,
+        )
+        scaled = scaled[0].permute(1, 2, 0).numpy()[down.skip :, across.skip :]
+        return self._placed(scaled[:height, :width], 0)
 
     def mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
         """(H, W) uint8 -> (crop, crop); nearest, padded with `fill`, the ignore index."""
-        scaled = Image.fromarray(mask).resize(self.size, Image.Resampling.NEAREST)
-        return self._cut(np.asarray(scaled), fill)
+        (left, top), (width, height) = self.offset, self._visible()
+        rows, columns = (_nearest(scaled, length) for scaled, length in zip(self.size[::-1], mask.shape, strict=True))
+        scaled = mask.take(rows[top : top + height], 0).take(columns[left : left + width], 1)
+        return self._placed(scaled, fill)
 
     def valid(self) -> np.ndarray:
         """(crop, crop) bool, False on the padding; from the geometry alone, no file is needed."""
         width, height = self._visible()
         valid = np.zeros((self.crop, self.crop), bool)
-        valid[:height, :width] = True
-        return self._flipped(valid)
+        valid[:height, self.crop - width if self.flip else 0 :][:, :width] = True
+        return valid
 
     def _visible(self) -> tuple[int, int]:
         """Width and height of the part of the crop that shows the image."""
         return min(self.size[0] - self.offset[0], self.crop), min(self.size[1] - self.offset[1], self.crop)
 
-    def _cut(self, scaled: np.ndarray, fill: int) -> np.ndarray:
-        (left, top), (width, height) = self.offset, self._visible()
-        crop = np.full((self.crop, self.crop, *scaled.shape[2:]), fill, np.uint8)
-        crop[:height, :width] = scaled[top : top + height, left : left + width]
-        return self._flipped(crop)
+    def _placed(self, visible: np.ndarray, fill: int) -> np.ndarray:
+        """What is visible, padded to the crop and flipped; cv2 flips 20 times faster than numpy."""
+        below, right = (self.crop - side for side in visible.shape[:2])
+        if below or right:
+            visible = cv2.copyMakeBorder(visible, 0, below, 0, right, cv2.BORDER_CONSTANT, value=[fill] * 4)
+        return cv2.flip(visible, 1) if self.flip else np.ascontiguousarray(visible)
 
-    def _flipped(self, crop: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(crop[:, ::-1]) if self.flip else crop
+
+@dataclass(frozen=True)
+class Span:
+    """How one side of a crop is made: scale the source pixels first..last by factor, leave out the first `skip`."""
+
+    first: int
+    last: int
+    factor: float
+    skip: int
+
+
+def _span(offset: int, extent: int, scaled: int, length: int) -> Span:
+    """The Span of `extent` pixels from `offset` on, of a side of `length` pixels scaled to `scaled`.
+
+    A resize puts the edge of its first pixel on the edge of the source's first pixel. So it begins where an edge of the
+    scaled image falls on one of the source, within 1/512 of a pixel (0 always does), and far enough before the offset
+    for the filter, which reaches `support` source pixels to both sides.
+    """
+    step = length / scaled
+    support = max(step, 1.0)
+    edges = np.arange(max(offset - math.ceil(support / step), 0), -1, -1)
+    distance = np.abs(edges * step - np.rint(edges * step))
+    start = int(edges[np.argmax(distance <= 1 / 512)])
+    first, last = round(start * step), min(length, math.ceil((offset + extent) * step + support) + 1)
+    factor = scaled / length
+    if last == length or int((last - first) * factor) == last - first:  # torch copies what does not change its size
+        last = length
+        factor = (scaled - start + 1e-6) / (length - first)  # to the last pixel, which rounding must not cost
+    return Span(first, last, factor, offset - start)
+
+
+def _nearest(scaled: int, length: int) -> np.ndarray:
+    """The source pixel of each pixel of a side: (scaled,) integers, added up in double as Pillow does, ties and all."""
+    steps = np.full(scaled, length / scaled)
+    steps[0] /= 2
+    return np.add.accumulate(steps).astype(np.intp)
 
 
 def draw_geometry(
@@ -72,75 +123,144 @@ def draw_geometry(
     return Geometry((scaled_width, scaled_height), (left, top), crop, bool(rng.random() < 0.5))
 
 
-def weak(image: np.ndarray, rng: Generator) -> np.ndarray:
+Operation = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) uint8 and its strength -> the same, anew or as it is
+Operations = Mapping[str, Operation]
+
+
+def on_pillow(operation: Callable[[Image.Image, float], Image.Image]) -> Operation:
+    return lambda image, strength: np.asarray(operation(Image.fromarray(image), strength))
+
+
+PILLOW: Operations = {
+    "identity": lambda image, _: image,
+    "brightness": on_pillow(TF.adjust_brightness),
+    "contrast": on_pillow(TF.adjust_contrast),
+    "saturation": on_pillow(TF.adjust_saturation),
+    "sharpness": on_pillow(TF.adjust_sharpness),
+    "hue": on_pillow(TF.adjust_hue),
+    "grey": on_pillow(lambda picture, _: TF.to_grayscale(picture, num_output_channels=3)),
+    "blur": on_pillow(lambda picture, radius: picture.filter(ImageFilter.GaussianBlur(radius))),
+    "autocontrast": on_pillow(lambda picture, _: TF.autocontrast(picture)),
+    "equalize": on_pillow(lambda picture, _: TF.equalize(picture)),
+    "invert": on_pillow(lambda picture, _: TF.invert(picture)),
+    "posterize": on_pillow(lambda picture, bits: TF.posterize(picture, int(bits))),
+    "solarize": on_pillow(lambda picture, threshold: TF.solarize(picture, int(threshold))),
+}
+
+
+def brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    return towards(image, 0, factor)
+
+
+def contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    return towards(image, int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5), factor)
+
+
+def towards(image: np.ndarray, level: int, factor: float) -> np.ndarray:
+    """Factor 0: `level` everywhere, 1: the image; truncated as in Pillow."""
+    values = level + np.float32(factor) * (np.arange(256, dtype=np.float32) - level)
+    return cv2.LUT(image, values.clip(0, 255).astype(np.uint8))
+
+
+def saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    return cv2.addWeighted(image, factor, grey(image), 1 - factor, -0.499)  # rounded where Pillow truncates
+
+
+def grey(image: np.ndarray, _: float = 0) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def hue(image: np.ndarray, turn: float) -> np.ndarray:
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(int(turn * 255) % 256)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def blur(image: np.ndarray, radius: float) -> np.ndarray:
+    """By the kernel that Pillow means by a Gaussian of this standard deviation: three boxes with soft ends."""
+    variance = radius**2 / 3
+    half = int((math.sqrt(12 * variance + 1) - 1) / 2)
+    end = (2 * half + 1) * (half * (half + 1) - 3 * variance) / (6 * (variance - (half + 1) ** 2))
+    box = np.array([end, *[1.0] * (2 * half + 1), end]) / (2 * half + 1 + 2 * end)
+    kernel = np.convolve(np.convolve(box, box), box)
+    kernel = (kernel + kernel[::-1]) / 2  # to the last bit: three times faster
+    return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+
+
+# The same six times faster, over all of a strong view. How far from PILLOW, in grey levels on photographs (on noise):
+# brightness and contrast 0; saturation and grey at most 1, on average 0.002; hue at most 9 (13), on average 0.3 (1.2);
+# blur at most 3, on average 0.4 (0.5), but for the outermost 6 pixels, at most 25 (40): Pillow repeats the border
+# before each of its boxes.
+CV2: Operations = {
+    **PILLOW,
+    "brightness": brightness,
+    "contrast": contrast,
+    "saturation": saturation,
+    "grey": grey,
+    "hue": hue,
+    "blur": blur,
+}
+OPERATIONS: dict[str, Operations] = {"cv2": CV2, "pil": PILLOW}  # by data.photometric
+
+Policy = Callable[[np.ndarray, Generator, Operations], np.ndarray]
+
+
+def weak(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
     """The crop as it is."""
     return image
 
 
-def draw_jitter(rng: Generator) -> list[Callable[[Image.Image], Image.Image]]:
+def draw_jitter(rng: Generator) -> list[tuple[str, float]]:
     """Colour jitter: brightness, contrast and saturation by 0.5 to 1.5, hue by up to 0.25, in a random order."""
     order = rng.permutation(4)
-    brightness, contrast, saturation = rng.uniform(0.5, 1.5, size=3)
-    hue = rng.uniform(-0.25, 0.25)
-    steps = (
-        lambda p: F.adjust_brightness(p, brightness),
-        lambda p: F.adjust_contrast(p, contrast),
-        lambda p: F.adjust_saturation(p, saturation),
-        lambda p: F.adjust_hue(p, hue),
-    )
-    return [steps[index] for index in order]
+    strengths = [*rng.uniform(0.5, 1.5, size=3), rng.uniform(-0.25, 0.25)]
+    return [(("brightness", "contrast", "saturation", "hue")[index], float(strengths[index])) for index in order]
 
 
-def strong(image: np.ndarray, rng: Generator) -> np.ndarray:
+def strong(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
     """(H, W, 3) uint8: colour jitter p 0.8, grey p 0.2, blur p 0.5; as many draws each time. (UniMatch)"""
     jitters, jitter = rng.random() < 0.8, draw_jitter(rng)
     greys, blurs, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
-
-    picture = Image.fromarray(image)
-    if jitters:
-        for step in jitter:
-            picture = step(picture)
-    if greys:
-        picture = F.to_grayscale(picture, num_output_channels=3)
-    if blurs:
-        picture = picture.filter(ImageFilter.GaussianBlur(radius))
-    return np.array(picture)
+    steps = jitter if jitters else []
+    steps += [("grey", 0.0)] if greys else []
+    steps += [("blur", radius)] if blurs else []
+    return apply(steps, image, operations)
 
 
-def pseudoseg(image: np.ndarray, rng: Generator) -> np.ndarray:
+def pseudoseg(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
     """(H, W, 3) uint8: colour jitter, always; no grey, no blur. The method cuts its square itself. (PseudoSeg)"""
-    picture = Image.fromarray(image)
-    for step in draw_jitter(rng):
-        picture = step(picture)
-    return np.array(picture)
+    return apply(draw_jitter(rng), image, operations)
 
 
-Operation = Callable[[Image.Image, float], Image.Image]
-IMAS_OPERATIONS: tuple[tuple[Operation, float, float], ...] = (  # and the range of the strength, where it has one
-    (lambda picture, _: picture, 0, 0),
-    (lambda picture, _: F.autocontrast(picture), 0, 0),
-    (lambda picture, _: F.equalize(picture), 0, 0),
-    (lambda picture, _: F.invert(picture), 0, 0),
-    (lambda picture, radius: picture.filter(ImageFilter.GaussianBlur(radius)), 0.1, 2.0),
-    (F.adjust_contrast, 0.1, 0.95),
-    (F.adjust_brightness, 0.1, 0.95),
-    (F.adjust_saturation, 0.1, 0.95),
-    (F.adjust_sharpness, 0.1, 0.95),
-    (lambda picture, bits: F.posterize(picture, int(bits)), 4, 8),
-    (lambda picture, threshold: F.solarize(picture, int(threshold)), 1, 256),
-    (F.adjust_hue, 0, 0.5),
+IMAS_OPERATIONS = (  # and the range of the strength, where it has one
+    ("identity", 0, 0),
+    ("autocontrast", 0, 0),
+    ("equalize", 0, 0),
+    ("invert", 0, 0),
+    ("blur", 0.1, 2.0),
+    ("contrast", 0.1, 0.95),
+    ("brightness", 0.1, 0.95),
+    ("saturation", 0.1, 0.95),
+    ("sharpness", 0.1, 0.95),
+    ("posterize", 4, 8),
+    ("solarize", 1, 256),
+    ("hue", 0, 0.5),
 )
 
 
-def imas(image: np.ndarray, rng: Generator) -> np.ndarray:
+def imas(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
     """(H, W, 3) uint8: two of IMAS_OPERATIONS, one after the other, each as strong as a uniform draw says; as many
     draws each time. (iMAS)
     """
     chosen, strengths = rng.integers(len(IMAS_OPERATIONS), size=2), rng.random(2).tolist()
-    picture = Image.fromarray(image)
-    for (operation, low, high), strength in zip((IMAS_OPERATIONS[c] for c in chosen), strengths, strict=True):
-        picture = operation(picture, low + (high - low) * strength)
-    return np.array(picture)
+    drawn = zip((IMAS_OPERATIONS[index] for index in chosen), strengths, strict=True)
+    return apply([(name, low + (high - low) * share) for (name, low, high), share in drawn], image, operations)
+
+
+def apply(steps: list[tuple[str, float]], image: np.ndarray, operations: Operations) -> np.ndarray:
+    for name, strength in steps:
+        image = operations[name](image, strength)
+    return image
 
 
 PHOTOMETRIC: dict[str, Policy] = {

@@ -6,7 +6,6 @@ a model, {"model", "architecture": {"model", "num_classes", "crop_size"}, "sourc
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from allspark.errors import UserError
+from allspark.errors import UserError, reason_of
 
 FORMAT = "allspark-1"
 TO_PREDICT = ("model", "method", "epoch", "step", "recipe", "split")  # what one of train.py must hold to be evaluated
@@ -46,9 +45,8 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, bit-flipped, foreign, or holding code: torch raises many kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"{path}: not a readable checkpoint, truncated or of another program ({reason}); "
+            f"{path}: not a readable checkpoint, truncated or of another program ({reason_of(error)}); "
             f"use another one, or train with --fresh to start over"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -78,12 +76,16 @@ def check_content(content: Mapping[str, Any], needed: Sequence[str] | None, path
 
 
 def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
-    """load_state_dict, strict, with a mismatch told in one sentence (another class count, crop or encoder)."""
+    """load_state_dict with a mismatch told in one sentence (another class count, crop or encoder).
+
+    Strict but for what a module fills in for itself, such as the count of a memory that was saved without one.
+    """
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds something else than tensors by name; use another checkpoint")
     own = module.state_dict()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    wrong += [name for name in state if name not in own]
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    missing = module.load_state_dict(fitting, strict=False).missing_keys
+    wrong = list(dict.fromkeys([*missing, *(name for name in state if name not in fitting)]))
     if wrong:
         name = wrong[0]
         there = tuple(state[name].shape) if name in state else "absent"
@@ -93,12 +95,3 @@ def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Pa
             f"file, {here} in the model; it was trained with other classes, crop_size or model.* "
             f"(to fine-tune from it: model.init_from)"
         )
-    module.load_state_dict(state)
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -71,12 +71,15 @@ class RunLog:
             line = {"step": step, "epoch": epoch, "lr": lr, **values, "images_per_s": round(speed, 2)}
             self._write(line, step, {f"train/{name}": value for name, value in line.items()})
 
-    def scores(self, *, step: int, epoch: int, miou: float, iou: Mapping[str, float | None]) -> None:
-        """An evaluation: mIoU and IoU per class in percent; a class that is nowhere is None."""
+    def scores(
+        self, *, step: int, epoch: int, miou: float, iou: Mapping[str, float | None], **others: float | None
+    ) -> None:
+        """An evaluation: mIoU, IoU per class and others in percent; None is what has no value, as a class not there."""
         if self.active:
-            line = {"step": step, "epoch": epoch, "miou": miou, "iou": dict(iou)}
-            scalars = {f"eval_iou/{name}": value for name, value in iou.items() if value is not None}
-            self._write(line, step, {"eval/miou": miou, **scalars})
+            line = {"step": step, "epoch": epoch, "miou": miou, **others, "iou": dict(iou)}
+            scalars = {f"eval/{name}": value for name, value in {"miou": miou, **others}.items()}
+            scalars |= {f"eval_iou/{name}": value for name, value in iou.items()}
+            self._write(line, step, {name: value for name, value in scalars.items() if value is not None})
         self.since = time.perf_counter()  # the time of an evaluation is not training time
 
     def _write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:

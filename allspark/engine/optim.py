@@ -13,9 +13,13 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     encoder = [p for name, p in model.named_parameters() if name.startswith("encoder.")]
     others = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": encoder, "scale": 1.0}, {"params": others, "scale": cfg.lr_multi}]
-    if cfg.name == "sgd":
-        return torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-    return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay)
+    fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
+    if cfg.name == "adamw":
+        return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
+    for parameter in (*encoder, *others):  # from 0, as it comes out anyway: a first step that is skipped would leave
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # what was in the allocated memory
+    return optimizer
 
 
 def poly_lr(cfg: OptimConfig, step: int, total_steps: int) -> float:

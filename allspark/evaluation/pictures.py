@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,11 +16,21 @@ from torch import Tensor
 
 from allspark.errors import UserError
 
+if TYPE_CHECKING:  # loaded only where a figure is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 Palette = Sequence[tuple[int, int, int]]
 Picture = Tensor | np.ndarray  # image (3, H, W) or mask (H, W), uint8, on the CPU
+Points = Sequence[tuple[int, float]]  # (step, value), each step once
 
 UNKNOWN = (255, 255, 255)  # ignored pixels and values without a class; black would be read as background
+MARGIN = 20  # pixels around a page
 INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
+COLORS = tuple(f"C{index}" for index in range(10))  # matplotlib's ten; behind them the same in the next kind of line
+LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+LOSS_COLUMNS = 5  # panels of losses side by side
+FEW = 6  # rows that a panel shows with their legend inside, from zero on; more take its whole height
 
 
 def colorize(mask: Picture, palette: Palette) -> np.ndarray:
@@ -109,32 +121,51 @@ def draw_grid(
     *,
     panel_width: int = 320,
     overlaid: bool = False,
+    columns: int = 9,
 ) -> Image.Image:
     """One row of panels per example under the column heads, and a legend of the classes that occur.
 
     heads: one for the image and one for each mask, such as ("image", "truth", "supervised", "AllSpark").
     overlaid: masks are laid over the image instead of standing alone.
+    columns: more than so many go into several bands, one below the other, each with the image and the truth again.
     """
-    margin, gap, head, caption = 20, 8, 34, 24
+    bands = []
+    for chosen in np.array_split(range(2, len(heads)), max(1, math.ceil((len(heads) - 2) / (columns - 2)))):
+        names = [*heads[:2], *(heads[place] for place in chosen)]
+        shown = [replace(e, masks=(e.masks[0], *(e.masks[place - 1] for place in chosen))) for e in examples]
+        bands.append(draw_band(shown, names, palette, panel_width, overlaid))
+    legend = draw_legend(examples, classes, palette, bands[0].width - 2 * MARGIN)
+    page = Image.new("RGB", (bands[0].width, sum(band.height for band in bands) + legend.height + MARGIN), PAPER)
+    top = 0
+    for band in bands:
+        page.paste(band, (0, top))
+        top += band.height
+    page.paste(legend, (MARGIN, top))
+    return page
+
+
+def draw_band(
+    examples: Sequence[Example], heads: Sequence[str], palette: Palette, panel_width: int, overlaid: bool
+) -> Image.Image:
+    """All examples, one below the other, under one line of column heads."""
+    gap, head, caption = 8, 34, 24
     rows = [example_panels(example, palette, panel_width, overlaid) for example in examples]
-    width = 2 * margin + len(heads) * panel_width + (len(heads) - 1) * gap
-    legend = draw_legend(examples, classes, palette, width - 2 * margin)
-    height = margin + head + sum(row[0].height + caption for row in rows) + legend.height + margin
-    page = Image.new("RGB", (width, height), PAPER)
+    width = 2 * MARGIN + len(heads) * panel_width + (len(heads) - 1) * gap
+    page = Image.new("RGB", (width, MARGIN + head + sum(row[0].height + caption for row in rows)), PAPER)
     draw = ImageDraw.Draw(page)
-    lefts = [margin + column * (panel_width + gap) for column in range(len(heads))]
-    for left, text in zip(lefts, heads, strict=True):
-        draw.text((left, margin), text, INK, font(18))
-    top = margin + head
+    lefts = [MARGIN + column * (panel_width + gap) for column in range(len(heads))]
+    widest = max(draw.textlength(text, font(18)) for text in heads)
+    for left, text in zip(lefts, heads, strict=True):  # smaller where the longest would run into its neighbour
+        draw.text((left, MARGIN), text, INK, font(min(18, max(8, int(18 * panel_width / widest)))))
+    top = MARGIN + head
     for example, panels in zip(examples, rows, strict=True):
         for left, panel in zip(lefts, panels, strict=True):
             page.paste(panel, (left, top))
             # a hairline, or the white of ignored pixels has no edge on the white page
             draw.rectangle((left - 1, top - 1, left + panel.width, top + panel.height), outline=(214, 216, 220))
         top += panels[0].height
-        draw.text((margin, top + 4), example.name, FAINT, font(12))
+        draw.text((MARGIN, top + 4), example.name, FAINT, font(12))
         top += caption
-    page.paste(legend, (margin, top))
     return page
 
 
@@ -178,38 +209,102 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 class Curve:
     """What a run logged: (step, percent) of each evaluation, and (step, value) of each logged loss by name."""
 
-    miou: Sequence[tuple[int, float]]
-    losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    miou: Points
+    losses: Mapping[str, Points] = field(default_factory=dict)
 
 
-def plot_curves(runs: Mapping[str, Curve], path: Path) -> None:
-    """mIoU of all runs in one panel, each run's losses in a panel of its own -> an image file."""
-    # the object interface on the Agg canvas: no display, and no pyplot state shared with the caller
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def plot_curves(rows: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """mIoU of all rows in one panel, each row's losses in a panel of its own -> an image file.
+
+    rows: the curves of a row's seeds: their mean as a line, in a band from the lowest to the highest.
+    """
+    with_losses = [name for name, seeds in rows.items() if any(curve.losses for curve in seeds)]
+    if len(with_losses) < LOSS_COLUMNS - 1:
+        figure = new_figure(4.2 * (1 + len(with_losses)), 3.4)
+        first, *others = figure.subplots(1, 1 + len(with_losses), squeeze=False)[0]
+    else:  # the panel of all rows is the wide one, those of the losses stand below it
+        lines = math.ceil(len(with_losses) / LOSS_COLUMNS)
+        figure = new_figure(3.2 * LOSS_COLUMNS, 6.4 + 2.5 * lines)
+        above, below = figure.subfigures(2, 1, height_ratios=(6.4, 2.5 * lines))
+        first, others = above.subplots(), list(below.subplots(lines, LOSS_COLUMNS, squeeze=False).flat)
+    draw_rows(first, {name: [curve.miou for curve in seeds] for name, seeds in rows.items()}, "val mIoU (%)")
+    if len(rows) <= FEW:
+        first.set_ylim(bottom=0)
+    for axes, name in zip(others, with_losses):
+        draw_losses(axes, [curve.losses for curve in rows[name]], f"losses: {name}")
+    for axes in others[len(with_losses) :]:
+        axes.set_visible(False)
+    save_figure(figure, path)
+
+
+def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path) -> None:
+    """Panels side by side -> an image file. panels: title -> row -> the points of each seed; a row may have none."""
+    many = max(map(len, panels.values()), default=0) > FEW
+    figure = new_figure((9.0 if many else 5.5) * len(panels), 5.6 if many else 3.8)
+    for axes, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        draw_rows(axes, rows, title)
+    save_figure(figure, path)
+
+
+def draw_rows(axes: Axes, rows: Mapping[str, Sequence[Points]], title: str) -> None:
+    """A line per row, told apart in the legend, which has the last value; a band where a row has several seeds."""
+    for index, (name, seeds) in enumerate(rows.items()):
+        steps, values = over_seeds(seeds)
+        if not steps:
+            continue
+        mean, turn = values.mean(0), index // len(COLORS) % len(LINES)
+        look = dict(color=COLORS[index % len(COLORS)], linestyle=LINES[turn][0], marker=LINES[turn][1])
+        axes.plot(steps, mean, markersize=3.5, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}", **look)
+        shade(axes, steps, values, look["color"], alpha=0.15 if len(rows) <= FEW else 0.06)
+    style_axes(axes, title, legend_outside=len(rows) > FEW)
+
+
+def draw_losses(axes: Axes, seeds: Sequence[Mapping[str, Points]], title: str) -> None:
+    """Each loss, smoothed; of a single seed as it was, too."""
+    for index, loss in enumerate(dict.fromkeys(name for losses in seeds for name in losses)):
+        steps, values = over_seeds([losses.get(loss, ()) for losses in seeds])
+        if not steps:
+            continue
+        smoothed, color = np.array([smooth(row) for row in values]), COLORS[index % len(COLORS)]
+        axes.plot(steps, smoothed.mean(0), linewidth=1.6, label=loss, color=color)
+        shade(axes, steps, smoothed, color, alpha=0.15)
+        if len(values) == 1:
+            axes.plot(steps, values[0], linewidth=0.8, alpha=0.25, color=color)
+    style_axes(axes, title)
+
+
+def over_seeds(seeds: Sequence[Points]) -> tuple[list[int], np.ndarray]:
+    """The steps that all seeds with any point have, and the values there: (seeds, steps).
+
+    A mean over seeds that come and go would jump where one of them ends.
+    """
+    by_step = [dict(points) for points in seeds if points]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    return steps, np.array([[points[step] for step in steps] for points in by_step])
+
+
+def shade(axes: Axes, steps: Sequence[int], values: np.ndarray, color: str, alpha: float) -> None:
+    """From the lowest to the highest seed; values: (seeds, steps)."""
+    if len(values) > 1:
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=alpha, linewidth=0)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches by the object interface: no display, no pyplot state shared with the caller."""
     from matplotlib.figure import Figure
 
-    with_losses = {name: run for name, run in runs.items() if run.losses}
-    panels = 1 + len(with_losses)
-    figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained", dpi=140)
-    FigureCanvasAgg(figure)
-    first, *others = figure.subplots(1, panels, squeeze=False)[0]
-    for name, run in runs.items():
-        steps, values = zip(*run.miou, strict=True) if run.miou else ((), ())
-        label = f"{name}  {values[-1]:.1f}" if values else name
-        first.plot(steps, values, marker="o", markersize=3.5, linewidth=1.8, label=label)
-    style_axes(first, "val mIoU (%)")
-    first.set_ylim(bottom=0)
-    for axes, (name, run) in zip(others, with_losses.items(), strict=True):
-        for loss, points in run.losses.items():
-            steps, values = zip(*points, strict=True)
-            (line,) = axes.plot(steps, smooth(values), linewidth=1.6, label=loss)
-            axes.plot(steps, values, linewidth=0.8, alpha=0.25, color=line.get_color())
-        style_axes(axes, f"losses: {name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return Figure(figsize=(width, height), layout="constrained", dpi=140)
 
 
-def style_axes(axes, title: str) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_image(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
+
+
+def style_axes(axes: Axes, title: str, legend_outside: bool = False) -> None:
     """Title, faint grid, no box, and a legend where there is something to tell."""
     axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
@@ -217,7 +312,8 @@ def style_axes(axes, title: str) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8.5, frameon=False)
+        place = dict(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5) if legend_outside else {}
+        axes.legend(fontsize=8.5, frameon=False, **place)
 
 
 def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:

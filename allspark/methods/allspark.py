@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import Criterion, Progress, TeacherMethod, check_threshold, joint_forward, pseudo_loss
-from allspark.pseudo import cutmix, predict_pseudo
+from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 
 
 class AllSpark(TeacherMethod):
@@ -50,8 +50,8 @@ class AllSpark(TeacherMethod):
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        pseudo = predict_pseudo(self.predictor(model), unlabeled.weak, self.share_keys)
         image, valid = unlabeled.weak, unlabeled.valid | (not self.ignore_padding)
+        pseudo = self.pseudo_labels(model, image, valid)
         if self.views.strong:
             box = unlabeled.cutmix[0]
             image, valid, pseudo = cutmix(unlabeled.strong[0], box), cutmix(valid, box), pseudo.cutmix(box)
@@ -65,3 +65,6 @@ class AllSpark(TeacherMethod):
         loss_x = self.criterion(logits_x, labeled.mask)
         loss_u, mask_ratio = pseudo_loss(logits_u, pseudo, self.threshold, valid)
         return {"loss": (loss_x + loss_u) / 2, "loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio}
+
+    def pseudo_labels(self, model: nn.Module, image: Tensor, valid: Tensor) -> Pseudo:
+        return predict_pseudo(self.predictor(model), image, self.share_keys)

@@ -37,6 +37,7 @@ class Method(nn.Module, ABC):
     """
 
     views = Views()
+    threshold: float | None = None  # least confidence of a pseudo-label that is learned from
     takes_bottleneck = True  # False: a model with one is refused
     facts: tuple[str, ...] = ()  # fields of DatasetSpec that the constructor takes beside its options
 

@@ -140,6 +140,6 @@ class AllSparkBottleneck(nn.Module):
         assert size == (self.memory.side,) * 2, f"feature map {size}, memory of side {self.memory.side}"
         if self.grouping_input == "probabilities":  # Released: the raw logits, named probability map
             class_maps = class_maps.softmax(1)
-        channels = unlabeled.transpose(1, 2)  # (B_u, C, N)
+        channels = unlabeled.transpose(1, 2).to(self.memory.queue.dtype)  # (B_u, C, N)
         self.memory.sync()
         self.memory.enqueue(channels, group_channels(channels.unflatten(2, size), class_maps))

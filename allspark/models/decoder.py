@@ -1,27 +1,52 @@
-"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), and the one that mmsegmentation made of it."""
+"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), the one that mmsegmentation made of it, and which
+decoder goes with which encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
+
+from allspark.config import ModelConfig
+from allspark.errors import UserError
+from allspark.models.deeplab import DeepLabV3Plus
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=False; x itself if it has the size."""
+    size = tuple(size)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 class MLPDecoder(nn.Module):
     """Four maps (B, C_i, H_i, W_i), finest first -> logits (B, K, H_1, W_1).
 
     Per level a linear layer to `channels`; resize to the finest level, concatenate from deepest to finest, 1x1 fuse
-    convolution with batch norm and ReLU, dropout, 1x1 classifier.
+    convolution with batch norm and ReLU, dropout, 1x1 classifier. The maps may have any strides.
     """
 
-    def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int, dropout: float = 0.1) -> None:
+    resize = staticmethod(resize)
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        channels: int,
+        dropout: float = 0.1,
+        strides: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.add_levels(in_channels, channels)
         self.fuse = ConvModule(len(in_channels) * channels, channels, 1, norm_cfg={"type": "BN"})
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
+
+    @staticmethod
+    def refuses(strides: Sequence[int]) -> str | None:
+        return None
 
     def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
         self.linears = nn.ModuleList(nn.Linear(size, channels) for size in in_channels)
@@ -39,9 +64,10 @@ class MLPDecoder(nn.Module):
         size = features[0].shape[-2:]
         columns = self.fuse.conv.weight.flatten(1).chunk(len(features), 1)[::-1]  # concatenated deepest first
         levels = []
-        for feature, linear, part in zip(features, self.linears, columns, strict=True):
-            level = F.conv2d(feature, (part @ linear.weight)[..., None, None], part @ linear.bias)
-            levels.append(resize(level, size))
+        with torch.autocast(features[0].device.type, enabled=False):  # a product of weights is not for bf16
+            folded = [(part @ linear.weight, part @ linear.bias) for linear, part in zip(self.linears, columns)]
+        for feature, (weight, bias) in zip(features, folded, strict=True):
+            levels.append(resize(F.conv2d(feature, weight[..., None, None], bias), size))
         return sum(levels)
 
 
@@ -59,10 +85,20 @@ class MLPBNDecoder(MLPDecoder):
         return sum(resize(F.conv2d(conv(feature), part), size) for feature, conv, part in levels)
 
 
-DECODERS = {"mlp": MLPDecoder, "mlp_bn": MLPBNDecoder}
+# Each takes channels of the maps, class count, its own width, dropout and strides of the maps, says by `refuses` which
+# strides it cannot decode, and by `resize` how its logits go to the size of the image; `classifier` is its last layer.
+DECODERS = {"mlp": MLPDecoder, "mlp_bn": MLPBNDecoder, "deeplab": DeepLabV3Plus}
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=False; x itself if it has the size."""
-    size = tuple(size)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+def build_decoder(cfg: ModelConfig, encoder: nn.Module, num_classes: int) -> nn.Module:
+    """The decoder of a recipe on this encoder's maps; UserError where they are not what it needs."""
+    kind = DECODERS[cfg.decoder]
+    if reason := kind.refuses(encoder.strides):
+        takers = [name for name, other in DECODERS.items() if not other.refuses(encoder.strides)]
+        raise UserError(
+            f"model.decoder={cfg.decoder} with model.encoder={cfg.encoder}: the decoder {reason}; this encoder's maps "
+            f"have strides {'/'.join(map(str, encoder.strides))}. Set model.decoder={' or '.join(takers)}, or an "
+            f"encoder that fits, such as model.encoder=resnet101"
+        )
+    width = cfg.decoder_channels or encoder.decoder_channels
+    return kind(encoder.channels, num_classes, width, cfg.dropout, encoder.strides)

@@ -14,8 +14,9 @@ def group_channels(features: Tensor, class_maps: Tensor) -> Tensor:
 
     features (B, C, h, w), class_maps (B, K, H, W) resized to (h, w) -> (B, C) int64; ties take the lowest class.
     """
-    class_maps = F.interpolate(class_maps, features.shape[-2:], mode="bilinear", align_corners=False)
-    similarity = F.normalize(class_maps.flatten(2), dim=2) @ F.normalize(features.flatten(2), dim=2).transpose(1, 2)
+    with torch.autocast(features.device.type, enabled=False):  # in bf16 a fifth of the channels changes its class
+        maps = F.interpolate(class_maps.to(features.dtype), features.shape[-2:], mode="bilinear", align_corners=False)
+        similarity = F.normalize(maps.flatten(2), dim=2) @ F.normalize(features.flatten(2), dim=2).transpose(1, 2)
     return similarity.argmax(1)  # (B, K, C) -> (B, C)
 
 

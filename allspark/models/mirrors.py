@@ -1,4 +1,4 @@
-"""Where the ImageNet-1k weights of the MiT encoders are published, and what each place says of their licence.
+"""Where the ImageNet-1k weights of the encoders are published, and what each place says of their licence.
 
 No file name, revision or hash stands here that was not read at the place named beside it.
 """
@@ -35,6 +35,27 @@ SMP_HUB = {
 # huggingface.co/nvidia/mit-b{0,1,2,4,5}: the listings of their files were read, that of mit-b3 was not.
 NVIDIA = ("mit_b0", "mit_b1", "mit_b2", "mit_b4", "mit_b5")
 
+# ResNets, read in models/resnet.py of torchvision 0.29.2 (IMAGENET1K_V1) and of timm 1.0.31. The names end in the first
+# 8 digits of the SHA-256 (torch.hub.load_state_dict_from_url, check_hash).
+GLUON = "https://github.com/rwightman/pytorch-pretrained-gluonresnet/releases/download/v0.1"
+RESNET_FILES = {
+    "resnet50": ("PyTorch", "https://download.pytorch.org/models/resnet50-0676ba61.pth"),
+    "resnet101": ("PyTorch", "https://download.pytorch.org/models/resnet101-63fe2227.pth"),
+    "resnet50s": ("timm on GitHub", f"{GLUON}/gluon_resnet50_v1s-1762acc0.pth"),
+    "resnet101s": ("timm on GitHub", f"{GLUON}/gluon_resnet101_v1s-60fe0cc1.pth"),
+}
+RESNET_LICENCE = {  # the field `license` of the same file of timm
+    "PyTorch": "BSD 3-Clause; torchvision's README: a model may have terms of its own, from the data it was trained on",
+    "timm on GitHub": "Apache 2.0, of GluonCV's weights (https://cv.gluon.ai/model_zoo/classification.html)",
+}
+# The same weights at huggingface.co/timm/<name>; the SHA-256 of model.safetensors where its page was read.
+TIMM_HUB = {
+    "resnet50": ("resnet50.tv_in1k", "sha256:5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888"),
+    "resnet101": ("resnet101.tv_in1k", None),
+    "resnet50s": ("resnet50s.gluon_in1k", None),
+    "resnet101s": ("resnet101s.gluon_in1k", "sha256:71b3a168cb34fe67abf5e19d1f80f7f893675d7ef7006b6561f2e536cb07b924"),
+}
+
 
 @dataclass(frozen=True)
 class Mirror:
@@ -46,8 +67,28 @@ class Mirror:
     licence: str
 
 
+def licence(name: str) -> str:
+    """That of an encoder's published weights."""
+    return RESNET_LICENCE[RESNET_FILES[name][0]] if name in RESNET_FILES else LICENCE
+
+
 def mirrors(name: str) -> list[Mirror]:
-    """The places that have the weights of mit_b0..b5, in the order to try them: what can be verified first."""
+    """The places that have the weights of an encoder, in the order to try them: what can be verified first."""
+    return resnet_mirrors(name) if name in RESNET_FILES else mit_mirrors(name)
+
+
+def resnet_mirrors(name: str) -> list[Mirror]:
+    place, url = RESNET_FILES[name]
+    digest = f"sha256:{url.rpartition('-')[2].removesuffix('.pth')}"
+    hub, hub_digest = TIMM_HUB[name]
+    page = f"https://huggingface.co/timm/{hub}"
+    return [
+        Mirror(place, url, digest, licence(name)),
+        Mirror("timm on Hugging Face", f"{page}/resolve/main/model.safetensors", hub_digest, licence(name)),
+    ]
+
+
+def mit_mirrors(name: str) -> list[Mirror]:
     found = [
         Mirror(
             "OpenMMLab",

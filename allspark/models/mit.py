@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class MiTSize:
     channels: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
     decoder_channels: int
+    strides: tuple[int, int, int, int] = (4, 8, 16, 32)
 
 
 HEADS = (1, 2, 5, 8)
@@ -108,9 +110,13 @@ class Stage(nn.Module):
         self.patch_embed = OverlapPatchEmbed(in_channels, channels, kernel, stride)
         self.blocks = nn.Sequential(*(Block(channels, HEADS[index], REDUCTIONS[index], rate) for rate in drop_paths))
         self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.blocks(self.patch_embed(x))).permute(0, 3, 1, 2)
+        x = self.patch_embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return self.norm(x).permute(0, 3, 1, 2)
 
 
 class MiT(nn.Module):
@@ -118,7 +124,7 @@ class MiT(nn.Module):
 
     def __init__(self, size: MiTSize, drop_path: float = 0.1) -> None:
         super().__init__()
-        self.channels = size.channels
+        self.channels, self.strides = size.channels, size.strides
         self.decoder_channels = size.decoder_channels
         rates = torch.linspace(0, drop_path, sum(size.depths)).split(size.depths)
         inputs = (3, *size.channels[:-1])
@@ -126,6 +132,11 @@ class MiT(nn.Module):
             Stage(inputs[i], size.channels[i], i, rates[i].tolist()) for i in range(len(size.channels))
         )
         self.apply(init_weights)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the inputs of blocks for the backward pass instead of all that is inside them (timm's name for it)."""
+        for stage in self.stages:
+            stage.checkpointing = enable
 
     def forward(self, image: Tensor) -> list[Tensor]:
         features = []

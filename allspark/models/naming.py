@@ -23,12 +23,32 @@ OURS_MIT = {
     "stages.{s}.blocks.{b}.ffn": "stages.{s}.blocks.{b}.ffn",
     "stages.{s}.norm": "stages.{s}.norm",
 }
+# timm and torchvision, and so ours; as a part of a model UniMatch, segmentation-models-pytorch, torchvision and others
+RESNET = {name: name for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
 OURS_REST = {
+    **{f"encoder.{name}": f"encoder.{name}" for name in RESNET},
     "decoder.linears.{s}": "decoder.linears.{s}",
     "decoder.convs.{s}": "decoder.convs.{s}",
+    "decoder.aspp.branches": "decoder.aspp.branches",  # not all of decoder.aspp: others have one, too
+    "decoder.aspp.pool": "decoder.aspp.pool",
+    "decoder.aspp.project": "decoder.aspp.project",
+    "decoder.low": "decoder.low",
     "decoder.fuse": "decoder.fuse",
     "decoder.classifier": "decoder.classifier",
     "bottleneck": "bottleneck",
+}
+# github.com/LiheYoung/UniMatch (model/semseg/deeplabv3plus.py), whose backbone has the names of RESNET
+UNIMATCH_REST = {
+    "head.b4.gap": "decoder.aspp.pool",
+    "head.b{s}": "decoder.aspp.branches.{s}",
+    "head.project": "decoder.aspp.project",
+    "reduce": "decoder.low",
+    "fuse.0": "decoder.fuse.0.0",
+    "fuse.1": "decoder.fuse.0.1",
+    "fuse.3": "decoder.fuse.1.0",
+    "fuse.4": "decoder.fuse.1.1",
+    "classifier.weight": "decoder.classifier.weight",  # not all of classifier: torchvision's models have one, too
+    "classifier.bias": "decoder.classifier.bias",
 }
 # github.com/NVlabs/SegFormer, xmed-lab/AllSpark, and segmentation-models-pytorch 0.6 (encoders/mix_transformer.py)
 SEGFORMER_MIT = {
@@ -163,6 +183,8 @@ OURS = Naming("AllSpark, this code", OURS_MIT, OURS_REST, ("encoder.", ""))
 MIT = Naming("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
 RELEASED = Naming("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
 NAMINGS = (  # where several know equally many names of a file, the first is meant
+    Naming("ResNet encoder, timm or torchvision", RESNET, {}, ("", "encoder.", "backbone.")),
+    Naming("UniMatch, DeepLabV3+", RESNET, UNIMATCH_REST, ("backbone.",)),
     OURS,
     MIT,
     RELEASED,
@@ -172,7 +194,8 @@ NAMINGS = (  # where several know equally many names of a file, the first is mea
     Naming("mmsegmentation", MMSEGMENTATION_MIT, MMSEGMENTATION_HEAD, ("backbone.", "")),
 )
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
-FIRST = "encoder.stages.0.patch_embed.proj.weight"  # what every MiT has
+FIRST = {"stages.0.patch_embed.proj.weight", "bn1.weight"}  # of an encoder: what every MiT has, and every ResNet
+PARTS = ("encoder.", "decoder.", "bottleneck.")
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,11 +207,11 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def detect(names: Iterable[str]) -> Naming | None:
-    """The naming that knows most of the names; None if none of them finds the beginning of a MiT encoder."""
+    """The naming that knows most of the names; None if none of them finds the beginning of an encoder."""
     names = list(names)
     known = {naming: [ours for name in names if (ours := naming.ours(name))] for naming in NAMINGS}
     best = max(NAMINGS, key=lambda naming: len(known[naming]))
-    return best if FIRST in known[best] or FIRST.removeprefix("encoder.") in known[best] else None
+    return None if FIRST.isdisjoint(name.removeprefix("encoder.") for name in known[best]) else best
 
 
 @dataclass(frozen=True)
@@ -209,7 +232,7 @@ def translate(tensors: Mapping[str, Tensor], naming: Naming) -> Translated:
 
     for theirs, tensor in tensors.items():
         ours = naming.ours(theirs) or ""
-        ours = f"encoder.{ours}" if ours.startswith("stages.") else ours
+        ours = f"encoder.{ours}" if ours and not ours.startswith(PARTS) else ours
         if not ours or ours in result.tensors:  # a second one for the same place is one too many
             result.unknown.append(theirs)
         elif ".attn.qkv." in ours and tensor.ndim:

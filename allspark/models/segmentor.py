@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from allspark.config import ModelConfig
 from allspark.errors import UserError
-from allspark.models import mit
+from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
-from allspark.models.decoder import DECODERS, resize
+from allspark.models.decoder import build_decoder
 from allspark.models.memory import SemanticMemory
 
-# drop-path rate -> a module that takes (B, 3, H, W) to four maps of strides 4, 8, 16, 32, finest first. Its attribute
-# `channels` holds their widths, `decoder_channels` the width of the decoder unless the recipe says otherwise.
+# drop-path rate -> a module that takes (B, 3, H, W) to four maps, finest first. Its attributes `channels` and `strides`
+# hold their widths and strides, `decoder_channels` the width of the decoder unless the recipe says otherwise, and its
+# method `set_grad_checkpointing` makes it keep less for the backward pass.
 ENCODERS: dict[str, Callable[[float], nn.Module]] = {
     "mit_b0": partial(mit.MiT, mit.B0),
     "mit_b1": partial(mit.MiT, mit.B1),
@@ -27,6 +28,7 @@ ENCODERS: dict[str, Callable[[float], nn.Module]] = {
     "mit_b3": partial(mit.MiT, mit.B3),
     "mit_b4": partial(mit.MiT, mit.B4),
     "mit_b5": partial(mit.MiT, mit.B5),
+    **{name: partial(resnet.ResNet, name) for name in resnet.SIZES},
 }
 
 
@@ -76,11 +78,16 @@ class Segmentor(nn.Module):
             features = [*features[:-1], self.bottleneck(features[-1], cross, share_keys)]
         size = image.shape[-2:]
         if perturb is None:
-            return SegOutput(resize(self.decoder(features), size), features=features)
+            return SegOutput(self.decode(features, size), features=features)
         if not clean:
-            return SegOutput(resize(self.decoder(perturb(features)), size), features=features)
+            return SegOutput(self.decode(perturb(features), size), features=features)
         both = [torch.cat(pair) for pair in zip(features, perturb(features), strict=True)]
-        return SegOutput(*resize(self.decoder(both), size).chunk(2), features)
+        return SegOutput(*self.decode(both, size).chunk(2), features)
+
+    def decode(self, features: list[Tensor], size: torch.Size) -> Tensor:
+        """Feature maps -> logits (B, K, *size), float32 whatever the precision of the rest."""
+        logits = self.decoder(features)
+        return self.decoder.resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
 
     def inference_copy(self) -> Segmentor:
         """A network of its own with the same weights, for inference, which never reads the memory: it has none."""
@@ -91,16 +98,17 @@ class Segmentor(nn.Module):
 
 
 def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor:
-    """The model of a recipe with fresh weights; crop_size decides the side of the memory: ceil(crop / 32)."""
+    """The model of a recipe with fresh weights; crop_size decides the side of the memory: ceil(crop / stride)."""
     if cfg.encoder not in ENCODERS:
         raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; one of {', '.join(ENCODERS)}")
     encoder = ENCODERS[cfg.encoder](cfg.drop_path)
-    width = cfg.decoder_channels or encoder.decoder_channels
-    decoder = DECODERS[cfg.decoder](encoder.channels, num_classes, width, cfg.dropout)
+    encoder.set_grad_checkpointing(cfg.checkpointing)
+    decoder = build_decoder(cfg, encoder, num_classes)
     bottleneck = None
     if cfg.bottleneck.name == "allspark":
         channels = encoder.channels[-1]
-        memory = SemanticMemory(num_classes, channels, math.ceil(crop_size / 32), cfg.bottleneck.memory_policy)
+        side = math.ceil(crop_size / encoder.strides[-1])
+        memory = SemanticMemory(num_classes, channels, side, cfg.bottleneck.memory_policy)
         bottleneck = AllSparkBottleneck(
             channels,
             memory,

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from allspark.config import BottleneckConfig, ModelConfig
-from allspark.errors import UserError
-from allspark.models import mit
+from allspark.errors import UserError, reason_of
+from allspark.models import mit, resnet
 from allspark.models.naming import NAMINGS, RELEASED, Naming, Translated, detect, translate, unwrapped
 from allspark.models.segmentor import ENCODERS, Segmentor, build_model
 
 VARIANTS = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
+KNOWN = {**VARIANTS, **resnet.SIZES}  # encoders that are told by the shapes of a file
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
 # Weights of classifiers that came with an encoder, or that the original SegFormer head carries and never uses
-LEFTOVERS = re.compile(r"(head|classifier|decode_head\.conv_seg)\.(weight|bias)")
+LEFTOVERS = re.compile(r"(head|fc|classifier|decode_head\.conv_seg)\.(weight|bias)")
 PUBLISHED = ("decoder.allspark.embeddings.", "decoder.allspark.encoder.")
 
 
@@ -41,7 +42,7 @@ def read_weights(path: str | Path) -> WeightFile:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the weight file in it, such as {path / 'model.safetensors'}")
     if not path.is_file():
-        name = path.stem if path.stem in VARIANTS else "mit_b5"
+        name = path.stem if path.stem in KNOWN else "mit_b5"
         raise UserError(
             f"{path}: no such weight file; give its path, 'none' to start without one, "
             f"or fetch ImageNet weights: python -m allspark weights fetch {name}"
@@ -74,9 +75,8 @@ def load_container(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated zip, a pickle with code, a foreign file: torch raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: not a readable weight file ({reason[:200]}); fetch or copy it again, "
+            f"{path}: not a readable weight file ({reason_of(error)}); fetch or copy it again, "
             f"or, where it holds more than tensors, save its state_dict alone with the program that wrote it"
         ) from error
 
@@ -250,9 +250,9 @@ def recognize(file: WeightFile, encoder_only: bool = False) -> Recognized:
     """Format by keys, network by shapes; UserError for a format or network that is none of ours."""
     naming, found = translated(file)
     if naming is None:
-        known = ", ".join(dict.fromkeys(naming.title for naming in NAMINGS))
+        known = "; ".join(dict.fromkeys(naming.title for naming in NAMINGS))
         raise UserError(
-            f"{file.path}: holds no MiT encoder under any known naming ({known}); "
+            f"{file.path}: holds no MiT encoder and no ResNet under any known naming ({known}); "
             f"its first names are {shortened(list(file.tensors), 3)}"
         )
     whole = any(name.startswith("decoder.") for name in found.tensors) and not encoder_only
@@ -283,7 +283,8 @@ def read_shapes(tensors: Mapping[str, Tensor], path: Path, whole: bool) -> Archi
     if not whole:
         return Architecture(ModelConfig(encoder=encoder), None, None)
     num_classes, width = shape(tensors, "decoder.classifier.weight", 4, path)[:2]
-    decoder = "mlp_bn" if any(name.startswith("decoder.convs.") for name in tensors) else "mlp"
+    marks = {"decoder.convs.": "mlp_bn", "decoder.aspp.": "deeplab"}
+    decoder = next((kind for mark, kind in marks.items() if any(name.startswith(mark) for name in tensors)), "mlp")
     bottleneck, crop = BottleneckConfig(name="none"), None
     if any(name.startswith("bottleneck.") for name in tensors):
         rows, columns = shape(tensors, "bottleneck.cross_branch.q.weight", 2, path)
@@ -292,7 +293,7 @@ def read_shapes(tensors: Mapping[str, Tensor], path: Path, whole: bool) -> Archi
         if side**2 != slots or not slots:
             raise UserError(f"{path}: its memory holds maps of {slots} values, which is no square; the file is damaged")
         bottleneck = BottleneckConfig(name="allspark", num_heads=max(1, rows // max(1, columns)))
-        crop = 32 * (side - 1) + 1  # the released code: side = crop // 32 + 1
+        crop = KNOWN[encoder].strides[-1] * (side - 1) + 1  # the released code: side = crop // 32 + 1
     model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=width, bottleneck=bottleneck)
     return Architecture(model, num_classes, crop)
 
@@ -306,25 +307,35 @@ def shape(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -> Se
 
 
 def variant(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """The name of the MiT with these widths and depths."""
-    stages = range(4)
-    embeds = (tensors.get(f"encoder.stages.{stage}.patch_embed.proj.weight") for stage in stages)
-    widths = tuple(0 if embed is None or not embed.ndim else len(embed) for embed in embeds)
-    depths = tuple(1 + max(block_numbers(tensors, stage), default=-1) for stage in stages)
-    for name, size in VARIANTS.items():
+    """The name of the encoder with these widths and depths, of a ResNet with this stem, too."""
+    stem = width(tensors, "encoder.bn1.weight")
+    if stem:
+        kinds = {name: size for name, size in resnet.SIZES.items() if size.stem == stem}
+        widths = tuple(width(tensors, f"encoder.layer{stage}.0.conv3.weight") for stage in range(1, 5))
+        blocks = (rf"encoder\.layer{stage}\.([0-9]+)\." for stage in range(1, 5))
+    else:
+        kinds = VARIANTS
+        widths = tuple(width(tensors, f"encoder.stages.{stage}.patch_embed.proj.weight") for stage in range(4))
+        blocks = (rf"encoder\.stages\.{stage}\.blocks\.([0-9]+)\." for stage in range(4))
+    depths = tuple(1 + max(numbers(tensors, pattern), default=-1) for pattern in blocks)
+    for name, size in kinds.items():
         if (size.channels, size.depths) == (widths, depths):
             return name
-    known = "; ".join(f"{name} {listed(size.channels)} and {listed(size.depths)}" for name, size in VARIANTS.items())
+    known = "; ".join(f"{name} {listed(size.channels)} and {listed(size.depths)}" for name, size in kinds.items())
+    behind = f" behind a stem of {stem}" if stem else ""
     raise UserError(
-        f"{path}: its stages are {listed(widths)} wide and {listed(depths)} blocks deep, which no MiT is ({known}); "
-        f"is the file whole, and of one model?"
+        f"{path}: its stages are {listed(widths)} wide and {listed(depths)} blocks deep{behind}, which no encoder here "
+        f"is ({known or 'a ResNet has a stem of 64 or 128'}); is the file whole, and of one model?"
     )
 
 
-def block_numbers(tensors: Iterable[str], stage: int) -> Iterable[int]:
-    for name in tensors:
-        if match := re.match(rf"encoder\.stages\.{stage}\.blocks\.([0-9]+)\.", name):
-            yield int(match[1])
+def width(tensors: Mapping[str, Tensor], name: str) -> int:
+    """The first size of a tensor; 0 where it is not in the file."""
+    return len(tensors[name]) if name in tensors and tensors[name].ndim else 0
+
+
+def numbers(names: Iterable[str], pattern: str) -> Iterable[int]:
+    return (int(match[1]) for name in names if (match := re.match(pattern, name)))
 
 
 def listed(numbers: Iterable[int]) -> str:

@@ -1,0 +1,124 @@
+"""bench loader: images per second from files to normalized tensors on the device, ours and the plain way."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
+
+from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.bench.measure import Row, Run, Side, measure
+from allspark.bench.photos import LIKENESSES, write_photos
+from allspark.bench.plain import PlainStream
+from allspark.config import DataConfig
+from allspark.data import spec_for
+from allspark.data.base import DatasetSpec, Sample
+from allspark.data.loaders import LABELED, UNLABELED, TrainLoader, TrainPairs, make_loader
+from allspark.data.splits import Lists
+
+VIEWS = Views(labeled="strong")  # of the released recipe: labeled strong, unlabeled weak
+SEED = 0
+
+
+@dataclass(frozen=True)
+class LoaderCase:
+    """Which files (of LIKENESSES), by how many workers, in batches of which size; images: files, None: as usual."""
+
+    name: str
+    workers: int = 2
+    batch: int = 2
+    images: int | None = None
+
+
+class Stream(Dataset):
+    """One stream of TrainPairs alone, by index: the view (3, crop, crop) uint8, and the mask or where it is valid."""
+
+    def __init__(self, pairs: TrainPairs, stream: int) -> None:
+        self.pairs, self.stream = pairs, stream
+        self.samples = (pairs.lists.labeled, pairs.lists.unlabeled)[stream]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        sample, key = self.samples[index], (SEED, 0, index, self.stream)
+        if self.stream == LABELED:
+            made = self.pairs.labeled(sample, key)
+            return made.image, made.mask
+        made = self.pairs.unlabeled(sample, key)
+        return made.weak, made.valid
+
+
+class Both(Dataset):
+    """The items of two data sets side by side."""
+
+    def __init__(self, first: Dataset, second: Dataset) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.first[index], self.second[index]
+
+
+def bench_loader(case: LoaderCase, folder: Path, repeats: int, device: torch.device) -> tuple[list[Row], list[str]]:
+    """Rows of each stream alone and of both, from files that are written into folder; and notes."""
+    like = LIKENESSES[case.name]
+    data = DataConfig(dataset=like.dataset, data_root=str(folder), crop_size=like.crop, num_workers=case.workers)
+    spec = spec_for(data)
+    samples = tuple(write_photos(folder / "files", like, spec, case.images or like.files))
+    lists = Lists(samples, tuple(Sample(sample.image) for sample in samples), (), "", case.name)
+    makers = {"ours": data, "ours, cache": replace(data, cache=str(folder / "cache"))}
+    rows = []
+    for what in ("labeled", "unlabeled", "both"):
+        sides = [Side("plain", run_plain(what, lists, spec, data, case, device), baseline=True)]
+        sides += [Side(name, run_ours(what, lists, spec, made, case, device)) for name, made in makers.items()]
+        title = f"{case.name}-like {like.size[0]}x{like.size[1]} {like.suffix[1:].upper()}, crop {like.crop}, {what}"
+        images = (2 if what == "both" else 1) * len(samples)
+        rows += measure(title, sides, repeats, device, images=images, inside=False)
+    size = sum(sample.image.stat().st_size for sample in samples) / len(samples)
+    return rows, [f"{case.name}-like: {len(samples)} made-up images of {size / 1e6:.2f} MB, {case.workers} workers"]
+
+
+def run_plain(
+    what: str, lists: Lists, spec: DatasetSpec, data: DataConfig, case: LoaderCase, device: torch.device
+) -> Run:
+    """All images of a stream once, or of both."""
+    labeled = PlainStream(lists.labeled, spec, data, SEED, LABELED, strong=True)
+    unlabeled = PlainStream(lists.unlabeled, spec, data, SEED, UNLABELED, strong=False)
+    dataset = {"labeled": labeled, "unlabeled": unlabeled, "both": Both(labeled, unlabeled)}[what]
+    loader = make_loader(dataset, case.workers, device.type == "cuda", batch_size=case.batch)
+
+    def run() -> None:
+        for batch in loader:
+            for tensor in tree_leaves(batch):
+                tensor.to(device, non_blocking=True)
+
+    return run
+
+
+def run_ours(
+    what: str, lists: Lists, spec: DatasetSpec, data: DataConfig, case: LoaderCase, device: torch.device
+) -> Run:
+    """The same through TrainPairs, and through TrainLoader where it is both streams."""
+    if what == "both":
+        train_loader = TrainLoader(lists, spec, data, VIEWS, case.batch, SEED)
+        return lambda: deque(train_loader.on(device), maxlen=0)
+    pairs = TrainPairs(lists, spec, data, VIEWS, SEED)
+    pairs.open_cache()
+    stream = Stream(pairs, LABELED if what == "labeled" else UNLABELED)
+    loader = make_loader(stream, case.workers, device.type == "cuda", batch_size=case.batch)
+
+    def run() -> None:
+        for view, mask in loader:
+            batch = LabeledBatch(view, mask) if what == "labeled" else UnlabeledBatch(view, (), mask, ())
+            batch.to(device)
+
+    return run

@@ -1,0 +1,82 @@
+"""What was measured on: the machine as it describes itself, and the two rates that bound every step on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allspark.bench.measure import Run, timed
+from allspark.engine.step import AUTOCAST, set_precision
+
+ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "MKL_", "KMP_")  # variables that begin so decide on speed
+LEAST_SECONDS = 0.3  # that a rate is measured for
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """CPU, cores, threads, memory, versions, and the environment that the allocator goes by."""
+    found = {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16": has_bf16(device),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(ALLOCATOR)},
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
+    return found
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16; a CPU without such instructions only emulates it, and is slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def floor(device: torch.device, precisions: list[str]) -> dict[str, float]:
+    """Rates measured here: floating-point operations per second of a large matrix product, by precision, and bytes per
+    second of a copy ("copy"), each the best of several."""
+    rates = {precision: matrix_rate(device, precision) for precision in dict.fromkeys(precisions)}
+    return {**rates, "copy": copy_rate(device)}
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    set_precision(precision, device)
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(AUTOCAST.get(precision, torch.float32)) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: a @ b, device)
+
+
+def copy_rate(device: torch.device) -> float:
+    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / best_seconds(lambda: target.copy_(source), device)
+
+
+def best_seconds(run: Run, device: torch.device) -> float:
+    timed(run, device)
+    seconds: list[float] = []
+    while sum(seconds) < LEAST_SECONDS:
+        seconds.append(timed(run, device))
+    return min(seconds)

@@ -1,0 +1,142 @@
+"""What the bench writes: a result as plain values, its table, its curves, and the tables of a document."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allspark.bench.machine import describe, floor
+from allspark.bench.measure import Row
+from allspark.evaluation.pictures import new_figure, save_figure
+
+Values = Mapping[str, Any]
+
+
+def make_result(
+    bench: str, options: Values, rows: Sequence[Row], notes: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    """Everything that was measured and on what, as JSON takes it."""
+    rates = floor(device, [row.precision for row in rows])
+    return {
+        "bench": bench,
+        "options": dict(options),
+        "machine": describe(device),
+        "floor": rates,
+        "rows": [with_derived(row, rows, rates) for row in rows],
+        "notes": list(notes),
+    }
+
+
+def with_derived(row: Row, rows: Sequence[Row], rates: Values) -> dict[str, Any]:
+    """A row and what follows from it: median, ratio to the baseline of its case, images per second, and the seconds
+    that its operations take at the measured matrix rate, and its bytes at the measured rate of a copy.
+    """
+    median = statistics.median(row.seconds)
+    values = dataclasses.asdict(row) | {"median": median, "min": min(row.seconds), "max": max(row.seconds)}
+    base = next((other for other in rows if other.case == row.case and other.baseline), None)
+    if base is not None:
+        values["ratio"] = statistics.median(base.seconds) / median
+        if base.peak_bytes and row.peak_bytes:
+            values["peak_ratio"] = row.peak_bytes / base.peak_bytes
+    if row.images:
+        values["images_per_second"] = row.images / median
+    if row.flops and row.moved_bytes:
+        values["seconds_at_matrix_rate"] = row.flops / rates[row.precision]
+        values["seconds_at_copy_rate"] = row.moved_bytes / rates["copy"]
+        values["share_of_matrix_rate"] = values["seconds_at_matrix_rate"] / median
+    return values
+
+
+def duration(seconds: float) -> str:
+    if seconds >= 10:
+        return f"{seconds:.1f} s"
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
+
+
+def shown(key: str, form: Callable[[Any], str]) -> Callable[[Values], str]:
+    return lambda row: "" if row.get(key) is None else form(row[key])
+
+
+COLUMNS: dict[str, Callable[[Values], str]] = {
+    "case": lambda row: row["case"],
+    "side": lambda row: row["side"] + ("" if row["precision"] == "fp32" else f", {row['precision']}"),
+    "median": lambda row: duration(row["median"]),
+    "min to max": lambda row: f"{duration(row['min'])} to {duration(row['max'])}",
+    "ratio": shown("ratio", lambda ratio: f"{ratio:.2f}x"),
+    "images/s": shown("images_per_second", lambda rate: f"{rate:.3g}"),
+    "peak": shown("peak_bytes", lambda size: f"{size / 2**20:,.0f} MiB"),
+    "peak ratio": shown("peak_ratio", lambda ratio: f"{ratio:.2f}x"),
+    "GFLOP": shown("flops", lambda count: f"{count / 1e9:,.1f}"),
+    "at matrix rate": shown("seconds_at_matrix_rate", duration),
+    "at copy rate": shown("seconds_at_copy_rate", duration),
+    "of matrix rate": shown("share_of_matrix_rate", lambda share: f"{100 * share:.0f} %"),
+}
+
+
+def table(result: Values) -> list[list[str]]:
+    """The cells of a result, its head first; columns that say nothing are left out."""
+    columns = {title: [cell(row) for row in result["rows"]] for title, cell in COLUMNS.items()}
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+def remarks(result: Values) -> list[str]:
+    """What it was measured on, and the notes of the bench; a line each."""
+    machine, rates = result["machine"], result["floor"]
+    kind = machine.get("gpu") or f"{machine['cpu_capability']}, bf16 {'in hardware' if machine['bf16'] else 'emulated'}"
+    environment = " ".join(f"`{name}={value}`" for name, value in machine["environment"].items())
+    speeds = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items() if name != "copy")
+    return [
+        f"{machine['cpu']} ({kind}), {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['ram_gb']:.0f} GB; torch {machine['torch']}; load average {machine['load']}",
+        f"environment: {environment or 'nothing set'}",
+        f"matrix products: {speeds}; copy: {rates['copy'] / 1e9:,.1f} GB/s",
+        *result["notes"],
+    ]
+
+
+def plot_scale(result: Values, folder: Path) -> list[Path]:
+    """A picture for each quantity that was varied: time and peak memory of a step against it."""
+    rows, made = [row for row in result["rows"] if row["point"]], []
+    for vary in dict.fromkeys(row["point"]["vary"] for row in rows):
+        path = folder / f"benchmarks_{vary}.png"
+        plot_sweep(vary, [row for row in rows if row["point"]["vary"] == vary], path)
+        made.append(path)
+    return made
+
+
+def plot_sweep(vary: str, rows: Sequence[Values], path: Path) -> None:
+    figure = new_figure(9, 3.4)
+    panels = (("median", 1.0, "seconds per step"), ("peak_bytes", 2**30, "peak of a step, GiB"))
+    ticks = list(dict.fromkeys(row["point"]["value"] for row in rows))
+    for axes, (key, unit, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for side in dict.fromkeys(COLUMNS["side"](row) for row in rows):
+            points = [(row["point"]["value"], row[key]) for row in rows if COLUMNS["side"](row) == side and row[key]]
+            axes.plot([ticks.index(x) for x, _ in points], [y / unit for _, y in points], marker="o", label=side)
+        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
+        axes.set_xlabel(vary, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8.5, frameon=False)
+    save_figure(figure, path)
+
+
+BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(document: str, render: Callable[[str], str | None]) -> str:
+    """The text, render(NAME) between each `<!-- bench: NAME -->` and `<!-- end -->`; None: as it was."""
+
+    def block(match: re.Match) -> str:
+        text = render(match[2])
+        return match[0] if text is None else f"{match[1]}{text}{match[3]}"
+
+    return BLOCK.sub(block, document)

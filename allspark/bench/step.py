@@ -1,0 +1,164 @@
+"""bench step: the training step of AllSpark with the memory in use, ours and the plain one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from allspark import distributed
+from allspark.batch import LabeledBatch, UnlabeledBatch
+from allspark.bench.measure import Row, Run, Side, measure
+from allspark.bench.plain import PlainSegmentor, plain_copy, plain_optimizer, plain_step
+from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.engine.optim import build_optimizer, poly_lr, set_lr
+from allspark.engine.step import Stepper, autocast
+from allspark.losses import CrossEntropy
+from allspark.methods import METHODS, Progress
+from allspark.models.mit import MiTSize
+from allspark.models.segmentor import ENCODERS, Segmentor, build_model
+
+TOTAL_STEPS = 1000  # of the run that the step belongs to; it only sets the learning rate
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A step on `batch` labeled and as many unlabeled images, over all processes."""
+
+    encoder: str = "mit_b0"
+    crop: int = 257
+    batch: int = 2
+    classes: int = 21
+    compile: bool = False
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.encoder}, crop {self.crop}, {self.batch}+{self.batch}, {self.classes} classes"
+
+    @property
+    def model(self) -> ModelConfig:
+        bottleneck = BottleneckConfig(name="allspark")
+        return ModelConfig(encoder=self.encoder, checkpointing=self.checkpointing, bottleneck=bottleneck)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Images (B, 3, H, W) normalized, mask (B, H, W) int64: the share of one process, on its device."""
+
+    image_x: Tensor
+    mask: Tensor
+    image_u: Tensor
+
+    @classmethod
+    def of(cls, case: StepCase, device: torch.device) -> StepBatch:
+        share, generator = case.batch // distributed.world_size(), torch.Generator().manual_seed(distributed.rank())
+        size = (share, 3, case.crop, case.crop)
+        image_x, image_u = (torch.randn(size, generator=generator).to(device) for _ in range(2))
+        coarse = torch.randint(case.classes, (share, 1, 8, 8), generator=generator).float()
+        mask = F.interpolate(coarse, (case.crop, case.crop))[:, 0].long()
+        return cls(image_x, mask.to(device), image_u)
+
+
+def bench_step(
+    case: StepCase, precisions: Sequence[str], sides: Sequence[str], repeats: int, device: torch.device
+) -> tuple[list[Row], list[str]]:
+    """Rows, and notes on what was left out. sides: of plain, ours, transformers."""
+    torch.manual_seed(0)
+    model = build_model(case.model, case.classes, case.crop).to(device)
+    batch = StepBatch.of(case, device)
+    chosen = [Side("plain", run_plain(case, model, batch), baseline=True)] if "plain" in sides else []
+    if "ours" in sides:
+        chosen += [Side("ours", run_ours(case, model, precision, batch), precision) for precision in precisions]
+    rows = measure(str(case), chosen, repeats, device, images=2 * case.batch) if chosen else []
+    for row in rows:  # measured in this process; the others do as much
+        for key in ("peak_bytes", "flops", "moved_bytes"):
+            if (value := getattr(row, key)) is not None:
+                setattr(row, key, value * distributed.world_size())
+    notes = []
+    if "transformers" in sides:
+        if importlib.util.find_spec("transformers"):
+            rows += against_transformers(case, model, batch, repeats, device)
+        else:
+            notes.append("transformers is not installed: its SegFormer was not measured")
+    return rows, notes
+
+
+def run_ours(case: StepCase, source: Segmentor, precision: str, batch: StepBatch) -> Run:
+    """The step as train.py takes it, on a copy of the weights."""
+    device = batch.image_x.device
+    model = build_model(case.model, case.classes, case.crop).to(device).train()
+    model.load_state_dict(source.state_dict())
+    method, cfg = METHODS["allspark"](CrossEntropy(), warmup_epochs=0), OptimConfig()
+    method.attach(model)
+    stepper = Stepper(model, build_optimizer(cfg, model), precision)
+    network: nn.Module = model
+    if distributed.world_size() > 1:
+        network = DistributedDataParallel(model, broadcast_buffers=False)
+    if case.compile:
+        for part in (model.encoder, model.decoder):
+            part.compile(dynamic=False)
+    labeled = LabeledBatch(batch.image_x, batch.mask)
+    valid = torch.ones_like(batch.mask, dtype=torch.bool)
+    unlabeled = UnlabeledBatch(batch.image_u, (), valid, ())
+    progress = Progress(step=0, epoch=0, total_steps=TOTAL_STEPS)
+
+    def run() -> None:
+        set_lr(stepper.optimizer, poly_lr(cfg, progress.step, TOTAL_STEPS))
+        with autocast(precision, device):
+            losses = method.losses(network, labeled, unlabeled, progress)
+        stepper.step(losses["loss"])
+        method.after_step(network, progress)
+
+    return run
+
+
+def run_plain(case: StepCase, source: Segmentor, batch: StepBatch) -> Run:
+    model = plain_copy(source, case.model)
+    optimizer = plain_optimizer(OptimConfig(), model)
+    return lambda: plain_step(model, optimizer, batch.image_x, batch.mask, batch.image_u)
+
+
+def against_transformers(
+    case: StepCase, source: Segmentor, batch: StepBatch, repeats: int, device: torch.device
+) -> list[Row]:
+    """Encoder and decoder alone, supervised, on as many images as the joint pass has: plain, and transformers'."""
+    image, mask = torch.cat((batch.image_x, batch.image_u)), torch.cat((batch.mask, batch.mask))
+    plain = plain_copy(source, case.model).train()
+    plain.bottleneck = None
+    theirs = transformers_segformer(ENCODERS[case.encoder].args[0], case.classes).to(device).train()
+    name = f"{case.encoder} without bottleneck, crop {case.crop}, {len(image)} images, {case.classes} classes"
+    sides = [
+        Side("transformers", supervised(theirs, lambda: theirs(image, labels=mask).loss), baseline=True),
+        Side("plain", supervised(plain, lambda: F.cross_entropy(plain(image), mask, ignore_index=255))),
+    ]
+    return measure(name, sides, repeats, device, images=len(image))
+
+
+def transformers_segformer(size: MiTSize, num_classes: int) -> nn.Module:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    config = SegformerConfig(
+        depths=list(size.depths),
+        hidden_sizes=list(size.channels),
+        decoder_hidden_size=size.decoder_channels,
+        num_labels=num_classes,
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+def supervised(model: nn.Module | PlainSegmentor, loss_of: Run) -> Run:
+    """Forward, backward and a step of SGD."""
+    cfg = OptimConfig()
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+
+    return run

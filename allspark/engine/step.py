@@ -1,0 +1,99 @@
+"""What happens between a loss and the next step: precision, backward pass, clipping, skipping, the optimizer's step."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allspark.errors import UserError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """fp32 means float32 on a GPU, too: tf32, with 10 bits of mantissa, has to be asked for.
+
+    Raises UserError for a precision that the device does not have.
+    """
+    if precision in ("tf32", "fp16") and device.type != "cuda":
+        what = "is arithmetic of NVIDIA GPUs" if precision == "tf32" else "needs a GPU: float16 is slow on a CPU"
+        raise UserError(f"precision={precision} {what}, and this is a {device.type}; choose fp32 or bf16")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("precision=bf16 needs a GPU of the Ampere generation or younger; choose fp16 or fp32")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Forward passes in here compute in the recipe's precision; weights stay float32."""
+    if precision in AUTOCAST:
+        return torch.autocast(device.type, AUTOCAST[precision])
+    return contextlib.nullcontext()
+
+
+class Stepper:
+    """Takes a step down a loss. One whose gradient is not finite changes nothing and is counted, on the device: nobody
+    waits to hear of it.
+
+    skipped: such steps so far; in_row: how many were the last ones. clip_norm: largest norm of the gradient, None: any.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+    ) -> None:
+        self.optimizer, self.clip_norm = optimizer, clip_norm
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.skipped = torch.zeros((), dtype=torch.long, device=self.device)
+        self.in_row = torch.zeros((), dtype=torch.long, device=self.device)
+        self.buffers = list(model.buffers())
+        self.kept = [buffer.clone() for buffer in self.buffers]  # before the forward pass
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self.clip_norm is not None:
+            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.optimize(norm.isfinite())
+
+    def optimize(self, finite: Tensor) -> None:
+        """The fused kernels look at found_inf themselves; without them the weights are asked for, and waited for."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # it found the same
+            self.scaler.update()
+        elif self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
+        self.skipped += ~finite
+        self.in_row += 1
+        self.in_row *= ~finite
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):  # statistics, memory: what the batch wrote
+            buffer.copy_(torch.where(finite, buffer, kept))
+            kept.copy_(buffer)
+
+    def keep(self) -> None:
+        """After buffers were changed by something else than a forward pass: a checkpoint, the end of an epoch."""
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            kept.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scaler": self.scaler.state_dict(), "skipped": int(self.skipped), "in_row": int(self.in_row)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped.fill_(state["skipped"])
+        self.in_row.fill_(state["in_row"])

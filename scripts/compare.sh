@@ -1,0 +1,66 @@
+#!/bin/sh
+# Methods on one footing: each with each seed, one training after the other, and from those that finished table.md (mean
+# and spread over the seeds), curves.png and predictions.png. Again is quick: a finished run is skipped, an interrupted
+# one goes on. What to compare is said in front; arguments (key.path=value) go to every training:
+#   dataset=pascal split=1_8 methods="supervised fixmatch fixmatch+allspark" seeds="0 1" gpus=4 sh scripts/compare.sh
+# budget: epochs (default: the recipe's). fixmatch+allspark: fixmatch with model.bottleneck=allspark. gpus, port: as in
+# train.sh. paired: the row that the others are subtracted from, seed by seed (default: the first). out: the folder
+# for it all (default: exp/compare/<dataset>/<split>[/<budget>_epochs]); other arguments want another one.
+set -euf
+cd -- "$(dirname -- "$0")/.."
+dataset=${dataset:-${DATASET:-shapes}}
+split=${split:-${SPLIT:-}}
+methods=${methods:-${METHODS:-supervised selftrain fixmatch unimatch unimatch_v2 imas maskmatch pseudoseg \
+allspark allspark_revised}}
+seeds=${seeds:-${SEEDS:-0 1 2}}
+budget=${budget:-${BUDGET:-}}
+
+[ "$dataset" != shapes ] || split=${split:-1_30} # 16 labeled images of 480
+if [ -z "$split" ]; then
+    echo "compare: which split of $dataset? Say it in front: split=NAME sh scripts/compare.sh" >&2
+    exit 2
+fi
+out=${out:-exp/compare/$dataset/$split${budget:+/${budget}_epochs}}
+paired=${paired:-}
+
+total=0
+for row in $methods; do # a slip is told before hours of training, not behind them
+    if [ ! -e "configs/methods/${row%%+*}.yaml" ]; then
+        echo "compare: method $row: there is no configs/methods/${row%%+*}.yaml; correct methods=\"...\"" >&2
+        exit 2
+    fi
+    paired=${paired:-$row}
+    for seed in $seeds; do total=$((total + 1)); done
+done
+. scripts/setup.sh
+trap 'exit 130' INT # ends all, not the one training that is running
+echo "compare: $dataset $split${budget:+, $budget epochs}: $methods; seeds $seeds; $total runs into $out"
+
+number=0 finished='' base='' failed=''
+for row in $methods; do
+    case $row in *+*) bottleneck=${row#*+} ;; *) bottleneck='' ;; esac
+    for seed in $seeds; do
+        number=$((number + 1)) folder=$out/$row/seed_$seed
+        echo "compare: run $number of $total: $row, seed $seed"
+        if dataset=$dataset method=${row%%+*} split=$split save_path=$folder \
+            sh scripts/train.sh "${gpus:-1}" "${port:-29500}" \
+            "seed=$seed" ${budget:+"epochs=$budget"} ${bottleneck:+"model.bottleneck=$bottleneck"} "$@"; then
+            finished="$finished
+$row=$folder"
+            [ "$row" != "$paired" ] || base=$row
+        else
+            failed="$failed $row seed $seed,"
+        fi
+    done
+done
+
+status=0
+IFS='
+' # folders may have blanks in their names
+set -- $finished
+[ $# -eq 0 ] || python -m allspark compare --out "$out" ${base:+"--paired=$base"} "$@" || status=$?
+if [ -n "$failed" ]; then
+    echo "compare: did not finish, see above:${failed%,}" >&2
+    exit 1
+fi
+exit $status

@@ -1,0 +1,262 @@
+"""The bench: its plain side does what the real code does, its instruments measure, its tables say what was measured."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from allspark.__main__ import main
+from allspark.batch import IMAGENET_STD, LabeledBatch, UnlabeledBatch, Views, normalize
+from allspark.bench import measure, scale
+from allspark.bench.loader import Stream
+from allspark.bench.photos import Likeness, write_photos
+from allspark.bench.plain import (
+    PlainStream,
+    plain_copy,
+    plain_counts,
+    plain_label,
+    plain_optimizer,
+    plain_sliding,
+    plain_step,
+)
+from allspark.cli import bench
+from allspark.config import BottleneckConfig, DataConfig, ModelConfig, OptimConfig
+from allspark.data import spec_for
+from allspark.data.base import IGNORE_INDEX, Sample
+from allspark.data.loaders import LABELED, UNLABELED, TrainPairs
+from allspark.data.splits import Lists
+from allspark.engine.optim import build_optimizer
+from allspark.engine.step import Stepper
+from allspark.errors import UserError
+from allspark.evaluation.evaluate import predict
+from allspark.evaluation.inference import Inference
+from allspark.evaluation.metrics import ConfusionMatrix
+from allspark.losses import CrossEntropy
+from allspark.methods import METHODS, Progress
+from allspark.models.segmentor import build_model
+
+CLASSES, CROP = 5, 65
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def networks():
+    """Ours and the plain one with its weights, without dropout, and the config."""
+    torch.manual_seed(0)
+    bottleneck = BottleneckConfig(name="allspark", dropout=0.0)
+    cfg = ModelConfig(encoder="mit_b0", drop_path=0.0, dropout=0.0, bottleneck=bottleneck)
+    model = build_model(cfg, CLASSES, CROP)
+    with torch.no_grad():  # so that the classes differ, and statistics are not 0 and 1
+        model.decoder.classifier.weight.normal_()
+        model.decoder.fuse.bn.running_mean.normal_(std=0.1)
+    return model, plain_copy(model, cfg)
+
+
+def test_a_step_is_the_same(networks):
+    """Two of them: the second one sees the memory, the statistics and the momentum that the first one left."""
+    model, plain = networks
+    cfg = OptimConfig()
+    optimizer, stepper = plain_optimizer(cfg, plain), Stepper(model, build_optimizer(cfg, model))
+    method = METHODS["allspark"](CrossEntropy(), warmup_epochs=0)
+    logits = []
+    model.register_forward_hook(lambda module, args, output: logits.append(output.logits.detach()))
+    plain.register_forward_hook(lambda module, args, output: logits.append(output.detach()))
+    for step in range(2):
+        torch.manual_seed(step)
+        image_x, image_u = torch.randn(2, 2, 3, CROP, CROP)
+        mask = torch.randint(CLASSES, (2, CROP, CROP))
+        mask[:, :9] = IGNORE_INDEX
+        unlabeled = UnlabeledBatch(image_u, (), torch.ones_like(mask, dtype=torch.bool), ())
+        model.train()
+        losses = method.losses(model, LabeledBatch(image_x, mask), unlabeled, Progress(step, 0, 2))
+        stepper.optimizer.param_groups[1]["lr"] = cfg.lr * cfg.lr_multi
+        stepper.step(losses["loss"])
+        assert plain_step(plain, optimizer, image_x, mask, image_u) == pytest.approx(losses["loss"].item(), rel=1e-5)
+
+        for ours, theirs in zip(logits[:2], logits[2:], strict=True):  # of the pseudo-label pass, of the joint pass
+            assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
+        assert not torch.equal(logits[0], logits[0].roll(1, 0))
+        logits.clear()
+        named, largest = dict(plain.named_parameters()), max(p.grad.abs().max() for p in model.parameters())
+        for name, parameter in model.named_parameters():
+            bound = 1e-4 * parameter.grad.abs().max() + 1e-6 * largest  # before a batch norm biases have gradient 0
+            assert (parameter.grad - named[name].grad).abs().max() <= bound, name
+            assert torch.allclose(parameter, named[name], atol=1e-5), name
+        memory = plain.bottleneck.memory
+        assert torch.equal(model.bottleneck.memory.pointer, memory.pointer)
+        assert torch.allclose(model.bottleneck.memory.queue, memory.queue, atol=1e-4)
+        assert memory.pointer.count_nonzero() > 1
+
+
+def test_evaluation_is_the_same(networks):
+    model, plain = networks
+    spec = bench.EvalCase(classes=CLASSES).spec
+    image = torch.randint(0, 256, (1, 3, 80, 100), dtype=torch.uint8)
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        ours, theirs = model(normalize(image)).logits, plain(normalize(image))
+    assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
+    label = predict(model, image, spec, CPU, Inference(), ["name"])
+    assert (label != plain_label(plain, normalize(image))).sum() < 5  # ties
+    windows = predict(model, image, spec, CPU, Inference("sliding_window", 64), ["name"])
+    assert (windows != plain_sliding(plain, normalize(image), 64, CLASSES)).sum() < 5
+    assert len(windows.unique()) > 1 and not torch.equal(windows, label)
+
+
+def test_counts_are_the_same():
+    rng = np.random.default_rng(0)
+    prediction, mask = rng.integers(0, CLASSES, (2, 40, 50))
+    mask[:7] = IGNORE_INDEX
+    confusion = ConfusionMatrix(CLASSES, IGNORE_INDEX)
+    confusion.update(torch.from_numpy(prediction), torch.from_numpy(mask))
+    matrix = confusion.matrix
+    counts = plain_counts(prediction, mask, CLASSES, IGNORE_INDEX)
+    for ours, theirs in zip((matrix.diagonal(), matrix.sum(0), matrix.sum(1)), counts, strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Lists of eight small pictures, their specification and the recipe's section."""
+    folder = tmp_path_factory.mktemp("bench")
+    data = DataConfig(dataset="pascal", data_root=str(folder), crop_size=CROP, photometric="pil")
+    spec = spec_for(data)
+    samples = tuple(write_photos(folder / "files", Likeness("pascal", (90, 70), CROP, ".jpg", 5.0, 8), spec, 8))
+    return Lists(samples, tuple(Sample(sample.image) for sample in samples), (), "", "bench"), spec, data
+
+
+@pytest.mark.parametrize("stream", [LABELED, UNLABELED])
+def test_the_data_path_is_the_same(files, stream):
+    lists, spec, data = files
+    samples = (lists.labeled, lists.unlabeled)[stream]
+    ours = Stream(TrainPairs(lists, spec, data, Views(), seed=0), stream)
+    plain = PlainStream(samples, spec, data, 0, stream, strong=False)
+    padded = 0
+    for index in range(len(samples)):
+        (view, mask), (plain_view, plain_mask) = ours[index], plain[index]
+        assert torch.equal(mask.to(plain_mask.dtype), plain_mask)
+        assert grey_levels(view, plain_view).max() <= 2.01
+        padded += (~mask if stream == UNLABELED else mask == IGNORE_INDEX).sum()
+    assert padded > 0
+
+
+def test_the_strong_view_is_the_same(files):
+    lists, spec, data = files
+    ours = Stream(TrainPairs(lists, spec, data, Views("strong"), seed=0), LABELED)
+    weak = PlainStream(lists.labeled, spec, data, 0, LABELED, strong=False)
+    plain = PlainStream(lists.labeled, spec, data, 0, LABELED, strong=True)
+    for index in range(len(lists.labeled)):
+        assert grey_levels(ours[index][0], plain[index][0]).mean() < 1  # a hue moves far by one grey level
+    assert max(grey_levels(ours[index][0], weak[index][0]).mean() for index in range(8)) > 10
+
+
+def grey_levels(view, plain_view):
+    return (normalize(view) - plain_view).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def test_a_depthwise_convolution_counts_its_groups():
+    conv = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+    x = torch.randn(1, 16, 10, 10, requires_grad=True)
+    flops, moved = measure.count_work(lambda: conv(x).sum().backward())
+    assert flops == 3 * 2 * 16 * 10 * 10 * 9  # forward, and the gradients of input and weight
+    assert moved > 3 * 4 * 1600
+
+
+def test_peak_memory_is_measured():
+    def run():
+        F.gelu(torch.ones(8, 2**20)).add_(1)  # two tensors of 32 MiB
+
+    run()
+    peak = measure.peak_extra(run, CPU)
+    if peak is None:
+        pytest.skip("this system does not count resident pages")
+    assert 60 * 2**20 < peak < 80 * 2**20
+
+
+def test_step_writes_what_it_measured(tmp_path, capsys):
+    words = ["--crop", "64", "--batch", "1", "--classes", "3", "--repeats", "1", "--threads", "1"]
+    main(["bench", "step", *words, "--precision", "fp32", "--json", str(tmp_path / "step.json")])
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert result["machine"]["threads"] == 1 and result["machine"]["torch"] == torch.__version__
+    assert set(result["floor"]) == {"fp32", "copy"} and min(result["floor"].values()) > 1e8
+    plain, ours = result["rows"]
+    assert (plain["side"], ours["side"], ours["images"], ours["precision"]) == ("plain", "ours", 2, "fp32")
+    assert ours["ratio"] == pytest.approx(plain["median"] / ours["median"]) and plain["ratio"] == 1
+    assert plain["flops"] > ours["flops"] > 1e8 and ours["moved_bytes"] > 1e7
+    assert 0 < ours["share_of_matrix_rate"] < 1.5
+    assert result["options"]["classes"] == 3 and torch.get_num_threads() == 1
+    out = capsys.readouterr().out
+    assert "| mit_b0, crop 64, 1+1, 3 classes | plain" in out and "GFLOP/s" in out
+
+
+def test_evaluation_and_loader_are_measured(tmp_path):
+    words = ["--height", "64", "--width", "96", "--window", "64", "--classes", "3", "--repeats", "1"]
+    main(["bench", "eval", *words, "--precision", "fp32", "--json", str(tmp_path / "eval.json")])
+    rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    cases = list(dict.fromkeys(row["case"].split(",")[0] for row in rows))
+    assert cases == ["mit_b0", "labels from scores", "metric counting"]
+    words = ["--like", "voc", "--images", "2", "--workers", "0", "--repeats", "1"]
+    main(["bench", "loader", *words, "--json", str(tmp_path / "loader.json")])
+    rows = json.loads((tmp_path / "loader.json").read_text())["rows"]
+    assert [row["side"] for row in rows] == ["plain", "ours", "ours, cache"] * 3
+    assert all(row["images_per_second"] > 0 for row in rows)
+
+
+def test_the_document_is_filled_in(tmp_path, capsys):
+    point = {
+        "case": "crop 64: a",
+        "precision": "fp32",
+        "seconds": [1.0, 3.0, 2.0],
+        "point": {"vary": "crop", "value": 64},
+    }
+    point |= {"images": 4, "peak_bytes": 2**30, "flops": 10**9, "moved_bytes": 10**9}
+    rows = [measure.Row(side="plain", baseline=True, **point), measure.Row(side="ours", **point | {"seconds": [1.0]})]
+    result = bench.report.make_result("scale", {}, rows, ["crop 65: left out"], CPU)
+    (tmp_path / "scale.json").write_text(json.dumps(result))
+    document = tmp_path / "benchmarks.md"
+    document.write_text(
+        "# A\n<!-- bench: scale.json -->\nold\n<!-- end -->\n<!-- bench: no.json -->\nkept\n<!-- end -->\n"
+    )
+    main(["bench", "docs", str(document)])
+    text = document.read_text()
+    assert "old" not in text and "kept" in text and "left out" in text
+    assert "2,000 ms" in text and "1,000 ms to 3,000 ms" in text and "2.00x" in text and "1,024 MiB" in text
+    assert (tmp_path / "benchmarks_crop.png").stat().st_size > 10_000
+    main(["bench", "docs", str(document)])
+    assert document.read_text() == text
+    (tmp_path / "scale.json").write_text("{}")
+    with pytest.raises(UserError, match=r"scale\.json"):
+        main(["bench", "docs", str(document)])
+    assert document.read_text() == text
+
+
+def test_points_are_steps_that_the_bench_takes():
+    parser = bench.argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    for point in scale.points(list(scale.SWEEPS)):
+        words = point.command(["--precision", "fp32", "--repeats", "1"], threads=2)
+        args = parser.parse_args(words[words.index("bench") + 1 :])
+        assert getattr(args, point.vary, point.value) == point.value
+        several = point == scale.Point("processes", 2)
+        assert ("torch.distributed.run" in words) == several and args.threads == (1 if several else 2)
+
+
+def test_a_point_that_takes_too_much_is_left_out(monkeypatch):
+    hold = "import time; held = b'1' * 300_000_000; time.sleep(60)"
+    assert "more than 60 s" in scale.watched([sys.executable, "-c", hold], deadline=0.3)
+    monkeypatch.setattr(scale, "LIMIT_BYTES", 2e8)
+    assert "GB" in scale.watched([sys.executable, "-c", hold], deadline=30)
+    assert scale.watched([sys.executable, "-c", ""], deadline=30) is None
+    with pytest.raises(UserError, match="no such thing"):
+        scale.watched([sys.executable, "-c", "raise SystemExit('no such thing')"], deadline=30)

@@ -1,0 +1,109 @@
+"""Every method in two real gloo processes: after 20 steps both hold the same, but for what is each process's own.
+
+That is, on CPUs, the statistics of batch norm until they are shared at the end of an epoch, and of the memory what its
+policy says; test_two_ranks.py holds the numbers of one method against a simulation.
+"""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_methods import CASES, learning, make_method, random_batches
+
+import train
+from allspark import distributed
+from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.engine.optim import build_optimizer
+from allspark.methods import METHODS, Progress
+from allspark.methods.base import TeacherMethod
+from allspark.models.segmentor import build_model
+
+CROP, CLASSES = 64, 5
+STEPS, START, WARMUP = 20, 2, 10  # in all; supervised ones at the start; from then on the memory is read
+OPTIM = OptimConfig(name="adamw", lr=1e-3, lr_multi=1.0)
+POLICIES = {"allspark": "gather", "fixmatch": "local"}  # of the memory; the others have the default
+RUNS = [(name, bottleneck, POLICIES.get(name, "rank0")) for name, bottleneck in CASES]
+
+
+def differing(*modules):
+    """Names of the parameters and buffers that the two processes do not hold alike."""
+    held = [item for module in modules for item in module.state_dict().items()]
+    both = distributed.all_gather(torch.cat([value.flatten().double() for _, value in held])[None])
+    parts = both.split([value.numel() for _, value in held], dim=1)
+    return [name for (name, _), (first, second) in zip(held, parts, strict=True) if not torch.equal(first, second)]
+
+
+def trained(name, bottleneck, policy, rank, device):
+    """20 steps as train.py makes them -> what differs between the processes after the last one."""
+    torch.manual_seed(0)
+    config = BottleneckConfig(name=bottleneck, memory_policy=policy)
+    model = build_model(ModelConfig(encoder="tiny", bottleneck=config), CLASSES, CROP)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    options = {"warmup_epochs": 1, "teacher": "ema", "teacher_momentum": 0.9}  # the revised recipe has a teacher
+    method = make_method(name, **learning(name, **options))
+    method.attach(model)
+    optimizer, network = build_optimizer(OPTIM, model), train.wrap(model, device)
+    network.train()
+    for step in range(STEPS):
+        progress, batch = Progress(step, step // WARMUP, STEPS), 1 if step % 4 else 2
+        train.seed_step(0, step)
+        labeled, unlabeled = random_batches(method, batch, batch, (CROP, CROP), CLASSES, seed=2 * step + rank)
+        if step < START:
+            losses = method.supervised_losses(network, labeled)
+        else:
+            losses = method.losses(network, labeled, unlabeled, progress)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        method.after_step(network, progress)
+    result = {"loss": losses["loss"].item(), "teacher": method.predictor(model) is not model}
+    result["moved"] = all((a != b).any().item() for a, b in zip(start, model.parameters()))
+    result["statistics"] = [n for part in (model, method) for n in part.state_dict() if ".running_" in n]
+    result["after"] = differing(model, method)
+    for part in (model, method):
+        distributed.share_batchnorm_statistics(part)
+    result["shared"] = differing(model, method)
+    if bottleneck == "allspark":
+        model.bottleneck.memory.sync()
+    result["synced"] = differing(model, method)
+    return result
+
+
+def worker(rank, world, port, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    with distributed.process_group("cpu") as device:
+        results = {"/".join(run): trained(*run, rank, device) for run in RUNS}
+    with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as file:
+        json.dump(results, file)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """run -> what its two processes found, one spawn for all runs."""
+    folder = tmp_path_factory.mktemp("methods")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (2, port, str(folder)), nprocs=2)
+    both = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return {tuple(key.split("/")): [results[key] for results in both] for key in both[0]}
+
+
+MEMORY = {f"bottleneck.memory.{buffer}" for buffer in ("queue", "pointer", "filled")}
+
+
+@pytest.mark.parametrize("run", RUNS, ids="-".join)
+def test_two_processes_hold_the_same(real, run):
+    name, bottleneck, policy = run
+    first, second = real[run]
+    assert first["moved"] and first["loss"] != second["loss"]  # each has images of its own
+    assert first["teacher"] == issubclass(METHODS[name], TeacherMethod)
+    assert first["statistics"] and set(first["after"]) - MEMORY == set(first["statistics"])
+    own = set() if bottleneck == "none" or policy == "gather" else MEMORY
+    assert set(first["shared"]) <= own and ("bottleneck.memory.queue" in first["shared"]) == bool(own)
+    assert first["synced"] == (first["shared"] if policy == "local" else [])

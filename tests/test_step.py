@@ -1,0 +1,121 @@
+"""The stepper: a step with a gradient that is not finite changes nothing; clipping; precisions and where they exist."""
+
+import copy
+
+import pytest
+import torch
+from test_methods import FIRST, make_method, make_model, random_batches
+from torch import nn
+
+from allspark.config import OptimConfig
+from allspark.engine.optim import build_optimizer
+from allspark.engine.step import Stepper, autocast, set_precision
+from allspark.errors import UserError
+
+CPU = torch.device("cpu")
+OPTIMS = [OptimConfig(name="sgd", lr=0.1), OptimConfig(name="adamw", lr=0.1)]
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).train()
+
+
+def go(model, stepper, images):
+    stepper.step(model(images).square().mean())
+
+
+def images(seed, value=None):
+    batch = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    if value is not None:
+        batch[1, 0, 0, 0] = value
+    return batch
+
+
+@pytest.mark.parametrize("cfg", OPTIMS, ids=lambda cfg: cfg.name)
+@pytest.mark.parametrize("bad", [0, 2], ids=["first step", "third step"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(cfg, bad, value):
+    """Weights, momenta and batch norm statistics are bit for bit those of a run without that batch."""
+    states = []
+    for batches in (
+        [images(i, value if i == bad else None) for i in range(5)],
+        [images(i) for i in range(5) if i != bad],
+    ):
+        model = small_model()
+        stepper = Stepper(model, build_optimizer(cfg, model), "fp32")
+        for batch in batches:
+            go(model, stepper, batch)
+        states.append((model.state_dict(), stepper))
+    (with_bad, stepper), (without, quiet) = states
+    assert all(torch.equal(with_bad[name], without[name]) for name in without)
+    momenta, expected = (s.optimizer.state_dict()["state"] for s in (stepper, quiet))
+    for number, state in expected.items():
+        assert all(torch.equal(momenta[number][name], value) for name, value in state.items())
+    assert (int(stepper.skipped), int(stepper.in_row), int(quiet.skipped)) == (1, 0, 0)
+
+
+def test_steps_in_a_row_are_counted_and_kept_in_the_state():
+    model = small_model()
+    stepper = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")
+    for batch in (images(0, float("nan")), images(1), images(2, float("nan")), images(3, float("nan"))):
+        go(model, stepper, batch)
+    twin = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")
+    twin.load_state_dict(stepper.state_dict())
+    assert (int(twin.skipped), int(twin.in_row)) == (3, 2)
+
+
+def test_what_was_changed_between_steps_is_kept_too():
+    model = small_model()
+    stepper = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")
+    model[1].running_mean.fill_(5.0)
+    stepper.keep()
+    go(model, stepper, images(0, float("nan")))
+    assert (model[1].running_mean == 5.0).all()
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 1e6])
+def test_clipping_is_torchs(clip_norm):
+    model = small_model()
+    other = copy.deepcopy(model)
+    cfg = OptimConfig(name="sgd", lr=0.1, lr_multi=1.0)
+    go(model, Stepper(model, build_optimizer(cfg, model), "fp32", clip_norm), images(0))
+    optimizer = torch.optim.SGD(other.parameters(), cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    other(images(0)).square().mean().backward()
+    nn.utils.clip_grad_norm_(other.parameters(), clip_norm)
+    optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_what_a_cpu_does_not_have(precision):
+    with pytest.raises(UserError, match=rf"precision={precision}.*choose fp32 or bf16"):
+        set_precision(precision, CPU)
+
+
+def test_fp32_is_float32_on_every_device():
+    set_precision("fp32", CPU)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("bottleneck", ["none", "allspark"])
+@pytest.mark.parametrize("name", ["allspark", "unimatch", "pseudoseg"])
+def test_bf16_is_close_and_leaves_float32_weights(name, bottleneck):
+    """Logits and losses come out as float32; the memory is float32 and its classes are those of fp32 arithmetic."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        model = make_model(bottleneck, dropout=0.0, drop_path=0.0)
+        method = make_method(name)
+        method.attach(model)
+        labeled, unlabeled = random_batches(method)
+        stepper = Stepper(model, build_optimizer(OPTIMS[0], model), precision)
+        torch.manual_seed(3)
+        with autocast(precision, CPU):
+            losses = method.losses(model, labeled, unlabeled, FIRST)
+            assert model(unlabeled.weak).logits.dtype == torch.float32
+        stepper.step(losses["loss"])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        found.append(losses["loss"].item())
+    assert found[0] != found[1] and abs(found[0] - found[1]) < 0.03 * found[0]
