@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
+from allspark.data import resize
 from allspark.data.transforms import CV2, PHOTOMETRIC, PILLOW, Geometry, cutmix_box, draw_geometry
 
 CROP = 64
@@ -64,8 +65,10 @@ def any_geometries(count: int):
             yield rng, height, width, draw_geometry(rng, width, height, int(rng.integers(8, 200)), scales)
 
 
-def test_image_is_within_2_grey_levels_of_resizing_it_whole():
+@pytest.mark.parametrize("fast", [True, False], ids=["torch", "pillow"])
+def test_image_is_within_2_grey_levels_of_resizing_it_whole(monkeypatch, fast):
     """The worst there is: noise, of all values and of black and white alone. On a smooth image 1 in a few pixels."""
+    monkeypatch.setattr(resize, "FAST_TORCH", fast)
     kinds, worst, cut = (lambda v: v, lambda v: v // 128 * 255), [], 0
     for index, (rng, height, width, geometry) in enumerate(any_geometries(400)):
         image = kinds[index % 2](rng.integers(0, 256, (height, width, 3), np.uint8))
@@ -78,10 +81,17 @@ def test_image_is_within_2_grey_levels_of_resizing_it_whole():
 
     image = coordinates(50, 90)
     for geometry in geometries(40, 90, 50):
-        distance = np.abs(
-            geometry.image(image).astype(int) - resized_whole(geometry, image, Image.Resampling.BILINEAR, fill=0)
-        )
+        expected = resized_whole(geometry, image, Image.Resampling.BILINEAR, fill=0)
+        distance = np.abs(geometry.image(image).astype(int) - expected)
         assert distance.max() <= 1 and distance.mean() < 0.1
+
+
+def test_fast_resize_resizes_little_more_than_the_window(monkeypatch):
+    """Of sides of 2048 pixels for crops of 801: that is what makes it fast."""
+    drawn = [draw_geometry(np.random.default_rng([9, i]), 2048, 1024, 801) for i in range(300)]
+    spans = [resize.span(g.offset[0], 801, g.size[0], 2048) for g in drawn]
+    made = [(one.last - one.first) * one.factor / min(g.size[0], 801) for one, g in zip(spans, drawn, strict=True)]
+    assert np.mean(made) < 1.3 and np.mean(np.array(made) > 2) < 0.05
 
 
 def test_image_that_is_not_scaled_is_cut():

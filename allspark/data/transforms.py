@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
+
+from allspark.data.resize import bilinear_window, nearest_window
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,11 @@ class Geometry:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (crop, crop, 3); bilinear, padded with black (before normalization, as released)."""
-        (left, top), (width, height) = self.offset, self._visible()
-        across = _span(left, width, self.size[0], image.shape[1])
-        down = _span(top, height, self.size[1], image.shape[0])
-        source = np.array(image[down.first : down.last, across.first : across.last])
-        scaled = F.interpolate(
-            torch.from_numpy(source)[None].permute(0, 3, 1, 2),  # channels last: several times faster than Pillow
-            scale_factor=(down.factor, across.factor),
-            mode="bilinear",
-            antialias=True,
-            recompute_scale_factor=False,
-        )
-        scaled = scaled[0].permute(1, 2, 0).numpy()[down.skip :, across.skip :]
-        return self._placed(scaled[:height, :width], 0)
+        return self._placed(bilinear_window(image, self.size, self.offset, self._visible()), 0)
 
     def mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
         """(H, W) uint8 -> (crop, crop); nearest, padded with `fill`, the ignore index."""
-        (left, top), (width, height) = self.offset, self._visible()
-        rows, columns = (_nearest(scaled, length) for scaled, length in zip(self.size[::-1], mask.shape, strict=True))
-        scaled = mask.take(rows[top : top + height], 0).take(columns[left : left + width], 1)
-        return self._placed(scaled, fill)
+        return self._placed(nearest_window(mask, self.size, self.offset, self._visible()), fill)
 
     def valid(self) -> np.ndarray:
         """(crop, crop) bool, False on the padding; from the geometry alone, no file is needed."""
@@ -72,43 +57,6 @@ class Geometry:
         if below or right:
             visible = cv2.copyMakeBorder(visible, 0, below, 0, right, cv2.BORDER_CONSTANT, value=[fill] * 4)
         return cv2.flip(visible, 1) if self.flip else np.ascontiguousarray(visible)
-
-
-@dataclass(frozen=True)
-class Span:
-    """How one side of a crop is made: scale the source pixels first..last by factor, leave out the first `skip`."""
-
-    first: int
-    last: int
-    factor: float
-    skip: int
-
-
-def _span(offset: int, extent: int, scaled: int, length: int) -> Span:
-    """The Span of `extent` pixels from `offset` on, of a side of `length` pixels scaled to `scaled`.
-
-    A resize puts the edge of its first pixel on the edge of the source's first pixel. So it begins where an edge of the
-    scaled image falls on one of the source, within 1/512 of a pixel (0 always does), and far enough before the offset
-    for the filter, which reaches `support` source pixels to both sides.
-    """
-    step = length / scaled
-    support = max(step, 1.0)
-    edges = np.arange(max(offset - math.ceil(support / step), 0), -1, -1)
-    distance = np.abs(edges * step - np.rint(edges * step))
-    start = int(edges[np.argmax(distance <= 1 / 512)])
-    first, last = round(start * step), min(length, math.ceil((offset + extent) * step + support) + 1)
-    factor = scaled / length
-    if last == length or int((last - first) * factor) == last - first:  # torch copies what does not change its size
-        last = length
-        factor = (scaled - start + 1e-6) / (length - first)  # to the last pixel, which rounding must not cost
-    return Span(first, last, factor, offset - start)
-
-
-def _nearest(scaled: int, length: int) -> np.ndarray:
-    """The source pixel of each pixel of a side: (scaled,) integers, added up in double as Pillow does, ties and all."""
-    steps = np.full(scaled, length / scaled)
-    steps[0] /= 2
-    return np.add.accumulate(steps).astype(np.intp)
 
 
 def draw_geometry(
