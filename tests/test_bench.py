@@ -39,6 +39,7 @@ from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
 
 CLASSES, CROP = 5, 65
+POINT = {"vary": "crop", "value": 64}
 CPU = torch.device("cpu")
 
 
@@ -168,20 +169,23 @@ def grey_levels(view, plain_view):
 def test_a_depthwise_convolution_counts_its_groups():
     conv = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
     x = torch.randn(1, 16, 10, 10, requires_grad=True)
-    flops, moved = measure.count_work(lambda: conv(x).sum().backward())
-    assert flops == 3 * 2 * 16 * 10 * 10 * 9  # forward, and the gradients of input and weight
-    assert moved > 3 * 4 * 1600
+    work = measure.count_work(measure.Side("conv", lambda: conv(x).sum().backward()), CPU)
+    assert work.flops == 3 * 2 * 16 * 10 * 10 * 9  # forward, and the gradients of input and weight
+    assert work.moved_bytes > 3 * 4 * 1600
 
 
-def test_peak_memory_is_measured():
+def test_the_peak_is_of_what_is_alive():
+    kept = torch.ones(1000)  # float32: what was there before does not count, in-place work and views neither
+
     def run():
-        F.gelu(torch.ones(8, 2**20)).add_(1)  # two tensors of 32 MiB
+        total = kept.mul_(1) * 2
+        for _ in range(3):
+            total = F.gelu(total)  # two at a time
+        return total.view(10, 100).add_(1)
 
-    run()
-    peak = measure.peak_extra(run, CPU)
-    if peak is None:
-        pytest.skip("this system does not count resident pages")
-    assert 60 * 2**20 < peak < 80 * 2**20
+    work = measure.count_work(measure.Side("run", run), CPU)
+    assert work.peak_bytes == 2 * 4000
+    assert work.moved_bytes == 4000 * 2 * (1 + 1 + 3 + 1)
 
 
 def test_step_writes_what_it_measured(tmp_path, capsys):
@@ -193,7 +197,8 @@ def test_step_writes_what_it_measured(tmp_path, capsys):
     plain, ours = result["rows"]
     assert (plain["side"], ours["side"], ours["images"], ours["precision"]) == ("plain", "ours", 2, "fp32")
     assert ours["ratio"] == pytest.approx(plain["median"] / ours["median"]) and plain["ratio"] == 1
-    assert plain["flops"] > ours["flops"] > 1e8 and ours["moved_bytes"] > 1e7
+    assert plain["work"]["flops"] > ours["work"]["flops"] > 1e8 and ours["work"]["moved_bytes"] > 1e7
+    assert ours["peak_ratio"] == pytest.approx(ours["work"]["peak_bytes"] / plain["work"]["peak_bytes"])
     assert 0 < ours["share_of_matrix_rate"] < 1.5
     assert result["options"]["classes"] == 3 and torch.get_num_threads() == 1
     out = capsys.readouterr().out
@@ -214,14 +219,11 @@ def test_evaluation_and_loader_are_measured(tmp_path):
 
 
 def test_the_document_is_filled_in(tmp_path, capsys):
-    point = {
-        "case": "crop 64: a",
-        "precision": "fp32",
-        "seconds": [1.0, 3.0, 2.0],
-        "point": {"vary": "crop", "value": 64},
-    }
-    point |= {"images": 4, "peak_bytes": 2**30, "flops": 10**9, "moved_bytes": 10**9}
-    rows = [measure.Row(side="plain", baseline=True, **point), measure.Row(side="ours", **point | {"seconds": [1.0]})]
+    place = {"precision": "fp32", "images": 4, "work": measure.Work(10**9, 10**9, 2**30), "point": POINT}
+    rows = [
+        measure.Row("crop 64: a", "plain", seconds=[1.0, 3.0, 2.0], baseline=True, **place),
+        measure.Row("crop 64: a", "ours", seconds=[1.0], **place),
+    ]
     result = bench.report.make_result("scale", {}, rows, ["crop 65: left out"], CPU)
     (tmp_path / "scale.json").write_text(json.dumps(result))
     document = tmp_path / "benchmarks.md"
@@ -232,6 +234,7 @@ def test_the_document_is_filled_in(tmp_path, capsys):
     text = document.read_text()
     assert "old" not in text and "kept" in text and "left out" in text
     assert "2,000 ms" in text and "1,000 ms to 3,000 ms" in text and "2.00x" in text and "1,024 MiB" in text
+    assert "](benchmarks_crop.png)" in text
     assert (tmp_path / "benchmarks_crop.png").stat().st_size > 10_000
     main(["bench", "docs", str(document)])
     assert document.read_text() == text
@@ -239,6 +242,17 @@ def test_the_document_is_filled_in(tmp_path, capsys):
     with pytest.raises(UserError, match=r"scale\.json"):
         main(["bench", "docs", str(document)])
     assert document.read_text() == text
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
+    for words in (["step", "--crop", "32"], ["step", "--classes", "300"], ["loader", "--workers", "-1"]):
+        with pytest.raises(SystemExit):
+            main(["bench", *words])
+        assert f"argument {words[1]}" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a folder"):
+        main(["bench", "eval", "--json", str(tmp_path)])
+    with pytest.raises(UserError, match="precision=fp16"):
+        main(["bench", "step", "--precision", "fp16"])
 
 
 def test_points_are_steps_that_the_bench_takes():

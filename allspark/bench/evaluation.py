@@ -86,8 +86,8 @@ def count_rows(case: EvalCase, size: str, repeats: int, device: torch.device) ->
         ),
         Side("ours", lambda: confusion.update(small, small_mask)),
     ]
-    rows = measure(f"labels from scores, {size}", labels, repeats, device, images=1, inside=False)
-    return rows + measure(f"metric counting, {size}", counts, repeats, device, images=1, inside=False)
+    rows = measure(f"labels from scores, {size}", labels, repeats, device, images=1, work=False)
+    return rows + measure(f"metric counting, {size}", counts, repeats, device, images=1, work=False)
 
 
 def blobs(case: EvalCase) -> Tensor:

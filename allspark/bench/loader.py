@@ -82,7 +82,7 @@ def bench_loader(case: LoaderCase, folder: Path, repeats: int, device: torch.dev
         sides += [Side(name, run_ours(what, lists, spec, made, case, device)) for name, made in makers.items()]
         title = f"{case.name}-like {like.size[0]}x{like.size[1]} {like.suffix[1:].upper()}, crop {like.crop}, {what}"
         images = (2 if what == "both" else 1) * len(samples)
-        rows += measure(title, sides, repeats, device, images=images, inside=False)
+        rows += measure(title, sides, repeats, device, images=images, work=False)
     size = sum(sample.image.stat().st_size for sample in samples) / len(samples)
     return rows, [f"{case.name}-like: {len(samples)} made-up images of {size / 1e6:.2f} MB, {case.workers} workers"]
 

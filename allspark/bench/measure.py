@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,19 +24,34 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that are measured in turn. baseline: the one that the others of its case are compared with."""
+    """One of those that are measured in turn. baseline: the one that the others of its case are compared with.
+
+    clear: lets go of what a run leaves behind and the next one would replace, such as gradients.
+    """
 
     name: str
     run: Run
     precision: str = "fp32"
     baseline: bool = False
+    clear: Run | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run takes. flops: of matrix products, convolutions and attention; moved_bytes: what its operations read
+    and write; peak_bytes: of tensors at their most, beyond those that were there before.
+    """
+
+    flops: int
+    moved_bytes: int
+    peak_bytes: int
 
 
 @dataclass
 class Row:
-    """What was measured of a side. seconds: of each run, which takes `images` images; peak_bytes: what it needs at its
-    peak beyond what is there before it; flops, moved_bytes: what its operations compute, and read and write.
-    None: not measured. point: where it stands in a sweep.
+    """What was measured of a side. seconds: of each run, which takes `images` images. Work, None: not measured.
+
+    point: where it stands in a sweep.
     """
 
     case: str
@@ -47,9 +60,7 @@ class Row:
     seconds: list[float]
     baseline: bool = False
     images: int | None = None
-    peak_bytes: int | None = None
-    flops: int | None = None
-    moved_bytes: int | None = None
+    work: Work | None = None
     point: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,11 +71,11 @@ def measure(
     device: torch.device,
     *,
     images: int | None = None,
-    inside: bool = True,
+    work: bool = True,
 ) -> list[Row]:
     """A Row per side, timed in turn: a round of warm-up, then in every round each side once.
 
-    inside: also peak memory, operations and bytes, for which each side runs twice more.
+    work: also how much it is and how much memory it takes, for which each side runs once or twice more.
     """
     seconds: list[list[float]] = [[] for _ in sides]
     with tqdm(total=(repeats + 1) * len(sides), desc=case, unit="run", leave=False, disable=None) as bar:
@@ -77,9 +88,8 @@ def measure(
     for side, runs in zip(sides, seconds, strict=True):
         set_precision(side.precision, device)
         rows.append(Row(case, side.name, side.precision, runs[1:], side.baseline, images))
-        if inside:
-            rows[-1].peak_bytes = peak_extra(side.run, device)
-            rows[-1].flops, rows[-1].moved_bytes = count_work(side.run)
+        if work:
+            rows[-1].work = count_work(side, device)
     return rows
 
 
@@ -97,51 +107,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_extra(run: Run, device: torch.device) -> int | None:
-    """Bytes that a run needs at its peak beyond what is there before it.
-
-    GPU: of torch's allocator. CPU: resident pages of the process, where Linux counts them; None elsewhere.
+class Ledger(TorchDispatchMode):
+    """moved: bytes of the tensors that operations take and give, views left out; peak: of the storages made in here
+    and alive at the same time, at their most. What a kernel keeps to itself or reads twice is not seen.
     """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # else pages that were freed and kept would not count when used again
-        Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
-        before = status_bytes("VmRSS")
-    except (OSError, AttributeError):  # no Linux, no glibc, or not allowed
-        return None
-    run()
-    return status_bytes("VmHWM") - before
-
-
-def status_bytes(key: str, process: int | str = "self") -> int:
-    """A line of /proc/<process>/status, in bytes; OSError where there is none."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/{process}/status has no {key}")
-
-
-class Traffic(TorchDispatchMode):
-    """moved: bytes of the tensors that operations take and give, views left out. What a kernel keeps to itself or
-    reads twice does not count."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.moved = 0
+        self.moved = self.peak = self.alive = 0
+        self.storages: dict[int, int] = {}  # address -> bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage().data_ptr() for tensor in taken} | self.storages.keys()
         result = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not func.is_view:
-            tensors = (leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
-            self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+            self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in taken + given)
+        for storage in (tensor.untyped_storage() for tensor in given):
+            if storage.data_ptr() not in known:
+                self.add(storage)
         return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self.storages:  # given twice
+            return
+        self.storages[address] = size
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self.remove, address)
+
+    def remove(self, address: int) -> None:
+        self.alive -= self.storages.pop(address)
 
 
 def convolution_backward_flops(
@@ -165,10 +163,22 @@ def convolution_backward_flops(
     return (output_mask[0] + output_mask[1]) * 2 * math.prod(positions) * math.prod(weight_shape[1:])
 
 
-def count_work(run: Run) -> tuple[int, int]:
-    """(floating-point operations of matrix products, convolutions and attention; bytes moved) of a run."""
-    traffic = Traffic()
+def count_work(side: Side, device: torch.device) -> Work:
+    """On a GPU the peak is that of torch's allocator, which sees what kernels take for themselves, too."""
+    if side.clear is not None:
+        side.clear()
+    peak = allocator_peak(side.run, device) if device.type == "cuda" else None
+    ledger = Ledger()
     counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: convolution_backward_flops})
-    with counter, traffic:
-        run()
-    return counter.get_total_flops(), traffic.moved
+    with counter, ledger:
+        side.run()
+    return Work(counter.get_total_flops(), ledger.moved, ledger.peak if peak is None else peak)
+
+
+def allocator_peak(run: Run, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

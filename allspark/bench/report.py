@@ -38,19 +38,19 @@ def with_derived(row: Row, rows: Sequence[Row], rates: Values) -> dict[str, Any]
     that its operations take at the measured matrix rate, and its bytes at the measured rate of a copy.
     """
     median = statistics.median(row.seconds)
-    values = dataclasses.asdict(row) | {"median": median, "min": min(row.seconds), "max": max(row.seconds)}
+    derived = {"median": median, "min": min(row.seconds), "max": max(row.seconds)}
+    if row.images:
+        derived["images_per_second"] = row.images / median
     base = next((other for other in rows if other.case == row.case and other.baseline), None)
     if base is not None:
-        values["ratio"] = statistics.median(base.seconds) / median
-        if base.peak_bytes and row.peak_bytes:
-            values["peak_ratio"] = row.peak_bytes / base.peak_bytes
-    if row.images:
-        values["images_per_second"] = row.images / median
-    if row.flops and row.moved_bytes:
-        values["seconds_at_matrix_rate"] = row.flops / rates[row.precision]
-        values["seconds_at_copy_rate"] = row.moved_bytes / rates["copy"]
-        values["share_of_matrix_rate"] = values["seconds_at_matrix_rate"] / median
-    return values
+        derived["ratio"] = statistics.median(base.seconds) / median
+    if row.work is not None:
+        derived["seconds_at_matrix_rate"] = row.work.flops / rates[row.precision]
+        derived["seconds_at_copy_rate"] = row.work.moved_bytes / rates["copy"]
+        derived["share_of_matrix_rate"] = derived["seconds_at_matrix_rate"] / median
+        if base is not None:
+            derived["peak_ratio"] = row.work.peak_bytes / base.work.peak_bytes
+    return {**dataclasses.asdict(row), **derived}
 
 
 def duration(seconds: float) -> str:
@@ -70,9 +70,9 @@ COLUMNS: dict[str, Callable[[Values], str]] = {
     "min to max": lambda row: f"{duration(row['min'])} to {duration(row['max'])}",
     "ratio": shown("ratio", lambda ratio: f"{ratio:.2f}x"),
     "images/s": shown("images_per_second", lambda rate: f"{rate:.3g}"),
-    "peak": shown("peak_bytes", lambda size: f"{size / 2**20:,.0f} MiB"),
+    "peak": shown("work", lambda work: f"{work['peak_bytes'] / 2**20:,.0f} MiB"),
     "peak ratio": shown("peak_ratio", lambda ratio: f"{ratio:.2f}x"),
-    "GFLOP": shown("flops", lambda count: f"{count / 1e9:,.1f}"),
+    "GFLOP": shown("work", lambda work: f"{work['flops'] / 1e9:,.1f}"),
     "at matrix rate": shown("seconds_at_matrix_rate", duration),
     "at copy rate": shown("seconds_at_copy_rate", duration),
     "of matrix rate": shown("share_of_matrix_rate", lambda share: f"{100 * share:.0f} %"),
@@ -113,12 +113,17 @@ def plot_scale(result: Values, folder: Path) -> list[Path]:
 
 def plot_sweep(vary: str, rows: Sequence[Values], path: Path) -> None:
     figure = new_figure(9, 3.4)
-    panels = (("median", 1.0, "seconds per step"), ("peak_bytes", 2**30, "peak of a step, GiB"))
+    panels: dict[str, Callable[[Values], float]] = {
+        "seconds per step": lambda row: row["median"],
+        "peak of a step, GiB": lambda row: row["work"]["peak_bytes"] / 2**30,
+    }
     ticks = list(dict.fromkeys(row["point"]["value"] for row in rows))
-    for axes, (key, unit, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for side in dict.fromkeys(COLUMNS["side"](row) for row in rows):
-            points = [(row["point"]["value"], row[key]) for row in rows if COLUMNS["side"](row) == side and row[key]]
-            axes.plot([ticks.index(x) for x, _ in points], [y / unit for _, y in points], marker="o", label=side)
+    labels = [COLUMNS["side"](row).replace(f", {vary} {row['point']['value']}", "") for row in rows]
+    for axes, (title, of) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for side in dict.fromkeys(labels):
+            points = [row for row, label in zip(rows, labels, strict=True) if label == side]
+            places = [ticks.index(row["point"]["value"]) for row in points]
+            axes.plot(places, [of(row) for row in points], marker="o", label=side)
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
         axes.set_xlabel(vary, fontsize=9)

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from allspark.bench.measure import Row, status_bytes
+from allspark.bench.measure import Row, Work
 from allspark.errors import UserError
 
 BASE = {"encoder": "mit_b0", "crop": 257, "batch": 2, "classes": 21}
@@ -84,6 +84,7 @@ def bench_scale(
 def as_row(values: dict[str, Any], point: Point) -> Row:
     """The row of a point's own table in that of all points. Several processes are compared with one."""
     row = Row(**{key: values[key] for key in Row.__dataclass_fields__})
+    row.work = Work(**values["work"])
     row.point = {"vary": point.vary, "value": point.value}
     if point.vary == "processes":
         row.side, row.baseline = f"{row.side}, {point}", point.value == 1 and row.precision == "fp32"
@@ -121,6 +122,7 @@ def watched(command: Sequence[str], deadline: float) -> str | None:
 def resident(process: int) -> int:
     """Bytes of memory that a process holds; 0 where it is over, or the system does not tell."""
     try:
-        return status_bytes("VmRSS", process)
-    except OSError:
+        pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    except (OSError, IndexError):
         return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
 from allspark.batch import LabeledBatch, UnlabeledBatch
-from allspark.bench.measure import Row, Run, Side, measure
-from allspark.bench.plain import PlainSegmentor, plain_copy, plain_optimizer, plain_step
+from allspark.bench.measure import Row, Side, Work, measure
+from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.engine.step import Stepper, autocast
@@ -71,14 +71,12 @@ def bench_step(
     torch.manual_seed(0)
     model = build_model(case.model, case.classes, case.crop).to(device)
     batch = StepBatch.of(case, device)
-    chosen = [Side("plain", run_plain(case, model, batch), baseline=True)] if "plain" in sides else []
+    chosen = [plain_side(case, model, batch)] if "plain" in sides else []
     if "ours" in sides:
-        chosen += [Side("ours", run_ours(case, model, precision, batch), precision) for precision in precisions]
+        chosen += [our_side(case, model, precision, batch) for precision in precisions]
     rows = measure(str(case), chosen, repeats, device, images=2 * case.batch) if chosen else []
-    for row in rows:  # measured in this process; the others do as much
-        for key in ("peak_bytes", "flops", "moved_bytes"):
-            if (value := getattr(row, key)) is not None:
-                setattr(row, key, value * distributed.world_size())
+    for row in rows:  # counted in this process; the others do as much
+        row.work = Work(*(count * distributed.world_size() for count in vars(row.work).values()))
     notes = []
     if "transformers" in sides:
         if importlib.util.find_spec("transformers"):
@@ -88,7 +86,7 @@ def bench_step(
     return rows, notes
 
 
-def run_ours(case: StepCase, source: Segmentor, precision: str, batch: StepBatch) -> Run:
+def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch) -> Side:
     """The step as train.py takes it, on a copy of the weights."""
     device = batch.image_x.device
     model = build_model(case.model, case.classes, case.crop).to(device).train()
@@ -114,13 +112,17 @@ def run_ours(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
         stepper.step(losses["loss"])
         method.after_step(network, progress)
 
-    return run
+    return Side("ours", run, precision, clear=stepper.optimizer.zero_grad)
 
 
-def run_plain(case: StepCase, source: Segmentor, batch: StepBatch) -> Run:
+def plain_side(case: StepCase, source: Segmentor, batch: StepBatch) -> Side:
     model = plain_copy(source, case.model)
     optimizer = plain_optimizer(OptimConfig(), model)
-    return lambda: plain_step(model, optimizer, batch.image_x, batch.mask, batch.image_u)
+
+    def run() -> None:
+        plain_step(model, optimizer, batch.image_x, batch.mask, batch.image_u)
+
+    return Side("plain", run, baseline=True, clear=optimizer.zero_grad)
 
 
 def against_transformers(
@@ -133,8 +135,8 @@ def against_transformers(
     theirs = transformers_segformer(ENCODERS[case.encoder].args[0], case.classes).to(device).train()
     name = f"{case.encoder} without bottleneck, crop {case.crop}, {len(image)} images, {case.classes} classes"
     sides = [
-        Side("transformers", supervised(theirs, lambda: theirs(image, labels=mask).loss), baseline=True),
-        Side("plain", supervised(plain, lambda: F.cross_entropy(plain(image), mask, ignore_index=255))),
+        supervised("transformers", theirs, lambda: theirs(image, labels=mask).loss, baseline=True),
+        supervised("plain", plain, lambda: F.cross_entropy(plain(image), mask, ignore_index=255)),
     ]
     return measure(name, sides, repeats, device, images=len(image))
 
@@ -151,7 +153,7 @@ def transformers_segformer(size: MiTSize, num_classes: int) -> nn.Module:
     return SegformerForSemanticSegmentation(config)
 
 
-def supervised(model: nn.Module | PlainSegmentor, loss_of: Run) -> Run:
+def supervised(name: str, model: nn.Module, loss_of: Callable[[], Tensor], baseline: bool = False) -> Side:
     """Forward, backward and a step of SGD."""
     cfg = OptimConfig()
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
@@ -161,4 +163,4 @@ def supervised(model: nn.Module | PlainSegmentor, loss_of: Run) -> Run:
         loss_of().backward()
         optimizer.step()
 
-    return run
+    return Side(name, run, baseline=baseline, clear=optimizer.zero_grad)

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from allspark.bench.scale import SWEEPS, bench_scale
 from allspark.bench.step import StepCase, bench_step
 from allspark.cli.compare import markdown, write_text
 from allspark.cli.loading import positive
+from allspark.data.base import IGNORE_INDEX
 from allspark.engine.step import set_precision
 from allspark.errors import UserError
 from allspark.models.mit import MiT
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_step(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     add_model(parser, StepCase())
-    parser.add_argument("--crop", type=positive, default=StepCase.crop, help="side of the images")
+    parser.add_argument("--crop", type=pixels, default=StepCase.crop, help="side of the images")
     parser.add_argument("--batch", type=positive, default=StepCase.batch, help="labeled images, and as many unlabeled")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile (compile=true in a recipe)")
     parser.add_argument("--checkpointing", action="store_true", help="ours with model.checkpointing=true")
@@ -64,7 +66,9 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 def add_loader(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument("--like", nargs="+", choices=LIKENESSES, default=list(LIKENESSES))
-    parser.add_argument("--workers", type=int, default=LoaderCase.workers, help="of each side; 0: none")
+    parser.add_argument(
+        "--workers", type=partial(whole, 0, 1024), default=LoaderCase.workers, help="of each side; 0: none"
+    )
     parser.add_argument("--batch", type=positive, default=LoaderCase.batch)
     parser.add_argument("--images", type=positive, help="files of each; default: 64 JPEGs, 16 PNGs")
 
@@ -72,9 +76,9 @@ def add_loader(parser: argparse.ArgumentParser) -> None:
 def add_eval(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     add_model(parser, EvalCase())
-    parser.add_argument("--height", type=positive, default=EvalCase.height)
-    parser.add_argument("--width", type=positive, default=EvalCase.width)
-    parser.add_argument("--window", type=positive, default=EvalCase.window)
+    parser.add_argument("--height", type=pixels, default=EvalCase.height)
+    parser.add_argument("--width", type=pixels, default=EvalCase.width)
+    parser.add_argument("--window", type=pixels, default=EvalCase.window)
     add_precision(parser)
 
 
@@ -93,7 +97,16 @@ def add_common(parser: argparse.ArgumentParser, repeats: int = 5) -> None:
 
 def add_model(parser: argparse.ArgumentParser, default: StepCase | EvalCase) -> None:
     parser.add_argument("--encoder", choices=MITS, default=default.encoder)
-    parser.add_argument("--classes", type=positive, default=default.classes)
+    parser.add_argument("--classes", type=partial(whole, 1, IGNORE_INDEX), default=default.classes)
+
+
+def whole(least: int, most: int, text: str) -> int:
+    if not text.isdigit() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {least} to {most}")
+    return int(text)
+
+
+pixels = partial(whole, 64, 2**14)  # a side of an image, a crop or a window
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +118,8 @@ def main(args: argparse.Namespace) -> None:
     if args.bench == "docs":
         write_document(args.document)
         return
+    if args.json is not None and args.json.is_dir():
+        raise UserError(f"--json {args.json}: a folder; give a file name")
     threads = torch.get_num_threads()
     with distributed.process_group(args.device) as device, TemporaryDirectory() as folder:
         try:
@@ -119,9 +134,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def write(result: dict[str, Any], path: Path | None) -> None:
+    print(rendered(result), end="")  # first: what was measured is not lost with a full disk
     if path is not None:
         write_text(path, json.dumps(result, indent=1) + "\n")
-    print(rendered(result), end="")
 
 
 def choose_precisions(args: argparse.Namespace, device: torch.device) -> list[str]:
@@ -196,8 +211,9 @@ def write_document(path: Path) -> None:
             print(f"{source}: not there, its table is left as it is")
             return None
         result = read_result(source)
-        made.extend(report.plot_scale(result, path.parent))
-        return rendered(result)
+        pictures = report.plot_scale(result, path.parent)
+        made.extend(pictures)
+        return rendered(result) + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
 
     write_text(path, report.filled(text, render))
     print(f"written: {', '.join(map(str, [path, *made]))}")
