@@ -70,7 +70,8 @@ def bench_eval(case: EvalCase, precisions: Sequence[str], repeats: int, device: 
 
 def count_rows(case: EvalCase, size: str, repeats: int, device: torch.device) -> list[Row]:
     """From class scores to labels, and from labels to counts: each side in the dtype that its pipeline hands on."""
-    scores, mask = blobs(case), blobs(case).argmax(1)[0]
+    scores = blobs(case)
+    mask = scores.roll((8, 8), (2, 3)).argmax(1)[0]  # most pixels are right, as after training
     mask[:8] = IGNORE_INDEX
     scores = scores.to(device)
     label = scores.argmax(1)[0]

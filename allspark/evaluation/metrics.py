@@ -35,11 +35,12 @@ class ConfusionMatrix:
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """Count prediction and mask, any equal shape, uint8 or int64, on the matrix's device."""
         cells = self.num_classes**2
-        # int32 halves the bytes that bincount reads; ignored pixels fall into one extra cell, so no boolean gather
-        cell = mask.int() * self.num_classes + prediction.int()
-        cell = torch.where(mask == self.ignore_index, cells, cell)
-        counts = torch.bincount(cell.flatten(), minlength=cells + 1)
-        assert len(counts) == cells + 1, "a mask value is neither a class nor the ignore index"
+        # int32 halves the bytes that bincount reads; ignored pixels have a row of their own, so nothing is selected
+        cell = mask.int().mul_(self.num_classes).add_(prediction)
+        counts = torch.bincount(cell.flatten(), minlength=cells)
+        ignored = counts[self.ignore_index * self.num_classes :][: self.num_classes]
+        known = counts[:cells].sum() + ignored.sum()
+        assert known == cell.numel(), "a mask value is neither a class nor the ignore index"
         self.matrix += counts[:cells].view_as(self.matrix)
 
     def scores(self, num_images: int, *, absent_as_zero: bool = False) -> Scores:

@@ -129,7 +129,7 @@ def joint_forward(
     pseudo_logits: evaluation logits of `unlabeled`, from the method's own pseudo pass; without one it is made here.
     """
     logits = joint_output(model, labeled, unlabeled, pseudo_logits=pseudo_logits, read_memory=read_memory).logits
-    return logits[: len(labeled)], logits[len(labeled) :]
+    return logits.split((len(labeled), len(unlabeled)))  # not two slices, whose gradients would be added up
 
 
 def joint_output(
