@@ -23,7 +23,7 @@ from allspark import distributed
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
+from allspark.data.base import SegmentationDataset, worker_count
 from allspark.data.preflight import check_data, hidden_sample
 from allspark.data.splits import Lists, provenance, resolve
 from allspark.engine.checkpoint import TO_RESUME, load_checkpoint, load_state, save_checkpoint
@@ -32,7 +32,7 @@ from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.engine.step import Stepper, autocast, set_precision
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.inference import inference_for
+from allspark.evaluation.inference import Inference, inference_for
 from allspark.evaluation.labels import CenterCrops, LabelQuality, label_quality
 from allspark.evaluation.metrics import Scores
 from allspark.methods import Method, Progress
@@ -70,7 +70,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
     stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
     loaders = recipe_words.build_loader(recipe, lists, spec, method.views)
     val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
-    inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)  # or refused now
+    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
 
     if fresh:
         move_aside(save_path)
@@ -81,7 +81,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
         return
     network = wrap(model, device)
     if recipe.compile:
-        compile_parts(model)
+        model.compile_parts()
     total_steps = recipe.epochs * loaders.steps_per_epoch
     log = open_log(save_path, recipe, start, total_steps)
     for note in (*describe(recipe, model, method, device, total_steps, start), *notes):
@@ -115,7 +115,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
         last = epoch + 1 == recipe.epochs
         improved = False
         if last or (epoch + 1) % recipe.evaluation.interval == 0:
-            scores, quality = validate(recipe, spec, method, network, val, crops, device)
+            scores, quality = validate(recipe, inference, method, network, val, crops, device)
             improved = scores.miou > best["miou"]
             best = {"miou": scores.miou, "epoch": epoch} if improved else best
             pseudo, told = (quality.named(), f", {quality}") if quality else ({}, "")
@@ -126,8 +126,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool 
             if improved:  # before latest.pth: a run killed in between does this epoch again, and its best with it
                 save_checkpoint(save_path / BEST, content)
             save_checkpoint(save_path / LATEST, content)
-    best_score = f"best {best['miou']:.2f} in epoch {best['epoch']} (selected on val)"
-    log.info(f"last epoch {scores.miou:.2f}, {best_score}")
+    log.info(f"last epoch {scores.miou:.2f}, best {best['miou']:.2f} in epoch {best['epoch']} (selected on val)")
     log.close()
 
 
@@ -158,7 +157,7 @@ def resume(save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, meth
 
 def validate(
     recipe: Recipe,
-    spec: DatasetSpec,
+    inference: Inference,
     method: Method,
     network: nn.Module,
     val: SegmentationDataset,
@@ -166,10 +165,9 @@ def validate(
     device: torch.device,
 ) -> tuple[Scores, LabelQuality | None]:
     """What the result so far is worth on val, and the pseudo-labels on unlabeled images; in the run's precision."""
-    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
     predictor, workers = method.predictor(network), worker_count(recipe.data.num_workers)
     with autocast(recipe.precision, device), not_compiled(recipe):
-        scores = evaluate(predictor, val, spec, device, inference, num_workers=workers, progress=True)
+        scores = evaluate(predictor, val, val.spec, device, inference, num_workers=workers, progress=True)
         return scores, measure_labels(recipe, method, network, crops, device)
 
 
@@ -230,12 +228,6 @@ def wrap(model: Segmentor, device: torch.device) -> nn.Module:
     with warnings.catch_warnings():  # newer torch renames the argument, older torch knows only this name
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-
-
-def compile_parts(model: Segmentor) -> None:
-    """Encoder and decoder, each shape of a training step once; the bottleneck's blocks on a CPU are no graph."""
-    for part in (model.encoder, model.decoder):
-        part.compile(dynamic=False)
 
 
 def seed_step(seed: int, step: int) -> None:

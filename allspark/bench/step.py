@@ -98,8 +98,7 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
     if distributed.world_size() > 1:
         network = DistributedDataParallel(model, broadcast_buffers=False)
     if case.compile:
-        for part in (model.encoder, model.decoder):
-            part.compile(dynamic=False)
+        model.compile_parts()
     labeled = LabeledBatch(batch.image_x, batch.mask)
     valid = torch.ones_like(batch.mask, dtype=torch.bool)
     unlabeled = UnlabeledBatch(batch.image_u, (), valid, ())

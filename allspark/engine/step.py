@@ -82,8 +82,8 @@ class Stepper:
         self.in_row += 1
         self.in_row *= ~finite
         for buffer, kept in zip(self.buffers, self.kept, strict=True):  # statistics, memory: what the batch wrote
-            buffer.copy_(torch.where(finite, buffer, kept))
-            kept.copy_(buffer)
+            torch.where(finite, buffer, kept, out=kept)
+            buffer.copy_(kept)
 
     def keep(self) -> None:
         """After buffers were changed by something else than a forward pass: a checkpoint, the end of an epoch."""

@@ -71,8 +71,9 @@ class PseudoSeg(Method):
         )
         num_labeled = len(labeled.image)
         features = [feature[:num_labeled] for feature in out.features[-2:]]
-        losses = self.labeled_losses(model, out.logits[:num_labeled], features, labeled.mask)
-        loss_u, _ = consistency_loss(out.logits[num_labeled:], soft_label, None, unlabeled.valid & ~hole)
+        logits_x, logits_u = out.logits.split((num_labeled, len(strong)))
+        losses = self.labeled_losses(model, logits_x, features, labeled.mask)
+        loss_u, _ = consistency_loss(logits_u, soft_label, None, unlabeled.valid & ~hole)
         return {"loss": sum(losses.values()) + self.unlabeled_weight * loss_u, **losses, "loss_u": loss_u}
 
     def supervised_losses(self, model: nn.Module, labeled: LabeledBatch) -> dict[str, Tensor]:

@@ -79,4 +79,4 @@ class UniMatchV2(TeacherMethod):
             perturb=partial(self.perturb, num_labeled=len(labeled)),
             clean=False,
         ).logits
-        return logits[: len(labeled)], *logits[len(labeled) :].chunk(2)
+        return logits.split((len(labeled), len(strong) // 2, len(strong) // 2))

@@ -89,6 +89,11 @@ class Segmentor(nn.Module):
         logits = self.decoder(features)
         return self.decoder.resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
 
+    def compile_parts(self) -> None:
+        """Encoder and decoder, each shape of a training step once; the bottleneck's blocks on a CPU are no graph."""
+        for part in (self.encoder, self.decoder):
+            part.compile(dynamic=False)
+
     def inference_copy(self) -> Segmentor:
         """A network of its own with the same weights, for inference, which never reads the memory: it has none."""
         twin = copy.deepcopy(self)

@@ -103,18 +103,18 @@ def prepare(plan: Plan, options: Options) -> None:
     there = Folders(out)
     splits = complete(plan, plan.samples(index, options.ignore_unknown), index, there, options)
     outputs = {output.target: output for samples in splits.values() for sample in samples for output in sample}
-    todo = [output for output in outputs.values() if options.force or not there.has(output.target)]
+    absent = [output for output in outputs.values() if options.force or not there.has(output.target)]
     remove_temporaries({(out / output.target).parent for output in outputs.values()})
-    check_space(out, todo, index)
-    if todo:
-        run(tasks(plan, todo, index, out), len(todo), options.workers, f"prepare {plan.dataset}")
+    check_space(out, absent, index)
+    if absent:
+        run(tasks(plan, absent, index, out), len(absent), options.workers, f"prepare {plan.dataset}")
     check_made(outputs, out)
     write_lists(plan, splits, options)
     if as_published(plan, splits) and splits.keys() == plan.counts.keys():  # else a later run may add to it
         counts = {split: len(samples) for split, samples in splits.items()}
         marker = {"dataset": plan.dataset, "counts": counts, "files": list(outputs)}
         write(out / MARKER, json.dumps(marker).encode())
-    summarize(plan, splits, out, len(todo), len(outputs))
+    summarize(plan, splits, out, len(absent), len(outputs))
 
 
 def is_finished(plan: Plan, out: Path) -> bool:
@@ -168,11 +168,11 @@ def names(index: Index, key: Key, pattern: str = r"\w+") -> list[str]:
     return lines
 
 
-def check_space(out: Path, todo: Iterable[Output], index: Index) -> None:
+def check_space(out: Path, absent: Iterable[Output], index: Index) -> None:
     """UserError where the disk has less room than the files will take, which is about what their sources take."""
     place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     needed = 0
-    for output in todo:
+    for output in absent:
         found = index.files[output.source] if output.source is not None else None
         linked = output.make is None and found and found.path and found.path.stat().st_dev == place.stat().st_dev
         needed += 0 if linked else -(-(found.size if found else DRAWN_MASK) // BLOCK) * BLOCK
@@ -184,10 +184,10 @@ def check_space(out: Path, todo: Iterable[Output], index: Index) -> None:
         )
 
 
-def tasks(plan: Plan, todo: Iterable[Output], index: Index, out: Path) -> Iterator[Task]:
+def tasks(plan: Plan, absent: Iterable[Output], index: Index, out: Path) -> Iterator[Task]:
     """A task per output, the sources read in their own order, each once and no further than needed."""
     waiting: dict[Path, dict[Key, list[Output]]] = defaultdict(lambda: defaultdict(list))
-    for output in todo:
+    for output in absent:
         if output.source is None:
             yield Task(out / output.target, output.target, None, output.make, output.args)
         else:
