@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
+import os
 import platform
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,25 @@ from allspark.data import spec_for
 from allspark.data.base import SegmentationDataset, worker_count
 from allspark.data.preflight import check_data, hidden_sample
 from allspark.data.splits import Lists, provenance, resolve
-from allspark.engine.checkpoint import TO_RESUME, load_checkpoint, load_state, save_checkpoint
+from allspark.engine.checkpoint import (
+    LATEST,
+    PREVIOUS,
+    TO_RESUME,
+    Position,
+    buffers_by_rank,
+    choice_of_first,
+    find_checkpoint,
+    fitting,
+    load_checkpoint,
+    load_own_buffers,
+    load_state,
+)
+from allspark.engine.files import Hold, write_text
+from allspark.engine.keeper import Keeper
 from allspark.engine.log import METRICS, RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
-from allspark.engine.step import Stepper, autocast, set_precision
+from allspark.engine.step import Stepper, autocast, set_deterministic, set_precision
+from allspark.engine.stop import Stop
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.inference import Inference, inference_for
@@ -39,104 +55,128 @@ from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.weights import load_pretrained
 
-LATEST, BEST = "latest.pth", "best.pth"  # in a run's folder: to resume from; of the epoch with the best mIoU on val
 
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: at nothing, or behind the last epoch that latest.pth holds."""
-
-    epoch: int = 0
-    step: int = 0
-    best: dict[str, float] = dataclasses.field(default_factory=lambda: {"miou": -1.0, "epoch": -1})
-    world_size: int | None = None  # with which it went so far
-
-
-def train(recipe: Recipe, save_path: Path, device: torch.device, *, fresh: bool = False) -> None:
+def train(recipe: Recipe, save_path: Path, device: torch.device, stop: Stop, *, fresh: bool = False) -> None:
     """A run from its first check to its last checkpoint. Long, because it is what happens, in order."""
     set_precision(recipe.precision, device)
+    set_deterministic(recipe.deterministic)
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
+    check_processes(recipe, lists)
     notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
     hidden, hidden_notes = hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)
     notes += hidden_notes
 
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
-    if fresh or not (save_path / LATEST).exists():
-        notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
-    method = recipe_words.build_method(recipe, spec).to(device)
-    method.attach(model)
-    stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
-    loaders = recipe_words.build_loader(recipe, lists, spec, method.views)
-    val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
-    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+    with contextlib.ExitStack() as held:
+        folder = held.enter_context(Hold(save_path, active=distributed.is_main()))
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
+        if fresh or not is_begun(save_path):
+            notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
+        method = recipe_words.build_method(recipe, spec).to(device)
+        method.attach(model)
+        stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
+        loaders = recipe_words.build_loader(recipe, lists, spec, method.views)
+        val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
+        inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
 
-    if fresh:
-        move_aside(save_path)
-    start = resume(save_path, recipe, lists, model, method, stepper)
-    if start.epoch == recipe.epochs:
-        if distributed.is_main():
-            print(f"{save_path}: this run is finished, best mIoU {start.best['miou']:.2f}; --fresh would start over")
-        return
-    network = wrap(model, device)
-    if recipe.compile:
-        model.compile_parts()
-    total_steps = recipe.epochs * loaders.steps_per_epoch
-    log = open_log(save_path, recipe, start, total_steps)
-    for note in (*describe(recipe, model, method, device, total_steps, start), *notes):
-        log.info(note)
+        if fresh:
+            move_aside(folder)
+        start, kept, resume_notes = resume(save_path, recipe, lists, model, method, stepper)
+        if start.epoch == recipe.epochs:
+            if distributed.is_main():
+                print(
+                    f"{save_path}: this run is finished, best mIoU {start.best['miou']:.2f}; --fresh would start over"
+                )
+            return
+        network = wrap(model, device)
+        if recipe.compile:
+            model.compile_parts()
+        total_steps = recipe.epochs * loaders.steps_per_epoch
+        log = held.enter_context(open_log(save_path, recipe, start, total_steps, stepper))
+        log.load_state_dict(kept, device)
+        for note in (*describe(recipe, model, method, device, total_steps, start), *resume_notes, *notes):
+            log.info(note)
+        keeper = Keeper(
+            save_path,
+            model,
+            log,
+            stop,
+            content=partial(checkpoint_content, recipe, lists, model, method, stepper, log),
+            images=lambda reached: loaders.images((reached.step - 1) % loaders.steps_per_epoch),
+            interval=recipe.checkpoint_interval,
+            minutes=recipe.checkpoint_minutes,
+            max_skipped=recipe.optim.max_skipped,
+        )
 
-    step, best = start.step, start.best
-    for epoch in range(start.epoch, recipe.epochs):
-        network.train()
-        loaders.set_epoch(epoch)
-        stepper.keep()
-        for labeled, unlabeled in loaders.on(device):
-            progress = Progress(step, epoch, total_steps)
-            seed_step(recipe.seed, step)
-            lr = poly_lr(recipe.optim, step, total_steps)
-            set_lr(stepper.optimizer, lr)
-            with autocast(recipe.precision, device):
-                if epoch < recipe.burn_in_epochs:
-                    losses = method.supervised_losses(network, labeled)
-                else:
-                    losses = method.losses(network, labeled, unlabeled, progress)
-            stepper.step(losses["loss"])
-            method.after_step(network, progress)
-            step += 1
-            log.add(losses, step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
-        log.flush()
-        if not distributed.all_finite(model):
-            raise UserError(f"step {step}: a weight is not a number; lower optim.lr and start over with --fresh")
-        for network_state in (model, method):  # a teacher has statistics, too
-            distributed.share_batchnorm_statistics(network_state)
+        stop.defer()  # from here on a signal waits for the end of a step
+        step, best = start.step, start.best
+        for epoch in range(start.epoch, recipe.epochs):
+            network.train()
+            first, end = epoch * loaders.steps_per_epoch, (epoch + 1) * loaders.steps_per_epoch
+            loaders.set_epoch(epoch, start_step=step - first)
+            stepper.keep()
+            for labeled, unlabeled in loaders.on(device, tell=log.info) if step < end else ():
+                progress = Progress(step, epoch, total_steps)
+                seed_step(recipe.seed, step)
+                lr = poly_lr(recipe.optim, step, total_steps)
+                set_lr(stepper.optimizer, lr)
+                with autocast(recipe.precision, device):
+                    if epoch < recipe.burn_in_epochs:
+                        losses = method.supervised_losses(network, labeled)
+                    else:
+                        losses = method.losses(network, labeled, unlabeled, progress)
+                stepper.step(losses["loss"])
+                method.after_step(network, progress)
+                step += 1
+                log.add(losses, step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
+                if step < end:  # the end of an epoch has its own
+                    keeper.after_step(Position(epoch, step, best))
+            log.flush()
+            for network_state in (model, method):  # a teacher has statistics, too
+                distributed.share_batchnorm_statistics(network_state)
 
-        last = epoch + 1 == recipe.epochs
-        improved = False
-        if last or (epoch + 1) % recipe.evaluation.interval == 0:
-            scores, quality = validate(recipe, inference, method, network, val, crops, device)
-            improved = scores.miou > best["miou"]
-            best = {"miou": scores.miou, "epoch": epoch} if improved else best
-            pseudo, told = (quality.named(), f", {quality}") if quality else ({}, "")
-            log.scores(step=step, epoch=epoch, miou=scores.miou, iou=scores.by_class(spec.classes), **pseudo)
-            log.info(f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']}){told}")
-        if distributed.is_main():
-            content = checkpoint_content(recipe, lists, model, method, stepper, Start(epoch + 1, step, best))
-            if improved:  # before latest.pth: a run killed in between does this epoch again, and its best with it
-                save_checkpoint(save_path / BEST, content)
-            save_checkpoint(save_path / LATEST, content)
-    log.info(f"last epoch {scores.miou:.2f}, best {best['miou']:.2f} in epoch {best['epoch']} (selected on val)")
-    log.close()
+            last = epoch + 1 == recipe.epochs
+            improved = False
+            if last or (epoch + 1) % recipe.evaluation.interval == 0:
+                keeper.after_epoch(Position(epoch, step, best))
+                with stop.at_once():  # all is saved
+                    scores, quality = validate(recipe, inference, method, network, val, crops, device)
+                improved = scores.miou > best["miou"]
+                best = {"miou": scores.miou, "epoch": epoch} if improved else best
+                pseudo, told = (quality.named(), f", {quality}") if quality else ({}, "")
+                log.scores(step=step, epoch=epoch, miou=scores.miou, iou=scores.by_class(spec.classes), **pseudo)
+                log.info(
+                    f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']}){told}"
+                )
+            keeper.after_epoch(Position(epoch + 1, step, best), improved, last)
+        log.info(f"last epoch {scores.miou:.2f}, best {best['miou']:.2f} in epoch {best['epoch']} (selected on val)")
 
 
-def resume(save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper) -> Start:
-    """Continue from <save_path>/latest.pth, if there is one and it belongs to the same recipe and lists."""
-    latest = save_path / LATEST
-    if not latest.exists():
-        return Start()
-    content = load_checkpoint(latest, TO_RESUME)
-    before = recipe_words.complete(build_recipe(content["recipe"], None, str(latest)))  # keys younger than the run
+def check_processes(recipe: Recipe, lists: Lists) -> None:
+    """All began with the same, but for where a node has it; else they would wait for each other in vain."""
+    same = replace(recipe, device="auto", data=replace(recipe.data, data_root="", num_workers=None, cache="none"))
+    distributed.check_same(code=distributed.code_version(), recipe=repr(same), lists=lists.hash)
+
+
+def is_begun(save_path: Path) -> bool:
+    return any((save_path / name).exists() for name in (LATEST, PREVIOUS))
+
+
+def resume(
+    save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper
+) -> tuple[Position, list[dict[str, Tensor]], list[str]]:
+    """Continue from the last checkpoint in save_path that can be read, if it belongs to the same recipe and lists.
+
+    -> where it stands, the losses that are to be logged yet, and what there is to say.
+    """
+    found = find_checkpoint(save_path) if distributed.is_main() else None
+    name = choice_of_first(found and found[0].name, stepper.device)
+    if name is None:
+        return Position(), [], []
+    path = save_path / name
+    content, notes = found[1:] if found else (load_checkpoint(path, TO_RESUME), [])
+    before = recipe_words.complete(build_recipe(content["recipe"], None, str(path)))  # keys younger than the run
     if changed := differences(to_plain(before), to_plain(recipe)):
         raise UserError(
             f"{save_path}: holds a run with another recipe ({'; '.join(changed[:5])}); "
@@ -144,15 +184,18 @@ def resume(save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, meth
         )
     if content["split"]["sha256"] != lists.hash:
         raise UserError(
-            f"{latest}: this run began with other images in its lists (split {content['split']['name']}); "
+            f"{path}: this run began with other images in its lists (split {content['split']['name']}); "
             f"restore them, or --fresh to move the old run aside"
         )
-    load_state(model, content["model"], latest)
-    load_state(method, content["method"], latest)
-    stepper.optimizer.load_state_dict(content["optimizer"])
-    if "stepper" in content:  # younger than some checkpoints
-        stepper.load_state_dict(content["stepper"])
-    return Start(content["epoch"], content["step"], content["best"], content.get("world_size"))
+    load_state(model, content["model"], path)
+    load_state(method, content["method"], path)
+    with fitting(path):
+        load_own_buffers({"model": model, "method": method}, content.get("ranks", {}))
+        stepper.load_state_dict(content)
+    if name != LATEST and distributed.is_main() and (save_path / LATEST).exists():
+        (save_path / LATEST).rename(save_path / "damaged.pth")  # else it would become previous.pth, which is whole
+    position = Position(content["epoch"], content["step"], content["best"], content.get("world_size"))
+    return position, content.get("log", []), notes
 
 
 def validate(
@@ -198,13 +241,16 @@ def measure_labels(
 
 
 def checkpoint_content(
-    recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper, reached: Start
+    recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper, log: RunLog, reached: Position
 ) -> dict[str, Any]:
+    """All that a run is, but for what it reads. Made by all processes together: some buffers are each one's own."""
+    one_memory = recipe.model.bottleneck.memory_policy != "local"
     return {
         "model": model.state_dict(),
         "method": method.state_dict(),
-        "optimizer": stepper.optimizer.state_dict(),
-        "stepper": stepper.state_dict(),
+        "ranks": buffers_by_rank({"model": model, "method": method}, ("model.bottleneck.memory.",) * one_memory),
+        **stepper.state_dict(),
+        "log": log.state_dict(),
         "epoch": reached.epoch,
         "step": reached.step,
         "best": reached.best,
@@ -235,31 +281,31 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4096 + distributed.rank())
 
 
-def open_log(save_path: Path, recipe: Recipe, start: Start, total_steps: int) -> RunLog:
+def open_log(save_path: Path, recipe: Recipe, start: Position, total_steps: int, stepper: Stepper) -> RunLog:
     if distributed.is_main():
-        try:
-            save_path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--save-path {save_path}: cannot be made ({error.strerror}); choose another") from None
-        (save_path / "config.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False), encoding="utf-8")
+        write_text(save_path / "config.yaml", yaml.safe_dump(to_plain(recipe), sort_keys=False))
     return RunLog(
         save_path,
         active=distributed.is_main(),
         interval=recipe.log_interval,
         start_step=start.step,
+        start_epoch=start.epoch,
         total_steps=total_steps,
+        stepper=stepper,
     )
 
 
 def describe(
-    recipe: Recipe, model: Segmentor, method: Method, device: torch.device, total_steps: int, start: Start
+    recipe: Recipe, model: Segmentor, method: Method, device: torch.device, total_steps: int, start: Position
 ) -> list[str]:
     """What is about to run, in a few lines."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    job = f", slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     lines = [
         f"{recipe.method.name} on {recipe.data.dataset}, {recipe.model.encoder} ({parameters:.2f} M parameters), "
         f"bottleneck {recipe.model.bottleneck.name}, seed {recipe.seed}",
         f"{distributed.world_size()} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}",
+        f"on {platform.node()}, process {os.getpid()}{job}",
         f"{recipe.epochs} epochs, {total_steps} steps of {recipe.batch_size} labeled images",
     ]
     if method.views.cutmix and recipe.batch_size // distributed.world_size() == 1:
@@ -267,18 +313,22 @@ def describe(
     if recipe.precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         lines.append("WARNING: precision=bf16 on a CPU without bf16 instructions is many times slower than fp32")
     if start.step:
-        lines.append(f"resumed behind epoch {start.epoch - 1}, step {start.step}")
+        between = start.step * recipe.epochs == start.epoch * total_steps
+        lines.append(
+            f"resumed {f'behind epoch {start.epoch - 1}' if between else f'in epoch {start.epoch}'}, step {start.step}"
+        )
         if start.world_size != distributed.world_size():
             lines.append(f"went so far with {start.world_size} process(es), goes on with {distributed.world_size()}")
     return lines
 
 
-def move_aside(save_path: Path) -> None:
+def move_aside(folder: Hold) -> None:
     """--fresh: the old run keeps its files under another name. A folder that is no run is left where it is."""
-    if distributed.is_main() and any((save_path / name).exists() for name in (LATEST, METRICS)):
-        aside = save_path.with_name(f"{save_path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
-        save_path.rename(aside)
-        print(f"{save_path} was moved to {aside}")
+    path = folder.folder
+    if distributed.is_main() and (is_begun(path) or (path / METRICS).exists()):
+        aside = path.with_name(f"{path.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+        folder.move_aside(aside)
+        print(f"{path} was moved to {aside}")
     distributed.barrier()
 
 
@@ -307,8 +357,8 @@ def main(argv: Sequence[str]) -> None:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
-    with distributed.process_group(recipe.device, args.port) as device:
-        train(recipe, save_path, device, fresh=args.fresh)
+    with distributed.process_group(recipe.device, args.port) as device, Stop() as stop:
+        train(recipe, save_path, device, stop, fresh=args.fresh)
 
 
 if __name__ == "__main__":

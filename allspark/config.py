@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from allspark.errors import UserError
+from allspark.errors import UserError, shown
+from allspark.untrusted import parse_yaml
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 
@@ -53,6 +52,8 @@ class DataConfig:
     num_workers: int | None = None  # per process; None: one for each core, at most 8; 0: load in the training process
     photometric: Literal["cv2", "pil"] = "cv2"  # cv2: six times faster, a few grey levels off: data/transforms.py
     cache: str = "none"  # folder for the training images, decoded once and memory-mapped; none: decode each time
+    on_bad_sample: Literal["error", "skip"] = "error"  # a training file that cannot be read; skip: another in its place
+    timeout: float = 600.0  # seconds without a batch from the workers, then the storage counts as hung
     custom: CustomDataConfig | None = None
 
 
@@ -68,7 +69,7 @@ class BottleneckConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    encoder: str = "mit_b5"
+    encoder: str = "mit_b5"  # mit_b0 to mit_b5, resnet50, resnet101, or a model of timm: timm:convnext_tiny
     decoder: Literal["mlp", "mlp_bn", "deeplab"] = "mlp"  # mlp_bn: mmsegmentation's, a batch norm per level
     decoder_channels: int | None = None  # None: 256; for mit_b2 to mit_b5 768 (SegFormer, table 6)
     drop_path: float = 0.1  # published for MiT; for ResNets 0
@@ -89,6 +90,7 @@ class OptimConfig:
     power: float = 0.9  # poly schedule (1 - step / total) ** power
     late: bool = False  # Released: the rate is set after the step, so step k runs with the rate of k - 1
     clip_norm: float | None = None  # largest norm of the gradient
+    max_skipped: int = 20  # steps in a row without a finite gradient, then the run stops; fp16 begins with up to 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,9 @@ class Recipe:
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     log_interval: int = 10  # steps
+    checkpoint_interval: int = 0  # steps between checkpoints inside an epoch; 0: none; each epoch ends with one anyway
+    checkpoint_minutes: float = 30.0  # minutes after which one is due inside an epoch; 0: none
+    deterministic: bool = False  # algorithms that give the same bits again, where there are such; slower on a GPU
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # of forward and backward pass; weights are float32
     compile: bool = False  # encoder and decoder by torch.compile: a minute or more at the start
 
@@ -138,8 +143,13 @@ RUN_KEYS = (
     "data.data_root",
     "data.num_workers",
     "data.cache",
+    "data.timeout",
+    "data.on_bad_sample",  # the remedy for a run that met one
     "device",
     "log_interval",
+    "checkpoint_interval",
+    "checkpoint_minutes",
+    "optim.max_skipped",
     "evaluation.interval",
     "evaluation.pseudo_labels",
     "model.checkpointing",
@@ -163,12 +173,12 @@ def _with_method(content: Mapping[str, Any], dataset: str, method: str) -> dict[
         content = _with_method(content, dataset, str(base))
     sections = own.pop("datasets", None) or {}
     if not isinstance(sections, Mapping):
-        raise UserError(f"{path}: datasets={sections!r} must be a section of data set names")
+        raise UserError(f"{path}: datasets={shown(sections)} must be a section of data set names")
     for name in sections:
         _find("datasets", str(name))
     special = sections.get(dataset) or {}
     if not isinstance(special, Mapping):
-        raise UserError(f"{path}: datasets.{dataset}={special!r} must be a section of keys")
+        raise UserError(f"{path}: datasets.{dataset}={shown(special)} must be a section of keys")
     return merge(merge(content, own), special)
 
 
@@ -202,8 +212,12 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
     "burn_in_epochs": (0, INF),
     "seed": (0, 2**31 - 1),
     "log_interval": (1, INF),
+    "checkpoint_interval": (0, INF),
+    "checkpoint_minutes": (0, 1e6),
+    "optim.max_skipped": (1, INF),
     "data.crop_size": (64, 2**14),
     "data.num_workers": (0, 1024),
+    "data.timeout": (1, 1e6),
     "model.decoder_channels": (1, 2**14),
     "model.drop_path": (0, 0.99),
     "model.dropout": (0, 0.99),
@@ -245,9 +259,9 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"'{item}': not understood; overrides are written key.path=value, e.g. optim.lr=0.01")
         try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"'{item}': the value is not YAML") from error
+            overrides[key] = parse_yaml(value)
+        except ValueError as error:
+            raise UserError(f"{' '.join(item.split())[:200]}: the value is not YAML ({str(error)[:200]})") from error
     return overrides
 
 
@@ -273,11 +287,11 @@ def _key_paths(kind: type, prefix: str = "") -> Iterator[str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, by safe_load."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML recipe") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # no UTF-8, or no YAML
+        raise UserError(f"{path}: not valid YAML: {str(error)[:300]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, must be a mapping of keys to values")
     return content
@@ -374,12 +388,23 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
         pairs = ((_convert(k, args[0], path, source), v) for k, v in value.items())
         return {key: _convert(item, args[1], f"{path}.{key}", source) for key, item in pairs}
     if hint is float and not isinstance(value, bool):  # YAML 1.1 reads 6e-4 as a string
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
+    if hint in (int, bool, str) and type(value) is hint and is_usable(value):
         return value
+    if type(value) is hint:
+        raise UserError(
+            f"{source}: {path}={shown(value)} holds what no file can: give a number of 64 bits, or plain text"
+        )
     want = " or ".join(map(str, args)) if origin is Literal else hint if args else hint.__name__
-    raise UserError(f"{source}: {path}={value!r} is {type(value).__name__}, must be {want}")
+    raise UserError(f"{source}: {path}={shown(value)} is {type(value).__name__}, must be {want}")
+
+
+def is_usable(value: int | bool | str) -> bool:
+    """Whether a file can hold it, and a file name: no half of a surrogate pair, no NUL, no number without end."""
+    if isinstance(value, str):
+        return "\0" not in value and not re.search("[\ud800-\udfff]", value)
+    return abs(value) < 2**63
 
 
 def _convert_section(value: Any, kind: type, path: str, source: str) -> Any:
@@ -387,7 +412,7 @@ def _convert_section(value: Any, kind: type, path: str, source: str) -> Any:
     if isinstance(value, str) and "name" in hints:
         value = {"name": value}
     if not isinstance(value, Mapping):
-        raise UserError(f"{source}: {path or 'the recipe'}={value!r} must be a section of keys")
+        raise UserError(f"{source}: {path or 'the recipe'}={shown(value)} must be a section of keys")
     if kind is MethodConfig:  # its options stand beside the name; the method itself checks them (bind_options)
         value = {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
     prefix = f"{path}." if path else ""

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from allspark.errors import UserError
 
+MAX_BYTES = 64 << 30  # of a file of which nothing else is known; the largest that is fetched has 19 GB
 BLOCK = 1 << 18  # bytes read at once
 ATTEMPTS = 4  # at one url, without a megabyte of progress in between
 PROGRESS = 1 << 20
@@ -47,7 +48,7 @@ class Terms:
 
     digest: str | None
     check: Callable[[Path], str | None] | None
-    size_limit: int | None  # bytes
+    size_limit: int  # bytes
     timeout: float  # seconds without a sign of life
     wait: float  # seconds before the second attempt, doubled before each further one
 
@@ -67,7 +68,7 @@ def fetch(
     *,
     digest: str | None = None,
     check: Callable[[Path], str | None] | None = None,
-    size_limit: int | None = None,
+    size_limit: int = MAX_BYTES,
     timeout: float = 30.0,
     wait: float = 1.0,
 ) -> Path:
@@ -214,7 +215,7 @@ def copy(source: Path, part: Path, terms: Terms) -> None:
 
 
 def too_large(size: int | None, terms: Terms) -> None:
-    if size is not None and terms.size_limit is not None and size > terms.size_limit:
+    if size is not None and size > terms.size_limit:
         raise Unavailable(f"{size} bytes, more than the {terms.size_limit} that are plausible", restart=True)
 
 
@@ -242,7 +243,7 @@ def forget(part: Path) -> None:
 def read_part(part: Path) -> Part:
     try:
         return Part(**json.loads(part_file(part).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return Part()
 
 
@@ -274,15 +275,21 @@ def download(url: str, part: Path, terms: Terms) -> None:
 
 
 class CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only to where a url itself might lead: never from https to http without a hash."""
+    """Follows a redirect only to where a url itself might lead: never from https to http without a hash.
+
+    Nor from elsewhere to this machine, whose servers take it for one of their own.
+    """
 
     def __init__(self, digest: str | None) -> None:
         self.digest = digest
 
     def redirect_request(self, request, file, code, message, headers, new_url):
-        if not new_url.lower().startswith(("https://", "http://")) or refused(new_url, self.digest):
+        inward = is_loopback(new_url) and not is_loopback(request.full_url)
+        if not new_url.lower().startswith(("https://", "http://")) or refused(new_url, self.digest) or inward:
             file.close()
-            raise Unavailable(f"leads on to {new_url}, which is refused: not https, and no full hash of it is known")
+            raise Unavailable(
+                f"leads on to {new_url}, which is refused: this machine, or not https, and no full hash of it is known"
+            )
         return super().redirect_request(request, file, code, message, headers, new_url)
 
 

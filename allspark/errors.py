@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -11,17 +13,61 @@ from typing import TextIO
 NOBODY_READS = 141  # the exit code of a program that SIGPIPE ended
 
 
+STOPPED, INTERRUPTED = 75, 130  # stopped by a signal, saved, start again to go on (EX_TEMPFAIL); by a second Ctrl-C
+
+
+MENDABLE = {  # what a system says of a file wherever one is touched, and no bug can be the reason
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EIO", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS", "ESTALE")
+    if hasattr(errno, name)
+}
+
+
 class UserError(ValueError):
     """Names the file or key, the value, and the remedy."""
 
 
+class Stopped(BaseException):
+    """A signal ended a run in order. No Exception: nobody who catches those may take it for the fault of a file."""
+
+
+def shown(value: object) -> str:
+    """repr, of bounded length and depth: what is wrong with a value may be its size."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlevel = 3
+    try:
+        return short.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} of thousands of digits"
+
+
+def from_environment(name: str, default: int | None = None, least: int = 0, most: int = 10**6) -> int:
+    """The whole number that an environment variable holds; UserError: it is none, or not set and has no default."""
+    text = os.environ.get(name) or ("" if default is None else str(default))
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not least <= int(text) <= most:
+        raise UserError(
+            f"the environment variable {name}={shown(text)} must be a whole number of {least}..{most}; "
+            "correct it, or unset it where no launcher set it"
+        )
+    return int(text)
+
+
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run a command's main(argv) and return its exit code: 0 done, 2 the user can mend it, 141 nobody reads on."""
+    """Run a command's main(argv) and return its exit code: 0 done, 2 the user can mend it, 75 stopped, 141 unread."""
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return STOPPED
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno not in MENDABLE or not error.filename:
+                raise
+            print(f"error: {error.filename}: {error.strerror}; mend that, or choose another place", file=sys.stderr)
             return 2
         finally:
             if sys.stdout is not None:

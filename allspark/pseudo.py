@@ -25,7 +25,7 @@ class Pseudo:
     def of(cls, logits: Tensor) -> Pseudo:
         logits = logits.detach()
         best, label = logits.max(1)
-        return cls(logits, label, (best - logits.logsumexp(1)).exp())
+        return cls(logits, label, (logits - best.unsqueeze(1)).exp_().sum(1).reciprocal())  # softmax of the best
 
     def cutmix(self, box: Tensor, partner: Pseudo | None = None) -> Pseudo:
         """Paste from the partner image (default: the next in this batch) where box (B, H, W) is True."""

@@ -49,6 +49,7 @@ for row in $methods; do
 $row=$folder"
             [ "$row" != "$paired" ] || base=$row
         else
+            case $? in 75 | 130) echo "compare: stopped; the same command again goes on" >&2 && exit 75 ;; esac
             failed="$failed $row seed $seed,"
         fi
     done

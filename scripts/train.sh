@@ -2,6 +2,8 @@
 # sh scripts/train.sh <num_gpu> <port> [train.py options and key.path=value ...]
 # Another recipe: change the three lines, or say it in front: method=fixmatch split=1_4 sh scripts/train.sh 4 29500
 # 0 GPUs is one process on the CPU; several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
+# Stopped by Ctrl-C or kill, it has saved; the same line goes on. max_restarts=3 in front: several processes of which one
+# dies are started again up to three times, and go on from the last checkpoint.
 set -eu
 dataset=${dataset:-pascal}
 method=${method:-allspark}
@@ -21,5 +23,6 @@ cd -- "$(dirname -- "$0")/.."
 set -- train.py --dataset "$dataset" --method "$method" --split "$split" --save-path "$save_path" "$@"
 case $num_gpu in
     0 | 1) exec python "$@" ;;
-    *) exec python -m torch.distributed.run --nproc_per_node="$num_gpu" --master_port="$port" "$@" ;;
+    *) exec python -m torch.distributed.run --nproc_per_node="$num_gpu" --master_port="$port" \
+        --max-restarts="${max_restarts:-0}" "$@" ;;
 esac

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from ranks import Ranks
 
 import train
 
@@ -113,6 +114,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two processes of one group: pair(function, *args) -> what it returned in each."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")

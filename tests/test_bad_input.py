@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -249,6 +250,34 @@ def test_damage_that_the_start_did_not_open_is_told_no_worse(place, refused):
     assert (place.run / "train.log").exists() and unopened, "it was found before the run, not in it"
 
 
+def test_bad_samples_are_named_skipped_and_counted(place, refused):
+    """By choice: a truncated and an illegal labeled sample, a text for an unlabeled image, and a run to its end."""
+    half(place.root / IMAGE)
+    set_pixel(place.root / "masks/labeled/labeled2.png", 77)
+    (place.root / "images/unlabeled/unlabeled5.png").write_text("hello")
+    refused(train.main, place.train(), IMAGE, "and 2 more")
+    assert run_main(train.main, place.train("data.on_bad_sample=skip")) == 0
+    log = (place.run / "train.log").read_text(encoding="utf-8")
+    for name in ("labeled1.png: truncated", "labeled2.png: illegal mask values 77", "unlabeled5.png: truncated"):
+        assert len(re.findall(f"WARNING: .*{name}", log)) == 2, "once before the run, once in it"
+    assert "2 of 4 labeled samples checked cannot be read" in log
+    counts = [int(count) for count in re.findall(r"(\d+) samples were replaced so far, of 3", log)]
+    assert len(counts) == 2 and 0 < counts[0] < counts[1]
+
+
+def test_val_is_not_skipped(place, refused):
+    """The mean IoU over other images is another number."""
+    half(place.root / "images/val/val0.png")
+    refused(train.main, place.train("data.on_bad_sample=skip"), "images/val/val0.png", "truncated")
+
+
+def test_where_nothing_can_be_read_skipping_does_not_help(place, refused):
+    for path in (place.root / "images" / "unlabeled").iterdir():
+        path.write_text("hello")
+    told = ("images/unlabeled/unlabeled", "no other of 6 unlabeled samples checked can be read")
+    refused(train.main, place.train("data.on_bad_sample=skip"), *told)
+
+
 # Checkpoints and weight files
 
 
@@ -378,18 +407,25 @@ def processes(tiny_root, finished, start_process, tmp_path_factory):
     run = ["train.py", "--config", finished.config, "--save-path", root / "run"]
     half_written = root / "half.pth"
     half_written.write_bytes((finished.run / "best.pth").read_bytes()[:100_000])
+    (root / "half.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    prepare = ["-m", "allspark", "prepare", "camvid", "--from", root / "half.zip", "--out", root / "out"]
     check = ["-m", "allspark", "check", "--config", finished.config]
     commands = {
         "config": ([*run, "optim.learning_rate=3"], ("optim.learning_rate: unknown key",)),
         "split": ([*check, "--split", "1_3"], ("tiny/1_3/labeled.txt", "splits make")),
         "image": ([*run, roots["image"][0]], roots["image"][1]),
         "mask": ([*check, roots["mask"][0]], roots["mask"][1]),
+        "weights": ([*run, f"model.pretrained={half_written}"], ("half.pth", "not a readable weight file")),
+        "archive": (prepare, ("half.zip", "truncated, damaged or not readable")),
         "checkpoint": (["eval.py", "--checkpoint", half_written], ("half.pth", "not a readable checkpoint")),
     }
-    return {name: (start_process(words), told) for name, (words, told) in commands.items()}
+    started = {name: (start_process(words), told) for name, (words, told) in commands.items()}
+    return started | {"environment": (start_process(run, WORLD_SIZE="two", RANK=0), ("WORLD_SIZE='two'",))}
 
 
-@pytest.mark.parametrize("kind", ["config", "split", "image", "mask", "checkpoint"])
+@pytest.mark.parametrize(
+    "kind", ["config", "split", "image", "mask", "checkpoint", "weights", "archive", "environment"]
+)
 def test_real_process(kind, processes):
     process, told = processes[kind]
     out, err = process.communicate(timeout=240)

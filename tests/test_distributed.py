@@ -1,11 +1,12 @@
 """Two real gloo processes: what each memory policy leaves in the memory, and who owns the batch norm statistics."""
 
-import os
+import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from numpy.testing import assert_array_equal
 from torch import nn
 
 from allspark import distributed
@@ -25,30 +26,25 @@ def fresh(policy, rank):
     return SemanticMemory(3, 6, 2, policy)
 
 
-def worker(rank, world, port, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
-    with distributed.process_group("cpu") as device:
-        assert device == torch.device("cpu")
-        result = {}
-        for policy in POLICIES:
-            memory = fresh(policy, rank)
-            for _ in range(2):
-                memory.sync()
-                memory.enqueue(*features_of(rank))
-            result[policy] = memory.state_dict()
-        norm = nn.BatchNorm2d(2)
-        norm.running_mean.fill_(rank + 1.0)
-        distributed.share_batchnorm_statistics(norm)
-        result["mean"] = norm.running_mean
-        result["sum"] = distributed.all_reduce_sum(torch.tensor([rank + 1]))
-        torch.save(result, f"{folder}/{rank}.pt")
+def collectives():
+    """What this process has after two writes to a memory of each policy, and the statistics and sums it was given."""
+    rank, result = distributed.rank(), {}
+    for policy in POLICIES:
+        memory = fresh(policy, rank)
+        for _ in range(2):
+            memory.sync()
+            memory.enqueue(*features_of(rank))
+        result[policy] = {name: value.numpy() for name, value in memory.state_dict().items()}
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean.fill_(rank + 1.0)
+    distributed.share_batchnorm_statistics(norm)
+    result["mean"] = norm.running_mean.tolist()
+    result["sum"] = distributed.all_reduce_sum(torch.tensor([rank + 1])).item()
+    return result
 
 
-def test_two_processes(tmp_path):
-    port = 20000 + os.getpid() % 20000
-    mp.spawn(worker, (2, port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_collectives(pair):
+    first, second = pair(collectives)
 
     # rank0: process 0 is as if alone; process 1 starts each write from its memory and adds its own channels on top
     alone = fresh("local", 0)
@@ -57,26 +53,26 @@ def test_two_processes(tmp_path):
     other.load_state_dict(alone.state_dict())
     other.enqueue(*features_of(1))
     alone.enqueue(*features_of(0))
-    assert torch.equal(first["rank0"]["queue"], alone.queue)
-    assert torch.equal(second["rank0"]["queue"], other.queue)
+    assert_array_equal(first["rank0"]["queue"], alone.queue)
+    assert_array_equal(second["rank0"]["queue"], other.queue)
 
     # local: each as if alone
     for rank, state in enumerate((first, second)):
         memory = fresh("local", rank)
         for _ in range(2):
             memory.enqueue(*features_of(rank))
-        assert torch.equal(state["local"]["queue"], memory.queue)
+        assert_array_equal(state["local"]["queue"], memory.queue)
 
     # gather: the channels of all in rank order, so queue and pointer agree wherever they were written
     gathered = fresh("local", 0)
     for _ in range(2):
         for rank in range(2):
             gathered.enqueue(*features_of(rank))
-    assert torch.equal(first["gather"]["queue"], gathered.queue)
-    assert torch.equal(first["gather"]["pointer"], second["gather"]["pointer"])
+    assert_array_equal(first["gather"]["queue"], gathered.queue)
+    assert_array_equal(first["gather"]["pointer"], second["gather"]["pointer"])
 
-    assert first["mean"].eq(1).all() and second["mean"].eq(1).all()
-    assert first["sum"].item() == second["sum"].item() == 3
+    assert first["mean"] == second["mean"] == [1, 1]
+    assert first["sum"] == second["sum"] == 3
 
 
 def test_without_a_launcher_everything_is_one_process(monkeypatch):
@@ -96,18 +92,62 @@ def test_srun_is_a_launcher(monkeypatch):
     assert distributed.launched_by() == (5, 8, 1)
 
 
-def fails_alone(rank, world, port):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with distributed.process_group("cpu"):
-        if rank == 1:
-            raise UserError("the disk of process 1 is full")
-        distributed.barrier()
+def refused(facts):
+    try:
+        distributed.check_same(**facts[distributed.rank()])
+    except UserError as error:
+        return str(error)
 
 
-def test_a_process_that_fails_alone_leaves_at_once():
-    """With its exit code, and without waiting for the others, which wait for it."""
+def test_processes_that_began_differently_are_told(pair):
+    same = {"code": distributed.code_version(), "recipe": "a", "lists": "b"}
+    assert pair(refused, [same, same]) == [None, None]
+    first, second = pair(refused, [same, same | {"recipe": "another"}])
+    assert first == second and "recipe: not the same in process 1" in first and "lists" not in first.split(";")[0]
+
+
+@pytest.fixture(scope="module")
+def ended(start_process):
+    """How process 1 of two under torchrun ends -> the launcher, its errors, and the seconds from start to end."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        Path(__file__).with_name("dying.py"),
+    ]
     started = time.monotonic()
-    with pytest.raises(mp.ProcessExitedException) as stopped:
-        mp.spawn(fails_alone, (2, 20000 + (os.getpid() + 7) % 20000), nprocs=2)
-    assert (stopped.value.error_index, stopped.value.exit_code) == (1, 2)
-    assert time.monotonic() - started < 60
+    launched = {how: start_process([*launcher, how], PYTHONPATH=".") for how in ("error", "killed")}
+    ends = {}
+    for how, process in launched.items():
+        errors = process.communicate(timeout=60)[1]
+        ends[how] = process.returncode, errors, time.monotonic() - started
+    return ends
+
+
+def test_a_process_that_fails_takes_the_others_with_it(ended):
+    """Its message is on top and in the launcher's last lines; process 0 has a line, and no traceback."""
+    code, errors, seconds = ended["error"]
+    own, summary = errors.split("Root Cause")
+    assert code == 1 and seconds < 45  # two launchers start at once, and share the cores with other tests
+    assert errors.startswith("error: the disk of process 1 is full\nprocess 0: another process ended first")
+    assert own.count("the disk of process 1") == summary.count("error: the disk of process 1 is full") == 1
+    assert "rank      : 1" in summary and "exitcode  : 2" in summary and "RuntimeError" not in errors
+
+
+def test_a_process_that_is_killed_takes_the_others_with_it(ended):
+    code, errors, seconds = ended["killed"]
+    assert code == 1 and seconds < 45
+    assert errors.startswith("error: process 0 lost another one, which was killed or hangs (")
+    assert "rank      : 1" in errors.split("Root Cause")[1] and "SIGKILL" in errors and "RuntimeError" not in errors
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} is in use; give another --port"):
+            distributed.init("cpu")

@@ -1,17 +1,33 @@
 """The parts of the loop: schedule, optimizer groups, checkpoints, logs."""
 
+import contextlib
 import json
 import math
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from allspark import distributed
 from allspark.config import ModelConfig, OptimConfig
-from allspark.engine.checkpoint import load_checkpoint, load_state, save_checkpoint
+from allspark.engine.checkpoint import (
+    buffers_by_rank,
+    find_checkpoint,
+    load_checkpoint,
+    load_own_buffers,
+    load_state,
+    save_checkpoint,
+)
+from allspark.engine.files import Hold
 from allspark.engine.log import RunLog, drop_lines_after
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
-from allspark.errors import UserError
+from allspark.engine.step import Stepper
+from allspark.engine.stop import SAVE, Stop
+from allspark.errors import Stopped, UserError
 from allspark.models.memory import SemanticMemory
 from allspark.models.segmentor import build_model
 
@@ -87,8 +103,244 @@ def test_a_resumed_log_has_no_doubles(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize("active", [True, False])
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, active):
-    log = RunLog(tmp_path, active=active, interval=1, start_step=0, total_steps=4)
-    with pytest.raises(UserError, match="step 7: the loss is nan"):
-        log.add({"loss": torch.tensor(float("nan"))}, step=7, epoch=0, lr=0.1, images=4)
+# Losses that are no numbers, and lines that travel in a checkpoint
+
+
+def test_means_leave_out_what_is_no_number(tmp_path):
+    log = RunLog(tmp_path, active=True, interval=3, start_step=0, total_steps=6)
+    for step, value in enumerate((1.0, math.nan, 3.0, math.inf, math.nan, math.nan), start=1):
+        log.add({"loss": torch.tensor(value)}, step=step, epoch=0, lr=0.1, images=4)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [2.0, None]
+
+
+def test_skipped_steps_are_counted_in_the_lines_and_told_once_per_window(tmp_path):
+    model = nn.Linear(2, 1)
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
+    with RunLog(tmp_path, active=True, interval=4, start_step=0, total_steps=8, stepper=stepper) as log:
+        for step, value in enumerate((1.0, math.nan, math.nan, 1.0, 1.0, 1.0, 1.0, math.nan), start=1):
+            loss = model(torch.full((1, 2), value)).sum()
+            stepper.step(loss)
+            log.add({"loss": loss}, step=step, epoch=0, lr=0.1, images=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [2, 3] and log.in_row == 1
+    warnings = [line for line in (tmp_path / "train.log").read_text().splitlines() if "WARNING" in line]
+    assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 so far" in warnings[1]
+
+
+def test_losses_that_were_not_logged_yet_go_on_in_the_next_process(tmp_path):
+    first = RunLog(tmp_path, active=False, interval=3, start_step=0, total_steps=3)
+    for step, value in enumerate((1.0, 2.0), start=1):
+        first.add({"loss": torch.tensor(value)}, step=step, epoch=0, lr=0.1, images=4)
+    with RunLog(tmp_path, active=True, interval=3, start_step=2, total_steps=3) as second:
+        second.load_state_dict(first.state_dict(), torch.device("cpu"))
+        second.add({"loss": torch.tensor(6.0)}, step=3, epoch=0, lr=0.1, images=4)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert (json.loads(line)["step"], json.loads(line)["loss"]) == (3, 3.0)
+
+
+def test_an_evaluation_that_is_done_again_has_one_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 3, "epoch": 0, "loss": 1}\n{"step": 3, "epoch": 0, "miou": 1}\n')
+    drop_lines_after(path, 3, epoch=1)
+    assert len(path.read_text().splitlines()) == 2
+    drop_lines_after(path, 3, epoch=0)
+    assert path.read_text() == '{"step": 3, "epoch": 0, "loss": 1}\n'
+
+
+def test_what_ended_a_run_is_the_last_line_of_its_log(tmp_path):
+    (tmp_path / "train.log").write_text("half a li")
+    with pytest.raises(UserError), RunLog(tmp_path, active=True, interval=1, start_step=0, total_steps=1) as log:
+        log.info("hello")
+        raise UserError("mend this")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert lines[0] == "half a li" and lines[1].endswith("hello") and lines[-1].endswith("mend this")
+
+
+# Files
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Writing beyond it fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """latest.pth of step 2, previous.pth of step 1, best.pth of step 0; and how they read."""
+    path, best = {"world_size": 1, "best": {"miou": 1.0, "epoch": 0}}, tmp_path / "best.pth"
+    rest = {"model": {"w": torch.arange(5000.0)}, "method": {}, "recipe": {}, "optimizer": {}, "epoch": 0}
+    rest["split"] = {"name": "1_8", "sha256": "0"}
+    save_checkpoint(best, {**path, **rest, "step": 0})
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "latest.pth", {**path, **rest, "step": step}, previous=tmp_path / "previous.pth")
+    return tmp_path
+
+
+def test_the_checkpoint_before_is_kept(saved):
+    assert [load_checkpoint(saved / name)["step"] for name in ("latest.pth", "previous.pth")] == [2, 1]
+    assert sorted(path.name for path in saved.iterdir()) == ["best.pth", "latest.pth", "previous.pth"]
+
+
+@pytest.mark.parametrize("size", [0, 1000, 15_000])
+def test_a_full_disk_leaves_both_checkpoints(saved, size):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with (
+        file_size_limit(size),
+        pytest.raises(UserError, match=r"latest\.pth: cannot be written \(File too large; .*free"),
+    ):
+        save_checkpoint(saved / "latest.pth", {"model": {"w": torch.zeros(5000)}}, previous=saved / "previous.pth")
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_full_disk_while_logging_is_no_traceback(tmp_path, capfd):
+    log = RunLog(tmp_path, active=True, interval=1, start_step=0, total_steps=9)
+    with file_size_limit(10), pytest.raises(UserError, match="File too large"), log:
+        for step in range(1, 9):
+            log.add({"loss": torch.tensor(1.0)}, step=step, epoch=0, lr=0.1, images=4)
+            log.sync()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of the weights: torch itself reads on
+    path.write_bytes(content)
+
+
+def foreign(path):
+    torch.save({"state_dict": {}}, path)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, foreign, Path.unlink])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm):
+    path, content, notes = find_checkpoint(saved)
+    assert (path.name, content["step"], notes) == ("latest.pth", 2, [])
+    harm(saved / "latest.pth")
+    path, content, notes = find_checkpoint(saved)
+    assert (path.name, content["step"]) == ("previous.pth", 1)
+    assert "going on from previous.pth, step 1, because of" in notes[0] and "latest.pth: " in notes[0]
+    harm(saved / "previous.pth")
+    if harm is not Path.unlink:  # of best.pth alone nobody can say that it is of this run
+        assert find_checkpoint(saved)[0].name == "best.pth"
+        harm(saved / "best.pth")
+        with pytest.raises(UserError, match=r"none of latest\.pth, previous\.pth, best\.pth can be read.*--fresh"):
+            find_checkpoint(saved)
+    else:
+        assert find_checkpoint(saved) is None
+
+
+def test_without_hard_links_the_old_checkpoint_is_renamed(saved, monkeypatch):
+    def no_links(*_):
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    content = load_checkpoint(saved / "latest.pth")
+    save_checkpoint(saved / "latest.pth", {**content, "step": 3}, previous=saved / "previous.pth")
+    assert [load_checkpoint(saved / name)["step"] for name in ("latest.pth", "previous.pth")] == [3, 2]
+
+
+def test_a_folder_is_held_by_one_job(tmp_path):
+    folder = tmp_path / "run"
+    with Hold(folder) as held:
+        with pytest.raises(UserError, match="in use by another job.*train.log"), Hold(folder, patience=0.1):
+            pass
+        (folder / "file").touch()
+        held.move_aside(tmp_path / "aside")
+        assert (tmp_path / "aside" / "file").exists() and folder.is_dir()
+        with pytest.raises(UserError, match="in use"), Hold(folder, patience=0.1):
+            pass
+    assert not folder.exists()  # nothing was ever in the new one
+    with Hold(folder, patience=0.1):
+        pass
+
+
+# Signals
+
+
+def test_where_all_is_saved_a_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), Stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_deferred_signal_is_a_wish_and_stops_where_all_is_saved():
+    cpu = torch.device("cpu")
+    with Stop() as stop:
+        stop.defer()
+        assert stop.poll(cpu, save=False) == 0 and stop.poll(cpu, save=True) == SAVE
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.poll(cpu, save=False) == 1 + signal.SIGUSR1
+        with pytest.raises(Stopped, match="stopped by SIGUSR1"), stop.at_once():
+            pytest.fail("it was to stop before")
+
+
+@pytest.mark.parametrize(("pause", "status"), [(0.0, 0), (1.1, 130)])
+def test_a_second_interrupt_ends_the_process_unless_a_launcher_sent_it_on(pause, status):
+    child = os.fork()
+    if child == 0:
+        with Stop() as stop:
+            stop.defer()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0), (signal.SIGUSR1, 0)]
+)
+def test_a_worker_that_inherits_the_handlers_goes_by_sigterm_alone(number, status):
+    with Stop():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), number)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+def wishes(later):
+    """Process 1 alone is asked to stop, behind its third step."""
+    stop, cpu = Stop(), torch.device("cpu")
+    found = []
+    for step in range(6):
+        if step == 2 and distributed.rank() == 1:
+            stop.signal = int(signal.SIGTERM)
+        found.append(stop.poll(cpu, save=False, later=later))
+    return found, stop.agree(cpu), len(stop.pending)
+
+
+def test_processes_agree_on_the_step(pair):
+    term = 1 + signal.SIGTERM
+    assert pair(wishes, 0) == [([0, 0, term, term, term, term], term, 0)] * 2
+    assert pair(wishes, 2) == [([0, 0, 0, 0, term, term], term, 0)] * 2
+
+
+def ranks_of_buffers():
+    model = nn.BatchNorm1d(2)
+    model.running_mean.fill_(distributed.rank())
+    ranks = buffers_by_rank({"model": model}, ())
+    shared = buffers_by_rank({"model": model}, ("model.running",))
+    model.running_mean.fill_(7.0)
+    load_own_buffers({"model": model}, ranks)
+    return ranks, shared, model.running_mean
+
+
+def test_buffers_that_differ_are_saved_and_loaded_by_rank(pair):
+    for rank, (ranks, shared, mean) in enumerate(pair(ranks_of_buffers)):
+        assert list(ranks) == ["model.running_mean"] and ranks["model.running_mean"].tolist() == [[0, 0], [1, 1]]
+        assert shared == {} and mean.tolist() == [rank, rank]

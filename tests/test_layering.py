@@ -10,7 +10,9 @@ LEAVES = {"config", "batch", "distributed", "losses", "ema", "errors", "download
 ALLOWED = {  # package or module -> what of allspark it may import, besides itself and errors
     "errors": set(),
     "download": set(),
-    "config": set(),
+    "untrusted": set(),
+    "workers": set(),
+    "config": {"untrusted"},
     "batch": set(),
     "distributed": set(),
     "losses": set(),
@@ -19,13 +21,14 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "masking": set(),
     "pseudo": {"batch"},
     "hardness": {"pseudo"},
-    "data": {"config", "batch", "distributed"},
-    "models": {"config", "distributed"},
+    "data": {"config", "batch", "distributed", "workers"},
+    "models": {"config", "distributed", "untrusted"},
     "methods": {"batch", "pseudo", "hardness", "perturb", "masking", "losses", "ema"}
     | {"models.bottleneck", "models.cam", "models.segmentor"},
-    "evaluation": {"batch", "distributed", "data.base"},
-    "engine": {"config", "distributed"},
-    "bench": {"config", "batch", "distributed", "losses", "data", "models", "methods", "evaluation", "engine"},
+    "evaluation": {"batch", "distributed", "data.base", "workers"},
+    "engine": {"config", "distributed", "untrusted"},
+    "bench": {"config", "batch", "distributed", "losses", "data", "models", "methods", "evaluation", "engine"}
+    | {"workers"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from allspark.batch import LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data import spec_for
 from allspark.data.base import Sample, worker_count
-from allspark.data.loaders import StepSampler, TrainLoader, make_loader
+from allspark.data.loaders import REPLACEMENTS, StepSampler, TrainLoader
 from allspark.data.splits import Lists
 from allspark.errors import UserError
+from allspark.workers import make_loader
 
 VIEWS = Views(labeled="strong", strong=("strong", "strong"), cutmix=0.5)
 DATA = DataConfig(
@@ -41,8 +43,11 @@ def lists(tmp_path) -> Lists:
     return Lists(tuple(samples[:5]), unlabeled, tuple(samples[:1]), hash="", name="tiny", hidden=tuple(samples[5:]))
 
 
+CHANGEABLE = ("num_workers", "photometric", "cache", "on_bad_sample")
+
+
 def loader(lists: Lists, views: Views = VIEWS, batch_size: int = 4, seed: int = 3, **options) -> TrainLoader:
-    changed = {key: options.pop(key) for key in ("num_workers", "photometric", "cache") if key in options}
+    changed = {key: options.pop(key) for key in CHANGEABLE if key in options}
     return TrainLoader(lists, SPEC, replace(DATA, **changed), views, batch_size, seed, **options)
 
 
@@ -101,7 +106,7 @@ def test_workers_have_one_thread():
     threads = cv2.getNumThreads(), torch.get_num_threads()
     cv2.setNumThreads(2), torch.set_num_threads(2)
     try:
-        assert [int(batch) for batch in make_loader(CountsThreads(), 1, False, batch_size=1)] == [1, 1]
+        assert [int(batch) for batch in make_loader(CountsThreads(), 1, batch_size=1)] == [1, 1]
     finally:
         cv2.setNumThreads(threads[0]), torch.set_num_threads(threads[1])
 
@@ -267,6 +272,86 @@ def test_unreadable_image_is_one_clean_message(lists, workers):
     with pytest.raises(UserError) as caught:
         epoch_of(loader(lists, num_workers=workers))
     assert str(caught.value).startswith(f"{lists.labeled[2].image}: truncated") and "\n" not in str(caught.value)
+
+
+def damaged(lists: Lists) -> Lists:
+    """A truncated labeled image, an illegal mask, a mask of another size, two unlabeled images that are none."""
+    first, second, third, *_ = lists.labeled
+    first.image.write_bytes(first.image.read_bytes()[:100])
+    Image.fromarray(np.full((40, 48), 9, np.uint8)).save(second.mask)
+    Image.fromarray(np.zeros((40, 47), np.uint8)).save(third.mask)
+    for sample in lists.unlabeled[2:4]:
+        sample.image.write_bytes(b"GIF89a, says this text")
+    return lists
+
+
+def test_bad_samples_are_replaced_counted_and_named_once(lists):
+    train, told = loader(damaged(lists), on_bad_sample="skip"), []
+    for epoch in range(5):
+        train.set_epoch(epoch)
+        for labeled, unlabeled in train.on(CPU, told.append):
+            assert labeled.mask.max() <= 255 and len(unlabeled.weak) == 4
+    warnings = [note for note in told if note.startswith("WARNING")]
+    paths = [sample.image for sample in lists.labeled[:3]] + [sample.image for sample in lists.unlabeled[2:4]]
+    assert len(warnings) == len(paths) == len(train.bad)
+    for path in paths:
+        assert len([note for note in warnings if re.search(rf"{path.with_suffix('')}(_mask)?\.png", note)]) == 1
+    summaries = [note for note in told if note not in warnings]
+    assert len(summaries) == 5 and f"{sum(train.bad.values())} samples were replaced" in summaries[-1]
+    # 40 places of labeled samples, 3 of 5 of them bad, and what stands in may be bad again
+    assert sum(train.bad.values()) > 24
+
+
+def test_what_stands_in_is_a_function_of_the_position(lists, tmp_path):
+    """Not of workers, ranks, the cache, where an epoch is entered, or what was read before."""
+    whole = [epoch_of(loader(damaged(lists), on_bad_sample="skip"), epoch) for epoch in (0, 1)]
+    cached = loader(lists, on_bad_sample="skip", num_workers=2, cache=str(tmp_path / "cache"))
+    again = loader(lists, on_bad_sample="skip", cache=str(tmp_path / "cache"))  # as the first one left it
+    for epoch, batches in enumerate(whole):
+        assert equal(batches, epoch_of(cached, epoch)) and equal(batches, epoch_of(again, epoch))
+    assert equal(whole[1][1:], epoch_of(loader(lists, on_bad_sample="skip"), 1, start_step=1))
+    parts = [epoch_of(loader(lists, on_bad_sample="skip", rank=rank, world_size=2), 1) for rank in (0, 1)]
+    joined = [[torch.cat(pair) for pair in zip(*steps, strict=True)] for steps in zip(*parts, strict=True)]
+    assert equal(whole[1], joined)
+
+
+def test_other_samples_stay_as_they_were(lists):
+    """Without a bad sample skip changes nothing, and with one nothing but its place."""
+    before = epoch_of(loader(lists))
+    assert equal(before, epoch_of(loader(lists, on_bad_sample="skip")))
+    order = [unlabeled for _, unlabeled in indices(loader(lists), 0)]
+    lists.unlabeled[order[1]].image.write_bytes(b"")
+    after = epoch_of(loader(lists, on_bad_sample="skip"))
+    same = [[torch.equal(a[i], b[i]) for i in range(4)] for a, b in zip(before[0][2:3], after[0][2:3], strict=True)]
+    assert same == [[True, False, True, True]]
+    assert torch.equal(before[0][0], after[0][0])
+
+
+def test_a_list_of_nothing_but_bad_samples_ends_the_run(lists):
+    for sample in lists.unlabeled:
+        sample.image.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"\.png: .*{REPLACEMENTS + 1} samples in a row cannot be read"):
+        epoch_of(loader(lists, on_bad_sample="skip"))
+    for sample in lists.labeled[1:]:
+        sample.image.unlink()
+    with pytest.raises(UserError, match="samples in a row cannot be read"):
+        epoch_of(loader(lists, on_bad_sample="skip"))
+
+
+def test_what_is_not_the_files_fault_is_not_skipped(lists, monkeypatch):
+    """Else a machine short of memory would train on other images."""
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", no_memory)
+    with pytest.raises(UserError, match="the machine has too little"):
+        epoch_of(loader(lists, on_bad_sample="skip"))
+
+
+def test_error_is_the_default_and_names_the_choice(lists):
+    with pytest.raises(UserError, match=r"truncated.*data\.on_bad_sample=skip"):
+        epoch_of(loader(damaged(lists)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import socket
 import time
 from pathlib import Path
@@ -14,10 +16,13 @@ from test_methods import CASES, learning
 
 import eval as eval_script
 import train
+from allspark import distributed
+from allspark.engine import files, keeper
 from allspark.errors import run_main
 from allspark.models.weights import from_released
 
 NAMES = Path(__file__).parent / "golden" / "names.json"
+FILES = {"config.yaml", "latest.pth", "previous.pth", "best.pth", "metrics.jsonl", "train.log", ".lock"}
 NO_STEP = "optim.lr=1e-30"  # a run whose weights stay where they were to the last bit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "launched")  # torchrun works beside the tests
@@ -51,7 +56,7 @@ def without_speed(run):
 def test_a_run_leaves_every_file_it_promises(finished):
     names = {path.name for path in finished.run.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
-    assert names - events == {"config.yaml", "latest.pth", "best.pth", "metrics.jsonl", "train.log"}
+    assert names - events == FILES
     assert len(events) == 1
 
 
@@ -142,7 +147,7 @@ def resumed(finished, start_process, tmp_path_factory):
         time.sleep(0.005)
     process.kill()  # SIGKILL: nothing in the process can tidy up
     process.communicate()
-    assert load(run / "latest.pth")["epoch"] == 1, "it was killed too late to prove anything"
+    assert load(run / "latest.pth")["step"] == 3, "it was killed too late to prove anything"
     assert run_main(train.main, list(map(str, words))) == 0
     yield run
     for file in run.glob("*.pth"):
@@ -153,11 +158,12 @@ def test_a_killed_run_goes_on_bit_for_bit(resumed, finished):
     straight, again = (load(run / "latest.pth") for run in (finished.run, resumed))
     assert_same_tensors(straight["model"], again["model"])
     assert (straight["epoch"], straight["step"], straight["best"]) == (again["epoch"], again["step"], again["best"])
-    assert "resumed behind epoch 0, step 3" in (resumed / "train.log").read_text(encoding="utf-8")
+    log = (resumed / "train.log").read_text(encoding="utf-8")
+    assert "resumed in epoch 0, step 3" in log or "resumed behind epoch 0, step 3" in log
 
 
 def test_a_kill_between_two_checkpoints_does_not_lose_the_best(resumed, finished):
-    """It was killed when latest.pth stood there: best.pth has to be there before it."""
+    """It was killed when latest.pth stood there, around the first evaluation."""
     straight, again = (load(run / "best.pth") for run in (finished.run, resumed))
     assert_same_tensors(straight["model"], again["model"])
 
@@ -168,26 +174,117 @@ def test_a_killed_run_logs_what_the_straight_one_logged(resumed, finished):
 
 def test_a_run_with_a_teacher_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
     """The teacher labels, is evaluated, and is in the checkpoint."""
-    straight = place.train("method.teacher=ema", "method.teacher_momentum=0.5")
+    straight = place.train("method.teacher=ema", "method.teacher_momentum=0.5", "checkpoint_interval=2")
     train.main(straight)
     whole = load(place.run / "latest.pth")
-    save = train.save_checkpoint
+    save = keeper.save_checkpoint
 
-    def save_and_stop(path, content):
-        save(path, content)
-        if path.name == "latest.pth":
+    def save_and_stop(path, content, **options):
+        save(path, content, **options)
+        if content["step"] == 4:
             raise KeyboardInterrupt
 
     broken = [str(tmp_path / "broken") if word == str(place.run) else word for word in straight]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", save_and_stop)
+        patch.setattr(keeper, "save_checkpoint", save_and_stop)
         train.main(broken)
-    assert load(tmp_path / "broken" / "latest.pth")["epoch"] == 1
+    assert load(tmp_path / "broken" / "latest.pth")["step"] == 4  # in the middle of an epoch
     train.main(broken)
     resumed = load(tmp_path / "broken" / "latest.pth")
     assert any(name.startswith("teacher.model.encoder") for name in resumed["method"])
     assert_same_tensors(resumed["method"], whole["method"])
     assert_same_tensors(resumed["model"], whole["model"])
+
+
+class At:
+    """Stands for a function of train.py and calls it; before its call number `number` it does something else."""
+
+    def __init__(self, function, number, action):
+        self.function, self.left, self.action = function, number, action
+
+    def __call__(self, *args, **options):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return self.function(*args, **options)
+
+
+def sending(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def assert_same_run(run, other):
+    straight, again = (load(folder / "latest.pth") for folder in (other, run))
+    assert_same_tensors(straight["model"], again["model"])
+    assert (straight["epoch"], straight["step"], straight["best"]) == (again["epoch"], again["step"], again["best"])
+    assert without_speed(run) == without_speed(other)
+
+
+@pytest.mark.parametrize(("function", "call", "step"), [("seed_step", 5, 5), ("seed_step", 3, 3), ("validate", 1, 3)])
+def test_a_signal_stops_behind_the_step_and_nothing_is_lost(function, call, step, finished, place, monkeypatch, capsys):
+    """In the middle of an epoch, in its last step, and in the evaluation."""
+    words = ["--config", str(finished.config), "--save-path", str(place.run)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, function, At(getattr(train, function), call, sending(signal.SIGTERM)))
+        assert run_main(train.main, words) == 75
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert load(place.run / "latest.pth")["step"] == step
+    assert "stopped by SIGTERM" in (place.run / "train.log").read_text(encoding="utf-8").splitlines()[-1]
+    assert run_main(train.main, words) == 0
+    assert_same_run(place.run, finished.run)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, place, monkeypatch):
+    words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_interval=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "seed_step", At(train.seed_step, 5, sending(signal.SIGINT)))
+        assert run_main(train.main, words) == 75
+    (place.run / "latest.pth").write_bytes((place.run / "latest.pth").read_bytes()[:-999])
+    assert run_main(train.main, words) == 0
+    log = (place.run / "train.log").read_text(encoding="utf-8")
+    assert "going on from previous.pth, step 5" in log or "going on from previous.pth, step 4" in log
+    assert (place.run / "damaged.pth").is_file()
+    assert_same_run(place.run, finished.run)
+
+
+def test_a_folder_in_use_is_refused(finished, place, capsys, monkeypatch):
+    monkeypatch.setattr(files.Hold.__init__, "__kwdefaults__", {"active": True, "patience": 0.2})
+    with files.Hold(place.run):
+        assert run_main(train.main, ["--config", str(finished.config), "--save-path", str(place.run)]) == 2
+    message = capsys.readouterr().err
+    assert "in use by another job" in message and str(place.run) in message
+
+
+def test_minutes_between_checkpoints(finished, place):
+    words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_minutes=1e-9", "epochs=1"]
+    saved = []
+    save = keeper.save_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper, "save_checkpoint", lambda p, c, **o: (saved.append((p.name, c["step"])), save(p, c, **o)))
+        assert run_main(train.main, words) == 0
+    assert [step for name, step in saved if name == "latest.pth"] == [1, 2, 3, 3]
+
+
+def train_in_group(words, function, call, rank, number):
+    """train.py in a process of a group; the one of this rank gets a signal. -> exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == rank:
+            patch.setattr(train, function, At(getattr(train, function), call, sending(number)))
+        try:
+            return run_main(train.main, words)
+        except SystemExit as end:
+            return end.code
+
+
+def test_two_processes_stop_at_one_step_and_go_on_bit_for_bit(pair, two_processes, finished, tmp_path):
+    """The signal reaches one of them; statistics of batch norm are each one's own in the middle of an epoch."""
+    words = ["--config", str(finished.config), "--save-path", str(tmp_path / "run")]
+    words += ["log_interval=1", "burn_in_epochs=1", "data.num_workers=0"]
+    assert pair(train_in_group, words, "seed_step", 2, 1, signal.SIGTERM) == [75, 75]
+    content = load(tmp_path / "run" / "latest.pth")
+    assert content["step"] == 2 and any("running_mean" in name for name in content["ranks"])
+    assert pair(train_in_group, words, "seed_step", 0, 1, signal.SIGTERM) == [0, 0]
+    assert_same_run(tmp_path / "run", two_processes[0])
 
 
 def test_a_run_from_before_a_key_existed_goes_on(finished, place, capsys):
@@ -228,9 +325,13 @@ def test_fresh_starts_over_and_keeps_the_old_run(finished, place):
 
 
 def test_a_diverged_run_saves_nothing_and_says_what_to_lower(place, capsys):
-    assert run_main(train.main, place.train("log_interval=1000", "optim=sgd", "optim.lr=1e30")) == 2
-    assert "optim.lr" in capsys.readouterr().err
+    assert run_main(train.main, place.train("optim.max_skipped=2", "optim=sgd", "optim.lr=1e9")) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr" in message and "step 3: the last 2 steps had no finite gradient" in message
+    assert "images/labeled/labeled" in message and "images/unlabeled/unlabeled" in message
     assert not (place.run / "latest.pth").exists()
+    content = load(place.run / "stopped.pth")
+    assert content["step"] == 3 and len(content["images"]) == 4
 
 
 # Two processes
@@ -271,7 +372,7 @@ def test_torchrun_gives_one_log_and_one_checkpoint(two_processes, read_metrics):
         assert text.count("epoch 1: mIoU") == 1
     names = {path.name for path in run.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
-    assert names - events == {"config.yaml", "latest.pth", "best.pth", "metrics.jsonl", "train.log"}
+    assert names - events == FILES
     assert len(events) == 1
     assert not [name for name in load(run / "latest.pth")["model"] if name.startswith("module.")]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.bench.measure import Row, Run, Side, measure
@@ -19,8 +19,9 @@ from allspark.bench.plain import PlainStream
 from allspark.config import DataConfig
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, Sample
-from allspark.data.loaders import LABELED, UNLABELED, TrainLoader, TrainPairs, make_loader
+from allspark.data.loaders import LABELED, UNLABELED, TrainLoader, TrainPairs
 from allspark.data.splits import Lists
+from allspark.workers import make_loader
 
 VIEWS = Views(labeled="strong")  # of the released recipe: labeled strong, unlabeled weak
 SEED = 0
@@ -87,6 +88,17 @@ def bench_loader(case: LoaderCase, folder: Path, repeats: int, device: torch.dev
     return rows, [f"{case.name}-like: {len(samples)} made-up images of {size / 1e6:.2f} MB, {case.workers} workers"]
 
 
+def kept_loader(dataset: Dataset, case: LoaderCase, device: torch.device) -> DataLoader:
+    """With the workers of training: they stay between passes."""
+    return make_loader(
+        dataset,
+        case.workers,
+        persistent_workers=case.workers > 0,
+        pin_memory=device.type == "cuda",
+        batch_size=case.batch,
+    )
+
+
 def run_plain(
     what: str, lists: Lists, spec: DatasetSpec, data: DataConfig, case: LoaderCase, device: torch.device
 ) -> Run:
@@ -94,7 +106,7 @@ def run_plain(
     labeled = PlainStream(lists.labeled, spec, data, SEED, LABELED, strong=True)
     unlabeled = PlainStream(lists.unlabeled, spec, data, SEED, UNLABELED, strong=False)
     dataset = {"labeled": labeled, "unlabeled": unlabeled, "both": Both(labeled, unlabeled)}[what]
-    loader = make_loader(dataset, case.workers, device.type == "cuda", batch_size=case.batch)
+    loader = kept_loader(dataset, case, device)
 
     def run() -> None:
         for batch in loader:
@@ -114,7 +126,7 @@ def run_ours(
     pairs = TrainPairs(lists, spec, data, VIEWS, SEED)
     pairs.open_cache()
     stream = Stream(pairs, LABELED if what == "labeled" else UNLABELED)
-    loader = make_loader(stream, case.workers, device.type == "cuda", batch_size=case.batch)
+    loader = kept_loader(stream, case, device)
 
     def run() -> None:
         for view, mask in loader:

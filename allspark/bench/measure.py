@@ -115,22 +115,22 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.moved = self.peak = self.alive = 0
-        self.storages: dict[int, int] = {}  # address -> bytes
+        self.storages: dict[int, int] = {}  # address (of the object: a fake tensor's has no data) -> bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = {tensor.untyped_storage().data_ptr() for tensor in taken} | self.storages.keys()
+        known = {tensor.untyped_storage()._cdata for tensor in taken}
         result = func(*args, **(kwargs or {}))
         given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not func.is_view:
             self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in taken + given)
         for storage in (tensor.untyped_storage() for tensor in given):
-            if storage.data_ptr() not in known:
+            if storage._cdata not in known:
                 self.add(storage)
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
+        address, size = storage._cdata, storage.nbytes()
         if address in self.storages:  # given twice
             return
         self.storages[address] = size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def find_images(words: list[str], out: Path, data_root: Path | None) -> list[Pat
 
 
 def images_of(word: str, out: Path, data_root: Path | None) -> list[Path]:
-    path = Path(word).expanduser()
+    path = Path(os.path.expanduser(word))
     if path.is_file():
         return listed(path, data_root) if path.suffix.lower() == ".txt" else [path]
     if path.is_dir():

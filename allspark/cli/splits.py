@@ -110,7 +110,7 @@ def data_config(args: argparse.Namespace) -> DataConfig:
 
 def data_root(args: argparse.Namespace) -> Path:
     root = args.data_root or os.environ.get(root_variable(args.dataset)) or f"data/{args.dataset}"
-    return Path(root).expanduser()
+    return Path(os.path.expanduser(root))
 
 
 def show(args: argparse.Namespace, splits_root: Path = SPLITS_ROOT) -> None:

@@ -22,6 +22,7 @@ from allspark.cli.loading import load_for_inference, texts
 from allspark.config import build_recipe, to_plain
 from allspark.download import DIGEST, fetch, file_digest
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
+from allspark.engine.files import writing
 from allspark.errors import UserError, reason_of
 from allspark.models.mirrors import LICENCE, licence, mirrors
 from allspark.models.naming import OURS
@@ -132,8 +133,9 @@ def check_target(path: Path, force: bool) -> None:
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     if path.suffix not in TORCH:
         raise UserError(f"--out {path}: a whole model is written as a checkpoint; choose a name that ends in .pth")
-    with written_whole(path) as temporary:
-        save_checkpoint(temporary, content)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, content)
     print(f"{path}: a checkpoint for predict, eval.py and model.init_from")
 
 

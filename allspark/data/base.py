@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -16,15 +19,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from allspark.errors import UserError
+from allspark.errors import UserError, from_environment, reason_of
 
 IGNORE_INDEX = 255  # of every decoded mask, whatever the files hold
 
 THREADS = 8  # that read files at once
 MAX_WORKERS = 8  # processes that a loader gets unasked
 MIN_SIDE = 32  # pixels; the smallest image that the models predict
-MAX_PIXELS = 250_000_000
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and refuses above twice this
+MAX_MEGAPIXELS = 250  # of an image, unless ALLSPARK_MAX_MEGAPIXELS says another number
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not all of Pillow's: EPS starts a program
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half the limit
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of metadata; pixels that lack are an error
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # what the machine lacks, not the file
+
+
+class BadSample(UserError):
+    """A file that is no image or mask, is damaged or holds what it may not; another sample may stand in for it."""
 
 
 def keep(mask: np.ndarray) -> np.ndarray:
@@ -110,23 +120,37 @@ class Sample:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The file, its header read; a file that is missing, truncated or no image is a UserError that names it."""
+    """The file, its header read; what goes wrong with it in here, decoding included, is a BadSample that names it."""
     try:
-        with Image.open(path) as image:
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            raise BadSample(f"{path}: is no file; correct the list or data_root")
+        with bounded(path) as image:
             yield image
+    except UserError:
+        raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct the list or data_root") from None
+        raise BadSample(f"{path}: no such file; correct the list or data_root") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels; cut it into tiles") from None
+        raise BadSample(
+            f"{path}: more than {max_megapixels()} megapixels; cut it into tiles, or allow more with the environment "
+            f"variable ALLSPARK_MAX_MEGAPIXELS"
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError(f"{path}: truncated or not an image ({error}); copy it again or take it off the list") from None
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+            raise UserError(f"{path}: cannot be read, the machine has too little ({error or 'memory'})") from None
+        why = reason_of(error)
+        raise BadSample(f"{path}: truncated or not an image ({why}); copy it again or take it off the list") from None
 
 
-def open_image(path: Path) -> Image.Image:
-    """The decoded file."""
-    with opened(path) as image:
-        image.load()
-    return image
+def bounded(file: Path | BinaryIO) -> Image.Image:
+    """Image.open for FORMATS alone; more than max_megapixels is Pillow's DecompressionBombError."""
+    Image.MAX_IMAGE_PIXELS = max_megapixels() * 10**6 // 2  # Pillow warns above this and refuses above twice this
+    return Image.open(file, formats=FORMATS)
+
+
+def max_megapixels() -> int:
+    """The most that an image may have."""
+    return from_environment("ALLSPARK_MAX_MEGAPIXELS", MAX_MEGAPIXELS, least=1)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -136,35 +160,37 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of any image Pillow opens, upright as its EXIF orientation says.
+    """(H, W, 3) uint8 RGB of an image in one of FORMATS, upright as its EXIF orientation says.
 
     Grey is repeated, palettes are looked up, CMYK is converted, alpha is dropped, 16-bit values keep their high byte.
     """
-    image = open_image(path)
-    ImageOps.exif_transpose(image, in_place=True)  # Released: not applied; viewers and labeling tools show it applied
-    if image.mode == "F":
-        raise UserError(f"{path}: floating-point values have no fixed range; save the image with 8 bits per channel")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        grey = values >> 8 if values.max() > 255 else values
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # each copy costs a tenth of a decoding
+    with opened(path) as image:
+        # Released: not applied; viewers and labeling tools show it applied
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            raise BadSample(f"{path}: floating-point values have no fixed range; save it with 8 bits per channel")
+        if image.mode.startswith("I"):
+            values = np.asarray(image).astype(np.int64)
+            grey = values >> 8 if values.max() > 255 else values
+            return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # each copy: a tenth of a decoding
 
 
 def stored_mask(path: Path) -> np.ndarray:
     """(H, W) uint8 as the file holds it: a palette image gives its indices."""
-    image = open_image(path)
-    if image.mode in ("L", "P", "1"):
-        return np.array(image, np.uint8)
+    with opened(path) as image:
+        if image.mode in ("L", "P", "1"):
+            return np.array(image, np.uint8)
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
     if not image.mode.startswith("I"):
-        raise UserError(
+        raise BadSample(
             f"{path}: masks hold class indices 0..K-1 in one channel, found {image.mode}; "
             "convert its colours to indices once and save 8-bit grey or palette PNG"
         )
-    values = np.asarray(image)
     wrong = (values < 0) | (values > 255)
     if wrong.any():
-        raise UserError(
+        raise BadSample(
             f"{path}: {image.mode} mask with values outside 0..255: {counted(values[wrong])}; "
             "renumber the classes 0..K-1 and save 8-bit PNG"
         )
@@ -187,7 +213,7 @@ def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
         hint = spec.mask_hint or (
             f"Correct the mask (ignored pixels hold {spec.ignore_index}), or describe your own data in data.custom"
         )
-        raise UserError(
+        raise BadSample(
             f"{path}: illegal mask values {counted(stored[illegal])}; "
             f"{spec.name} has classes 0..{spec.num_classes - 1}. {hint}"
         )
@@ -206,7 +232,7 @@ def check_pair(sample: Sample, image: np.ndarray, mask: np.ndarray) -> None:
     """UserError unless image and mask have one size."""
     if image.shape[:2] != mask.shape:
         sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, mask)]
-        raise UserError(
+        raise BadSample(
             f"image and mask differ in width x height: {sample.image} is {sizes[0]}, {sample.mask} is {sizes[1]}; "
             "make the mask again at the image's size, with nearest-neighbour if it has to be resized"
         )
@@ -242,7 +268,7 @@ def worker_count(asked: int | None) -> int:
     if asked is not None:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(MAX_WORKERS, cores // from_environment("LOCAL_WORLD_SIZE", 1, least=1)))
 
 
 def attempts(tasks: Sequence[Callable]) -> list:

@@ -2,6 +2,7 @@
 
 Below data.cache lies a folder for the images and one for the masks of a data set: `pixels`, the values of one file
 after the other, and index.json: of which files, of what size and time. When one of them changes it is made anew.
+A file that cannot be decoded has no place in it where samples may be skipped; whoever asks for it reads it in vain.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ import numpy as np
 from tqdm import tqdm
 
 from allspark import distributed
-from allspark.data.base import THREADS, DatasetSpec, Sample, check_pair, image_size, read_image, read_mask
+from allspark.data.base import (
+    THREADS,
+    BadSample,
+    DatasetSpec,
+    Sample,
+    attempts,
+    check_pair,
+    image_size,
+    read_image,
+    read_mask,
+)
 from allspark.errors import UserError
 
 REMEDY = "name a folder on another disk, or data.cache=none"
@@ -38,33 +49,36 @@ class Files:
 
     def image(self, path: Path) -> np.ndarray:
         """What read_image gives."""
-        return read_image(path) if self.images is None else self.images[path]
+        return self.images[path] if self.images and path in self.images else read_image(path)
 
     def pair(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """What read_pair gives."""
         image = self.image(sample.image)
-        mask = read_mask(sample.mask, self.spec) if self.masks is None else self.masks[sample.mask]
+        cached = self.masks and sample.mask in self.masks
+        mask = self.masks[sample.mask] if cached else read_mask(sample.mask, self.spec)
         check_pair(sample, image, mask)
         return image, mask
 
 
-def open_files(cache: str, spec: DatasetSpec, images: Iterable[Path], masks: Iterable[Path]) -> Files:
+def open_files(
+    cache: str, spec: DatasetSpec, images: Iterable[Path], masks: Iterable[Path], skip: bool = False
+) -> Files:
     """Files of these images and masks; where data.cache names a folder, through caches there, built where need be.
 
-    Whoever comes first builds, other processes wait. UserError for a file that cannot be read, a folder that cannot be
-    written, or a disk that is too small.
+    Whoever comes first builds, other processes wait. UserError for a file that cannot be read (skip: it is left out),
+    a folder that cannot be written, or a disk that is too small.
     """
     if cache == "none":
         return Files(spec)
-    root = Path(cache).expanduser().absolute()
+    root = Path(os.path.expanduser(cache)).absolute()
     name = re.sub(r"\W", "_", spec.name)
     # A mask is stored as it is decoded, so what decides that is part of its identity
     values = spec.decode_mask(np.arange(256, dtype=np.uint8)[None])
     meaning = f"{spec.num_classes} {spec.ignore_index} {values.tobytes().hex()}"
     return Files(
         spec,
-        open_cache(root, f"{name}-images", images, read_image, 3),
-        open_cache(root, f"{name}-masks", masks, partial(read_mask, spec=spec), 1, meaning),
+        open_cache(root, f"{name}-images", images, read_image, 3, skip=skip),
+        open_cache(root, f"{name}-masks", masks, partial(read_mask, spec=spec), 1, meaning, skip),
     )
 
 
@@ -75,6 +89,9 @@ class Cache:
         self.folder, self.channels = folder, channels
         self.places = places  # path -> offset, height, width
         self.pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r"))
+
+    def __contains__(self, path: Path) -> bool:
+        return str(path) in self.places
 
     def __getitem__(self, path: Path) -> np.ndarray:
         offset, height, width = self.places[str(path)]
@@ -87,7 +104,13 @@ class Cache:
 
 
 def open_cache(
-    root: Path, name: str, paths: Iterable[Path], read: Callable[[Path], np.ndarray], channels: int, meaning: str = ""
+    root: Path,
+    name: str,
+    paths: Iterable[Path],
+    read: Callable[[Path], np.ndarray],
+    channels: int,
+    meaning: str = "",
+    skip: bool = False,
 ) -> Cache:
     """The cache below root of what `read` makes of these files; built where it is absent or a file has changed."""
     paths = sorted(set(paths))
@@ -97,13 +120,23 @@ def open_cache(
     with explained(root):
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / f"{folder.name}.lock"):
-            shapes = stored_shapes(folder, files, channels)
-            if shapes is None:
+            stored = read_index(folder, files, channels)
+            if stored is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                shapes = build(folder, paths, files, read, channels)
-            offsets = np.cumsum([0] + [height * width * channels for height, width in shapes]).tolist()
-            places = {str(path): (offset, *shape) for path, offset, shape in zip(paths, offsets, shapes)}
+                stored = build(folder, paths, files, read, channels, skip)
+            offsets = np.cumsum([0] + [height * width * channels for height, width in stored.shapes]).tolist()
+            places = {str(path): (offset, *shape) for path, offset, shape in zip(paths, offsets, stored.shapes)}
+            for number in stored.bad:
+                del places[str(paths[number])]
             return Cache(folder, channels, places)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """(height, width) of each file, and the numbers of those that could not be decoded: their place is empty."""
+
+    shapes: list[tuple[int, int]]
+    bad: list[int]
 
 
 def identity(path: Path) -> list:
@@ -139,40 +172,50 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def stored_shapes(folder: Path, files: list[list], channels: int) -> list[tuple[int, int]] | None:
-    """(height, width) of each file in the cache; None unless it is whole and of just these files."""
+def read_index(folder: Path, files: list[list], channels: int) -> Stored | None:
+    """What the cache holds; None unless it is whole and of just these files."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         shapes = [(int(height), int(width)) for height, width in index["shapes"]]
+        bad = [range(len(shapes))[number] for number in index.get("bad", [])]
         size = (folder / "pixels").stat().st_size
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     whole = len(shapes) == len(files) and size == sum(height * width * channels for height, width in shapes)
-    return shapes if whole and index.get("files") == files else None
+    return Stored(shapes, bad) if whole and index.get("files") == files else None
 
 
 def build(
-    folder: Path, paths: Sequence[Path], files: list[list], read: Callable[[Path], np.ndarray], channels: int
-) -> list[tuple[int, int]]:
-    """Decode the files into `folder`, all of them or, where one fails, none; (height, width) of each."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        areas = [width * height for width, height in pool.map(image_size, paths)]
-    check_space(folder.parent, len(paths), sum(areas) * channels)
-    print(f"{folder}: decoding {len(paths)} files once, {sum(areas) * channels:,} bytes")
+    folder: Path,
+    paths: Sequence[Path],
+    files: list[list],
+    read: Callable[[Path], np.ndarray],
+    channels: int,
+    skip: bool,
+) -> Stored:
+    """Decode the files into `folder`, all of them or, where one fails and may not, none."""
+    sizes = attempts([partial(image_size, path) for path in paths])
+    if not skip and (errors := [size for size in sizes if isinstance(size, UserError)]):
+        raise errors[0]
+    shapes = [(0, 0) if isinstance(size, UserError) else size[::-1] for size in sizes]
+    needed = sum(height * width for height, width in shapes) * channels
+    check_space(folder.parent, len(paths), needed)
+    print(f"{folder}: decoding {len(paths)} files once, {needed:,} bytes")
     partial_folder = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)  # of a process that was killed
     try:
         partial_folder.mkdir()
         with (partial_folder / "pixels").open("wb") as pixels:
-            shapes = decode_all(pixels.fileno(), paths, areas, read, channels)
+            os.truncate(pixels.fileno(), needed)  # also where the last files leave their places empty
+            stored = decode_all(pixels.fileno(), paths, shapes, read, channels, skip)
             os.fsync(pixels.fileno())
-        index = json.dumps({"files": files, "shapes": shapes})
+        index = json.dumps({"files": files, "shapes": stored.shapes, "bad": stored.bad})
         (partial_folder / "index.json").write_text(index, encoding="utf-8")
         partial_folder.rename(folder)
     except BaseException:
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise
-    return shapes
+    return stored
 
 
 def check_space(root: Path, count: int, needed: int) -> None:
@@ -182,13 +225,23 @@ def check_space(root: Path, count: int, needed: int) -> None:
 
 
 def decode_all(
-    file: int, paths: Sequence[Path], areas: list[int], read: Callable[[Path], np.ndarray], channels: int
-) -> list[tuple[int, int]]:
-    """Write each decoded file to its place, several at once; the first that fails ends it."""
+    file: int,
+    paths: Sequence[Path],
+    shapes: list[tuple[int, int]],
+    read: Callable[[Path], np.ndarray],
+    channels: int,
+    skip: bool,
+) -> Stored:
+    """Write each decoded file to its place, several at once; the first that fails ends it, unless it is skipped."""
 
-    def decode(path: Path, area: int, offset: int) -> tuple[int, int]:
-        array = read(path)
-        if array.size != area * channels:
+    def decode(path: Path, shape: tuple[int, int], offset: int) -> tuple[int, int] | None:
+        try:
+            array = read(path)
+        except BadSample:
+            if skip:
+                return None
+            raise
+        if array.size != shape[0] * shape[1] * channels:
             raise UserError(f"{path}: changed while it was read; start again when nobody writes to it")
         rest = memoryview(np.ascontiguousarray(array)).cast("B")
         while rest:
@@ -196,9 +249,9 @@ def decode_all(
             rest, offset = rest[written:], offset + written
         return array.shape[:2]
 
-    offsets = np.cumsum([0, *areas[:-1]]) * channels
+    offsets = np.cumsum([0, *(height * width for height, width in shapes[:-1])]) * channels
     with ThreadPoolExecutor(THREADS) as pool:
-        tasks = [pool.submit(decode, *each) for each in zip(paths, areas, offsets.tolist(), strict=True)]
+        tasks = [pool.submit(decode, *each) for each in zip(paths, shapes, offsets.tolist(), strict=True)]
         try:
             hidden = None if distributed.is_main() else True  # None: hidden where stderr is no terminal
             for task in tqdm(as_completed(tasks), "decode", len(tasks), leave=False, unit="file", disable=hidden):
@@ -206,4 +259,6 @@ def decode_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [task.result() for task in tasks]
+    found = [task.result() for task in tasks]
+    bad = [number for number, shape in enumerate(found) if shape is None]
+    return Stored([shape or was for shape, was in zip(found, shapes, strict=True)], bad)

@@ -107,9 +107,12 @@ def write_splits(
     if there and not force:
         raise UserError(f"{there[0]} is there already ({len(there)} of {len(files)} lists); --force overwrites")
     for path, entries in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{list_line(entry.sample, data_root)}\n" for entry in entries)
-        path.write_text(text, encoding="utf-8", newline="\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
     return list(files)
 
 

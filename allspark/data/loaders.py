@@ -6,25 +6,40 @@ came before: resuming is starting the sampler at a step, and one process or many
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack  # into memory that a worker shares, where torch.stack is copied
 
+from allspark import distributed
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.config import DataConfig
-from allspark.data.base import DatasetSpec, Sample, to_tensor, worker_count
+from allspark.data.base import BadSample, DatasetSpec, Sample, to_tensor, worker_count
 from allspark.data.cache import Files, open_files
 from allspark.data.splits import Lists
 from allspark.data.transforms import OPERATIONS, PHOTOMETRIC, Geometry, cutmix_box, draw_geometry
 from allspark.errors import UserError
+from allspark.workers import batches, end_workers, make_loader
 
 LABELED, UNLABELED = 0, 1  # streams of random numbers
+IN_PLACE = 1_000_000  # of the stream that draws what stands in for a sample
+REPLACEMENTS = 10  # in a row that may fail
 Key = tuple[int, int, int, int]  # epoch, global position, labeled index, unlabeled index (-1: none)
 Step = tuple[LabeledBatch, UnlabeledBatch | None]
+Part = TypeVar("Part", LabeledBatch, UnlabeledBatch)
+
+
+class Loaded(NamedTuple):
+    """What a worker sends: a pair or, collated, a step; bad: why samples were replaced in it, one message for each."""
+
+    labeled: LabeledBatch
+    unlabeled: UnlabeledBatch | None
+    bad: tuple[str, ...] = ()
 
 
 class TrainPairs(Dataset):
@@ -42,19 +57,46 @@ class TrainPairs(Dataset):
         unlabeled = self.lists.unlabeled if self.views.unlabeled else ()
         images = [sample.image for sample in (*self.lists.labeled, *unlabeled)]
         masks = [sample.mask for sample in self.lists.labeled]
-        self.files = open_files(self.data.cache, self.spec, images, masks)
+        skip = self.data.on_bad_sample == "skip"
+        self.files = open_files(self.data.cache, self.spec, images, masks, skip)
 
-    def __getitem__(self, key: Key) -> tuple[LabeledBatch, UnlabeledBatch | None] | UserError:
+    def __getitem__(self, key: Key) -> Loaded | UserError:
         epoch, position, labeled, unlabeled = key
+        bad: list[str] = []
         try:
-            return (
-                self.labeled(self.lists.labeled[labeled], (self.seed, epoch, position, LABELED)),
-                self.unlabeled(self.lists.unlabeled[unlabeled], (self.seed, epoch, position, UNLABELED))
-                if self.views.unlabeled
-                else None,
+            stream = (self.seed, epoch, position, LABELED)
+            first = self.readable(self.labeled, self.lists.labeled, labeled, stream, bad)
+            if not self.views.unlabeled:
+                return Loaded(first, None, tuple(bad))
+            stream = (self.seed, epoch, position, UNLABELED)
+            return Loaded(
+                first, self.readable(self.unlabeled, self.lists.unlabeled, unlabeled, stream, bad), tuple(bad)
             )
         except UserError as error:
             return error
+
+    def readable(
+        self,
+        make: Callable[[Sample, tuple[int, ...]], Part],
+        samples: Sequence[Sample],
+        index: int,
+        stream: tuple[int, ...],
+        bad: list[str],
+    ) -> Part:
+        """make(samples[index]) or, by data.on_bad_sample=skip, of others that the stream draws until one is readable.
+
+        Why the ones before it are not goes to `bad`. UserError after REPLACEMENTS, or where there is no other.
+        """
+        tried = 0
+        for sample in stand_ins(samples, index, stream):
+            try:
+                return make(sample, stream)
+            except BadSample as error:
+                if self.data.on_bad_sample == "error":
+                    raise UserError(f"{error}; or train without it: data.on_bad_sample=skip") from None
+                bad.append(str(error))
+                tried += 1
+        raise UserError(f"{bad[-1]}; {tried} samples in a row cannot be read: is the storage gone, or a list wrong?")
 
     def geometry(self, image: np.ndarray, stream: tuple[int, ...]) -> Geometry:
         height, width = image.shape[:2]
@@ -83,21 +125,31 @@ class TrainPairs(Dataset):
         return UnlabeledBatch(to_tensor(crop), tuple(strong), torch.from_numpy(geometry.valid()), tuple(cutmix))
 
 
-def collate(items: Sequence[tuple[LabeledBatch, UnlabeledBatch | None] | UserError]) -> Step | UserError:
+def stand_ins(samples: Sequence[Sample], index: int, stream: tuple[int, ...]) -> Iterator[Sample]:
+    """The sample itself, then at most REPLACEMENTS different others, by the stream alone."""
+    yield samples[index]
+    order = np.random.default_rng([*stream, IN_PLACE]).permutation(len(samples))
+    for other in order[order != index][:REPLACEMENTS]:
+        yield samples[other]
+
+
+def collate(items: Sequence[Loaded | UserError]) -> Loaded | UserError:
     """Stack the items of a step; one that could not be made stands for all of them."""
     for item in items:
         if isinstance(item, UserError):
             return item
-    labeled, unlabeled = zip(*items, strict=True)
+    labeled, unlabeled = [item.labeled for item in items], [item.unlabeled for item in items]
+    bad = tuple(message for item in items for message in item.bad)
     batch = LabeledBatch(stack([one.image for one in labeled]), stack([one.mask for one in labeled]))
     if unlabeled[0] is None:
-        return batch, None
-    return batch, UnlabeledBatch(
+        return Loaded(batch, None, bad)
+    views = UnlabeledBatch(
         stack([one.weak for one in unlabeled]),
         tuple(stack(views) for views in zip(*(one.strong for one in unlabeled), strict=True)),
         stack([one.valid for one in unlabeled]),
         tuple(stack(boxes) for boxes in zip(*(one.cutmix for one in unlabeled), strict=True)),
     )
+    return Loaded(batch, views, bad)
 
 
 class StepSampler(Sampler):
@@ -165,6 +217,7 @@ class TrainLoader:
         self.pairs = TrainPairs(lists, spec, data, views, seed)
         self.num_workers = worker_count(data.num_workers)
         self.loaders: dict[bool, DataLoader] = {}  # by pin_memory, made when first used
+        self.bad: Counter[str] = Counter()  # why a sample was replaced -> how often, since this process began
 
     @property
     def steps_per_epoch(self) -> int:
@@ -174,47 +227,62 @@ class TrainLoader:
         """The next `on` begins at this step of this epoch."""
         self.sampler.epoch, self.sampler.start_step = epoch, start_step
 
-    def on(self, device: torch.device | str) -> Iterator[Step]:
-        """The steps of the epoch that set_epoch chose, on the device."""
+    def images(self, step: int) -> list[str]:
+        """The files of this step, from 0, of the epoch that set_epoch chose: labeled, then unlabeled, of all ranks."""
+        places = slice(step * self.sampler.batch_size, (step + 1) * self.sampler.batch_size)
+        lists, files = self.pairs.lists, []
+        for stream, samples in ((LABELED, lists.labeled), (UNLABELED, lists.unlabeled)):
+            if stream == LABELED or self.pairs.views.unlabeled:
+                files += [str(samples[index].image) for index in self.sampler.order(stream)[places]]
+        return files
+
+    def on(self, device: torch.device | str, tell: Callable[[str], None] = print) -> Iterator[Step]:
+        """The steps of the epoch that set_epoch chose, on the device; `tell` hears of replaced samples.
+
+        WorkerDied: a worker was killed or hangs; UserError: a file cannot be read, see data.on_bad_sample.
+        """
         device = torch.device(device)
-        pin = device.type == "cuda"
+        loader = self.loader(device.type == "cuda")
+        for step in batches(loader):
+            if isinstance(step, UserError):
+                end_workers(loader)  # who frees a loader in a cycle with a traceback waits for its workers in vain, 5 s
+                raise UserError(str(step))  # with nothing but its message
+            self.note(step.bad, tell)
+            labeled, unlabeled = step.labeled.to(device), step.unlabeled
+            labeled = LabeledBatch(labeled.image, labeled.mask.long())  # an eighth of the bytes until here
+            yield labeled, None if unlabeled is None else unlabeled.to(device)
+        if self.bad:
+            count = sum(self.bad.values())
+            tell_all(tell, f"{count} samples were replaced so far, of {len(self.bad)} that cannot be read")
+
+    def loader(self, pin: bool) -> DataLoader:
         if pin not in self.loaders:
             self.pairs.open_cache()
             self.loaders[pin] = make_loader(
-                self.pairs, self.num_workers, pin, batch_sampler=self.sampler, collate_fn=collate
+                self.pairs,
+                self.num_workers,
+                timeout=self.pairs.data.timeout,
+                persistent_workers=self.num_workers > 0,
+                pin_memory=pin,
+                batch_sampler=self.sampler,
+                collate_fn=collate,
             )
-        for step in self.loaders[pin]:
-            labeled, unlabeled = clean(step)
-            labeled = labeled.to(device)
-            labeled = LabeledBatch(labeled.image, labeled.mask.long())  # an eighth of the bytes until here
-            yield labeled, None if unlabeled is None else unlabeled.to(device)
+        return self.loaders[pin]
+
+    def note(self, bad: Sequence[str], tell: Callable[[str], None]) -> None:
+        """Count; a file is named when it is met first."""
+        for message in bad:
+            if message not in self.bad:
+                tell_all(tell, f"WARNING: another sample is taken: {message}")
+            self.bad[message] += 1
 
 
-def clean(step: Step | UserError) -> Step:
-    """What a worker sent, or its UserError raised here with nothing but its message."""
-    if isinstance(step, UserError):
-        # A new one: the one `on` holds would hold `on` by its traceback, and workers that are freed in such a cycle
-        # lose their queues first and are waited for in vain, 5 s each
-        raise UserError(str(step))
-    return step
-
-
-def make_loader(dataset: Dataset, num_workers: int, pin: bool, **options) -> DataLoader:
-    return DataLoader(
-        dataset,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin,
-        worker_init_fn=single_threaded,
-        generator=torch.Generator(),  # else every epoch takes a number from the generator that dropout uses
-        **options,
-    )
-
-
-def single_threaded(worker: int) -> None:
-    """Workers are the parallelism; threads inside them only get in each other's way."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
+def tell_all(tell: Callable[[str], None], message: str) -> None:
+    """`tell` is the main process' log; another one that reads other files says it on stderr."""
+    if distributed.is_main():
+        tell(message)
+    else:
+        print(f"process {distributed.rank()}: {message}", file=sys.stderr)
 
 
 def check_request(lists: Lists, views: Views, batch_size: int, epoch_of: str, world_size: int) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
 from allspark.config import DataConfig
-from allspark.data.base import MIN_SIDE, DatasetSpec, Sample, at_once, attempts, one_message, read_image, read_pair
+from allspark.data.base import MIN_SIDE, BadSample, DatasetSpec, Sample, attempts, one_message, read_image, read_pair
 from allspark.data.splits import Lists
 from allspark.errors import UserError
+
+NAMED = 20  # bad samples, at most
 
 
 def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0) -> list[str]:
@@ -22,19 +24,57 @@ def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0)
     labeled = some(lists.labeled, len(lists.labeled) if len(lists.labeled) <= 500 else 200, rng)
     val, unlabeled = some(lists.val, 50, rng), some(lists.unlabeled, 20, rng)
 
-    tasks = [partial(mask_values, sample, spec) for sample in labeled]
-    tasks += [partial(check_whole, sample, spec) for sample in val]
-    found = at_once(tasks + [partial(read_image, sample.image) for sample in unlabeled])[: len(labeled)]
+    found = opened_samples(
+        {
+            "labeled": [partial(mask_values, sample, spec) for sample in labeled],
+            "val": [partial(check_whole, sample, spec) for sample in val],
+            "unlabeled": [partial(read_image, sample.image) for sample in unlabeled],
+        },
+        skip=data.on_bad_sample == "skip",
+    )
     counts = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} val images"
     notes = [f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts}"]
-    present = set(np.concatenate(found).tolist()) - {spec.ignore_index}
+    values = [result for result in found["labeled"] if not isinstance(result, UserError)]
+    present = set(np.concatenate(values).tolist()) - {spec.ignore_index}
     if not present:
         raise UserError(f"split {lists.name}: no pixel of the labeled masks has a class, all are {spec.ignore_index}")
     absent = [name for index, name in enumerate(spec.classes) if index not in present]
     if absent:
         among = "images" if len(labeled) == len(lists.labeled) else f"images checked ({len(labeled)})"
         notes.append(f"classes in none of the labeled {among}: {', '.join(absent)}")
-    return notes + overlaps(lists)
+    return notes + replaced(found) + overlaps(lists)
+
+
+def opened_samples(tasks: dict[str, list[Callable]], skip: bool) -> dict[str, list]:
+    """The results of tasks by list; of samples that training will skip their BadSample.
+
+    UserError for any other, and for a list of which nothing can be read.
+    """
+    results = iter(attempts([task for listed in tasks.values() for task in listed]))
+    found = {kind: [next(results) for _ in listed] for kind, listed in tasks.items()}
+    errors = [
+        result
+        for kind, listed in found.items()
+        for result in listed
+        if isinstance(result, UserError) and not (skip and kind != "val" and isinstance(result, BadSample))
+    ]
+    if errors:
+        raise UserError(one_message(errors, sum(map(len, tasks.values()))))
+    for kind, listed in found.items():
+        if listed and all(isinstance(result, UserError) for result in listed):
+            raise UserError(f"{listed[0]} (and no other of {len(listed)} {kind} samples checked can be read)")
+    return found
+
+
+def replaced(found: dict[str, list]) -> list[str]:
+    """Warnings: the samples that training will replace, by name; not more than anybody reads."""
+    notes = []
+    for kind, listed in found.items():
+        bad = [result for result in listed if isinstance(result, UserError)]
+        notes += [f"WARNING: {kind} sample that training will replace: {error}" for error in bad[:NAMED]]
+        if bad:
+            notes.append(f"WARNING: {len(bad)} of {len(listed)} {kind} samples checked cannot be read")
+    return notes
 
 
 def mask_values(sample: Sample, spec: DatasetSpec) -> np.ndarray:

@@ -14,6 +14,7 @@ from allspark.data.base import DatasetSpec, Sample, same_path
 from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images
 from allspark.errors import UserError
 
+MAX_LIST = 256 << 20  # bytes; the longest published one has 6 MB
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -73,7 +74,11 @@ def read_lines(path: Path) -> list[Line]:
     """The lines of a list file that are not blank; UserError where it is no list."""
     lines = []
     try:
+        if (size := Path(path).stat().st_size) > MAX_LIST:
+            raise UserError(f"{path}: not a list, it has {size} bytes; give a file of `image mask` lines")
         texts = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of `image mask` lines") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a list, it is no UTF-8 text; give a file of `image mask` lines") from None
     for number, text in enumerate(texts, start=1):
@@ -201,7 +206,7 @@ def provenance(lists: Lists, spec: DatasetSpec) -> list[str]:
 
 def find_data(data: DataConfig, spec: DatasetSpec) -> Path:
     """The data root, made by spec.prepare where the data set can be made."""
-    root = Path(data.data_root).expanduser()
+    root = Path(os.path.expanduser(data.data_root))
     if spec.prepare is not None:
         if distributed.rank() == 0:
             spec.prepare(root)

@@ -6,30 +6,62 @@ a model, {"model", "architecture": {"model", "num_classes", "crop_size"}, "sourc
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from allspark import distributed
+from allspark.engine.files import replace_file
 from allspark.errors import UserError, reason_of
+from allspark.untrusted import load_tensors
 
+LATEST, PREVIOUS = "latest.pth", "previous.pth"  # in a run's folder: to resume from, and the one before it
+BEST = "best.pth"  # of the epoch with the best mIoU on val
+IN_ORDER = (LATEST, PREVIOUS, BEST)  # in which they are tried
 FORMAT = "allspark-1"
 TO_PREDICT = ("model", "method", "epoch", "step", "recipe", "split")  # what one of train.py must hold to be evaluated
 TO_RESUME = (*TO_PREDICT, "optimizer", "best")
 IMPORTED = ("model", "architecture", "source")  # what an imported one holds
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: behind `step` steps in all, in this epoch. Behind the last step of its epoch the evaluation
+    is to come; after that the same step is the next epoch's first.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: dict[str, float] = dataclasses.field(default_factory=lambda: {"miou": -1.0, "epoch": -1})
+    world_size: int | None = None  # with which it went so far
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
+    """Durable, verified, at once; previous: where the file that it replaces is kept. UserError where it cannot be."""
+    replace_file(
+        path,
+        lambda file: torch.save({"format": FORMAT, **content}, file),
+        verify=check_sums,
+        previous=previous,
+    )
+
+
+def check_sums(path: Path) -> None:
+    """OSError unless a file of torch.save, a zip, is what its checksums say: torch itself does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # zipfile raises many kinds on a damaged directory
+        raise OSError(f"damaged: {reason_of(error)}") from error
+    if wrong is not None:
+        raise OSError(f"damaged: the checksum of {wrong} is wrong")
 
 
 def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> dict[str, Any]:
@@ -41,9 +73,9 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a best.pth or latest.pth")
     try:
-        with warnings.catch_warnings():  # torch warns of a pickle that it then refuses
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
+        if zipfile.is_zipfile(path):  # else torch's older pickle, which holds none of ours
+            check_sums(path)
     except Exception as error:  # truncated, bit-flipped, foreign, or holding code: torch raises many kinds
         raise UserError(
             f"{path}: not a readable checkpoint, truncated or of another program ({reason_of(error)}); "
@@ -56,6 +88,89 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
         )
     check_content(content, needed, path)
     return content
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """What a run in this folder goes on from, and what there is to say: latest.pth; if it cannot be read the one before
+    it; else best.pth. None: nothing was saved. UserError: there is something, and nothing of it can be read.
+    """
+    if not any((folder / name).exists() for name in (LATEST, PREVIOUS)):
+        return None
+    errors: dict[str, UserError] = {}
+    for name in IN_ORDER:
+        try:
+            content = load_checkpoint(folder / name, TO_RESUME)
+            check_position(content, folder / name)
+            why = ", ".join(map(str, errors.values()))
+            told = f"WARNING: going on from {name}, step {content['step']}, because of {why}"
+            return folder / name, content, [told] * bool(errors)
+        except UserError as error:
+            if (folder / name).exists() or name == LATEST:
+                errors[name] = error
+    if len(errors) == 1:
+        raise errors[LATEST]
+    raise UserError(
+        f"{folder}: none of {', '.join(errors)} can be read; bring one of them back, or --fresh to start over. "
+        f"{errors[LATEST]}"
+    )
+
+
+def choice_of_first(name: str | None, device: torch.device) -> str | None:
+    """What process 0 found, on all of them: no two may go on from different steps."""
+    index = distributed.broadcast(torch.tensor(-1 if name is None else IN_ORDER.index(name), device=device))
+    return None if index < 0 else IN_ORDER[index]
+
+
+def check_position(content: Mapping[str, Any], path: Path) -> None:
+    """UserError unless it says where its run stands."""
+    best, log = content["best"], content.get("log", [])
+    right = all(isinstance(content[name], int) and content[name] >= 0 for name in ("epoch", "step"))
+    right &= isinstance(best, dict) and all(isinstance(best.get(key), int | float) for key in ("miou", "epoch"))
+    right &= isinstance(log, list) and all(isinstance(one, dict) for one in log)
+    right &= isinstance(content["split"], dict) and {"name", "sha256"} <= content["split"].keys()
+    if not (right and all(isinstance(value, Tensor) for one in log for value in one.values())):
+        raise UserError(f"{path}: does not say where its run stands; use another checkpoint, or --fresh to start over")
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What else a checkpoint holds is loaded in here: whatever torch raises, it is another program's or made up."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path}: its optimizer, counters or buffers are not those of this recipe ({reason_of(error)}); use "
+            f"another checkpoint, or --fresh to start over"
+        ) from error
+
+
+def buffers_by_rank(modules: Mapping[str, torch.nn.Module], shared: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The buffers that differ between processes, stacked by rank: prefix.name -> (P, ...); called by all of them.
+
+    Batch norm statistics on CPUs, and a memory that each process has for itself. shared: prefixes of buffers of which
+    that of process 0 counts anyway.
+    """
+    if distributed.world_size() == 1:
+        return {}
+    found = {}
+    for prefix, module in modules.items():
+        for name, buffer in module.named_buffers(prefix):
+            if not name.startswith(tuple(shared)):
+                every = distributed.all_gather(buffer.detach()[None])
+                if not all(torch.equal(every[0], one) for one in every[1:]):
+                    found[name] = every
+    return found
+
+
+@torch.no_grad()
+def load_own_buffers(modules: Mapping[str, torch.nn.Module], ranks: Mapping[str, Tensor]) -> None:
+    """This process's share of buffers_by_rank, where as many processes saved it; else all keep those of process 0."""
+    for prefix, module in modules.items():
+        for name, buffer in module.named_buffers(prefix):
+            if name in ranks and ranks[name].shape == (distributed.world_size(), *buffer.shape):
+                buffer.copy_(ranks[name][distributed.rank()])
 
 
 def is_imported(content: Mapping[str, Any]) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -15,35 +18,67 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from allspark.errors import UserError
+from allspark.engine.files import write_text, writing
+from allspark.engine.step import Stepper
+from allspark.errors import Stopped, UserError
 
 METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Losses are kept as tensors and become numbers every `interval` steps: one host sync then, none in between."""
+    """Losses are kept as tensors and become numbers every `interval` steps: one host sync then, none in between.
 
-    def __init__(self, folder: Path, *, active: bool, interval: int, start_step: int, total_steps: int) -> None:
-        self.active, self.interval = active, interval
+    start: where the run goes on; lines behind it are forgotten, its steps are done again. stepper: who counts the steps
+    that were skipped; in_row: how many were the last ones, as of the last line.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        interval: int,
+        start_step: int,
+        total_steps: int,
+        start_epoch: int = 0,
+        stepper: Stepper | None = None,
+    ) -> None:
+        self.active, self.interval, self.stepper = active, interval, stepper
         self.kept: list[dict[str, Tensor]] = []
+        self.last, self.last_loss = (start_step, start_epoch, math.nan), math.nan
+        self.skipped, self.in_row = (0, 0) if stepper is None else (int(stepper.skipped), 0)
         self.images, self.since = 0, time.perf_counter()
         if not active:
             return
         self.metrics = folder / METRICS
         self.text = folder / "train.log"
-        drop_lines_after(self.metrics, start_step)
-        self.writer = SummaryWriter(folder, purge_step=start_step + 1)
+        with writing(self.metrics):
+            drop_lines_after(self.metrics, start_step, start_epoch)
+            end_line(self.text)
+            self.writer = SummaryWriter(folder, purge_step=start_step + 1)
+        self.hook, threading.excepthook = threading.excepthook, quiet_thread
         self.bar = tqdm(total=total_steps, initial=start_step, disable=None, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, *_) -> None:
+        """What ended the run, if it did not come to its end, is its last line."""
+        if self.active and isinstance(error, UserError | Stopped):
+            with contextlib.suppress(OSError):
+                self._append(self.text, stamped(str(error)))
+        with contextlib.suppress(UserError) if error else contextlib.nullcontext():
+            self.close()
 
     def info(self, message: str) -> None:
         """A line for people, to the terminal and train.log."""
         if self.active:
-            tqdm.write(message)
-            with open(self.text, "a", encoding="utf-8") as file:
-                file.write(f"{datetime.now().isoformat(' ', 'seconds')}  {message}\n")
+            with writing(self.text):
+                tqdm.write(message)
+                self._append(self.text, stamped(message))
 
     def add(self, losses: Mapping[str, Tensor], *, step: int, epoch: int, lr: float, images: int) -> None:
-        """After optimizer step number `step` (from 1). A loss that is not finite ends the run, on every process."""
+        """After optimizer step number `step` (from 1)."""
         self.kept.append({name: value.detach() for name, value in losses.items()})
         self.images += images
         if self.active:
@@ -53,23 +88,27 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Log what was kept; at the end of an epoch too, so that a resumed run averages over the same steps."""
+        """Log what was kept: every `interval` steps of an epoch, and at its end."""
         if not self.kept:
             return
         step, epoch, lr = self.last
-        values = mean_values(self.kept)
-        seconds = time.perf_counter() - self.since
-        speed = self.images / seconds
+        values, count = mean_values(self.kept), len(self.kept)
+        self.last_loss = self.kept[-1]["loss"].item()
+        speed = self.images / (time.perf_counter() - self.since)
         self.kept, self.images, self.since = [], 0, time.perf_counter()
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"step {step}: the loss is {values['loss']}; nothing was saved since the last epoch. "
-                f"Lower optim.lr (now {lr:.2e}) and start over with --fresh"
+        before = self.skipped
+        if self.stepper is not None:
+            self.skipped, self.in_row = torch.stack((self.stepper.skipped, self.stepper.in_row)).tolist()
+        if new := self.skipped - before:
+            self.info(
+                f"WARNING: step {step}: {new} of the last {count} steps had no finite gradient and were skipped "
+                f"({self.skipped} so far, the last {self.in_row} in a row)"
             )
         if self.active:
-            self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-            line = {"step": step, "epoch": epoch, "lr": lr, **values, "images_per_s": round(speed, 2)}
-            self._write(line, step, {f"train/{name}": value for name, value in line.items()})
+            counted = {"skipped": self.skipped} if self.skipped else {}
+            line = {"step": step, "epoch": epoch, "lr": lr, **values, **counted, "images_per_s": round(speed, 2)}
+            self.bar.set_postfix(loss=values["loss"] and f"{values['loss']:.3f}", refresh=False)
+            self._write(line, step, {f"train/{name}": value for name, value in line.items() if value is not None})
 
     def scores(
         self, *, step: int, epoch: int, miou: float, iou: Mapping[str, float | None], **others: float | None
@@ -83,22 +122,57 @@ class RunLog:
         self.since = time.perf_counter()  # the time of an evaluation is not training time
 
     def _write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+        with writing(self.metrics):
+            self._append(self.metrics, json.dumps(line) + "\n")
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def _append(self, path: Path, text: str) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def sync(self) -> None:
+        """All that was logged, on the disk."""
+        if self.active:
+            with writing(self.metrics):
+                self.writer.flush()
+                with open(self.metrics, "a", encoding="utf-8") as file:
+                    os.fsync(file.fileno())
+
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """The losses that are kept and not logged yet."""
+        return [{name: value.cpu() for name, value in losses.items()} for losses in self.kept]
+
+    def load_state_dict(self, kept: list[dict[str, Tensor]], device: torch.device) -> None:
+        self.kept = [{name: value.to(device) for name, value in losses.items()} for losses in kept]
 
     def close(self) -> None:
         if self.active:
+            self.active = False
             self.bar.close()
-            self.writer.close()
+            try:
+                with writing(self.metrics):
+                    self.writer.close()
+            finally:
+                threading.excepthook = self.hook
 
 
-def mean_values(kept: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each loss over the steps that had it, in one transfer from the device."""
+def stamped(message: str) -> str:
+    return f"{datetime.now().isoformat(' ', 'seconds')}  {message}\n"
+
+
+def quiet_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread tells a full disk to the next who writes as well, which is enough; no traceback."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
+def mean_values(kept: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """The mean of each loss over the steps that had it and a number for it, in one transfer; None: none had."""
     names = list(dict.fromkeys(name for losses in kept for name in losses))
-    means = [torch.stack([losses[name].float() for losses in kept if name in losses]).mean() for name in names]
-    return dict(zip(names, torch.stack(means).tolist(), strict=True))
+    values = [torch.stack([losses[name].float() for losses in kept if name in losses]) for name in names]
+    means = torch.stack([torch.where(value.isfinite(), value, math.nan).nanmean() for value in values]).tolist()
+    return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means, strict=True)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -114,8 +188,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Forget the lines of steps that a resumed run will do again."""
-    if path.is_file():
-        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+def drop_lines_after(path: Path, step: int, epoch: int = 0) -> None:
+    """Forget the lines of steps behind `step`, and of evaluations of `epoch` on: a resumed run will do them again."""
+    if not path.is_file():
+        return
+    lines = read_metrics(path)
+    kept = [line for line in lines if line["step"] <= step and not ("miou" in line and line["epoch"] >= epoch)]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    if text != path.read_text(encoding="utf-8"):
+        write_text(path, text)
+
+
+def end_line(path: Path) -> None:
+    """A line that a dying run wrote by half stays so, and does not run into the next one."""
+    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n")

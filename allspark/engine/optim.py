@@ -10,8 +10,8 @@ from allspark.config import OptimConfig
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Two groups: the encoder with lr, everything else with lr * lr_multi. Weight decay is on every parameter."""
-    encoder = [p for name, p in model.named_parameters() if name.startswith("encoder.")]
-    others = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    named = [(is_encoder(name), p) for name, p in model.named_parameters()]
+    encoder, others = [p for inside, p in named if inside], [p for inside, p in named if not inside]
     groups = [{"params": encoder, "scale": 1.0}, {"params": others, "scale": cfg.lr_multi}]
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
     if cfg.name == "adamw":
@@ -20,6 +20,11 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     for parameter in (*encoder, *others):  # from 0, as it comes out anyway: a first step that is skipped would leave
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # what was in the allocated memory
     return optimizer
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a parameter may come from a file of encoder weights: the pyramid of a plain ViT never does."""
+    return name.startswith("encoder.") and not name.startswith("encoder.pyramid.")
 
 
 def poly_lr(cfg: OptimConfig, step: int, total_steps: int) -> float:

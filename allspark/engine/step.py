@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +27,14 @@ def set_precision(precision: str, device: torch.device) -> None:
         raise UserError("precision=bf16 needs a GPU of the Ampere generation or younger; choose fp16 or fp32")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """Algorithms that give the same bits each time; an operation that has none warns and runs on. CPUs need nothing."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = deterministic
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
@@ -58,7 +68,6 @@ class Stepper:
         self.kept = [buffer.clone() for buffer in self.buffers]  # before the forward pass
 
     def step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
@@ -67,6 +76,7 @@ class Stepper:
         if self.clip_norm is not None:
             torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimize(norm.isfinite())
+        self.optimizer.zero_grad()  # here, so that the next forward pass has their memory
 
     def optimize(self, finite: Tensor) -> None:
         """The fused kernels look at found_inf themselves; without them the weights are asked for, and waited for."""
@@ -91,9 +101,12 @@ class Stepper:
             kept.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scaler": self.scaler.state_dict(), "skipped": int(self.skipped), "in_row": int(self.in_row)}
+        counts = {"skipped": int(self.skipped), "in_row": int(self.in_row)}
+        return {"optimizer": self.optimizer.state_dict(), "stepper": {"scaler": self.scaler.state_dict(), **counts}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scaler.load_state_dict(state["scaler"])
-        self.skipped.fill_(state["skipped"])
-        self.in_row.fill_(state["in_row"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if "stepper" in state:  # younger than some checkpoints
+            self.scaler.load_state_dict(state["stepper"]["scaler"])
+            self.skipped.fill_(state["stepper"]["skipped"])
+            self.in_row.fill_(state["stepper"]["in_row"])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from allspark import distributed
@@ -15,6 +15,7 @@ from allspark.data.base import MIN_SIDE, DatasetSpec
 from allspark.errors import UserError
 from allspark.evaluation.inference import Inference, best_class, class_scores
 from allspark.evaluation.metrics import ConfusionMatrix, Scores
+from allspark.workers import batches, make_loader
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
 Save = Callable[[str, Tensor, Tensor, Tensor], None]  # name, image, mask, prediction: uint8 on the CPU, of one size
@@ -42,10 +43,9 @@ def evaluate(
         raise UserError("the evaluation list names no image: nothing to evaluate")
     confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index, device)
     shard = Shard(dataset, distributed.rank(), distributed.world_size())
-    # a generator of its own: the loader's draw must not move the one that training's dropout uses
-    loader = DataLoader(shard, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
+    loader = make_loader(shard, num_workers, batch_size=batch_size, collate_fn=list)
     hidden = None if progress and distributed.is_main() else True  # None: hidden where stderr is no terminal
-    for items in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
+    for items in tqdm(batches(loader), "evaluate", len(loader), unit="batch", leave=False, disable=hidden):
         for (image, mask), names in equal_sizes(items):
             prediction = predict(model, image, spec, device, inference, names)
             rows, columns = inference.region(*mask.shape[-2:])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from allspark import distributed
 from allspark.batch import normalize
@@ -16,6 +15,7 @@ from allspark.errors import UserError
 from allspark.evaluation.evaluate import Item, Shard, check_size, equal_sizes
 from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import ConfusionMatrix, finite
+from allspark.workers import batches, make_loader
 
 # normalized images (B, 3, H, W), valid (B, H, W) bool -> pseudo-labels (B, H, W) int64, their confidence (B, H, W)
 Labeler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -75,8 +75,7 @@ def label_quality(
     labeled = torch.zeros((), dtype=torch.int64, device=device)
     shard = Shard(crops, distributed.rank(), distributed.world_size())
     workers = min(num_workers, len(shard))
-    # a generator of its own: the loader's draw must not move the one that training's dropout uses
-    for items in DataLoader(shard, batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator()):
+    for items in batches(make_loader(shard, workers, batch_size=batch_size, collate_fn=list)):
         for (image, mask), _ in equal_sizes(item for item in items if not isinstance(item, UserError)):
             mask = mask.to(device)
             label, confidence = labeler(normalize(image.to(device)), torch.ones_like(mask, dtype=torch.bool))

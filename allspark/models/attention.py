@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 EPS = 1e-5  # of the variance that a similarity map is divided by
-BLOCK = 1 << 22  # pairs of channels that are looked at together on a CPU: 16 MB in float32, about what its cache holds
+BLOCK = 1 << 23  # pairs of channels that are looked at together on a CPU: 32 MB in float32, about what its cache holds
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -35,9 +35,14 @@ def shared_channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, pr
     with torch.autocast(q.device.type, enabled=False):
         variance = similarity_variance(rows.float(), k.float(), present)
         rows = (rows * (variance + EPS).rsqrt().view(-1, 1, 1)).to(k.dtype)
-    bias = None if present is None else torch.zeros_like(k[:, 0]).masked_fill(~present, float("-inf"))
+    rows = rows.flatten(0, 1)
+    if present is not None:  # as one more coordinate: a mask would be a map again; exp(-1e4) is 0 in any precision
+        rows = torch.cat((rows, rows.new_ones(len(rows), 1)), 1)
+        k = torch.cat((k, k.new_full((len(k), 1), -1e4).masked_fill(present[:, None], 0)), 1)
+    width = -(-rows.shape[1] // 8) * 8  # kernels want it, and on a CPU products of such matrices are faster, too
+    rows, k, v = (F.pad(x, (0, width - x.shape[1])) for x in (rows, k, v))
     attend = attend_in_kernel if q.is_cuda else attend_in_blocks
-    return attend(rows.flatten(0, 1), k, v, dropout, bias).view(rows.shape).transpose(1, 2)
+    return attend(rows, k, v, dropout)[:, : q.shape[1]].unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 def similarity_variance(q: Tensor, k: Tensor, present: Tensor | None = None) -> Tensor:
@@ -53,70 +58,60 @@ def similarity_variance(q: Tensor, k: Tensor, present: Tensor | None = None) -> 
     return (cov_q @ mean_k) @ mean_k + ((mean_q @ cov_k) * mean_q).sum(1) + (cov_q * cov_k).sum((1, 2))
 
 
-def attend_in_kernel(q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T + bias) v by torch's fused kernels, whose head dimension must be a multiple of 8: padded with 0.
-
-    q (R, N), k and v (M, N), bias (M,), 0 or -inf, as one more coordinate: a mask would be a map again.
-    """
-    size = q.shape[1]
-    if bias is not None:
-        q = torch.cat((q, q.new_ones(len(q), 1)), 1)
-        k = torch.cat((k, bias.clamp(min=-1e4)[:, None]), 1)  # exp(-1e4) is 0 in any precision
-    width = -(-q.shape[1] // 8) * 8
-    q, k, v = (F.pad(x, (0, width - x.shape[1]))[None, None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=1.0)[0, 0, :, :size]
+def attend_in_kernel(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(q k^T) v by torch's fused kernels: q (R, N), k and v (M, N), N a multiple of 8."""
+    q, k, v = (x[None, None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=1.0)[0, 0]
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T + bias) v, some rows at a time. Their weights are made again in the backward pass."""
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(q k^T) v, some rows at a time. Their weights are made again in the backward pass."""
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return BlockAttention.apply(q, k, v, bias, dropout, seed)
+    return BlockAttention.apply(q, k, v, dropout, seed)
 
 
 class BlockAttention(torch.autograd.Function):
     """attend_in_blocks, with the seed of its dropout."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, seed: int
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias)
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, dropout: float, seed: int) -> Tensor:
         ctx.dropout, ctx.seed = dropout, seed
         out = torch.empty_like(q)
-        for rows, weights, keep in BlockAttention.blocks(ctx, q, k, bias):
+        for rows, weights, keep in BlockAttention.blocks(ctx, q, k):
             torch.mm(weights if keep is None else weights.mul_(keep), v, out=out[rows])
-        return out.div_(1 - dropout)
+        out.div_(1 - dropout)
+        ctx.save_for_backward(q, k, v, out)
+        return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        grad = grad / (1 - ctx.dropout)
+        q, k, v, out = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, weights, keep in BlockAttention.blocks(ctx, q, k, bias):
-            grad_w = grad[rows] @ v.t()
-            kept = weights
-            if keep is not None:
-                kept, grad_w = weights * keep, grad_w.mul_(keep)
+        mean = (grad * out).sum(1, keepdim=True)  # of a row's gradients, weighted: softmax takes it off
+        grad = grad / (1 - ctx.dropout)
+        for rows, weights, keep in BlockAttention.blocks(ctx, q, k):
+            kept = weights if keep is None else keep.mul_(weights)
             grad_v.addmm_(kept.t(), grad[rows])
-            grad_s = torch._softmax_backward_data(grad_w, weights, -1, weights.dtype)
+            grad_s = (grad[rows] @ v.t()).mul_(kept).addcmul_(weights, mean[rows], value=-1)
             torch.mm(grad_s, k, out=grad_q[rows])
             grad_k.addmm_(grad_s.t(), q[rows])
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, None, None
 
     @staticmethod
-    def blocks(ctx: FunctionCtx, q: Tensor, k: Tensor, bias: Tensor | None):
+    def blocks(ctx: FunctionCtx, q: Tensor, k: Tensor):
         """Slices of rows, their softmax weights, and where dropout keeps one (1 or 0, None: everywhere)."""
         generator = np.random.Generator(np.random.SFC64(ctx.seed))
         size = max(BLOCK // len(k), 1)
         for first in range(0, len(q), size):
             rows = slice(first, first + size)
-            scores = q[rows] @ k.t() if bias is None else torch.addmm(bias, q[rows], k.t())
+            scores = q[rows] @ k.t()
             weights = torch.softmax(scores, -1, out=scores)
             yield rows, weights, keep_mask(generator, weights, ctx.dropout) if ctx.dropout else None
 
 
 def keep_mask(generator: np.random.Generator, like: Tensor, dropout: float) -> Tensor:
     """1 with probability 1 - dropout (to 1 / 65536), else 0. On a CPU torch draws one by one, five times slower."""
-    draws = generator.integers(0, 2**64 - 1, size=-(-like.numel() // 4), dtype=np.uint64, endpoint=True)
-    keep = draws.view(np.uint16)[: like.numel()] >= round(dropout * 65536)
-    return torch.from_numpy(keep).view(like.shape).to(like.dtype)
+    draws = generator.bit_generator.random_raw(-(-like.numel() // 4)).view(np.int16)[: like.numel()]  # four of 64 bits
+    last = round(dropout * 65536) - 32769  # the largest of -32768.. that is dropped
+    keep = torch.from_numpy(draws).clamp_(last, last + 1).sub_(last)  # four times faster than to compare and to convert
+    return keep.view(like.shape).to(like.dtype)

@@ -61,14 +61,20 @@ class MLPDecoder(nn.Module):
         A 1x1 convolution commutes with bilinear resizing, so each level is fused at its own resolution: the same
         numbers up to the order of the sums, at a fraction of the work. F_i: the columns of the fuse weight for level i.
         """
-        size = features[0].shape[-2:]
         columns = self.fuse.conv.weight.flatten(1).chunk(len(features), 1)[::-1]  # concatenated deepest first
-        levels = []
         with torch.autocast(features[0].device.type, enabled=False):  # a product of weights is not for bf16
-            folded = [(part @ linear.weight, part @ linear.bias) for linear, part in zip(self.linears, columns)]
-        for feature, (weight, bias) in zip(features, folded, strict=True):
-            levels.append(resize(F.conv2d(feature, weight[..., None, None], bias), size))
-        return sum(levels)
+            weights = [part @ linear.weight for linear, part in zip(self.linears, columns, strict=True)]
+            bias = sum(part @ linear.bias for linear, part in zip(self.linears, columns, strict=True))
+        kernels = [weight[..., None, None] for weight in weights]
+        return resized_sum(features, kernels, bias)
+
+
+def resized_sum(features: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """sum_i up(kernel_i * feature_i) + bias at the size of the first, added up in place."""
+    total = F.conv2d(features[0], kernels[0], bias)
+    for feature, kernel in zip(features[1:], kernels[1:], strict=True):
+        total += resize(F.conv2d(feature, kernel), total.shape[-2:])
+    return total
 
 
 class MLPBNDecoder(MLPDecoder):
@@ -79,10 +85,8 @@ class MLPBNDecoder(MLPDecoder):
 
     def fused_sum(self, features: Sequence[Tensor]) -> Tensor:
         """fuse.conv(concat_i(up(level_i))), computed as sum_i up(F_i level_i)."""
-        size = features[0].shape[-2:]
         columns = self.fuse.conv.weight.chunk(len(features), 1)
-        levels = zip(features, self.convs, columns, strict=True)
-        return sum(resize(F.conv2d(conv(feature), part), size) for feature, conv, part in levels)
+        return resized_sum([conv(feature) for feature, conv in zip(features, self.convs, strict=True)], columns)
 
 
 # Each takes channels of the maps, class count, its own width, dropout and strides of the maps, says by `refuses` which

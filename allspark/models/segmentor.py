@@ -87,12 +87,14 @@ class Segmentor(nn.Module):
     def decode(self, features: list[Tensor], size: torch.Size) -> Tensor:
         """Feature maps -> logits (B, K, *size), float32 whatever the precision of the rest."""
         logits = self.decoder(features)
-        return self.decoder.resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
+        # Contiguous while they are small: losses copy them otherwise
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+        return self.decoder.resize(logits, size)
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, backend: str = "inductor") -> None:
         """Encoder and decoder, each shape of a training step once; the bottleneck's blocks on a CPU are no graph."""
         for part in (self.encoder, self.decoder):
-            part.compile(dynamic=False)
+            part.compile(dynamic=False, backend=backend)
 
     def inference_copy(self) -> Segmentor:
         """A network of its own with the same weights, for inference, which never reads the memory: it has none."""

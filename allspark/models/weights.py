@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from allspark.config import BottleneckConfig, ModelConfig
@@ -18,6 +16,7 @@ from allspark.errors import UserError, reason_of
 from allspark.models import mit, resnet
 from allspark.models.naming import NAMINGS, RELEASED, Naming, Translated, detect, translate, unwrapped
 from allspark.models.segmentor import ENCODERS, Segmentor, build_model
+from allspark.untrusted import load_tensors
 
 VARIANTS = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
 KNOWN = {**VARIANTS, **resnet.SIZES}  # encoders that are told by the shapes of a file
@@ -37,7 +36,7 @@ class WeightFile:
 
 
 def read_weights(path: str | Path) -> WeightFile:
-    """A .pth, .pt or .bin (weights_only: no code can run) or .safetensors file with a state_dict in it."""
+    """A .pth, .pt or .bin (no code in it can run) or .safetensors file with a state_dict in it."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the weight file in it, such as {path / 'model.safetensors'}")
@@ -67,13 +66,7 @@ def read_weights(path: str | Path) -> WeightFile:
 
 def load_container(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except Exception as error:  # a truncated zip, a pickle with code, a foreign file: torch raises many kinds
         raise UserError(
             f"{path}: not a readable weight file ({reason_of(error)}); fetch or copy it again, "

@@ -7,6 +7,7 @@ import lzma
 import os
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -20,8 +21,19 @@ from allspark.errors import UserError
 
 MAX_ARCHIVE = 64 << 30  # bytes, all files of an archive together; the largest official one holds 19 GB
 MAX_FILE = 32 << 20  # bytes, one file that is needed, where its kind does not say otherwise
+MAX_HEADER = 1 << 20  # bytes, of a long name or attributes in a tar
+HEADER_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz")
-DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, RuntimeError, ValueError)
+DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, OSError, RuntimeError, ValueError, LookupError, OverflowError),
+)
 
 Key = tuple[str, ...]  # a file by its kind and what its name says: ("image", "train", "000000391895")
 
@@ -158,10 +170,27 @@ def zip_entries(source: Path) -> Iterator[Entry]:
             yield Entry(info.filename, info.file_size, kind in (0, stat.S_IFREG), read)
 
 
+class PlainHeader(tarfile.TarInfo):
+    """A tar header without what tarfile reads into memory before anybody sees its size.
+
+    Names longer than any path, and maps of sparse files: a few kB of a compressed tar may stand for gigabytes of them.
+    """
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse file")
+        if self.type in HEADER_TYPES and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise tarfile.ReadError("a sparse file")
+
+
 def tar_entries(source: Path) -> Iterator[Entry]:
     """Forward only: going back in a compressed tar means decompressing it from its beginning."""
     total = 0
-    with readable(source), tarfile.open(source, "r:*") as archive:
+    with readable(source), tarfile.open(source, "r:*", tarinfo=PlainHeader) as archive:
         for member in archive:
             total += member.size
             check_total(source, total)
@@ -199,7 +228,7 @@ def readable(source: Path) -> Iterator[None]:
     except UserError:
         raise
     except DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{source}: truncated, damaged or not readable ({reason}); download it again, then run the same command: "
             "what is done already stays"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from allspark.data.base import IGNORE_INDEX, MAX_PIXELS
+from allspark.data.base import IGNORE_INDEX, max_megapixels
 from allspark.data.coco import CLASSES
 from allspark.data.prepare.archives import Index, Kind
 from allspark.data.prepare.images import png
@@ -83,7 +83,9 @@ def sample(split: str, image: Mapping[str, Any], instances: list, where: str) ->
     name, height, width = image["file_name"], image["height"], image["width"]
     if not re.fullmatch(r"\d+\.jpg", name, re.ASCII):
         raise UserError(f"{where}: image {image['id']} has the file name {name!r}; {AGAIN}")
-    if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS):
+    if not (
+        type(height) is type(width) is int and min(height, width) > 0 and height * width <= max_megapixels() * 10**6
+    ):
         raise UserError(f"{where}: image {image['id']} has width {width!r} and height {height!r}; {AGAIN}")
     stem = name.removesuffix(".jpg")
     mask = Output(f"masks/{stem}.png", None, draw, (where, height, width, instances))

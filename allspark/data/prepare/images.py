@@ -8,14 +8,14 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image
 
-from allspark.data.base import counted
+from allspark.data.base import bounded, counted
 from allspark.errors import UserError
 
 
 def decode(content: bytes, name: str) -> Image.Image:
     """UserError: truncated, no image, or more pixels than Pillow's limit (data/base.py)."""
     try:
-        image = Image.open(io.BytesIO(content))
+        image = bounded(io.BytesIO(content))
         image.load()
         return image
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file

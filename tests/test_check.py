@@ -1,0 +1,71 @@
+"""The memory of a training step, predicted and measured, and what `check` says of it."""
+
+import pytest
+import torch
+from test_methods import ENCODERS
+
+from allspark.__main__ import main
+from allspark.bench import memory
+from allspark.cli.recipe import build_method, complete
+from allspark.config import load_recipe
+from allspark.data import DATASETS
+from allspark.errors import run_main
+
+SPEC = DATASETS["shapes"]
+assert "tiny" in ENCODERS  # of test_methods
+
+
+def recipe_of(method, **options):
+    small = {"encoder": "tiny", "crop_size": 64, "batch_size": 2}
+    return complete(load_recipe("shapes", method, {**small, **options}))
+
+
+def predicted(recipe, *where):
+    return memory.predict_step(recipe, SPEC, build_method(recipe, SPEC), *where)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("allspark_revised", {"model.checkpointing": True, "criterion": "ohem"}),
+        ("pseudoseg", {"model.bottleneck": "none", "optim.name": "sgd"}),
+    ],
+    ids=["teacher and memory", "neither"],
+)
+def test_the_prediction_is_what_is_measured(method, options):
+    recipe = recipe_of(method, **options)
+    found = predicted(recipe)
+    real = memory.measure_step(recipe, SPEC, build_method(recipe, SPEC), torch.device("cpu"))
+    assert abs(found.peak / real.peak - 1) < 0.15
+    assert found.held == {**real.held, "DDP's buckets": 0}
+    assert sum(found.held.values()) < found.peak
+    assert (found.held["teacher"] > 0) == (method == "allspark_revised")
+
+
+def test_what_a_step_takes_with_several_processes_and_on_a_gpu():
+    """A share of the batch and DDP's copy of the gradients; half of the bytes in bf16, but for weights and norms."""
+    recipe = recipe_of("supervised", batch_size=16)
+    alone, shared = predicted(recipe), predicted(recipe, "cpu", 4)
+    activations = [each.peak - sum(each.held.values()) for each in (alone, shared)]
+    assert shared.held["DDP's buckets"] == alone.held["weights"]
+    assert activations[1] < 0.3 * activations[0]
+    assert predicted(recipe_of("supervised", batch_size=16, precision="bf16"), "cuda").peak < 0.9 * alone.peak
+
+
+def test_check_tells_the_memory(place, capsys, monkeypatch):
+    place.edit(model={"bottleneck": "none", "encoder": "tiny"})
+    monkeypatch.setattr("allspark.cli.check.room", lambda kind: 1_000_000)
+    assert run_main(main, ["check", "--config", str(place.config), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "memory of a training step on cpu, 2 labeled images, one of 1 process(es): predicted 0." in out
+    assert "WARNING: that is more than the 0.00 GB that are free on this cpu; a smaller batch_size" in out
+    assert "measured by two steps: 0." in out and "of main memory at most" in out
+    told = [line.split(" GB at its peak")[0].split()[-1] for line in out.splitlines() if "at its peak" in line]
+    assert len(set(told)) == 1
+    assert run_main(main, ["check", "--config", str(place.config), "--processes", "3"]) == 2
+    assert "--processes 3: give a number that divides batch_size=2" in capsys.readouterr().err
+
+
+def test_the_machine_has_memory():
+    assert memory.room("cpu") > memory.resident_peak() > 10_000_000
+    assert (memory.room("cuda") is None) == (not torch.cuda.is_available())

@@ -1,0 +1,181 @@
+"""P processes with batches of B / P equal one with batches of B, over real batches of the loader; so does evaluation.
+
+The footing: plain cross-entropy without ignored pixels, batch norm in evaluation mode, nothing drawn within a step,
+keys of an image's own, a memory that gathers. docs/distributed.md says what differs beyond it, and why.
+"""
+
+from dataclasses import fields as fields_of
+from itertools import repeat
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_methods import CASES, CLASSES, make_method, quiet_model, takes
+from torch import nn
+
+import train
+from allspark import distributed, masking
+from allspark.config import DataConfig, OptimConfig
+from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
+from allspark.data.loaders import TrainLoader
+from allspark.data.splits import Lists
+from allspark.engine.optim import build_optimizer
+from allspark.evaluation.evaluate import evaluate
+from allspark.evaluation.inference import Inference
+from allspark.evaluation.labels import CenterCrops, label_quality
+from allspark.losses import CrossEntropy
+from allspark.methods import Progress, imas
+from allspark.pseudo import predict_pseudo
+
+CROP, STEPS, BATCH = 65, 10, 4
+SPEC = DatasetSpec("blocks", tuple("abcde"), tuple((k, k, k) for k in range(CLASSES)), background=0)
+OPTIM = OptimConfig(name="sgd", lr=2e-3, lr_multi=5.0)
+STILL = {"cutmix": 0.0, "feature_dropout": 0.0, "masked": 0.0, "pseudo_context": "image", "background": 0}
+LEARNING = {"threshold": 0.3, "warmup_epochs": 0, "teacher": "ema", "teacher_momentum": 0.9}
+
+
+class Frozen(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class Unmixed(imas.IMAS):
+    """Every image as a batch of its own, which is never mixed: whether the others are is drawn in each process."""
+
+    def perturbed(self, unlabeled, pseudo, easy):
+        parts = [super(Unmixed, self).perturbed(*image) for image in zip(*map(images, (unlabeled, pseudo, easy)))]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def images(batch):
+    """A batch of tensors, or a class of them, as batches of one."""
+    if torch.is_tensor(batch):
+        return batch.split(1)
+    if isinstance(batch, tuple):
+        return zip(*map(images, batch), strict=True) if batch else repeat(())
+    return [type(batch)(*fields) for fields in zip(*(images(getattr(batch, f.name)) for f in fields_of(batch)))]
+
+
+def lists_of(root):
+    images, masks = sorted((root / "images").iterdir()), sorted((root / "masks").iterdir())
+    pairs = tuple(map(Sample, images, masks))
+    return Lists(pairs[:9], tuple(map(Sample, images[9:])), pairs[:5], "", "blocks")
+
+
+def on_footing(name, bottleneck, alone):
+    """Model and method with nothing in them that is drawn or that looks at the rest of a batch."""
+    model = quiet_model(bottleneck, seed=0)
+    if bottleneck == "allspark":
+        model.bottleneck.memory.policy = "local" if alone else "gather"
+        if name == "unimatch_v2" and alone:
+            write_as_two(model.bottleneck.memory)
+    options = {key: value for key, value in {**STILL, **LEARNING}.items() if takes(name, key)}
+    method = Unmixed(CrossEntropy(), **options) if name == "imas" else make_method(name, **options)
+    method.attach(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = Frozen
+    return model.train(), method
+
+
+def write_as_two(memory):
+    """UniMatch V2 writes all first views, then all second ones; two processes: both views of the one, of the other."""
+    enqueue = memory.enqueue
+
+    def by_process(x):
+        return x.unflatten(0, (2, 2, -1)).transpose(0, 1).flatten(0, 2)  # view, process, image -> process, view, image
+
+    memory.enqueue = lambda features, classes: enqueue(by_process(features), by_process(classes))
+
+
+def losses_of(name, bottleneck, root, alone):
+    """10 steps, the first two supervised, in two epochs: of this process's share, or as if there were no other one."""
+    model, method = on_footing(name, bottleneck, alone)
+    data = DataConfig(dataset="blocks", data_root="", crop_size=CROP, scale_range=(1.0, 2.0), num_workers=0)
+    rank, world = (0, 1) if alone else (distributed.rank(), distributed.world_size())
+    loader = TrainLoader(lists_of(root), SPEC, data, method.views, BATCH, seed=5, rank=rank, world_size=world)
+    network, optimizer = model if alone else train.wrap(model, torch.device("cpu")), build_optimizer(OPTIM, model)
+    told, step = [], 0
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for labeled, unlabeled in loader.on("cpu"):
+            assert (labeled.mask != 255).all() and (unlabeled is None or unlabeled.valid.all())
+            train.seed_step(0, step)
+            progress = Progress(step, epoch, STEPS)
+            start = method.supervised_losses(network, labeled) if step < 2 else None
+            losses = start or method.losses(network, labeled, unlabeled, progress)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            optimizer.step()
+            method.after_step(network, progress)
+            told.append({key: value.item() for key, value in losses.items()})
+            step += 1
+    return told
+
+
+def run_cases(root):
+    """Case -> losses of this process's share; of every other case -> losses without the other process.
+
+    PseudoSeg's squares, which each process draws for itself, have no size.
+    """
+    with pytest.MonkeyPatch.context() as still:
+        still.setattr(masking, "CUTOUT", 0.0)
+        shared = {case: losses_of(*case, root, alone=False) for case in CASES}
+        return shared, {case: losses_of(*case, root, alone=True) for case in CASES[distributed.rank() :: 2]}
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    """30 images of coloured blocks, a class each, no pixel of them ignored."""
+    root, rng = tmp_path_factory.mktemp("blocks"), np.random.default_rng(0)
+    colours = rng.integers(40, 216, (CLASSES, 3))
+    for folder in ("images", "masks"):
+        (root / folder).mkdir()
+    for index in range(30):
+        mask = rng.integers(0, CLASSES, (5, 5)).repeat(16, 0).repeat(16, 1)
+        image = colours[mask] + rng.integers(-40, 40, (80, 80, 3))
+        Image.fromarray(image.astype(np.uint8)).save(root / f"images/{index:02}.png")
+        Image.fromarray(mask.astype(np.uint8)).save(root / f"masks/{index:02}.png")
+    return root
+
+
+def test_processes_with_a_share_each_equal_one_with_all(pair, blocks):
+    """Every loss of every method, to 1e-5 over 10 steps."""
+    shares, halves = zip(*pair(run_cases, blocks), strict=True)
+    far = {}
+    for case, steps in (halves[0] | halves[1]).items():
+        assert len(steps) == STEPS and steps[-1]["loss"] != steps[2]["loss"]
+        together = zip(*(share[case] for share in shares), strict=True)
+        far[case] = max(
+            abs(value - np.mean([one[key] for one in both]))
+            for step, both in zip(steps, together, strict=True)
+            for key, value in step.items()
+        )
+    assert far.keys() == set(CASES) and {case: distance for case, distance in far.items() if not distance < 1e-5} == {}
+
+
+def scores_of(root):
+    """Of 5, 2 and 1 images, so that the second process has fewer, or none; and the quality of pseudo-labels on them."""
+    torch.manual_seed(0)
+    model, samples, found = quiet_model("allspark", seed=0), lists_of(root).val, []
+    for count in (5, 2, 1):
+        for inference in (Inference(), Inference("sliding_window", 48)):
+            dataset = SegmentationDataset(samples[:count], SPEC)
+            scores = evaluate(model, dataset, SPEC, torch.device("cpu"), inference, batch_size=2)
+            found.append((scores.miou, *scores.iou, scores.pixel_accuracy, scores.num_images))
+
+        def label(image, valid):
+            pseudo = predict_pseudo(model, image)
+            return pseudo.label, pseudo.confidence
+
+        crops = CenterCrops(samples[:count], SPEC, CROP)
+        found.append(tuple(label_quality(label, crops, torch.device("cpu"), threshold=0.25).named().values()))
+    return found
+
+
+def test_evaluation_is_the_same_for_any_number_of_processes(pair, blocks, one_thread):
+    pair.start(scores_of, blocks)
+    alone = scores_of(blocks)
+    assert len(set(alone)) == len(alone)
+    np.testing.assert_array_equal([*map(str, pair.wait())], [str(alone)] * 2)  # as text: nan is nan

@@ -1,0 +1,75 @@
+"""The fault harness, short: a run that is killed, killed while it saves, stopped, and has its checkpoint damaged ends
+as the one that nobody disturbed; and the harness sees what differs.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HARNESS = Path(__file__).parent.parent / "scripts" / "faults.py"
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks, which this system does not")
+
+
+def test_a_run_with_every_fault_ends_as_the_undisturbed_one(tmp_path):
+    words = ["--kills", "3", "--terms", "1", "--flips", "1", "--methods", "allspark", "--out", tmp_path / "runs"]
+    words += ["--json", tmp_path / "found.json", "epochs=2", "evaluation.interval=2", "evaluation.pseudo_labels=0"]
+    done = subprocess.run([sys.executable, HARNESS, *words], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sorted(fault["kind"] for fault in found["faults"]) == ["flip", "kill", "kill", "term", "write"]
+    assert all(fault["run"] and not fault["problem"] for fault in found["faults"])
+    assert found["runs"] and not any(run["different"] for run in found["runs"])
+
+
+def test_the_harness_sees_what_differs(tmp_path):
+    spec = importlib.util.spec_from_file_location("faults", HARNESS)
+    faults = importlib.util.module_from_spec(spec)
+    sys.modules["faults"] = faults  # dataclasses look there
+    environment = dict(os.environ)
+    spec.loader.exec_module(faults)
+    os.environ.clear()
+    os.environ.update(environment)
+    content = {"model": {"w": torch.arange(3.0)}, "best": {"miou": 1.0}, "log": [{"loss": torch.ones(())}]}
+    changes = {
+        "same": {},
+        "weight": {"model": {"w": torch.tensor([0.0, 1.0, 2.0001])}},
+        "best": {"best": {"miou": 2.0}},
+    }
+    for name, change in changes.items():
+        for folder, what in ((f"{name}-a", content), (f"{name}-b", {**content, **change})):
+            (tmp_path / folder).mkdir()
+            torch.save(what, tmp_path / folder / "latest.pth")
+            torch.save(content, tmp_path / folder / "best.pth")
+            (tmp_path / folder / "metrics.jsonl").write_text('{"step": 1, "images_per_s": ' + f"{len(folder)}}}\n")
+    found = {name: faults.differences(tmp_path / f"{name}-a", tmp_path / f"{name}-b") for name in changes}
+    assert found == {"same": [], "weight": ["latest.pth: .model.w"], "best": ["latest.pth: .best.miou"]}
+    (tmp_path / "same-a" / "metrics.jsonl").write_text('{"step": 2}\n')
+    assert faults.differences(tmp_path / "same-a", tmp_path / "same-b") == ["metrics.jsonl: 1 and 1 lines"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="slurm_train.sh needs bash")
+@pytest.mark.parametrize(("code", "requeued"), [(75, 1), (0, 0), (2, 0)])
+def test_a_slurm_job_goes_back_into_the_queue_when_it_was_stopped_in_order(tmp_path, code, requeued):
+    """With programs in slurm's place that note how they were called; srun ends as training would."""
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "slurm_train.sh"
+    shutil.copy(HARNESS.with_name("slurm_train.sh"), script)
+    (tmp_path / "scripts" / "setup.sh").write_text("")
+    answers = f'case "$1 $2" in "show job") echo " Command={script}";; "show hostnames") echo one;; esac'
+    for name, does in {"srun": f"exit {code}", "scontrol": answers}.items():
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/called"\n{does}\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", script, "epochs=1"], env={**environment, "SLURM_JOB_NODELIST": "one"}, timeout=20)
+    called = (tmp_path / "called").read_text()
+    assert done.returncode == code and called.count("scontrol requeue 7") == requeued
+    assert "srun --wait=60 --kill-on-bad-exit=0 python train.py" in called and "epochs=1" in called
