@@ -43,18 +43,19 @@ def main(argv: Sequence[str]) -> None:
         val = {"name": val_name(recipe, args), "sha256": splits.samples_hash(dataset.samples, root)}
         folder = prepare_outputs(args, dataset)
         warn(changed_lists(loaded, val, args))
-        scores = evaluate(
-            loaded.model,
-            dataset,
-            spec,
-            device,
-            inference,
-            batch_size=args.batch_size,
-            num_workers=worker_count(recipe.data.num_workers),
-            progress=True,
-            save=folder and (lambda name, image, mask, prediction: folder.write(name, image, prediction)),
-            absent_as_zero=args.absent_as_zero,
-        )
+        with loading.computing(args, device):
+            scores = evaluate(
+                loaded.model,
+                dataset,
+                spec,
+                device,
+                inference,
+                batch_size=args.batch_size,
+                num_workers=worker_count(recipe.data.num_workers),
+                progress=True,
+                save=folder and (lambda name, image, mask, prediction: folder.write(name, image, prediction)),
+                absent_as_zero=args.absent_as_zero,
+            )
         if math.isnan(scores.pixel_accuracy) and dataset.masks:
             raise UserError(f"{val['name']}: no pixel has a class, all masks hold {spec.ignore_index}; use others")
         if not distributed.is_main():
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
             return
         print(format_table(scores, spec.classes))
         if args.json is not None:
-            write_json(summary(scores, spec, inference.mode, loaded, val), args.json)
+            write_json({**summary(scores, spec, inference.mode, loaded, val), "precision": args.precision}, args.json)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

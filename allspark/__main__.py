@@ -18,6 +18,7 @@ VERBS = {
     "compare": "a table, learning curves and a grid of predictions from finished runs",
     "predict": "images, folders, lists -> masks of class indices, and pictures to look at",
     "prepare": "official archives -> the layout that the configs expect",
+    "report": "curves, classes, confusions, best and worst images of runs on one HTML page",
     "splits": "published lists verified and fetched, lists of one's own drawn: which images are labeled",
     "weights": "encoders and whole models of other code bases, imported and inspected; ImageNet weights fetched",
 }

@@ -243,7 +243,7 @@ def _check_ranges(recipe: Recipe, source: str) -> None:
             want = f"at most {most}" if value > most else f"at least {least}"
             raise UserError(f"{source}: {path}={value} must be {want}")
     if not 0 < recipe.optim.lr < INF:
-        raise UserError(f"{source}: optim.lr={recipe.optim.lr} must be above 0")
+        raise UserError(f"{source}: optim.lr={recipe.optim.lr} must be above 0 and below {INF}")
     low, high = recipe.data.scale_range
     if not 0.01 <= low <= high <= 100:
         raise UserError(

@@ -221,13 +221,13 @@ EXPECTED = {  # exit codes; 0: the run had come to its end before
 
 
 def judge(fault: Fault, log: Path) -> None:
-    """Did the process end as it should? A traceback is never right."""
+    """Did the process end as it should? A traceback is never right, but from workers whose run was killed."""
     text = log.read_text(errors="replace")
     fault.said, fault.problem = next((line for line in reversed(text.splitlines()) if line.strip()), "")[:300], ""
     if fault.exit not in (EXPECTED[fault.kind], 0):
         fault.problem = f"exit {fault.exit}: {fault.said}"
-    if fault.kind != "rank" and "Traceback" in text:
-        fault.problem = "a traceback"
+    if fault.kind in ("term", "full", "limit", "worker") and "Traceback" in text:
+        fault.problem = "a traceback: " + text[text.index("Traceback") :][:3000]
     log.unlink()
 
 

@@ -277,6 +277,19 @@ def test_where_all_is_saved_a_signal_stops_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_whose_exception_python_drops_comes_again(capfd):
+    class Freed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # the handler runs in here
+                pass
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), Stop():
+        Freed()
+        time.sleep(10)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_deferred_signal_is_a_wish_and_stops_where_all_is_saved():
     cpu = torch.device("cpu")
     with Stop() as stop:

@@ -231,7 +231,7 @@ def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(name in table for name in SPEC.classes) and "pixel accuracy" in table
     result = json.loads((out / "scores.json").read_text())
-    keys = ["miou", "iou", "pixel_accuracy", "num_images", "mode", "split", "val", "checkpoint_sha256"]
+    keys = ["miou", "iou", "pixel_accuracy", "num_images", "mode", "split", "val", "checkpoint_sha256", "precision"]
     assert list(result) == keys and list(result["iou"]) == list(SPEC.classes)
     assert (result["num_images"], result["mode"]) == (5, "whole")
     assert result["split"] == {"name": "1_8", "sha256": "5" * 64} and "source" not in result
@@ -255,6 +255,19 @@ def test_eval_options_reach_the_inference(checkpoint, tmp_path, capsys):
     result = json.loads((tmp_path / "scores.json").read_text())
     assert (result["num_images"], result["mode"]) == (2, "sliding_window")
     assert None not in result["iou"].values() and "absent" not in capsys.readouterr().out
+
+
+def test_precision_of_the_network(checkpoint, tmp_path):
+    masks = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        options = ("--precision", precision, "--save-dir", out, "--json", out / "scores.json")
+        eval_script.main(arguments(checkpoint, *options))
+        assert json.loads((out / "scores.json").read_text())["precision"] == precision
+        masks[precision] = np.concatenate([np.array(Image.open(out / f"image{i}.png")).ravel() for i in range(5)])
+    assert 0.5 < (masks["fp32"] == masks["bf16"]).mean() < 1  # of random weights: many pixels are near a tie
+    with pytest.raises(UserError, match="precision=fp16 needs a GPU"):
+        eval_script.main(arguments(checkpoint, "--precision", "fp16"))
 
 
 def test_pictures_of_equal_stems_do_not_overwrite_each_other(checkpoint, tmp_path):

@@ -126,7 +126,7 @@ def test_stopped_in_the_middle(tutorial, tmp_path, start_process, how):
     command = ["-m", "allspark", "prepare", "camvid", "--from", tutorial[0], "--out", out, "--workers", 2]
     process = start_process(command)
     labels = out / "labels/train"
-    wait_until(lambda: labels.is_dir() and len(os.listdir(labels)) > 20, process)
+    wait_until(lambda: labels.is_dir() and len(os.listdir(labels)) > 3, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers = children.read_text().split() if children.is_file() else []
     process.send_signal(how)

@@ -25,12 +25,11 @@ from allspark.bench.step import StepCase, bench_step
 from allspark.cli.compare import markdown, write_text
 from allspark.cli.loading import positive
 from allspark.data.base import IGNORE_INDEX
-from allspark.engine.step import set_precision
+from allspark.engine.step import PRECISIONS, set_precision
 from allspark.errors import UserError
 from allspark.models.mit import MiT
 from allspark.models.segmentor import ENCODERS
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 MITS = [name for name, make in ENCODERS.items() if make.func is MiT]
 

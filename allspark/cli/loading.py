@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from allspark.data import DATASETS, spec_for
 from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
 from allspark.download import file_digest
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
+from allspark.engine.step import PRECISIONS, autocast, set_precision
 from allspark.errors import UserError
 from allspark.evaluation.inference import MODES, Inference, inference_for
 from allspark.models.segmentor import build_model
@@ -61,7 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scales", type=scale_list, default=(1.0,), metavar="S,S", help="such as 0.75,1,1.25")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument(
+        "--precision", default="fp32", choices=PRECISIONS, help="of the network; its logits are float32"
+    )
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
+
+
+def computing(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
+    """Forward passes in here are of --precision; UserError for one that the device does not have."""
+    set_precision(args.precision, device)
+    return autocast(args.precision, device)
 
 
 def scale_list(text: str) -> tuple[float, ...]:

@@ -42,7 +42,8 @@ def main(args: argparse.Namespace) -> None:
     folder.prepare(list(named.values()), images)
     unreadable: dict[Path, UserError] = {}
     for image, names in batches(named, args.batch_size, unreadable):
-        masks, prob = predict_with_confidence(loaded.model, image, loaded.spec, device, inference, names)
+        with loading.computing(args, device):
+            masks, prob = predict_with_confidence(loaded.model, image, loaded.spec, device, inference, names)
         for name, *tensors in zip(names, image, masks.cpu(), prob.cpu(), strict=True):
             folder.write(name, *tensors)
     print(f"{len(images) - len(unreadable)} of {len(images)} images predicted: {args.out}")

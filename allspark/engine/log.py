@@ -178,7 +178,7 @@ def mean_values(kept: list[dict[str, Tensor]]) -> dict[str, float | None]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that a dying run wrote by half is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in text_of(path).splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -188,6 +188,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}: holds other bytes than text; take it away, which loses curves and no weights"
+        ) from None
+
+
 def drop_lines_after(path: Path, step: int, epoch: int = 0) -> None:
     """Forget the lines of steps behind `step`, and of evaluations of `epoch` on: a resumed run will do them again."""
     if not path.is_file():
@@ -195,7 +204,7 @@ def drop_lines_after(path: Path, step: int, epoch: int = 0) -> None:
     lines = read_metrics(path)
     kept = [line for line in lines if line["step"] <= step and not ("miou" in line and line["epoch"] >= epoch)]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    if text != path.read_text(encoding="utf-8"):
+    if text != text_of(path):
         write_text(path, text)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from allspark.errors import UserError
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # as the recipe knows them
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

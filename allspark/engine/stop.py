@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -36,15 +37,25 @@ class Stop:
         self.process = os.getpid()
         self.pending: deque[Callable[[], int]] = deque()
         self.before: dict[int, object] = {}
+        self.lost = False  # whether what a signal raised was dropped
 
     def __enter__(self) -> Stop:
+        self.hook, sys.unraisablehook = sys.unraisablehook, self.dropped
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
+        sys.unraisablehook = self.hook
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+    def dropped(self, what: sys.UnraisableHookArgs) -> None:
+        """Raised where Python drops exceptions, as while it forks or frees an object: again, a moment later."""
+        if not isinstance(what.exc_value, Stopped):
+            return self.hook(what)
+        self.lost = True
+        threading.Timer(0.1, os.kill, (self.process, self.signal)).start()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
@@ -55,9 +66,9 @@ class Stop:
             if now - self.first_interrupt > FORWARDED:
                 os.write(2, b"\nstopped at once by a second Ctrl-C; the last checkpoint is as it was\n")
                 os._exit(INTERRUPTED)
-        if self.signal:
+        if self.signal and not self.lost:
             return
-        self.signal = number
+        self.signal, self.lost = number, False
         if not self.deferring:
             raise Stopped(f"stopped by {name_of(number)}, nothing to save; start the same command again to go on")
         if number == signal.SIGINT and distributed.is_main():

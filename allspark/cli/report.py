@@ -1,0 +1,405 @@
+"""python -m allspark report: one or several runs on one HTML page that needs nothing beside it and no network."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from allspark.cli.compare import Run, differing_lists, list_name, read_run, write_text
+from allspark.cli.loading import load_for_inference, positive
+from allspark.config import RUN_KEYS, DataConfig, to_plain
+from allspark.data import spec_for
+from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
+from allspark.data.splits import check_files, find_data, val_entries
+from allspark.distributed import choose_device
+from allspark.engine.checkpoint import load_checkpoint
+from allspark.engine.log import METRICS
+from allspark.errors import UserError, shown
+from allspark.evaluation.evaluate import evaluate
+from allspark.evaluation.examples import Extremes, Scored, encoded
+from allspark.evaluation.metrics import Scores, finite
+
+PARTS = Path(__file__).parent  # report.html, report.css and report.js lie beside this file
+LIMIT = 10 * 10**6  # bytes of a page; images are left out above it
+TOLERANCE = 0.1  # percent of mIoU: so much another device may change it
+MOST_POINTS = 500  # of a curve; more are averaged
+MOST_IMAGES = 100  # best, and as many worst
+SUFFIXES = {".htm", ".html"}
+WITHOUT = "; --no-images makes the page without what takes data and checkpoint"
+CHECKPOINTS = ("best", "latest")
+
+
+@dataclass
+class Evaluated:
+    """What the evaluation of a run's checkpoint on val gave; meta: that of Loaded."""
+
+    scores: Scores
+    extremes: Extremes
+    mode: str
+    meta: Mapping[str, Any]
+
+
+@dataclass
+class Entry:
+    """A run on the page under its name; evaluated: None with --no-images. split: as its checkpoint tells it."""
+
+    name: str
+    run: Run
+    split: Mapping[str, str] = field(default_factory=dict)
+    evaluated: Evaluated | None = None
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return max(self.run.evaluations, key=lambda line: line["miou"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    words = "folder that train.py wrote; name=FOLDER names it; the best and worst images are those of the first"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=words)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
+    parser.add_argument("--images", type=positive, default=8, metavar="N", help="best and worst val images: N of each")
+    parser.add_argument("--no-images", action="store_true", help="what the logs tell alone: no data, no checkpoint")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="which one is evaluated")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipes say")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
+
+
+def main(args: argparse.Namespace) -> None:
+    check_out(args.out)
+    if args.images > MOST_IMAGES:
+        raise UserError(f"--images {args.images}: give at most {MOST_IMAGES}, a page holds {LIMIT / 1e6:.0f} MB")
+    entries = read_entries(args.runs)
+    for place, entry in enumerate(entries):
+        if args.no_images:
+            entry.split = split_of(entry.run.folder)
+        else:
+            count = 0 if place else args.images
+            entry.evaluated = evaluate_run(entry, args, count)
+            entry.split = entry.evaluated.meta["split"]
+    notes = [*differing_lists({entry.name: entry.split for entry in entries}), *score_notes(entries)]
+    text, left_out = page_below(LIMIT, entries, notes)
+    write_text(args.out, text)
+    for note in (*notes, *left_out):
+        print(f"WARNING: {note}", file=sys.stderr)
+    print(f"{args.out}: {len(entries)} run(s), {len(text) / 1e6:.1f} MB; open it in a browser")
+
+
+def check_out(out: Path) -> None:
+    """Before the work; the suffix, so that no checkpoint or log is replaced by a slip."""
+    if out.suffix.lower() not in SUFFIXES or out.is_dir():
+        raise UserError(f"--out {out}: must be a file whose name ends in .html, such as report.html")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror}); choose another") from None
+
+
+def read_entries(words: Sequence[str]) -> list[Entry]:
+    """FOLDER or name=FOLDER, all on one data set with the same classes, under names that no two share."""
+    entries, names = [], []
+    for word in words:
+        name, equals, folder = ("", "", word) if Path(word).is_dir() else word.partition("=")
+        names.append(name if equals else None)
+        entries.append(Entry("", checked(Path(folder if equals else word))))
+    for entry, name, own in zip(entries, names, folder_names([entry.run.folder for entry in entries]), strict=True):
+        entry.name = own if name is None else name
+    if twice := sorted({entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}):
+        raise UserError(f"two runs have the name {twice[0]}; give each one of its own: name=FOLDER")
+    first = entries[0].run.recipe.data
+    for entry in entries[1:]:
+        data = entry.run.recipe.data
+        if data.dataset != first.dataset or spec_for(data).classes != spec_for(first).classes:
+            raise UserError(
+                f"{entries[0].run.folder} was trained on {first.dataset}, {entry.run.folder} on {data.dataset} or with "
+                "other classes: they cannot be compared; make a page of each"
+            )
+    return entries
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path: as many as it takes that no two are the same."""
+    parts = [folder.absolute().parts for folder in folders]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def checked(folder: Path) -> Run:
+    """The run, its log known to hold what the page shows; UserError naming the line that does not."""
+    run = read_run(folder)
+    for line in run.lines:
+        whole = is_count(line["step"]) and ("miou" not in line or is_evaluation(line))
+        if not whole:
+            raise UserError(
+                f"{folder / METRICS}: not a line that train.py writes: {shown(json.dumps(line))}; remove the line"
+            )
+    return run
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    iou = line.get("iou")
+    numbers = isinstance(iou, dict) and all(value is None or is_number(value) for value in iou.values())
+    return numbers and is_number(line["miou"]) and is_count(line.get("epoch"))
+
+
+def split_of(folder: Path) -> Mapping[str, str]:
+    """What the checkpoints there say of the lists; nothing where none is left."""
+    for name in CHECKPOINTS:
+        try:
+            split = load_checkpoint(folder / f"{name}.pth", ("split",))["split"]
+        except UserError:
+            continue
+        if isinstance(split, Mapping) and all(isinstance(value, str) for value in split.values()):
+            return split
+    return {}
+
+
+def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluated:
+    """The checkpoint of the run on val, by the run's own mode; `count` best and worst images are kept."""
+    path = entry.run.folder / f"{args.checkpoint}.pth"
+    try:
+        device = choose_device(args.device)
+        loaded = load_for_inference(path, device)
+        if loaded.recipe is None or loaded.spec.classes != spec_for(entry.run.recipe.data).classes:
+            raise UserError(f"{path}: not the checkpoint of the recipe beside it; bring that one back")
+        data = loaded.recipe.data if args.data_root is None else replace(loaded.recipe.data, data_root=args.data_root)
+        extremes, inference = Extremes(loaded.spec, count), loaded.inference()
+        scores = evaluate(
+            loaded.model,
+            val_images(data, loaded.spec),
+            loaded.spec,
+            device,
+            inference,
+            batch_size=args.batch_size,
+            num_workers=worker_count(data.num_workers),
+            progress=True,
+            save=extremes,
+        )
+    except UserError as error:
+        raise UserError(f"{error}{WITHOUT}") from None
+    return Evaluated(scores, extremes, inference.mode, loaded.meta)
+
+
+def val_images(data: DataConfig, spec: DatasetSpec) -> SegmentationDataset:
+    """The images of val, each with its mask, every file known to exist."""
+    entries = val_entries(data, spec, find_data(data, spec))
+    for entry in entries:
+        if entry.sample.mask is None:
+            raise UserError(f"{entry.source}: {entry.sample.image} has no mask; write `image mask`")
+    check_files(entries)
+    return SegmentationDataset([entry.sample for entry in entries], spec)
+
+
+def score_notes(entries: Sequence[Entry]) -> Iterator[str]:
+    """Where the page's numbers are not those of the log, and where a run is not at its end."""
+    for entry in entries:
+        done, epochs = entry.run.evaluations[-1]["epoch"] + 1, entry.run.recipe.epochs
+        if done < epochs:
+            yield f"{entry.name} is not finished: {done} of {epochs} epochs are evaluated"
+        if entry.evaluated is None:
+            continue
+        logged = [line["miou"] for line in entry.run.evaluations if line["step"] == entry.evaluated.meta["step"]]
+        today = entry.evaluated.scores.miou
+        if logged and not abs(logged[-1] - today) <= TOLERANCE:
+            yield (
+                f"{entry.name}: mIoU {today:.2f} here, {logged[-1]:.2f} in its log at the same step: the data, the val "
+                "list, the checkpoint or the precision is another one than at training"
+            )
+
+
+def page_below(limit: int, entries: Sequence[Entry], notes: Sequence[str]) -> tuple[str, list[str]]:
+    """The page, and what was left out so that it has no more than `limit` bytes."""
+    content, told = content_of(entries, notes), []
+    examples, text = content["examples"], page(content)
+    there = sum(map(len, examples.values()))
+    while len(text) > limit and any(examples.values()):
+        kept = 1 - (len(text) - limit) / len(text)
+        for images in examples.values():
+            del images[math.floor(len(images) * kept) :]
+        count = sum(map(len, examples.values()))
+        told = [f"{count} of {there} images are on the page; more would make it larger than {limit / 1e6:.0f} MB"]
+        text = page({**content, "notes": [*notes, *told]})
+    return text, told
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """ASCII: the three files put into one, the content as JSON that no text in it can break out of.
+
+    The policy at its head lets this script run and no other, and lets nothing be fetched.
+    """
+    html, style, script = ((PARTS / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    data = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {"SCRIPT-HASH": f"sha256-{digest}", "STYLE": style, "SCRIPT": script, "DATA": data}
+    return re.sub(r"\{\{([A-Z-]+)\}\}", lambda match: parts[match[1]], html)
+
+
+def content_of(entries: Sequence[Entry], notes: Sequence[str]) -> dict[str, Any]:
+    """All that report.js draws, as plain values."""
+    spec, first = spec_for(entries[0].run.recipe.data), entries[0].evaluated
+    return {
+        "dataset": spec.name,
+        "made": datetime.now().isoformat(" ", "minutes"),
+        "notes": list(notes),
+        "classes": list(spec.classes),
+        "palette": ["#" + bytes(color).hex() for color in spec.palette],
+        "runs": [run_content(entry, spec) for entry in entries],
+        "differences": differing_keys(entries),
+        "examples": {
+            kind: [] if first is None else [example(scored) for scored in getattr(first.extremes, kind)]
+            for kind in ("worst", "best")
+        },
+    }
+
+
+def run_content(entry: Entry, spec: DatasetSpec) -> dict[str, Any]:
+    evaluated, logged = entry.evaluated, entry.best["iou"]
+    iou = [logged.get(name) for name in spec.classes]
+    if evaluated is not None:
+        iou = [finite(value) for value in evaluated.scores.iou]
+    return {
+        "name": entry.name,
+        "facts": facts(entry),
+        "recipe": yaml.safe_dump(to_plain(entry.run.recipe), sort_keys=False, allow_unicode=True),
+        "curves": curves(entry.run),
+        "iou": [rounded(value) for value in iou],
+        "confusion": None if evaluated is None else evaluated.extremes.confusion.matrix.tolist(),
+    }
+
+
+def facts(entry: Entry) -> dict[str, str]:
+    """The head of a run's column -> what stands there."""
+    run, recipe, best = entry.run, entry.run.recipe, entry.best
+    last, model = run.evaluations[-1], recipe.model
+    device, time = device_and_time(run.folder / "train.log")
+    evaluated = "not evaluated; classes: best epoch of the log"
+    if entry.evaluated is not None:
+        meta, scores = entry.evaluated.meta, entry.evaluated.scores
+        evaluated = (
+            f"step {meta['step']}, {entry.evaluated.mode}, {scores.num_images} images: mIoU {scores.miou:.2f}, "
+            f"pixel accuracy {scores.pixel_accuracy:.2f}; checkpoint sha256 {meta['sha256'][:12]}"
+        )
+    return {
+        "folder": str(run.folder),
+        "method": recipe.method.name,
+        "model": f"{model.encoder}, decoder {model.decoder}, bottleneck {model.bottleneck.name}",
+        "split": split_words(recipe.data, entry.split),
+        "seed": str(recipe.seed),
+        "epochs": f"{last['epoch'] + 1} of {recipe.epochs}",
+        "steps": f"{run.lines[-1]['step']} of {recipe.batch_size} labeled images",
+        "crop, optimizer": f"{recipe.data.crop_size}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
+        "mIoU, last epoch": f"{last['miou']:.2f}",
+        "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch'] + 1}; selected on val)",
+        "device": device,
+        "time": time,
+        "evaluated here": evaluated,
+    }
+
+
+def split_words(data: DataConfig, split: Mapping[str, str]) -> str:
+    """'1_30, labeled list sha256 e0170a14f670 (shapes/1_30 of this project)'."""
+    name = split.get("name") or data.split or data.labeled_id_path or "folders of the recipe"
+    if "labeled" in split:
+        return f"{name}, labeled list {list_name(split['labeled'])}"
+    return f"{name}, lists sha256 {split['sha256'][:12]}" if "sha256" in split else f"{name}, hash not known"
+
+
+def device_and_time(log: Path) -> tuple[str, str]:
+    """From train.log: what the last start said, and how long it is from the first line to the last."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "not known, no train.log", "not known, no train.log"
+    starts = re.findall(r"^\S+ \S+  (\d+ process\(es\) on .*)$", text, re.MULTILINE)
+    stamps = re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", text, re.MULTILINE)
+    device = starts[-1].strip() if starts else "not known"
+    try:
+        first, last = datetime.fromisoformat(stamps[0]), datetime.fromisoformat(stamps[-1])
+    except (IndexError, ValueError):
+        return device, "not known"
+    again = f", in {len(starts)} starts with what lies between them" if len(starts) > 1 else ""
+    return device, f"{last - first} from the first line of the log to the last{again}"
+
+
+def differing_keys(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
+    """The keys of the recipes in which the runs differ and that may change a result, with the value of each run."""
+    flat = [dict(flattened(to_plain(entry.run.recipe))) for entry in entries]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe if key not in RUN_KEYS)
+    rows = [(key, [one.get(key, "-") for one in flat]) for key in keys]
+    return [(key, list(map(worded, values))) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def worded(value: Any) -> str:
+    """As YAML has it: null, true, 0.5, a text as it is."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def flattened(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value
+
+
+def curves(run: Run) -> dict[str, dict[str, Any]]:
+    """Each number that was logged by step: its steps and values, and of how many points each is the mean."""
+    keys = dict.fromkeys(key for line in run.lines for key, value in line.items() if is_number(value))
+    found = {}
+    for key in keys:
+        if key in ("step", "epoch"):
+            continue
+        points = [(line["step"], float(line[key])) for line in run.lines if is_number(line.get(key))]
+        each = math.ceil(len(points) / MOST_POINTS)
+        groups = [points[at : at + each] for at in range(0, len(points), each)]
+        found[key] = {
+            "steps": [group[-1][0] for group in groups],
+            "values": [rounded(sum(value for _, value in group) / len(group)) for group in groups],
+            "each": each,
+        }
+    return found
+
+
+def rounded(value: float | None, digits: int = 6) -> float | None:
+    """To so many digits that count: a page of many numbers stays small."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def example(scored: Scored) -> dict[str, Any]:
+    pictures = {"image": "JPEG", "truth": "PNG", "prediction": "PNG"}
+    return {
+        "name": scored.name,
+        "miou": rounded(scored.miou),
+        "size": scored.image.size,
+        "iou": [[index, rounded(value)] for index, value in enumerate(scored.iou) if not math.isnan(value)],
+        **{name: data_uri(encoded(getattr(scored, name), kind), kind) for name, kind in pictures.items()},
+    }
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
