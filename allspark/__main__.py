@@ -16,6 +16,7 @@ VERBS = {
     "bench": "speed and memory of steps, loading and evaluation against a plain formulation of the same maths",
     "check": "everything that can be wrong with a recipe and its data, before training starts",
     "compare": "a table, learning curves and a grid of predictions from finished runs",
+    "export": "a checkpoint -> one file for torch.export or ONNX that predicts without this code",
     "predict": "images, folders, lists -> masks of class indices, and pictures to look at",
     "prepare": "official archives -> the layout that the configs expect",
     "report": "curves, classes, confusions, best and worst images of runs on one HTML page",

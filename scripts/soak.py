@@ -2,9 +2,9 @@
 
     python scripts/soak.py --minutes 45 --out exp/soak
 
-The shapes data set, short epochs, an evaluation and a checkpoint in each. Every few seconds the resident memory of the
-process and its workers, their open files, and the size of the run's folder are noted; at the end straight lines are
-fitted to all but the first fifth. Writes soak.json and soak.png; exit code 1 if something grows or the run fails.
+The shapes data set, short epochs, an evaluation and a checkpoint in each. Every few seconds the memory of the process
+and its workers, their open files, and the size of the run's folder are noted; at the end straight lines are fitted to
+all but the first fifth. Writes soak.json and soak.png; exit code 1 if something grows or the run fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20
+OWN = ("Pss_Anon:", "Pss_Shmem:")
 TRAINING = (
     "--dataset shapes --split 1_30 --method allspark method.teacher=ema crop_size=64 batch_size=4 num_workers=1 "
     "model.decoder_channels=32 epochs=100000 burn_in_epochs=1 evaluation.interval=1 evaluation.pseudo_labels=8 "
@@ -48,12 +48,14 @@ def tree(pid: int) -> list[int]:
 
 
 def sample(pid: int, run: Path, gpu: bool) -> dict[str, float]:
-    """What the process takes now. Memory: what its processes have for themselves (PSS), in MiB."""
+    """What the process takes now. Memory: anonymous and shared, each page once, in MiB; files that are mapped, such as
+    torch's libraries, are left out: their share grows when another program that maps them ends.
+    """
     memory = files = 0.0
     for one in tree(pid):
         with contextlib.suppress(OSError):
             rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
-            memory += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
+            memory += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(OWN)) / 1024
             files += len(os.listdir(f"/proc/{one}/fd"))
     sizes = 0
     for path in run.glob("*"):

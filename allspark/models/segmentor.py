@@ -17,6 +17,7 @@ from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.decoder import build_decoder
 from allspark.models.memory import SemanticMemory
+from allspark.models.timm_encoders import PREFIX, TimmEncoder
 
 # drop-path rate -> a module that takes (B, 3, H, W) to four maps, finest first. Its attributes `channels` and `strides`
 # hold their widths and strides, `decoder_channels` the width of the decoder unless the recipe says otherwise, and its
@@ -89,7 +90,11 @@ class Segmentor(nn.Module):
         logits = self.decoder(features)
         # Contiguous while they are small: losses copy them otherwise
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-        return self.decoder.resize(logits, size)
+        multiple = getattr(self.encoder, "multiple", None)
+        if multiple is None:
+            return self.decoder.resize(logits, size)
+        padded = [side + -side % multiple for side in size]  # what the maps of a TimmEncoder cover
+        return self.decoder.resize(logits, padded)[..., : size[0], : size[1]]
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Encoder and decoder, each shape of a training step once; the bottleneck's blocks on a CPU are no graph."""
@@ -106,9 +111,7 @@ class Segmentor(nn.Module):
 
 def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor:
     """The model of a recipe with fresh weights; crop_size decides the side of the memory: ceil(crop / stride)."""
-    if cfg.encoder not in ENCODERS:
-        raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; one of {', '.join(ENCODERS)}")
-    encoder = ENCODERS[cfg.encoder](cfg.drop_path)
+    encoder = build_encoder(cfg)
     encoder.set_grad_checkpointing(cfg.checkpointing)
     decoder = build_decoder(cfg, encoder, num_classes)
     bottleneck = None
@@ -125,6 +128,15 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor
             empty_slots=cfg.bottleneck.empty_slots,
         )
     return Segmentor(encoder, bottleneck, decoder)
+
+
+def build_encoder(cfg: ModelConfig) -> nn.Module:
+    if cfg.encoder.startswith(PREFIX):
+        return TimmEncoder(cfg.encoder.removeprefix(PREFIX), cfg.drop_path)
+    if cfg.encoder not in ENCODERS:
+        known = ", ".join((*ENCODERS, f"{PREFIX}NAME"))
+        raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; one of {known}, a model of timm")
+    return ENCODERS[cfg.encoder](cfg.drop_path)
 
 
 def unwrap(model: nn.Module) -> Segmentor:

@@ -16,6 +16,7 @@ from allspark.errors import UserError, reason_of
 from allspark.models import mit, resnet
 from allspark.models.naming import NAMINGS, RELEASED, Naming, Translated, detect, translate, unwrapped
 from allspark.models.segmentor import ENCODERS, Segmentor, build_model
+from allspark.models.timm_encoders import TimmEncoder
 from allspark.untrusted import load_tensors
 
 VARIANTS = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
@@ -142,11 +143,13 @@ def shortened(names: Sequence[str], limit: int = 4) -> str:
 
 def load_encoder(model: Segmentor, path: str | Path) -> str:
     """Encoder weights (`model.pretrained`) of any format, from a file of them or of a whole model -> a report line."""
+    encoder = getattr(model, "encoder", None)
+    if isinstance(encoder, TimmEncoder):
+        encoder.check_file(Path(path))
     file = read_weights(path)
-    _, found = translated(file)
-    result = fit(model.encoder, found, "encoder.")
+    result = fit(model.encoder, encoder_tensors(model.encoder, file), "encoder.")
     own = model.encoder.state_dict()
-    if bad := result.bad():
+    if bad := [name for name in result.bad() if not name.startswith("pyramid.")]:  # which no file has
         raise UserError(
             f"{path}: does not fit this encoder; {len(bad)} of {len(own)} tensors are missing or of another size, "
             f"first {bad[0]} {tuple(own[bad[0]].shape)}; is it the file of another variant than model.encoder?"
@@ -154,6 +157,19 @@ def load_encoder(model: Segmentor, path: str | Path) -> str:
     check_finite(result.taken, file.path)
     left = f", left out: {shortened(result.unexpected)}" if result.unexpected else ""
     return f"encoder weights {path}: {len(result.taken)} tensors{left}"
+
+
+def encoder_tensors(encoder: nn.Module, file: WeightFile) -> Translated:
+    """What a file holds for an encoder, under our names; of timm's encoders its own converters know the formats."""
+    if not isinstance(encoder, TimmEncoder) or any(name.startswith("encoder.body.") for name in file.tensors):
+        return translated(file)[1]
+    try:
+        tensors = encoder.translate(file.tensors)
+    except Exception as error:  # they take for granted what they look for
+        raise UserError(
+            f"{file.path}: timm does not know it as weights of {encoder.name} ({reason_of(error)}); give a file of it"
+        ) from error
+    return Translated(tensors, {name: name for name in tensors}, [])
 
 
 def init_from(model: Segmentor, path: str | Path) -> str:

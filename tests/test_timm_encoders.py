@@ -1,0 +1,198 @@
+"""Encoders from timm: pyramids and plain ViTs, at any size, with the bottleneck, their weights, and what is refused."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import train
+from allspark.batch import normalize
+from allspark.cli.loading import load_for_inference
+from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.engine.optim import build_optimizer
+from allspark.errors import UserError, run_main
+from allspark.models.bottleneck import CrossBatch
+from allspark.models.segmentor import build_model
+from allspark.models.timm_encoders import TimmEncoder
+from allspark.models.weights import load_pretrained
+
+CLASSES, CROP = 3, 65
+PYRAMIDS = ("test_convnext", "test_resnet", "test_mambaout")  # maps of 4 levels, of 5 levels, channels last
+VITS = ("test_vit", "test_vit3")
+
+
+def make_model(name, bottleneck="none", **options):
+    torch.manual_seed(0)
+    config = ModelConfig(encoder=f"timm:{name}", bottleneck=BottleneckConfig(name=bottleneck), decoder_channels=16)
+    return build_model(ModelConfig(**{**vars(config), **options}), CLASSES, CROP)
+
+
+@pytest.mark.parametrize("bottleneck", ["none", "allspark"])
+@pytest.mark.parametrize("name", [*PYRAMIDS, *VITS])
+def test_every_parameter_learns_at_an_odd_crop(name, bottleneck):
+    """A crop that no stride divides; the memory has the side of the deepest map."""
+    model = make_model(name, bottleneck)
+    cross = CrossBatch(2, torch.randn(2, CLASSES, CROP, CROP), True) if bottleneck == "allspark" else None
+    output = model.train()(torch.randn(4, 3, CROP, CROP), cross=cross)
+    assert output.logits.shape == (4, CLASSES, CROP, CROP)
+    assert [feature.shape[1] for feature in output.features] == list(model.encoder.channels)
+    output.logits.square().mean().backward()
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "vit_tiny_patch16_224.augreg_in21k", "eva02_tiny_patch14_224"]
+)
+@torch.no_grad()
+def test_any_size_and_no_image_depends_on_another(name):
+    model = make_model(name, "allspark").eval()
+    for size in ((32, 32), (33, 70), (97, 64)):
+        images = torch.randn(3, 3, *size)
+        logits = model(images).logits
+        assert logits.shape == (3, CLASSES, *size)
+        torch.testing.assert_close(logits[1:2], model(images[1:2]).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+@torch.no_grad()
+def test_padding_is_cut_off_again(name):
+    """The logits of an image that fills no whole number of cells are those of the image with the mean colour around."""
+    model = make_model(name).eval()
+    assert model.encoder.multiple == 32
+    image = torch.zeros(1, 3, 64, 96)
+    image[..., :50, :71] = torch.randn(3, 50, 71)
+    torch.testing.assert_close(model(image[..., :50, :71]).logits, model(image).logits[..., :50, :71])
+
+
+@torch.no_grad()
+def test_patches_of_14_pixels():
+    """Maps at strides 3.5, 7, 14 and 28, and position embeddings at sizes other than they were made for."""
+    encoder = TimmEncoder("eva02_tiny_patch14_224").eval()
+    assert encoder.strides == (3.5, 7, 14, 28) and encoder.channels == (256,) * 4
+    assert [tuple(feature.shape[-2:]) for feature in encoder(torch.randn(1, 3, 57, 84))] == [
+        (24, 24), (12, 12), (6, 6), (3, 3)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_images_come_to_the_network_as_its_weights_want_them():
+    encoder = TimmEncoder("test_convnext").eval()  # mean and deviation 0.5
+    image = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    for ours, theirs in zip(encoder(normalize(image)), encoder.body((image / 255 - 0.5) / 0.5), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def filled(name, **options):
+    """timm's own network, a classifier, with values in every tensor that no fresh one has."""
+    network = timm.create_model(name, **options)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.1 + 0.01)
+    return network.eval()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_vit"])
+@torch.no_grad()
+def test_weights_of_timm_give_its_maps(name, suffix, tmp_path):
+    network, file = filled(name), tmp_path / f"weights{suffix}"
+    save_file(network.state_dict(), file) if suffix == ".safetensors" else torch.save(network.state_dict(), file)
+    model = make_model(name).eval()
+    (said,) = load_pretrained(model, str(file), "none")
+    assert re.search(r"\d+ tensors, left out: \S*(head|fc|norm)", said)
+    image = torch.randn(1, 3, 64, 96)
+    raw = image * model.encoder.scale + model.encoder.shift
+    theirs = network.forward_intermediates(raw, intermediates_only=True)
+    for ours, other in zip(model.encoder.body(raw)[-3:], theirs[-3:], strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_position_embeddings_of_a_file_are_resampled(tmp_path):
+    """A file of a ViT for another image size, as those of DINOv2 and ours are."""
+    torch.save(filled("test_vit", img_size=96).state_dict(), tmp_path / "small.pth")
+    model = make_model("test_vit")
+    load_pretrained(model, str(tmp_path / "small.pth"), "none")
+    embeddings = model.encoder.body.model.pos_embed
+    assert embeddings.shape[1] == 1 + 10 * 10 and 0.05 < embeddings.mean() < 0.07  # of its own 160 pixels, and filled
+
+
+def test_the_encoder_of_a_trained_model(tmp_path):
+    """With the pyramid, which is fresh otherwise."""
+    trained = make_model("test_vit")
+    torch.save(trained.state_dict(), tmp_path / "whole.pth")
+    torch.manual_seed(9)
+    model = build_model(ModelConfig(encoder="timm:test_vit", decoder_channels=8), 5, CROP)
+    load_pretrained(model, str(tmp_path / "whole.pth"), "none")
+    own = model.encoder.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in trained.encoder.state_dict().items())
+
+
+def test_what_comes_from_no_file_learns_at_the_rate_of_the_decoder():
+    model = make_model("test_vit")
+    slow, fast = build_optimizer(OptimConfig(), model).param_groups
+    assert {id(p) for p in slow["params"]} == {id(p) for p in model.encoder.body.parameters()}
+    assert {id(p) for p in model.encoder.pyramid.parameters()} < {id(p) for p in fast["params"]}
+
+
+def test_weights_that_are_refused(tmp_path):
+    model = make_model("test_convnext")
+    torch.save(filled("test_vit").state_dict(), tmp_path / "other.pth")
+    state = filled("test_convnext").state_dict()
+    torch.save(
+        {key: value for key, value in state.items() if key != "stages.1.downsample.0.bias"}, tmp_path / "less.pth"
+    )
+    for file, words in (
+        ("other.pth", "timm does not know it as weights of test_convnext"),
+        ("less.pth", "1 of .*stages_1.downsample.0.bias"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_pretrained(model, str(tmp_path / file), "none")
+    with pytest.raises(UserError, match=r"nowhere.pth: no such .*hf download timm/test_convnext\.r160_in1k"):
+        load_pretrained(model, str(tmp_path / "nowhere.pth"), "none")
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+def test_checkpointing_changes_no_gradient(name):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(name, checkpointing=checkpointing, drop_path=0.0, dropout=0.0)
+        model(
+            torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64).repeat(2, 1, 1, 1)
+        ).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.encoder.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("timm:convnxt_tiny",), "did you mean timm:convnext_tiny"),
+        (("timm:hf-hub:somebody/model",), "no such model"),  # nothing is looked for outside
+        (("timm:test_coatnet",), "does not take images of any size"),
+        (("timm:levit_128",), "strides 16/32/64, and 4 levels are needed"),
+        (("timm:convnext_atto.nobody",), "Invalid pretrained tag"),
+        (("timm:test_convnext", "model.decoder=deeplab"), "4/8/16/32. Set model.decoder=mlp"),
+        (("timm:test_resnet", "model.checkpointing=true"), "batch norm would count every batch twice"),
+        (("convnext_tiny",), "timm:NAME"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_refusals(words, told, place, capsys):
+    assert run_main(train.main, place.train(f"model.encoder={words[0]}", *words[1:])) == 2
+    error = capsys.readouterr().err
+    assert told in error and f"{words[0]}" in error
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+def test_a_run_from_start_to_prediction(name, place):
+    """AllSpark with its memory, evaluated, saved, read again."""
+    train.main(place.train(f"model.encoder=timm:{name}"))
+    lines = [json.loads(line) for line in (place.run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("miou" in line for line in lines) == 2
+    loaded = load_for_inference(place.run / "latest.pth", torch.device("cpu"))
+    assert loaded.model.encoder.name == name
