@@ -88,6 +88,7 @@ def join(backend: str, rank: int, world: int) -> dist.Store:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, *_ = next(dist.rendezvous("env://", rank, world, timeout=JOIN))
+        store = dist.PrefixStore(attempt(), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         if "EADDRINUSE" in str(error):
@@ -97,6 +98,14 @@ def join(backend: str, rank: int, world: int) -> dist.Store:
             f"what they say, and whether that address can be reached from here"
         ) from None
     return store
+
+
+def attempt() -> str:
+    """Which start of the processes this is: torchrun keeps one store over its restarts, and in it the addresses of
+    processes that are gone, which the new ones would call for ever. (Its nodes count restarts each for itself.)
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"attempt {restarts}" if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "attempts"
 
 
 @contextmanager

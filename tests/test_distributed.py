@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from numpy.testing import assert_array_equal
 from torch import nn
 
@@ -140,6 +141,26 @@ def test_a_process_that_is_killed_takes_the_others_with_it(ended):
     assert code == 1 and seconds < 45
     assert errors.startswith("error: process 0 lost another one, which was killed or hangs (")
     assert "rank      : 1" in errors.split("Root Cause")[1] and "SIGKILL" in errors and "RuntimeError" not in errors
+
+
+def test_a_restart_sees_nothing_of_the_start_before(monkeypatch):
+    """torchrun's store outlives its processes, and with it what they said and where they could be reached."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    for restart in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        store = distributed.join("gloo", 0, 1)
+        try:
+            assert not distributed.has_ended(store)
+            store.set("ended", "0 error: of this start")
+            assert distributed.has_ended(store)
+        finally:
+            dist.destroy_process_group()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # nodes that count for themselves must agree
+    names = {distributed.attempt()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert names == {distributed.attempt()}
 
 
 def test_a_taken_port_is_named(monkeypatch):
