@@ -90,10 +90,8 @@ class Segmentor(nn.Module):
         logits = self.decoder(features)
         # Contiguous while they are small: losses copy them otherwise
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-        multiple = getattr(self.encoder, "multiple", None)
-        if multiple is None:
-            return self.decoder.resize(logits, size)
-        padded = [side + -side % multiple for side in size]  # what the maps of a TimmEncoder cover
+        multiple = getattr(self.encoder, "multiple", 1)  # of pixels, to which a TimmEncoder pads an image
+        padded = [side + -side % multiple for side in size]
         return self.decoder.resize(logits, padded)[..., : size[0], : size[1]]
 
     def compile_parts(self, backend: str = "inductor") -> None:
