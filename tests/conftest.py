@@ -1,5 +1,6 @@
 """What the tests of the commands share: a tiny data set of real files, its recipe, a finished run, real processes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from ranks import Ranks
 import train
 
 REPO = Path(train.__file__).parent
+with contextlib.suppress(ValueError):  # in the background of a script it is ignored, also by what the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 CLASSES = ("ground", "left", "right")
 SIZE = (80, 64)  # width, height
 COUNTS = {"labeled": 4, "unlabeled": 6, "val": 2}
