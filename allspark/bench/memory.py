@@ -68,10 +68,11 @@ class TrainingStep:
         return labeled, UnlabeledBatch(self.image(), strong, ~box, boxes).to(self.device)
 
     def settle(self) -> None:
-        """What a first step leaves: the optimizer's state, and gradients that wait for their successors."""
+        """What a first step leaves: the optimizer's state."""
         for weight in self.model.parameters():
             weight.grad = torch.empty_like(weight)
         self.stepper.optimizer.step()
+        self.stepper.optimizer.zero_grad()
 
     def run(self, step: int) -> None:
         labeled, unlabeled = self.batches()
@@ -82,11 +83,9 @@ class TrainingStep:
         self.method.after_step(self.model, progress)
 
     def held(self) -> dict[str, int]:
-        weights = list(self.model.parameters())
         state = [value for values in self.stepper.optimizer.state.values() for value in values.values()]
         return {
-            "weights": size(weights),
-            "gradients": size(weight for weight in weights if weight.requires_grad),
+            "weights": size(self.model.parameters()),
             "optimizer": size(value for value in state if isinstance(value, Tensor)),
             "buffers, kept twice": size(self.model.buffers()) + size(self.stepper.kept),
             "teacher": size(self.method.state_dict().values()),

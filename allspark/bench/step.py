@@ -111,7 +111,7 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
         stepper.step(losses["loss"])
         method.after_step(network, progress)
 
-    return Side("ours", run, precision, clear=stepper.optimizer.zero_grad)
+    return Side("ours", run, precision)
 
 
 def plain_side(case: StepCase, source: Segmentor, batch: StepBatch) -> Side:

@@ -198,9 +198,9 @@ def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Pa
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds something else than tensors by name; use another checkpoint")
     own = module.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    missing = module.load_state_dict(fitting, strict=False).missing_keys
-    wrong = list(dict.fromkeys([*missing, *(name for name in state if name not in fitting)]))
+    alike = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    missing = module.load_state_dict(alike, strict=False).missing_keys
+    wrong = list(dict.fromkeys([*missing, *(name for name in state if name not in alike)]))
     if wrong:
         name = wrong[0]
         there = tuple(state[name].shape) if name in state else "absent"

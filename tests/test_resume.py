@@ -1,0 +1,169 @@
+"""A run of train.py that is killed, stopped, damaged or started twice: what it comes to, and what is refused."""
+
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from runs import At, assert_same_run, assert_same_tensors, load, sending, without_speed
+
+import train
+from allspark.engine import files, keeper
+from allspark.errors import run_main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def resumed(finished, start_process, tmp_path_factory):
+    """The recipe of `finished`, killed in its second epoch by SIGKILL in a real process, then started again here."""
+    run = tmp_path_factory.mktemp("resumed") / "run"
+    words = ["--config", finished.config, "--save-path", run]
+    process = start_process(["train.py", *words])
+    deadline = time.monotonic() + 120
+    while not (run / "latest.pth").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()  # SIGKILL: nothing in the process can tidy up
+    process.communicate()
+    assert load(run / "latest.pth")["step"] == 3, "it was killed too late to prove anything"
+    assert run_main(train.main, list(map(str, words))) == 0
+    yield run
+    for file in run.glob("*.pth"):
+        file.unlink()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(resumed, finished):
+    straight, again = (load(run / "latest.pth") for run in (finished.run, resumed))
+    assert_same_tensors(straight["model"], again["model"])
+    assert (straight["epoch"], straight["step"], straight["best"]) == (again["epoch"], again["step"], again["best"])
+    log = (resumed / "train.log").read_text(encoding="utf-8")
+    assert "resumed in epoch 0, step 3" in log or "resumed behind epoch 0, step 3" in log
+
+
+def test_a_kill_between_two_checkpoints_does_not_lose_the_best(resumed, finished):
+    """It was killed when latest.pth stood there, around the first evaluation."""
+    straight, again = (load(run / "best.pth") for run in (finished.run, resumed))
+    assert_same_tensors(straight["model"], again["model"])
+
+
+def test_a_killed_run_logs_what_the_straight_one_logged(resumed, finished):
+    assert without_speed(resumed) == without_speed(finished.run)
+
+
+def test_a_run_with_a_teacher_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
+    """The teacher labels, is evaluated, and is in the checkpoint."""
+    straight = place.train("method.teacher=ema", "method.teacher_momentum=0.5", "checkpoint_interval=2")
+    train.main(straight)
+    whole = load(place.run / "latest.pth")
+    save = keeper.save_checkpoint
+
+    def save_and_stop(path, content, **options):
+        save(path, content, **options)
+        if content["step"] == 4:
+            raise KeyboardInterrupt
+
+    broken = [str(tmp_path / "broken") if word == str(place.run) else word for word in straight]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(keeper, "save_checkpoint", save_and_stop)
+        train.main(broken)
+    assert load(tmp_path / "broken" / "latest.pth")["step"] == 4  # in the middle of an epoch
+    train.main(broken)
+    resumed = load(tmp_path / "broken" / "latest.pth")
+    assert any(name.startswith("teacher.model.encoder") for name in resumed["method"])
+    assert_same_tensors(resumed["method"], whole["method"])
+    assert_same_tensors(resumed["model"], whole["model"])
+
+
+@pytest.mark.parametrize(("function", "call", "step"), [("seed_step", 5, 5), ("seed_step", 3, 3), ("validate", 1, 3)])
+def test_a_signal_stops_behind_the_step_and_nothing_is_lost(function, call, step, finished, place, monkeypatch, capsys):
+    """In the middle of an epoch, in its last step, and in the evaluation."""
+    words = ["--config", str(finished.config), "--save-path", str(place.run)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, function, At(getattr(train, function), call, sending(signal.SIGTERM)))
+        assert run_main(train.main, words) == 75
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert load(place.run / "latest.pth")["step"] == step
+    assert "stopped by SIGTERM" in (place.run / "train.log").read_text(encoding="utf-8").splitlines()[-1]
+    assert run_main(train.main, words) == 0
+    assert_same_run(place.run, finished.run)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, place, monkeypatch):
+    words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_interval=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "seed_step", At(train.seed_step, 5, sending(signal.SIGINT)))
+        assert run_main(train.main, words) == 75
+    (place.run / "latest.pth").write_bytes((place.run / "latest.pth").read_bytes()[:-999])
+    assert run_main(train.main, words) == 0
+    log = (place.run / "train.log").read_text(encoding="utf-8")
+    assert "going on from previous.pth, step 5" in log or "going on from previous.pth, step 4" in log
+    assert (place.run / "damaged.pth").is_file()
+    assert_same_run(place.run, finished.run)
+
+
+def test_a_folder_in_use_is_refused(finished, place, capsys, monkeypatch):
+    monkeypatch.setattr(files.Hold.__init__, "__kwdefaults__", {"active": True, "patience": 0.2})
+    with files.Hold(place.run):
+        assert run_main(train.main, ["--config", str(finished.config), "--save-path", str(place.run)]) == 2
+    message = capsys.readouterr().err
+    assert "in use by another job" in message and str(place.run) in message
+
+
+def test_minutes_between_checkpoints(finished, place):
+    words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_minutes=1e-9", "epochs=1"]
+    saved = []
+    save = keeper.save_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper, "save_checkpoint", lambda p, c, **o: (saved.append((p.name, c["step"])), save(p, c, **o)))
+        assert run_main(train.main, words) == 0
+    assert [step for name, step in saved if name == "latest.pth"] == [1, 2, 3, 3]
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished, place, capsys):
+    shutil.copytree(finished.run, place.run)
+    content = load(place.run / "latest.pth")
+    del content["recipe"]["model"]["bottleneck"]["empty_slots"]
+    torch.save(content, place.run / "latest.pth")
+    train.main(["--config", str(finished.config), "--save-path", str(place.run)])
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_left_as_it_is(resumed, finished):
+    def results():
+        return {path.name: path.read_bytes() for path in resumed.iterdir() if path.suffix in (".pth", ".jsonl")}
+
+    before = results()
+    words = ["--config", str(finished.config), "--save-path", str(resumed)]
+    assert run_main(train.main, words) == 0
+    assert run_main(train.main, [*words, "log_interval=7", "num_workers=1"]) == 0  # these decide no result
+    assert results() == before
+
+
+def test_another_recipe_is_refused_and_touches_nothing(finished, capsys):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.run.iterdir()}
+    assert run_main(train.main, finished.train("optim.lr=0.5")) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr: 0.001 -> 0.5" in message and str(finished.run) in message and "--fresh" in message
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.run.iterdir()} == before
+
+
+def test_fresh_starts_over_and_keeps_the_old_run(finished, place):
+    shutil.copytree(finished.run, place.run)
+    old = {path.name: path.read_bytes() for path in place.run.iterdir()}
+    assert run_main(train.main, place.train("--fresh", "epochs=1", "optim.lr=0.5")) == 0
+    assert load(place.run / "latest.pth")["step"] == 3
+    (aside,) = place.run.parent.glob("run.*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
+
+
+def test_a_diverged_run_saves_nothing_and_says_what_to_lower(place, capsys):
+    assert run_main(train.main, place.train("optim.max_skipped=2", "optim=sgd", "optim.lr=1e9")) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr" in message and "step 3: the last 2 steps had no finite gradient" in message
+    assert "images/labeled/labeled" in message and "images/unlabeled/unlabeled" in message
+    assert not (place.run / "latest.pth").exists()
+    content = load(place.run / "stopped.pth")
+    assert content["step"] == 3 and len(content["images"]) == 4
