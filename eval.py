@@ -26,10 +26,10 @@ from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores, finite, format_table
 from allspark.evaluation.outputs import PredictionFolder, unique_names
 
-SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, else class indices
-with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""
+SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, 1..150 for ADE20K,
+else class indices with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""
 PICTURES_HELP = """with --save-dir: <image>_color.png and <image>_overlay.png for people, too. Default: yes, but not for
-Cityscapes, whose server takes one file per image"""
+Cityscapes and ADE20K, whose servers take one file per image"""
 
 
 def main(argv: Sequence[str]) -> None:

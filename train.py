@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
+from allspark.batch import passes
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
-from allspark.data.base import SegmentationDataset, worker_count
+from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
 from allspark.data.preflight import check_data, hidden_sample
 from allspark.data.splits import Lists, provenance, resolve
 from allspark.engine.checkpoint import (
@@ -43,26 +44,48 @@ from allspark.engine.checkpoint import (
 from allspark.engine.files import Hold, write_text
 from allspark.engine.keeper import Keeper
 from allspark.engine.log import METRICS, RunLog
-from allspark.engine.optim import build_optimizer, poly_lr, set_lr
-from allspark.engine.step import Stepper, autocast, set_deterministic, set_precision
+from allspark.engine.optim import build_optimizer, poly_lr, scaled, set_lr
+from allspark.engine.step import (
+    Stepper,
+    accumulating,
+    autocast,
+    mean_losses,
+    pass_size,
+    set_deterministic,
+    set_precision,
+)
 from allspark.engine.stop import Stop
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.inference import Inference, inference_for
 from allspark.evaluation.labels import CenterCrops, LabelQuality, label_quality
 from allspark.evaluation.metrics import Scores
+from allspark.evaluation.snapshots import Snapshots
 from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.weights import load_pretrained
 
 
-def train(recipe: Recipe, save_path: Path, device: torch.device, stop: Stop, *, fresh: bool = False) -> None:
-    """A run from its first check to its last checkpoint. Long, because it is what happens, in order."""
+def train(
+    recipe: Recipe,
+    save_path: Path,
+    device: torch.device,
+    stop: Stop,
+    *,
+    fresh: bool = False,
+    told: Sequence[str] = (),
+) -> None:
+    """A run from its first check to its last checkpoint. Long, because it is what happens, in order.
+
+    told: what there is to say of the recipe at the start.
+    """
     set_precision(recipe.precision, device)
     set_deterministic(recipe.deterministic)
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
     check_processes(recipe, lists)
+    optim = scaled(recipe.optim, recipe.batch_size)
+    at_once = pass_size(recipe, distributed.world_size())
     notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
     hidden, hidden_notes = hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)
     notes += hidden_notes
@@ -75,7 +98,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, stop: Stop, *, 
             notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
         method = recipe_words.build_method(recipe, spec).to(device)
         method.attach(model)
-        stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
+        stepper = Stepper(model, build_optimizer(optim, model), recipe.precision, optim.clip_norm)
         loaders = recipe_words.build_loader(recipe, lists, spec, method.views)
         val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
         inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
@@ -95,7 +118,7 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, stop: Stop, *, 
         total_steps = recipe.epochs * loaders.steps_per_epoch
         log = held.enter_context(open_log(save_path, recipe, start, total_steps, stepper))
         log.load_state_dict(kept, device)
-        for note in (*describe(recipe, model, method, device, total_steps, start), *resume_notes, *notes):
+        for note in (*describe(recipe, model, method, device, total_steps, start), *told, *resume_notes, *notes):
             log.info(note)
         keeper = Keeper(
             save_path,
@@ -119,17 +142,22 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, stop: Stop, *, 
             for labeled, unlabeled in loaders.on(device, tell=log.info) if step < end else ():
                 progress = Progress(step, epoch, total_steps)
                 seed_step(recipe.seed, step)
-                lr = poly_lr(recipe.optim, step, total_steps)
+                lr = poly_lr(optim, step, total_steps)
                 set_lr(stepper.optimizer, lr)
-                with autocast(recipe.precision, device):
-                    if epoch < recipe.burn_in_epochs:
-                        losses = method.supervised_losses(network, labeled)
-                    else:
-                        losses = method.losses(network, labeled, unlabeled, progress)
-                stepper.step(losses["loss"])
+                parts, done = passes(labeled, unlabeled, at_once), []
+                for x, u in parts:  # one, unless gradients are accumulated
+                    with accumulating(network, last=len(done) + 1 == len(parts)):
+                        with autocast(recipe.precision, device):
+                            if epoch < recipe.burn_in_epochs:
+                                losses = method.supervised_losses(network, x)
+                            else:
+                                losses = method.losses(network, x, u, progress)
+                        stepper.backward(losses["loss"] / len(parts))
+                    done.append(losses)
+                stepper.step()
                 method.after_step(network, progress)
                 step += 1
-                log.add(losses, step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
+                log.add(mean_losses(done), step=step, epoch=epoch, lr=lr, images=recipe.batch_size)
                 if step < end:  # the end of an epoch has its own
                     keeper.after_step(Position(epoch, step, best))
             log.flush()
@@ -141,11 +169,20 @@ def train(recipe: Recipe, save_path: Path, device: torch.device, stop: Stop, *, 
             if last or (epoch + 1) % recipe.evaluation.interval == 0:
                 keeper.after_epoch(Position(epoch, step, best))
                 with stop.at_once():  # all is saved
-                    scores, quality = validate(recipe, inference, method, network, val, crops, device)
+                    shown = Snapshots(spec.palette, recipe.evaluation.pictures)
+                    scores, quality = validate(recipe, inference, method, network, val, crops, device, shown)
                 improved = scores.miou > best["miou"]
                 best = {"miou": scores.miou, "epoch": epoch} if improved else best
                 pseudo, told = (quality.named(), f", {quality}") if quality else ({}, "")
-                log.scores(step=step, epoch=epoch, miou=scores.miou, iou=scores.by_class(spec.classes), **pseudo)
+                log.scores(
+                    step=step,
+                    epoch=epoch,
+                    miou=scores.miou,
+                    iou=scores.by_class(spec.classes),
+                    memory=memory_fill(model, spec),
+                    pictures=shown.strips,
+                    **pseudo,
+                )
                 log.info(
                     f"epoch {epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']}){told}"
                 )
@@ -206,12 +243,15 @@ def validate(
     val: SegmentationDataset,
     crops: CenterCrops,
     device: torch.device,
+    shown: Snapshots,
 ) -> tuple[Scores, LabelQuality | None]:
     """What the result so far is worth on val, and the pseudo-labels on unlabeled images; in the run's precision."""
     predictor, workers = method.predictor(network), worker_count(recipe.data.num_workers)
     with autocast(recipe.precision, device), not_compiled(recipe):
-        scores = evaluate(predictor, val, val.spec, device, inference, num_workers=workers, progress=True)
-        return scores, measure_labels(recipe, method, network, crops, device)
+        scores = evaluate(
+            predictor, val, val.spec, device, inference, num_workers=workers, progress=True, save=shown.prediction
+        )
+        return scores, measure_labels(recipe, method, network, crops, device, shown)
 
 
 def not_compiled(recipe: Recipe) -> contextlib.AbstractContextManager:
@@ -220,7 +260,7 @@ def not_compiled(recipe: Recipe) -> contextlib.AbstractContextManager:
 
 
 def measure_labels(
-    recipe: Recipe, method: Method, network: nn.Module, crops: CenterCrops, device: torch.device
+    recipe: Recipe, method: Method, network: nn.Module, crops: CenterCrops, device: torch.device, shown: Snapshots
 ) -> LabelQuality | None:
     """What the method's pseudo-labels are worth on these crops of unlabeled images; None where nothing is known."""
     if not recipe.evaluation.pseudo_labels:
@@ -235,9 +275,19 @@ def measure_labels(
         crops,
         device,
         threshold=method.threshold,
-        batch_size=recipe.batch_size // distributed.world_size(),  # a pass as large as training's own
+        batch_size=pass_size(recipe, distributed.world_size()),  # a pass as large as training's own
         num_workers=worker_count(recipe.data.num_workers),
+        show=shown.pseudo_label,
     )
+
+
+def memory_fill(model: Segmentor, spec: DatasetSpec) -> dict[str, float] | None:
+    """How much of each class's slots was ever written, in percent; None without a memory."""
+    if model.bottleneck is None:
+        return None
+    memory = model.bottleneck.memory
+    filled = (100 * memory.filled / memory.queue.shape[1]).tolist()
+    return {name: round(value, 1) for name, value in zip(spec.classes, filled, strict=True)}
 
 
 def checkpoint_content(
@@ -301,15 +351,16 @@ def describe(
     """What is about to run, in a few lines."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     job = f", slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    batch = recipe_words.batch_in_words(recipe, distributed.world_size())
     lines = [
         f"{recipe.method.name} on {recipe.data.dataset}, {recipe.model.encoder} ({parameters:.2f} M parameters), "
         f"bottleneck {recipe.model.bottleneck.name}, seed {recipe.seed}",
         f"{distributed.world_size()} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}",
         f"on {platform.node()}, process {os.getpid()}{job}",
-        f"{recipe.epochs} epochs, {total_steps} steps of {recipe.batch_size} labeled images",
+        f"{recipe.epochs} epochs, {total_steps} steps of {batch}",
     ]
-    if method.views.cutmix and recipe.batch_size // distributed.world_size() == 1:
-        lines.append("one image per process: CutMix has no other image to paste from and is off")
+    if method.views.cutmix and pass_size(recipe, distributed.world_size()) == 1:
+        lines.append("one image in a pass: CutMix has no other image to paste from and is off")
     if recipe.precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         lines.append("WARNING: precision=bf16 on a CPU without bf16 instructions is many times slower than fp32")
     if start.step:
@@ -358,7 +409,7 @@ def main(argv: Sequence[str]) -> None:
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
     with distributed.process_group(recipe.device, args.port) as device, Stop() as stop:
-        train(recipe, save_path, device, stop, fresh=args.fresh)
+        train(recipe, save_path, device, stop, fresh=args.fresh, told=recipe_words.changes(args, recipe))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""python -m allspark <verb> ...: everything beside train.py and eval.py.
+"""allspark <verb> ... or python -m allspark <verb> ...: everything, train.py and eval.py included.
 
-One file in cli/ per verb, one line in VERBS.
+One file in cli/ per verb, one line in VERBS. train and eval are the scripts at the top of a checkout; an installed
+package holds them as modules.
 """
 
 from __future__ import annotations
@@ -8,10 +9,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from allspark.errors import run_main
+from allspark.config import INSTALLED, SHIPPED
+from allspark.errors import UserError, run_main
 
+SCRIPTS = {
+    "train": "one method on one split: train.py",
+    "eval": "a checkpoint -> table of IoU, JSON, pictures: eval.py",
+}
 VERBS = {
     "bench": "speed and memory of steps, loading and evaluation against a plain formulation of the same maths",
     "check": "everything that can be wrong with a recipe and its data, before training starts",
@@ -26,17 +32,48 @@ VERBS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m allspark", description=__doc__.splitlines()[0])
+    if argv and argv[0] in SCRIPTS:  # they read their words themselves, options and overrides in any order
+        script(argv[0])(argv[1:])
+        return
+    prog = "allspark" if INSTALLED else "python -m allspark"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="command", required=True, metavar="verb")
-    for name, help_text in VERBS.items():
+    for name, help_text in (SCRIPTS | VERBS).items():
         verb = verbs.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
         if argv and argv[0] == name:  # only the verb that is wanted is imported
-            module = importlib.import_module(f"allspark.cli.{name}")
+            module = loaded(f"allspark.cli.{name}")
             module.add_arguments(verb)
             verb.set_defaults(run=module.main)
     args = parser.parse_args(argv)
     args.run(args)
 
 
+def script(name: str) -> Callable[[Sequence[str]], None]:
+    """The main function of train.py or eval.py."""
+    if INSTALLED:
+        return loaded(f"allspark.{name}").main
+    if str(SHIPPED) not in sys.path:
+        sys.path.insert(0, str(SHIPPED))  # and so in the processes of a loader, too, which may have to import it again
+    return loaded(name).main
+
+
+def loaded(name: str):
+    """The module; UserError where OpenCV is the kind for desktops, and this machine is none."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if "libGL" not in str(error):
+            raise
+        raise UserError(
+            f"OpenCV cannot be loaded ({error}): opencv-python, which mmcv-lite brings, needs a desktop's libraries. "
+            "Put the one without them over it: pip install --force-reinstall --no-deps opencv-python-headless"
+        ) from None
+
+
+def run() -> int:
+    """The command `allspark`."""
+    return run_main(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run())

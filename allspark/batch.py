@@ -17,7 +17,7 @@ def normalize(image: Tensor) -> Tensor:
     """uint8 RGB (..., 3, H, W) in 0..255 -> float32 with ImageNet mean and standard deviation, on the same device."""
     mean = torch.tensor(IMAGENET_MEAN, device=image.device).view(3, 1, 1) * 255
     std = torch.tensor(IMAGENET_STD, device=image.device).view(3, 1, 1) * 255
-    return (image.float() - mean) / std
+    return image.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class LabeledBatch:
         return LabeledBatch(
             normalize(self.image.to(device, non_blocking=True)), self.mask.to(device, non_blocking=True)
         )
+
+    def __getitem__(self, part: slice) -> LabeledBatch:
+        return LabeledBatch(self.image[part], self.mask[part])
 
     def pin_memory(self) -> LabeledBatch:
         return LabeledBatch(self.image.pin_memory(), self.mask.pin_memory())
@@ -87,3 +90,19 @@ class UnlabeledBatch:
             self.valid.pin_memory(),
             tuple(box.pin_memory() for box in self.cutmix),
         )
+
+    def __getitem__(self, part: slice) -> UnlabeledBatch:
+        strong, boxes = (tuple(view[part] for view in views) for views in (self.strong, self.cutmix))
+        return UnlabeledBatch(self.weak[part], strong, self.valid[part], boxes)
+
+
+def passes(
+    labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, size: int | None
+) -> list[tuple[LabeledBatch, UnlabeledBatch | None]]:
+    """A step's batch in parts that go through the network at once: `size` labeled and as many unlabeled images.
+
+    None: all of it.
+    """
+    count = len(labeled.image)
+    parts = [slice(first, first + (size or count)) for first in range(0, count, size or count)]
+    return [(labeled[part], None if unlabeled is None else unlabeled[part]) for part in parts]

@@ -19,7 +19,10 @@ from typing import Any, Literal
 from allspark.errors import UserError, shown
 from allspark.untrusted import parse_yaml
 
-CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel holds configs, splits, train.py and eval.py inside the package
+SHIPPED = PACKAGE if INSTALLED else PACKAGE.parent  # where these are
+CONFIG_ROOT = SHIPPED / "configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class CustomDataConfig:
     classes: tuple[str, ...]
     ignore_index: int = 255
     value_map: dict[int, int] | None = None  # stored value -> class index or ignore_index, e.g. {0: 0, 255: 1}
+    color_map: dict[str, int] | None = None  # masks stored as colours, in place of value_map, e.g. {"255,0,0": 1}
     palette: tuple[tuple[int, int, int], ...] | None = None
     background: int | None = None  # index of the class of all that belongs to no other one, where there is one
     eval_mode: Literal["whole", "center_crop", "sliding_window"] = "whole"
@@ -88,6 +92,8 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     power: float = 0.9  # poly schedule (1 - step / total) ** power
+    lr_scaling: Literal["none", "linear"] = "none"  # linear: lr * batch_size / lr_batch
+    lr_batch: int | None = None  # batch_size that lr is meant for; None: that of the recipe's files
     late: bool = False  # Released: the rate is set after the step, so step k runs with the rate of k - 1
     clip_norm: float | None = None  # largest norm of the gradient
     max_skipped: int = 20  # steps in a row without a finite gradient, then the run stops; fp16 begins with up to 16
@@ -105,6 +111,7 @@ class EvaluationConfig:
     mode: Literal["whole", "center_crop", "sliding_window"] | None = None  # None: the data set's own
     window: int | None = None  # side of the window or center crop; None: the training crop
     interval: int = 1  # epochs between evaluations; the last epoch is always evaluated
+    pictures: int = 4  # of val, and of unlabeled images with their pseudo-labels, for TensorBoard
     pseudo_labels: int = 64  # unlabeled images whose label the list names, to measure pseudo-labels on and no more
 
 
@@ -127,6 +134,7 @@ class Recipe:
     epochs: int
     epoch_of: Literal["unlabeled", "labeled"] = "unlabeled"  # whose list is seen once per epoch
     batch_size: int = 8  # labeled images per step over all processes; as many unlabeled
+    micro_batch: int | None = None  # of them at once in a process, the rest by gradient accumulation; None: its share
     burn_in_epochs: int = 0  # epochs of the supervised start, with the labeled loss alone
     seed: int = 0
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -152,7 +160,9 @@ RUN_KEYS = (
     "optim.max_skipped",
     "evaluation.interval",
     "evaluation.pseudo_labels",
+    "evaluation.pictures",
     "model.checkpointing",
+    "micro_batch",  # as the number of processes, which is no part of a recipe
     "compile",
 )
 
@@ -190,14 +200,23 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None, source: str) -> Recipe:
     """Fill the dataclasses; every unknown key, missing key or wrong type is an error that names the key's full path."""
     given = {full_key(key): value for key, value in (overrides or {}).items()}
+    stated = content.get("batch_size")
     for key, value in given.items():
         content = merge(content, _nest(key, value))
-    recipe = _convert(content, Recipe, "", source)
+    recipe = _with_lr_batch(_convert(content, Recipe, "", source), stated)
     root = os.environ.get(root_variable(recipe.data.dataset))
     if root and "data.data_root" not in given:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data_root=root))
     _check_ranges(recipe, source)
     return recipe
+
+
+def _with_lr_batch(recipe: Recipe, stated: Any) -> Recipe:
+    """optim.lr_batch, where it is needed and not given: the batch_size of the files, before any override."""
+    if recipe.optim.lr_scaling == "none" or recipe.optim.lr_batch is not None:
+        return recipe
+    lr_batch = recipe.batch_size if stated is None else _convert(stated, int, "batch_size", "the recipe")
+    return dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, lr_batch=lr_batch))
 
 
 def root_variable(dataset: str) -> str:
@@ -209,6 +228,7 @@ INF = 2**31 - 1  # of a count: no upper end that anybody meets
 RANGES = {  # key path -> smallest and largest value; None is left alone
     "epochs": (1, INF),
     "batch_size": (1, INF),
+    "micro_batch": (1, INF),
     "burn_in_epochs": (0, INF),
     "seed": (0, 2**31 - 1),
     "log_interval": (1, INF),
@@ -224,6 +244,7 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
     "model.bottleneck.dropout": (0, 0.99),
     "model.bottleneck.num_heads": (1, 64),
     "optim.lr_multi": (0, 1e6),
+    "optim.lr_batch": (1, INF),
     "optim.clip_norm": (1e-6, 1e9),
     "optim.momentum": (0, 0.9999),
     "optim.weight_decay": (0, 1e3),
@@ -233,6 +254,7 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
     "evaluation.interval": (1, INF),
     "evaluation.window": (32, 2**14),
     "evaluation.pseudo_labels": (0, INF),
+    "evaluation.pictures": (0, 1000),
 }
 
 

@@ -80,7 +80,10 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(port or 29500))
     from_environment("MASTER_PORT", least=1, most=65535)
-    return chosen, join("nccl" if chosen.type == "cuda" else "gloo", rank_, world)
+    if os.name == "nt":
+        os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows comes without libuv, and asks for it
+    nccl = chosen.type == "cuda" and dist.is_nccl_available()  # which Windows does not have
+    return chosen, join("nccl" if nccl else "gloo", rank_, world)
 
 
 def join(backend: str, rank: int, world: int) -> dist.Store:

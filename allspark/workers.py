@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import multiprocessing
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -93,7 +93,6 @@ class Watch:
 
     def started(self, iterator: Any) -> None:
         self.workers = list(getattr(iterator, "_workers", ()))
-        STARTED.update(self.workers)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -183,13 +182,11 @@ def watching(look: Callable[[], None], seconds: float) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-STARTED: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
-
-
 @atexit.register
 def end_all() -> None:
-    """multiprocessing would ask politely, by a signal that they ignore, and wait for ever."""
-    owner = os.getpid()
-    for worker in STARTED:
-        if getattr(worker, "_parent_pid", None) == owner:  # not in a process that was forked off
-            worker.kill()
+    """multiprocessing asks its daemons politely, by a signal that workers ignore, and would wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would call it a failure
+    for child in multiprocessing.active_children():
+        if child.daemon and child._parent_pid == os.getpid():  # not in a process that was forked off
+            child.kill()

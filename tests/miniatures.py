@@ -191,3 +191,16 @@ def tutorial_files(names, size=(8, 6)):
             files[f"{root}/{split}/{name}.png"] = picture(seed, size, "PNG")
             files[f"{root}/{split}annot/{name}.png"] = grey(rng.integers(0, 12, size[::-1]).astype(np.uint8))
     return files
+
+
+def ade20k_files(names, masks=None, size=(40, 32)):
+    """What ADEChallengeData2016.zip holds; names: {"training": [ADE_train_00000001, ...], "validation": [...]}."""
+    root, rng, files = "ADEChallengeData2016", np.random.default_rng(5), {}
+    for split, listed in names.items():
+        for seed, name in enumerate(listed):
+            files[f"{root}/images/{split}/{name}.jpg"] = picture(seed, size)
+            mask = (masks or {}).get(name, rng.integers(0, 151, size[::-1]).astype(np.uint8))
+            files[f"{root}/annotations/{split}/{name}.png"] = grey(mask)
+    files[f"{root}/objectInfo150.txt"] = b"Idx\tRatio\tTrain\tVal\tName\n"
+    files[f"{root}/sceneCategories.txt"] = lines(f"{name} kitchen" for listed in names.values() for name in listed)
+    return files

@@ -85,7 +85,8 @@ def test_a_step_is_the_same(networks):
         model.train()
         losses = method.losses(model, LabeledBatch(image_x, mask), unlabeled, Progress(step, 0, 2))
         stepper.optimizer.param_groups[1]["lr"] = cfg.lr * cfg.lr_multi
-        stepper.step(losses["loss"])
+        stepper.backward(losses["loss"])
+        stepper.step()
         assert plain_step(plain, optimizer, image_x, mask, image_u) == pytest.approx(losses["loss"].item(), rel=1e-5)
 
         for ours, theirs in zip(logits[:2], logits[2:], strict=True):  # of the pseudo-label pass, of the joint pass

@@ -72,6 +72,18 @@ def test_table_curves_and_pictures(finished, tmp_path, capsys):
     assert Image.open(out / "curves.png").width > 500
 
 
+def test_config_and_metrics_are_enough(finished, tmp_path):
+    """As runs are kept in docs/: their numbers without their weights."""
+    kept, out = tmp_path / "kept", tmp_path / "table"
+    kept.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(finished.run / name, kept)
+    main(["compare", f"run={kept}", "--out", str(out)])
+    main(["compare", f"run={finished.run}", "--out", str(tmp_path / "whole"), "--images", "1"])
+    assert (out / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
+    assert (out / "curves.png").is_file() and not (out / "predictions.png").exists()
+
+
 def test_the_runs_of_one_name_are_the_seeds_of_one_row(write_run, capsys):
     scores = [(24.0, 20.0), (22.0, 23.0), (30.5, 29.0)]  # two evaluations of each seed
     words = [write_run(f"b{seed}", seed, *pair) for seed, pair in enumerate(scores)]

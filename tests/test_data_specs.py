@@ -165,8 +165,8 @@ def test_image_of_every_kind(tmp_path):
     assert np.array_equal(read_image(save(tmp_path / "l.png", grey)), repeated)
     assert np.array_equal(read_image(save(tmp_path / "i16.png", grey.astype(np.uint16) * 257)), repeated)
     assert read_image(save_palette(tmp_path / "p.png", grey))[0, 0].tolist() == [255 - grey[0, 0], grey[0, 0], 7]
-    alpha = np.dstack([rgb, grey])
-    assert np.array_equal(read_image(save(tmp_path / "rgba.png", alpha)), rgb)
+    alpha = np.dstack([rgb, np.where(grey > 99, 255, 0).astype(np.uint8)])
+    assert np.array_equal(read_image(save(tmp_path / "rgba.png", alpha)), np.where(repeated > 99, rgb, 255))
     assert read_image(save(tmp_path / "cmyk.jpg", np.full((8, 8, 3), 200, np.uint8), "CMYK")).mean() > 190
     with pytest.raises(UserError, match="f.tif.*floating-point"):
         read_image(save(tmp_path / "f.tif", grey.astype(np.float32)))

@@ -121,7 +121,8 @@ def test_skipped_steps_are_counted_in_the_lines_and_told_once_per_window(tmp_pat
     with RunLog(tmp_path, active=True, interval=4, start_step=0, total_steps=8, stepper=stepper) as log:
         for step, value in enumerate((1.0, math.nan, math.nan, 1.0, 1.0, 1.0, 1.0, math.nan), start=1):
             loss = model(torch.full((1, 2), value)).sum()
-            stepper.step(loss)
+            stepper.backward(loss)
+            stepper.step()
             log.add({"loss": loss}, step=step, epoch=0, lr=0.1, images=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [2, 3] and log.in_row == 1

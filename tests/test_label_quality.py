@@ -27,6 +27,7 @@ from allspark.data.splits import Lists, resolve
 from allspark.engine.log import RunLog
 from allspark.errors import run_main
 from allspark.evaluation.labels import CenterCrops, LabelQuality, label_quality
+from allspark.evaluation.snapshots import Snapshots
 from allspark.methods import METHODS
 from allspark.models.segmentor import build_model
 
@@ -187,7 +188,10 @@ def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, sa
     crops = CenterCrops(samples, SPEC, 64)
     before = {key: value.clone() for key, value in (model.state_dict() | method.state_dict()).items()}
     random = torch.get_rng_state()
-    found = train.measure_labels(recipe, method, model, crops, CPU)
+    shown = Snapshots(SPEC.palette, 2)
+    found = train.measure_labels(recipe, method, model, crops, CPU, shown)
+    assert [name.partition("/")[0] for name in shown.strips] == ["unlabeled"] * 2
+    assert all(strip.dtype == np.uint8 and strip.shape[1] > 2 * strip.shape[0] for strip in shown.strips.values())
 
     threshold = getattr(method, "threshold", None)
     known = confident = right = 0

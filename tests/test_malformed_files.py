@@ -87,7 +87,7 @@ def test_an_image(name, kind, place, capfd):
     path.write_bytes(IMAGES[name])
     if kind == "unlabeled" and name == "another size":
         path.write_bytes(b"")
-    assert str(path) in told_by(verbs.main, ["check", "--config", place.config], capfd)
+    assert str(path) in told_by(verbs.main, ["check", "--data-only", "--config", place.config], capfd)
 
 
 def test_damage_that_some_readers_forgive(tmp_path):
@@ -120,7 +120,7 @@ MASKS = {
 def test_a_mask(name, kind, place, capfd):
     path = place.root / "masks" / kind / f"{kind}1.png"
     path.write_bytes(MASKS[name])
-    assert str(path) in told_by(verbs.main, ["check", "--config", place.config], capfd)
+    assert str(path) in told_by(verbs.main, ["check", "--data-only", "--config", place.config], capfd)
 
 
 def test_what_is_no_file(place, capfd):
@@ -134,7 +134,7 @@ def test_what_is_no_file(place, capfd):
     ):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         make()
-        assert str(path) in told_by(verbs.main, ["check", "--config", place.config], capfd)
+        assert str(path) in told_by(verbs.main, ["check", "--data-only", "--config", place.config], capfd)
 
 
 def mutations(content, count, seed):

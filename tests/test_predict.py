@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,10 +11,13 @@ from PIL import Image
 
 from allspark import __main__ as verbs
 from allspark.batch import normalize
+from allspark.bench.measure import Ledger
+from allspark.cli import predict as verb
 from allspark.cli.loading import load_for_inference
 from allspark.cli.predict import batches, find_images
 from allspark.data.base import read_image, to_tensor
 from allspark.errors import UserError, run_main
+from allspark.evaluation import video
 from allspark.evaluation.inference import Inference, class_prob
 from allspark.evaluation.pictures import colorize, overlay, save_image, save_pixels
 
@@ -210,6 +214,130 @@ def test_what_it_cannot_do_is_one_message(photos, finished, tmp_path, capsys, wo
     assert re.search(told, message) and message.count("\n") == 1, message
     assert before == {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
     assert not files(tmp_path / "out")
+
+
+def as_every_kind(folder, rgb):
+    """Files of different kinds that all show `rgb`, or the grey of it: name -> what it shows."""
+    folder.mkdir()
+    picture, grey = Image.fromarray(rgb), rgb[..., 0]
+    repeated = np.repeat(grey[..., None], 3, 2)
+    few = rgb // 128 * 255  # of eight colours
+    shown = {}
+
+    def save(name, image, shows, **options):
+        image.save(folder / name, **options)
+        shown[name.partition(".")[0]] = shows
+
+    save("plain.png", picture, rgb)
+    save("grey.png", Image.fromarray(grey), repeated)
+    save("deep.png", Image.fromarray(grey.astype(np.uint16) * 256 + 77), repeated)
+    save("deep_tiff.tif", Image.fromarray(grey.astype(np.uint16) * 256 + 77), repeated)
+    save("palette.png", Image.fromarray(few).quantize(8), few)
+    save("cmyk.tif", Image.merge("CMYK", [*Image.fromarray(255 - rgb).split(), Image.new("L", picture.size)]), rgb)
+    opaque = picture.convert("RGBA")
+    save("opaque.png", opaque, rgb)
+    half = np.array(opaque)
+    half[:, :40, 3] = 0
+    white = rgb.copy()
+    white[:, :40] = 255
+    save("transparent.png", Image.fromarray(half), white)
+    hole = Image.fromarray(grey)
+    save("hole.png", hole, np.where(repeated == 9, 255, repeated), transparency=9)
+    with_alpha = Image.merge("LA", [hole, Image.fromarray(half[..., 3])])
+    save("grey_alpha.png", with_alpha, np.where(white == 255, 255, repeated))
+    exif = Image.Exif()
+    for orientation, turns in ((6, 1), (3, 2), (8, 3)):  # how far the file is turned against the photo
+        exif[0x0112] = orientation
+        save(f"turned{orientation}.png", Image.fromarray(np.rot90(rgb, turns)), rgb, exif=exif)
+    return shown
+
+
+def test_files_of_every_kind_are_predicted_as_what_they_show(predict, tmp_path):
+    rgb = np.random.default_rng(3).integers(0, 250, (64, 80, 3), np.uint8)
+    rgb[..., 0][rgb[..., 0] == 9] = 10
+    rgb[5:9, 5:9] = 9
+    shown = as_every_kind(tmp_path / "kinds", rgb)
+    (tmp_path / "as_rgb").mkdir()
+    for name, pixels in shown.items():
+        save_pixels(pixels, tmp_path / "as_rgb" / f"{name}.png")
+    found, expected = (predict(tmp_path / kind, out=f"of_{kind}") for kind in ("kinds", "as_rgb"))
+    assert len(shown) == 13
+    for name in shown:
+        for kind in KINDS:
+            file = f"{name}{kind}.png"
+            np.testing.assert_array_equal(stored(found / file), stored(expected / file), err_msg=file)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A video of ten frames, in which a bright square moves over a dark ground: MJPEG, so that a cut is found."""
+    path, rng = tmp_path / "clip.avi", np.random.default_rng(0)
+    video = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"MJPG"), 10, (96, 64))
+    for number in range(10):
+        frame = rng.integers(20, 60, (64, 96, 3), np.uint8)
+        frame[20:40, 8 * number : 8 * number + 20] = (60, 80, 220)
+        video.write(frame)
+    video.release()
+    return path
+
+
+def test_the_frames_of_a_video(predict, clip, photos, capsys):
+    out = predict(clip, photos / "a.png", "--every", 4, "--batch-size", 2)
+    names = [f"clip/00000{number}" for number in (0, 4, 8)]
+    assert files(out) == sorted(f"{name}{kind}.png" for name in ("a", *names) for kind in KINDS)
+    assert "1 of 1 images and 3 frames of 1 video(s) predicted" in capsys.readouterr().out
+    decoded = dict(video.frames(clip, 4))
+    assert sorted(decoded) == [0, 4, 8]
+    assert decoded[8][30, 74, 0] > 200 > 90 > decoded[8][30, 20, 0], "red first, and each frame its own"
+    for number, frame in decoded.items():
+        save_pixels(frame, photos / "frames" / f"{number:06d}.png")
+    expected = predict(photos / "frames", out="stills")
+    for name in files(expected):
+        np.testing.assert_array_equal(stored(out / "clip" / name), stored(expected / name), err_msg=name)
+
+
+def test_a_video_that_is_cut_short_is_told(predict, clip, photos, tmp_path, capfd):
+    whole = clip.read_bytes()
+    clip.write_bytes(whole[: len(whole) * 7 // 10])
+    (tmp_path / "text.mp4").write_text("#EXTM3U\nhttp://127.0.0.1:9/x.ts\n")
+    with pytest.raises(UserError, match=r"clip\.avi: \d frames can be read, its header speaks of.*1 more: .*text.mp4"):
+        predict(clip, tmp_path / "text.mp4", photos / "a.png", "--index-only")
+    assert (tmp_path / "out/a.png").is_file() and (tmp_path / "out/clip/000001.png").is_file()
+    assert not capfd.readouterr().err, "what FFmpeg has to say would be a second message"
+
+
+def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy(clip, clip.with_suffix(".mkv"))
+    with pytest.raises(UserError, match=r"clip: both .*clip\.avi and the frames of .*clip\.mkv"):
+        predict(clip, clip.with_suffix(".mkv"))
+    (photos / "clip").mkdir()
+    shutil.copy(photos / "a.png", photos / "clip" / "a.png")
+    with pytest.raises(UserError, match="clip: this folder holds part of the data"):
+        predict(clip, photos / "clip" / "a.png", out="photos")
+    assert find_images([str(tmp_path / "*")], tmp_path / "out", None) == [clip, clip.with_suffix(".mkv")]
+    with pytest.raises(UserError, match="name a video itself"):
+        shutil.move(clip, tmp_path / "other")
+        find_images([str(tmp_path / "other")], tmp_path / "out", None)
+
+
+def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "LARGE", 64 * 80)
+    monkeypatch.setattr(verb, "room", lambda kind: 100_000)
+    with pytest.raises(UserError, match=r"a\.png: 80 x 64 pixels; as a whole.* 0\.0 GB: --mode sliding_window"):
+        predict(photos / "a.png", photos / "b.png", "--index-only")
+    assert files(tmp_path / "out") == ["b.png"]
+    assert files(predict(photos / "a.png", "--index-only", "--mode", "sliding_window")) == ["a.png", "b.png"]
+    check = verb.fitting(None, Inference("sliding_window", 64), torch.device("cpu"))
+    check(torch.empty(3, 9000, 9000, dtype=torch.uint8), tmp_path)  # windows always fit
+
+
+def test_what_a_whole_pass_takes_is_foreseen(finished):
+    model = load_for_inference(finished.run / "best.pth", torch.device("cpu")).model
+    with torch.no_grad(), Ledger() as ledger:
+        model(torch.zeros(1, 3, 96, 128))
+    foreseen = verb.whole_pass(model, torch.Size((3, 96, 128)), 1.0, torch.device("cpu"))
+    assert abs(foreseen / ledger.peak - 1) < 0.2
 
 
 def test_a_real_process(start_process, finished, photos, tmp_path):

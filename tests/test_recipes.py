@@ -14,32 +14,32 @@ from allspark.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("printing")  # it works beside the tests
 
-DATASETS = ("pascal", "cityscapes", "coco", "camvid", "shapes")
+DATASETS = ("pascal", "cityscapes", "coco", "camvid", "shapes", "ade20k")
 FILES = sorted(path.stem for path in (CONFIG_ROOT / "methods").glob("*.yaml"))
 
-# What all methods of a data set share: published for three of them with AllSpark, for the other two ours.
+# What all methods of a data set share: published for three of them with AllSpark, for the others ours.
 FOOTING = {
-    "data.crop_size": (513, 801, 513, 257, 97),
-    "epochs": (80, 240, 10, 6, 12),
-    "batch_size": (8, 8, 16, 4, 8),
-    "burn_in_epochs": (0, 0, 0, 0, 8),
-    "epoch_of": ("unlabeled",) * 5,
-    "model.encoder": ("mit_b5", "mit_b5", "mit_b5", "mit_b0", "mit_b0"),
-    "model.decoder": ("mlp",) * 5,
-    "model.drop_path": (0.1,) * 5,
-    "model.dropout": (0.1,) * 5,
-    "model.bottleneck.dropout": (0.1,) * 5,
-    "model.bottleneck.num_heads": (2,) * 5,
-    "criterion.name": ("ce", "ohem", "ce", "ce", "ce"),
-    "criterion.thresh": (0.7,) * 5,
-    "criterion.min_kept": (200_000,) * 5,
-    "optim.name": ("sgd", "sgd", "sgd", "adamw", "adamw"),
-    "optim.lr": (0.001, 0.005, 0.001, 6e-4, 1e-3),
-    "optim.lr_multi": (10.0, 1.0, 10.0, 1.0, 1.0),
-    "optim.momentum": (0.9,) * 5,
-    "optim.weight_decay": (1e-4, 1e-4, 1e-4, 0.01, 0.01),
-    "optim.power": (0.9,) * 5,
-    "optim.late": (True, True, True, False, False),
+    "data.crop_size": (513, 801, 513, 257, 97, 513),
+    "epochs": (80, 240, 10, 6, 12, 60),
+    "batch_size": (8, 8, 16, 4, 8, 8),
+    "burn_in_epochs": (0, 0, 0, 0, 8, 0),
+    "epoch_of": ("unlabeled",) * 6,
+    "model.encoder": ("mit_b5", "mit_b5", "mit_b5", "mit_b0", "mit_b0", "mit_b5"),
+    "model.decoder": ("mlp",) * 6,
+    "model.drop_path": (0.1,) * 6,
+    "model.dropout": (0.1,) * 6,
+    "model.bottleneck.dropout": (0.1,) * 6,
+    "model.bottleneck.num_heads": (2,) * 6,
+    "criterion.name": ("ce", "ohem", "ce", "ce", "ce", "ce"),
+    "criterion.thresh": (0.7,) * 6,
+    "criterion.min_kept": (200_000,) * 6,
+    "optim.name": ("sgd", "sgd", "sgd", "adamw", "adamw", "adamw"),
+    "optim.lr": (0.001, 0.005, 0.001, 6e-4, 1e-3, 6e-5),
+    "optim.lr_multi": (10.0, 1.0, 10.0, 1.0, 1.0, 10.0),
+    "optim.momentum": (0.9,) * 6,
+    "optim.weight_decay": (1e-4, 1e-4, 1e-4, 0.01, 0.01, 0.01),
+    "optim.power": (0.9, 0.9, 0.9, 0.9, 0.9, 1.0),
+    "optim.late": (True, True, True, False, False, False),
 }
 EXCEPTIONS = {  # released: configs/*_baseline_sup.yaml and *_baseline_semi.yaml; ours: allspark_revised
     ("supervised", "pascal"): {"batch_size": 16, "epoch_of": "labeled"},
@@ -48,7 +48,7 @@ EXCEPTIONS = {  # released: configs/*_baseline_sup.yaml and *_baseline_semi.yaml
     ("selftrain", "cityscapes"): {"optim.lr": 0.001},
     **{("allspark_revised", dataset): {"optim.late": False} for dataset in ("pascal", "cityscapes", "coco")},
 }
-WARMUP = (5, 15, 1, 2, 9)  # of AllSpark
+WARMUP = (5, 15, 1, 2, 9, 4)  # of AllSpark
 ALLSPARK = {
     "warmup_epochs": WARMUP,
     "pseudo_context": "batch",
@@ -70,7 +70,7 @@ REVISED = {
     "teacher": "ema",
 }
 UNIMATCH = {
-    "threshold": (0.95, 0.0, 0.95, 0.95, 0.95),
+    "threshold": (0.95, 0.0, 0.95, 0.95, 0.95, 0.95),
     "cutmix": 0.5,
     "ignore_padding": True,
     "warmup_epochs": WARMUP,
@@ -82,7 +82,7 @@ OPTIONS = {  # all of a method, one value for all data sets or one for each
     "unimatch": {**UNIMATCH, "feature_dropout": 0.5},
     "unimatch_v2": {**UNIMATCH, "threshold": 0.95, "feature_dropout": 0.5, "teacher_momentum": 0.996},
     "imas": {
-        "threshold": (0.95, 0.7, 0.95, 0.7, 0.95),
+        "threshold": (0.95, 0.7, 0.95, 0.7, 0.95, 0.95),
         "unlabeled_weight": 3.0,
         "labeled_view": "weak",
         "unlabeled_view": "imas",
@@ -91,10 +91,10 @@ OPTIONS = {  # all of a method, one value for all data sets or one for each
         "ignore_padding": False,
     },
     "maskmatch": {
-        "threshold": (0.95, 0.7, 0.95, 0.95, 0.95),
+        "threshold": (0.95, 0.7, 0.95, 0.95, 0.95, 0.95),
         "masked": 0.7,
-        "patch_size": (32, 64, 32, 32, 32),
-        "scales": ((0.5, 1.0, 1.5),) * 5,
+        "patch_size": (32, 64, 32, 32, 32, 32),
+        "scales": ((0.5, 1.0, 1.5),) * 6,
         "cutmix": 0.5,
         "teacher_momentum": 0.996,
         "warmup_epochs": WARMUP,

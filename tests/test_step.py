@@ -7,9 +7,10 @@ import torch
 from test_methods import FIRST, make_method, make_model, random_batches
 from torch import nn
 
+from allspark.batch import passes
 from allspark.config import OptimConfig
 from allspark.engine.optim import build_optimizer
-from allspark.engine.step import Stepper, autocast, set_precision
+from allspark.engine.step import Stepper, accumulating, autocast, mean_losses, set_precision
 from allspark.errors import UserError
 
 CPU = torch.device("cpu")
@@ -22,7 +23,8 @@ def small_model():
 
 
 def go(model, stepper, images):
-    stepper.step(model(images).square().mean())
+    stepper.backward(model(images).square().mean())
+    stepper.step()
 
 
 def images(seed, value=None):
@@ -74,6 +76,41 @@ def test_what_was_changed_between_steps_is_kept_too():
     assert (model[1].running_mean == 5.0).all()
 
 
+@pytest.mark.parametrize("size", [1, 2, None])
+def test_passes_add_up_to_the_gradient_of_the_whole_batch(size):
+    """Where no layer looks at other images: batch norm by its statistics, no dropout."""
+    method = make_method("supervised")
+    labeled, unlabeled = random_batches(method, 4, 4)
+    found = []
+    for at_once in (size, 4):
+        model = make_model("none", dropout=0.0, drop_path=0.0).eval()
+        method.attach(model)
+        stepper = Stepper(model, build_optimizer(OptimConfig(name="sgd", lr=0.1), model))
+        parts = passes(labeled, unlabeled, at_once)
+        assert len(parts) == 4 // (at_once or 4)
+        losses = []
+        for number, (x, u) in enumerate(parts, 1):
+            with accumulating(model, last=number == len(parts)):
+                losses.append(method.losses(model, x, u, FIRST))
+                stepper.backward(losses[-1]["loss"] / len(parts))
+        stepper.step()
+        found.append((model.state_dict(), mean_losses(losses)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_pass_is_a_slice_of_everything():
+    method = make_method("unimatch")
+    labeled, unlabeled = random_batches(method, 4, 4)
+    parts = passes(labeled, unlabeled, 2)
+    assert torch.equal(torch.cat([x.mask for x, _ in parts]), labeled.mask)
+    for name in ("weak", "valid"):
+        assert torch.equal(torch.cat([getattr(u, name) for _, u in parts]), getattr(unlabeled, name))
+    for name in ("strong", "cutmix"):
+        for number, view in enumerate(getattr(unlabeled, name)):
+            assert torch.equal(torch.cat([getattr(u, name)[number] for _, u in parts]), view)
+    assert passes(labeled, None, None)[0][1] is None
+
+
 @pytest.mark.parametrize("clip_norm", [0.01, 1e6])
 def test_clipping_is_torchs(clip_norm):
     model = small_model()
@@ -114,7 +151,8 @@ def test_bf16_is_close_and_leaves_float32_weights(name, bottleneck):
         with autocast(precision, CPU):
             losses = method.losses(model, labeled, unlabeled, FIRST)
             assert model(unlabeled.weak).logits.dtype == torch.float32
-        stepper.step(losses["loss"])
+        stepper.backward(losses["loss"])
+        stepper.step()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert all(loss.dtype == torch.float32 for loss in losses.values())
         found.append(losses["loss"].item())

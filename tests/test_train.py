@@ -72,6 +72,41 @@ def test_tensorboard_shows_losses_and_scores(finished):
     assert [event.step for event in events.Scalars("eval/miou")] == [3, 6]
 
 
+def test_tensorboard_shows_images_and_the_memory(finished, read_metrics):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(finished.run)).Reload()
+    names = events.Tags()["images"]
+    assert len([name for name in names if name.startswith("val/")]) == 2
+    shown = events.Images(next(name for name in names if name.startswith("val/")))
+    assert [one.step for one in shown] == [3, 6] and shown[0].width > 3 * shown[0].height  # image, truth, prediction
+    fill = read_metrics(finished.run)[1][-1]["memory"]
+    assert list(fill) == ["ground", "left", "right"] and 0 < max(fill.values()) <= 100
+    assert events.Scalars("memory/left")[-1].value == pytest.approx(fill["left"])
+
+
+# The batch
+
+
+def test_gradients_are_accumulated_over_passes(place, read_metrics):
+    train.main(place.train("micro_batch=1", "epochs=1"))
+    assert_finite_losses(read_metrics(place.run)[0])
+    assert "3 steps of 2 labeled images (2 passes x 1 images)" in (place.run / "train.log").read_text(encoding="utf-8")
+    assert [line["step"] for line in read_metrics(place.run)[1]] == [3]
+
+
+def test_what_differs_from_the_recipe_is_a_table(place, capsys):
+    words = ("optim.lr=0.01", "lr_scaling=linear", "seed=3")
+    train.main(place.lists("--method", "supervised", "--save-path", place.run, *words))
+    lines = (place.run / "train.log").read_text(encoding="utf-8").splitlines()
+    rows = {line.split()[2]: line.split()[3:] for line in lines if len(line.split()) > 4}
+    assert rows["differs"][-2:] == ["there", "here"]
+    assert rows["batch_size"] == ["16", "2"] and rows["optim.lr"] == ["0.001", "0.01"] and rows["seed"] == ["0", "3"]
+    assert rows["learning"] == ["rate", "0.01", "for", "16", "0.00125", "in", "this", "run"]
+    assert yaml.safe_load((place.run / "config.yaml").read_text(encoding="utf-8"))["optim"]["lr_batch"] == 16
+    first = json.loads((place.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["lr"] == pytest.approx(0.00125)
+
+
 @pytest.mark.parametrize(("name", "bottleneck"), CASES)
 def test_every_method_trains_from_lists(name, bottleneck, place, read_metrics):
     options = [f"method.{key}={value}" for key, value in learning(name).items() if key != "background"]

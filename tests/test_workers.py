@@ -132,9 +132,9 @@ def test_without_workers_nothing_is_watched():
 ENDS = """
 import signal, sys, time
 sys.path.insert(0, "tests")
-from test_workers import Obeys, batches, die, make_loader
+from test_workers import Obeys, die, make_loader
 stop = lambda: (time.sleep(0.5), die(signal.SIGSTOP)())  # with nothing half sent
-items = batches(make_loader(Obeys(at3=stop), 2, batch_size=None, persistent_workers=True))
+items = iter(make_loader(Obeys(at3=stop), 2, batch_size=None, persistent_workers=True))
 print(int(next(items)[0]), int(next(items)[0]), flush=True)
 time.sleep(1)
 sys.exit(3)
@@ -142,7 +142,7 @@ sys.exit(3)
 
 
 def test_no_worker_outlives_its_parent(start_process):
-    """Which does not wait at its end for one that is stopped, either."""
+    """Which does not wait at its end for one that is stopped, either; also where nobody watched them by `batches`."""
     process = start_process(["-c", ENDS])
     out, err = process.communicate(timeout=60)
     assert process.returncode == 3 and not err

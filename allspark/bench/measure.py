@@ -73,21 +73,23 @@ def measure(
     images: int | None = None,
     work: bool = True,
 ) -> list[Row]:
-    """A Row per side, timed in turn: a round of warm-up, then in every round each side once.
+    """A Row per side, timed in turn: in every round each side runs twice, and the second counts. In training a step
+    follows its like, and does not find the caches of the processor and of malloc as another formulation left them.
 
     work: also how much it is and how much memory it takes, for which each side runs once or twice more.
     """
     seconds: list[list[float]] = [[] for _ in sides]
-    with tqdm(total=(repeats + 1) * len(sides), desc=case, unit="run", leave=False, disable=None) as bar:
-        for _ in range(repeats + 1):
+    with tqdm(total=repeats * len(sides), desc=case, unit="turn", leave=False, disable=None) as bar:
+        for _ in range(repeats):
             for side, runs in zip(sides, seconds, strict=True):
                 set_precision(side.precision, device)
+                side.run()
                 runs.append(timed(side.run, device))
                 bar.update()
     rows = []
     for side, runs in zip(sides, seconds, strict=True):
         set_precision(side.precision, device)
-        rows.append(Row(case, side.name, side.precision, runs[1:], side.baseline, images))
+        rows.append(Row(case, side.name, side.precision, runs, side.baseline, images))
         if work:
             rows[-1].work = count_work(side, device)
     return rows

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +15,12 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from allspark.batch import LabeledBatch, UnlabeledBatch
+from allspark.bench.machine import memory_bytes
 from allspark.bench.measure import Ledger, allocator_peak, aten
 from allspark.config import Recipe
 from allspark.data.base import DatasetSpec
 from allspark.engine.optim import build_optimizer
-from allspark.engine.step import AUTOCAST, Stepper, autocast
+from allspark.engine.step import AUTOCAST, Stepper, autocast, pass_size
 from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
 
@@ -43,10 +42,15 @@ class StepMemory:
 
 
 class TrainingStep:
-    """Steps of a recipe as train.py takes them in its last epoch, on random images; share: of the batch."""
+    """Steps of a recipe as train.py takes them in its last epoch, on random images.
 
-    def __init__(self, recipe: Recipe, spec: DatasetSpec, method: Method, model: Segmentor, share: int) -> None:
-        self.recipe, self.method, self.model = recipe, method, model
+    share: labeled images of a pass. passes: of a step; the later ones are alike, so two are the most that are taken.
+    """
+
+    def __init__(
+        self, recipe: Recipe, spec: DatasetSpec, method: Method, model: Segmentor, share: int, passes: int = 1
+    ) -> None:
+        self.recipe, self.method, self.model, self.passes = recipe, method, model, min(passes, 2)
         self.size = (share, recipe.data.crop_size, recipe.data.crop_size)
         self.classes = spec.num_classes
         self.device = next(model.parameters()).device
@@ -75,11 +79,13 @@ class TrainingStep:
         self.stepper.optimizer.zero_grad()
 
     def run(self, step: int) -> None:
-        labeled, unlabeled = self.batches()
         progress = Progress(step, self.recipe.epochs - 1, STEPS)
-        with autocast(self.recipe.precision, self.device):
-            losses = self.method.losses(self.model, labeled, unlabeled, progress)
-        self.stepper.step(losses["loss"])
+        for _ in range(self.passes):
+            labeled, unlabeled = self.batches()
+            with autocast(self.recipe.precision, self.device):
+                losses = self.method.losses(self.model, labeled, unlabeled, progress)
+            self.stepper.backward(losses["loss"])
+        self.stepper.step()
         self.method.after_step(self.model, progress)
 
     def held(self) -> dict[str, int]:
@@ -90,6 +96,12 @@ class TrainingStep:
             "buffers, kept twice": size(self.model.buffers()) + size(self.stepper.kept),
             "teacher": size(self.method.state_dict().values()),
         }
+
+
+def pass_and_passes(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Labeled images of a pass, and the passes of a step."""
+    images = pass_size(recipe, processes)
+    return images, recipe.batch_size // processes // images
 
 
 def size(tensors: Any) -> int:
@@ -111,7 +123,7 @@ def predict_step(
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, gpu:
         for module in (model, method):
             module.to_empty(device="cpu")
-        step = TrainingStep(recipe, spec, method, model, recipe.batch_size // processes)
+        step = TrainingStep(recipe, spec, method, model, *pass_and_passes(recipe, processes))
         buckets = [torch.empty_like(weight) for weight in model.parameters()] if processes > 1 else []  # of DDP
         step.settle()
         step.run(1)
@@ -170,7 +182,7 @@ def measure_step(recipe: Recipe, spec: DatasetSpec, method: Method, device: torc
     def run() -> None:
         model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
         method.attach(model)
-        made.append(TrainingStep(recipe, spec, method, model, recipe.batch_size))
+        made.append(TrainingStep(recipe, spec, method, model, *pass_and_passes(recipe, 1)))
         for number in range(STEPS):
             made[0].run(number)
 
@@ -181,8 +193,12 @@ def measure_step(recipe: Recipe, spec: DatasetSpec, method: Method, device: torc
     return StepMemory(ledger.peak, made[0].held())
 
 
-def resident_peak() -> int:
-    """Bytes of main memory that this process had at its most."""
+def resident_peak() -> int | None:
+    """Bytes of main memory that this process had at its most; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -190,4 +206,4 @@ def room(device_type: str) -> int | None:
     """Bytes that are free on this machine's first GPU, or its main memory; None where there is no such device."""
     if device_type == "cuda":
         return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return memory_bytes() or None

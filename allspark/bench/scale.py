@@ -108,15 +108,23 @@ def watched(command: Sequence[str], deadline: float) -> str | None:
                     return f"it takes more than {LIMIT_BYTES / 1e9:.0f} GB"
                 time.sleep(0.2)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # with all that it started
-            child.wait()
-        if child.returncode == -signal.SIGKILL:
+            end(child)
+        if child.returncode == -9:  # SIGKILL
             return "the system ended it, as a rule for its memory"
         if child.returncode:
             words.seek(0)
             raise UserError(f"{' '.join(command)}: failed: {' '.join(words.read().splitlines()[-3:])}")
     return None
+
+
+def end(child: subprocess.Popen) -> None:
+    """With all that it started; on Windows, which has no process groups, the child alone."""
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
+    child.wait()
 
 
 def resident(process: int) -> int:

@@ -108,7 +108,8 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
         set_lr(stepper.optimizer, poly_lr(cfg, progress.step, TOTAL_STEPS))
         with autocast(precision, device):
             losses = method.losses(network, labeled, unlabeled, progress)
-        stepper.step(losses["loss"])
+        stepper.backward(losses["loss"])
+        stepper.step()
         method.after_step(network, progress)
 
     return Side("ours", run, precision)

@@ -1,8 +1,12 @@
-"""python -m allspark check: what train.py checks at its start, without the training, and the memory of a step."""
+"""python -m allspark check: all that can be wrong with a recipe and its data, told at once, before a run starts."""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import os
+import shutil
+from pathlib import Path
 
 import torch
 
@@ -11,20 +15,27 @@ from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec
-from allspark.data.preflight import check_data, hidden_sample
-from allspark.data.splits import provenance, resolve
+from allspark.data.preflight import hidden_sample
+from allspark.data.splits import Lists, provenance, resolve
+from allspark.data.survey import Findings, survey
 from allspark.distributed import choose_device
-from allspark.engine.step import set_precision
+from allspark.engine.optim import scaled
+from allspark.engine.step import pass_size, set_precision
 from allspark.errors import UserError
 from allspark.evaluation.inference import inference_for
 from allspark.models.segmentor import build_model
 from allspark.models.weights import load_pretrained
 
-REMEDIES = "a smaller batch_size or crop_size, precision=bf16 or model.checkpointing=true takes less"
+REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true takes less"
+QUICK = 200  # files of each list
+CHECKPOINTS = 4  # latest, previous, best, and the one that is being written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_words.add_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help=f"open {QUICK} files of each list, not all of them")
+    parser.add_argument("--data-only", action="store_true", help="not the network, its weights and its memory")
+    parser.add_argument("--save-path", type=Path, default=Path("exp"), help="where there must be room; default: exp")
     parser.add_argument("--processes", type=int, default=1, help="that share the batch: predict the memory of one")
     parser.add_argument("--dry-run", action="store_true", help="take two real steps, too, and tell their memory")
 
@@ -35,34 +46,122 @@ def main(args: argparse.Namespace) -> None:
     method = recipe_words.build_method(recipe, spec)
     if args.processes < 1 or recipe.batch_size % args.processes:
         raise UserError(f"--processes {args.processes}: give a number that divides batch_size={recipe.batch_size}")
-    lists = resolve(recipe.data)
-    notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
-    notes += hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)[1]
-    recipe_words.build_loader(recipe, lists, spec, method.views)
-    inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+    found = Findings()
+    with found.told():
+        lists = resolve(recipe.data, problems=found.problems)
+        found.add(data_findings(recipe, spec, lists, args.quick))
+        if not found.problems or recipe.data.cache == "none":  # a cache would be built now, and find the same
+            loader = recipe_words.build_loader(recipe, lists, spec, method.views)
+            found.notes += batch_notes(recipe, published(args), loader.steps_per_epoch, args.processes)
+            found.notes += recipe_words.changes(args, recipe)
+    if args.data_only:
+        return tell(found)
+    with found.told():
+        inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+        found.add(model_findings(recipe, spec))
+        memory, kind = predicted(recipe, spec, args.processes)
+        found.notes.append(told_memory(memory, kind, recipe, args.processes))
+        found.warnings += too_little(memory, kind)
+        found.add(disk_findings(memory, args.save_path))
+        if args.dry_run:
+            found.notes += measured(recipe, spec)
+    tell(found)
+
+
+def tell(found: Findings) -> None:
+    """Notes, warnings and problems, a line each; UserError for problems: of a single one, that one."""
+    print("\n".join((*found.notes, *(f"WARNING: {line}" for line in found.warnings))))
+    if not found.problems:
+        print("nothing that would stop this run was found")
+        return
+    first, *others = found.problems
+    if not others:
+        raise UserError(first)
+    print("\n".join(f"PROBLEM: {line}" for line in found.problems))
+    raise UserError(f"{len(found.problems)} problems, listed above; the first: {first}")
+
+
+def data_findings(recipe: Recipe, spec: DatasetSpec, lists: Lists, quick: bool) -> Findings:
+    """Whose the lists are, and what their files hold."""
+    found = survey(recipe.data, spec, lists, QUICK if quick else None)
+    for line in provenance(lists, spec):
+        warning = line.removeprefix("WARNING: ")
+        (found.notes if warning == line else found.warnings).append(warning)
+    for line in hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)[1]:
+        warning = line.removeprefix("WARNING: ")
+        (found.notes if warning == line else found.warnings).append(warning)
+    return found
+
+
+def published(args: argparse.Namespace) -> Recipe:
+    """The recipe without the words behind it: as configs/ or the file of --config has it."""
+    plain = copy.copy(args)
+    plain.overrides = []
+    return recipe_words.recipe_of(plain)
+
+
+def batch_notes(recipe: Recipe, plain: Recipe, steps: int, processes: int) -> list[str]:
+    """The global batch, and where it is another than the recipe's what that means for the learning rate."""
+    lr = scaled(recipe.optim, recipe.batch_size).lr
+    notes = [
+        f"a step takes {recipe_words.batch_in_words(recipe, processes)}; {steps} steps per epoch, "
+        f"{steps * recipe.epochs} in {recipe.epochs} epochs; learning rate {lr:g}, times {recipe.optim.lr_multi:g} "
+        "outside of the encoder"
+    ]
+    if recipe.batch_size != plain.batch_size:
+        linear = plain.optim.lr * recipe.batch_size / plain.batch_size
+        notes.append(
+            f"batch_size is {plain.batch_size} in the recipe and {recipe.batch_size} here, the learning rate "
+            f"{plain.optim.lr:g} and {lr:g}; in proportion to the batch (lr_scaling=linear) it is {linear:g}. Results "
+            "compare best where both are the recipe's: micro_batch takes a step in parts, which need less memory"
+        )
+    return notes
+
+
+def model_findings(recipe: Recipe, spec: DatasetSpec) -> Findings:
+    """Whether the network can be built and its weights be loaded."""
+    found = Findings()
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
-    notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
-    notes += predicted(recipe, spec, args.processes)
-    if args.dry_run:
-        notes += measured(recipe, spec)
-    print("\n".join((*notes, "nothing that would stop this run was found")))
+    with found.told():
+        found.notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
+    if recipe.model.pretrained == recipe.model.init_from == "none":
+        found.notes.append(
+            f"weights: none, {recipe.model.encoder} starts from random numbers (model.pretrained=FILE, see "
+            "`python -m allspark weights fetch`)"
+        )
+    return found
 
 
-def predicted(recipe: Recipe, spec: DatasetSpec, processes: int) -> list[str]:
-    """On the device that the recipe names; auto: on a GPU where this machine has one."""
+def predicted(recipe: Recipe, spec: DatasetSpec, processes: int) -> tuple[StepMemory, str]:
+    """The memory of a step on the device that the recipe names, and which that is; auto: a GPU where there is one."""
     gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     kind = "cuda" if gpu else "cpu"
-    memory = predict_step(recipe, spec, recipe_words.build_method(recipe, spec), kind, processes)
-    share = f"{recipe.batch_size // processes} labeled images, one of {processes} process(es)"
-    context = "; the CUDA context and the allocator's gaps come on top" if gpu else ""
-    return [f"memory of a training step on {kind}, {share}: predicted {memory}{context}", *warning(memory, kind)]
+    return predict_step(recipe, spec, recipe_words.build_method(recipe, spec), kind, processes), kind
 
 
-def warning(memory: StepMemory, kind: str) -> list[str]:
+def told_memory(memory: StepMemory, kind: str, recipe: Recipe, processes: int) -> str:
+    share = f"{pass_size(recipe, processes)} labeled images at once, one of {processes} process(es)"
+    context = "; the CUDA context and the allocator's gaps come on top" if kind == "cuda" else ""
+    return f"memory of a training step on {kind}, {share}: predicted {memory}{context}"
+
+
+def too_little(memory: StepMemory, kind: str) -> list[str]:
     free = room(kind)
     if free is None or memory.peak < free:
         return []
-    return [f"WARNING: that is more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"]
+    return [f"a training step takes more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"]
+
+
+def disk_findings(memory: StepMemory, save_path: Path) -> Findings:
+    """Room for the checkpoints, each of which holds what a process keeps from step to step."""
+    place = Path(os.path.abspath(save_path))
+    while not place.exists():
+        place = place.parent
+    needed, free = CHECKPOINTS * sum(memory.held.values()), shutil.disk_usage(place).free
+    told = f"{save_path}: {CHECKPOINTS} checkpoints take up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
+    if needed > free:
+        return Findings(problems=[f"{told}; make room, or choose another --save-path"])
+    return Findings(notes=[f"disk of {told}"])
 
 
 def measured(recipe: Recipe, spec: DatasetSpec) -> list[str]:
@@ -77,4 +176,6 @@ def measured(recipe: Recipe, spec: DatasetSpec) -> list[str]:
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         return [f"measured by two steps: {memory}; torch's allocator reserved {reserved / GB:.2f} GB"]
-    return [f"measured by two steps: {memory}; the process had {resident_peak() / GB:.2f} GB of main memory at most"]
+    peak = resident_peak()
+    told = f"; the process had {peak / GB:.2f} GB of main memory at most" if peak else ""
+    return [f"measured by two steps: {memory}{told}"]

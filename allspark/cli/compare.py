@@ -20,7 +20,7 @@ from allspark.data.base import SegmentationDataset
 from allspark.data.manifest import known_as
 from allspark.data.splits import resolve
 from allspark.distributed import choose_device
-from allspark.engine.checkpoint import load_checkpoint
+from allspark.engine.checkpoint import LATEST, load_checkpoint
 from allspark.engine.log import METRICS, read_metrics
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
@@ -40,11 +40,18 @@ from, accuracy: of these the right ones.
 
 @dataclass(frozen=True)
 class Run:
-    """A run of train.py: its folder, its recipe, and the lines of metrics.jsonl."""
+    """A run of train.py: its folder, its recipe, and the lines of metrics.jsonl.
+
+    The two files are enough for tables and curves; a run that is kept for its numbers may lack the checkpoint.
+    """
 
     folder: Path
     recipe: Recipe
     lines: list[dict[str, Any]]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / LATEST
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -89,8 +96,10 @@ def main(args: argparse.Namespace) -> None:
     text = "\n".join(filter(None, tables)) + "".join(f"\n{note}\n" for note in notes)
     write_text(args.out / "table.md", text)
     plot_curves({row.name: [curve(run) for run in row.runs] for row in rows}, args.out / "curves.png")
-    draw_predictions(rows, args.images, args.overlay, args.out / "predictions.png")
-    made = ["predictions.png", "curves.png"]
+    made = ["curves.png"]
+    if whole := [row for row in rows if row.runs[0].checkpoint.is_file()]:
+        draw_predictions(whole, args.images, args.overlay, args.out / "predictions.png")
+        made.insert(0, "predictions.png")
     if panels := pseudo_panels(rows):
         plot_panels(panels, args.out / "pseudo_labels.png")
         made.append("pseudo_labels.png")
@@ -141,12 +150,13 @@ def check_seeds(name: str, one: Run, other: Run) -> None:
 
 
 def splits_of(rows: Sequence[Row]) -> dict[str, Mapping[str, str]]:
-    """Each run, named by its row and where there are several by its seed -> the split in its checkpoint."""
+    """Each run with a checkpoint, named by its row and where there are several by its seed -> the split in that."""
     splits = {}
     for row in rows:
         for seed, run in row.by_seed.items():
             name = row.name if len(row.runs) == 1 else f"{row.name} seed {seed}"
-            splits[name] = load_checkpoint(run.folder / "latest.pth", ("split",))["split"]
+            if run.checkpoint.is_file():
+                splits[name] = load_checkpoint(run.checkpoint, ("split",))["split"]
     return splits
 
 
@@ -281,7 +291,7 @@ def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path
     items = [val[index * len(val) // count] for index in range(min(count, len(val)))]
     columns = []
     for row in rows:
-        loaded = load_for_inference(row.runs[0].folder / "latest.pth", device)
+        loaded = load_for_inference(row.runs[0].checkpoint, device)
         inference = loaded.inference()
         columns.append([predict(loaded.model, im[None], spec, device, inference, [n])[0].cpu() for im, _, n in items])
     examples = [

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import argparse
 import glob
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from allspark.bench.memory import GB, Hollow, room
 from allspark.cli import loading
 from allspark.data.base import Sample, read_image, to_tensor
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
 from allspark.distributed import choose_device
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import check_size, equal_sizes, predict_with_confidence
+from allspark.evaluation.inference import Inference
 from allspark.evaluation.outputs import PredictionFolder, unique_names
+from allspark.evaluation.video import VIDEO_SUFFIXES, frame_count, frames, is_video
+
+LARGE = 4_000_000  # pixels, from which on it is asked whether an image fits into memory: half a second for each size
+Check = Callable[[Tensor, Path], None]  # image (3, H, W), its file: UserError where it cannot be predicted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,62 +35,122 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where <name>.png goes: class indices")
     parser.add_argument("--index-only", action="store_true", help="without _color, _overlay and _confidence.png")
     parser.add_argument(
+        "--every", type=loading.positive, default=1, metavar="N", help="of a video, each N-th frame: 0, N, 2 N, ..."
+    )
+    parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="where the paths of a list start; default: beside it"
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="image, folder (with all below it), quoted glob, .txt list of images"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="image, folder (images below it), quoted glob, .txt list, or video, whose frames go to <name>/000000.png",
     )
 
 
 def main(args: argparse.Namespace) -> None:
-    images = find_images(args.paths, args.out, args.data_root)
+    found = find_images(args.paths, args.out, args.data_root)
     device = choose_device(args.device)
     loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
     inference = loaded.inference(args.mode, scales=args.scales, flip=args.flip)
     folder = PredictionFolder(args.out, loaded.spec.palette, index_only=args.index_only, confidence=True)
-    named = dict(zip(images, unique_names(images), strict=True))
-    folder.prepare(list(named.values()), images)
+    named = dict(zip(found, unique_names(found), strict=True))
+    images = [path for path in found if not is_video(path)]
+    videos = {path: name for path, name in named.items() if is_video(path)}
+    folder.prepare([named[path] for path in images], images, videos=videos)
     unreadable: dict[Path, UserError] = {}
-    for image, names in batches(named, args.batch_size, unreadable):
+    predicted = 0
+    check = fitting(loaded.model, inference, device)
+    for image, names in batches(named, args.batch_size, unreadable, args.every, check):
         with loading.computing(args, device):
             masks, prob = predict_with_confidence(loaded.model, image, loaded.spec, device, inference, names)
         for name, *tensors in zip(names, image, masks.cpu(), prob.cpu(), strict=True):
             folder.write(name, *tensors)
-    print(f"{len(images) - len(unreadable)} of {len(images)} images predicted: {args.out}")
+        predicted += len(names)
+    still = sum(path not in unreadable for path in images)
+    moving = f" and {predicted - still} frames of {len(videos)} video(s)" if videos else ""
+    print(f"{still} of {len(images)} images{moving} predicted: {args.out}")
     if unreadable:
         first, *others = unreadable.values()
         more = f" (and {len(others)} more: {', '.join(map(str, list(unreadable)[1:6]))})" if others else ""
         raise UserError(f"{first}{more}")
 
 
-def batches(named: dict[Path, str], size: int, unreadable: dict[Path, UserError]) -> Iterator[tuple[Tensor, list[str]]]:
-    """Images (B, 3, H, W) uint8 of equal size with their names, read `size` files at a time, and no more held.
+def batches(
+    named: Mapping[Path, str],
+    size: int,
+    unreadable: dict[Path, UserError],
+    every: int = 1,
+    check: Check = check_size,
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Images (B, 3, H, W) uint8 of equal size with their names, read `size` at a time, and no more held.
 
     A file that cannot be predicted is left out, and the reason put into `unreadable`.
     """
-    files = list(named.items())
-    with tqdm(total=len(files), desc="predict", unit="image", leave=False, disable=None) as bar:
-        for first in range(0, len(files), size):
-            items = []
-            for path, name in files[first : first + size]:
-                try:
-                    items.append((read(path), name))
-                except UserError as error:
-                    unreadable[path] = error
-            for (image,), names in equal_sizes(items):
+    expected = sum(-(-frame_count(path) // every) if is_video(path) else 1 for path in named)
+    items = read_each(named, unreadable, every, check)
+    with tqdm(total=expected, desc="predict", unit="image", leave=False, disable=None) as bar:
+        while chunk := list(itertools.islice(items, size)):
+            for (image,), names in equal_sizes(chunk):
                 yield image, names
-            bar.update(min(size, len(files) - first))
+            bar.update(len(chunk))
 
 
-def read(path: Path) -> Tensor:
-    """(3, H, W) uint8; UserError where the file is no image or too small."""
-    image = to_tensor(read_image(path))
-    check_size(image, path)
-    return image
+def read_each(
+    named: Mapping[Path, str], unreadable: dict[Path, UserError], every: int, check: Check
+) -> Iterator[tuple[Tensor, str]]:
+    """(3, H, W) uint8 and the name of its prediction, for each image, and for the frames of each video."""
+    for path, name in named.items():
+        try:
+            if is_video(path):
+                for number, frame in frames(path, every):
+                    yield checked(frame, path, check), f"{name}/{number:06d}"
+            else:
+                yield checked(read_image(path), path, check), name
+        except UserError as error:
+            unreadable[path] = error
+
+
+def checked(image: np.ndarray, path: Path, check: Check) -> Tensor:
+    """(H, W, 3) -> (3, H, W)."""
+    tensor = to_tensor(image)
+    check(tensor, path)
+    return tensor
+
+
+def fitting(model: nn.Module, inference: Inference, device: torch.device) -> Check:
+    """A check of an image's size: not too small, and as a whole not too large for the memory that is there."""
+    known: dict[torch.Size, int] = {}
+
+    def check(image: Tensor, path: Path) -> None:
+        check_size(image, path)
+        height, width = image.shape[-2:]
+        if inference.mode != "whole" or height * width < LARGE:
+            return
+        if image.shape not in known:
+            known[image.shape] = whole_pass(model, image.shape, max(1.0, *inference.scales), device)
+        there = room(device.type)
+        if there is not None and known[image.shape] > there:
+            raise UserError(
+                f"{path}: {width} x {height} pixels; as a whole they take {known[image.shape] / GB:.1f} GB, this "
+                f"{device.type} has {there / GB:.1f} GB: --mode sliding_window takes a part of it at a time"
+            )
+
+    return check
+
+
+def whole_pass(model: nn.Module, shape: torch.Size, scale: float, device: torch.device) -> int:
+    """Bytes of the tensors of a forward pass at their most, by one on tensors without content."""
+    _, height, width = shape
+    ledger = Hollow()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger:
+        scores = model(torch.empty((1, 3, round(height * scale), round(width * scale)), device=device)).logits
+        del scores
+    return ledger.peak
 
 
 def find_images(words: list[str], out: Path, data_root: Path | None) -> list[Path]:
-    """The images that the words mean, each once, in their order; earlier predictions below `out` are none of them."""
+    """The images and videos that the words mean, each once, in their order; nothing below `out` is one of them."""
     found: dict[Path, Path] = {}
     for word in words:
         for image in images_of(word, out.resolve(), data_root):
@@ -92,16 +162,21 @@ def images_of(word: str, out: Path, data_root: Path | None) -> list[Path]:
     path = Path(os.path.expanduser(word))
     if path.is_file():
         return listed(path, data_root) if path.suffix.lower() == ".txt" else [path]
-    if path.is_dir():
+    suffixes = IMAGE_SUFFIXES
+    if path.is_dir():  # videos in it are asked for by name or glob: a folder of photos has some that nobody thinks of
         files = (file for file in path.rglob("*") if not hidden(file.relative_to(path)))
     elif any(sign in word for sign in "*?["):
         files = (Path(match) for match in glob.glob(str(path), recursive=True))
+        suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     else:
         raise UserError(f"{word}: no such image, folder or list; correct the path")
-    images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and out not in f.resolve().parents and f.is_file()]
+    images = [f for f in files if f.suffix.lower() in suffixes and out not in f.resolve().parents and f.is_file()]
     if not images:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{word}: no images there ({kinds}; what lies below --out does not count); correct the path")
+        kinds = ", ".join(sorted(suffixes))
+        raise UserError(
+            f"{word}: no images there ({kinds}; what lies below --out does not count); correct the path, or name a "
+            "video itself"
+        )
     return sorted(images)
 
 

@@ -19,6 +19,7 @@ NOTES = {
     "coco": OVERLAP,
     "camvid": "Either the SegNet tutorial, 11 classes at 480 x 360, or both original archives: their frames halved, "
     "their labels of 32 colours grouped to the same classes (allspark/data/camvid.py says how, and by whom).",
+    "ade20k": "The 150 classes of the Scene Parsing Challenge 2016, images and masks as they are; not the full ADE20K.",
 }
 MORE = "Goes on where a stopped run ended; checks the counts; overwrites nothing without --force."
 MOST_WORKERS = 16  # by default; more wait for the disk

@@ -8,10 +8,21 @@ from pathlib import Path
 
 from allspark import distributed
 from allspark.batch import Views
-from allspark.config import MethodConfig, Recipe, bind_options, load_config, load_recipe, parse_overrides
+from allspark.config import (
+    MethodConfig,
+    Recipe,
+    bind_options,
+    differences,
+    load_config,
+    load_recipe,
+    parse_overrides,
+    to_plain,
+)
 from allspark.data.base import DatasetSpec
 from allspark.data.loaders import TrainLoader
 from allspark.data.splits import Lists
+from allspark.engine.optim import scaled
+from allspark.engine.step import pass_size
 from allspark.errors import UserError
 from allspark.losses import build_criterion
 from allspark.methods import METHODS, Method
@@ -38,6 +49,32 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     if args.dataset and args.method and args.config is None:
         return complete(load_recipe(args.dataset, args.method, overrides))
     raise UserError("give --dataset and --method, or --config FILE for a whole recipe")
+
+
+def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
+    """What differs from the recipe's files in configs/, as lines of a table; which images are trained on is no part."""
+    if args.config is not None:
+        return []
+    published = complete(load_recipe(args.dataset, args.method))
+    lists = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
+    changed = [line.partition(": ") for line in differences(to_plain(published), to_plain(recipe))]
+    rows = [(key, *values.split(" -> ")) for key, _, values in changed if key not in lists]
+    lr = scaled(recipe.optim, recipe.batch_size).lr
+    if lr != recipe.optim.lr:
+        rows.append(("learning rate", f"{recipe.optim.lr:g} for {recipe.optim.lr_batch}", f"{lr:g} in this run"))
+    if not rows:
+        return ["the recipe is that of configs/"]
+    table = [("differs from configs/", "there", "here"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(2)]
+    return [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in table]
+
+
+def batch_in_words(recipe: Recipe, processes: int) -> str:
+    """8 labeled images (2 processes x 2 passes x 2 images)."""
+    size, share = pass_size(recipe, processes), recipe.batch_size // processes
+    factors = [f"{processes} processes"] * (processes > 1) + [f"{share // size} passes"] * (share > size)
+    inside = f" ({' x '.join((*factors, f'{size} images'))})" if factors else ""
+    return f"{recipe.batch_size} labeled images{inside}"
 
 
 def complete(recipe: Recipe) -> Recipe:

@@ -12,9 +12,9 @@ from typing import Any
 from allspark.cli import published
 from allspark.config import DataConfig, load_config, root_variable
 from allspark.data import DATASETS, spec_for
-from allspark.data.draw import make_splits, parse_sizes, write_splits
+from allspark.data.draw import hold_out, make_splits, parse_sizes, write_splits
 from allspark.data.layouts import LAYOUTS, layout_of
-from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images
+from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images, roots
 from allspark.data.splits import existing, find_data, folder_entries, read_entries, read_list, samples_hash
 from allspark.errors import UserError
 
@@ -64,6 +64,9 @@ def add_make(make: argparse.ArgumentParser) -> None:
         "--masks", metavar="DIR", help="folder of masks with the images' names; both folders are below the data root"
     )
     make.add_argument("--sizes", required=True, help="fractions or counts: 1_4,1_8,1_16 or 16,32")
+    make.add_argument(
+        "--val", metavar="SIZE", help="first take so many images to evaluate on: <out>/val.txt, such as 1_5"
+    )
     make.add_argument("--seed", type=int, default=0, help="default: 0")
     make.add_argument("--out", type=Path, metavar="DIR", help="default: splits/<dataset>")
     make.add_argument("--force", action="store_true", help="overwrite lists that are there")
@@ -92,9 +95,18 @@ def make(args: argparse.Namespace) -> None:
         entries = read_entries(existing(Path(args.train), "--train"), root, spec.mask_path)
     else:
         entries = folder_entries(root, args.train, args.masks)
+    val = None
+    if args.val is not None:
+        count, *others = parse_sizes(args.val, len(entries), "--val").values()
+        if others:
+            raise UserError(f"--val {args.val}: give one size, such as 1_5")
+        val, entries = hold_out(entries, count, args.seed)
     splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed)
     out = args.out or SPLITS_ROOT / spec.splits
-    write_splits(splits, root, out, args.force)
+    write_splits(splits, root, out, args.force, val)
+    if val is not None:
+        digest = samples_hash([entry.sample for entry in val], root)
+        print(f"{out / 'val.txt'}: {len(val)} images to evaluate on, sha256 {digest[:12]}")
     for name, (labeled, unlabeled) in splits.items():
         digest = samples_hash([entry.sample for entry in labeled], root)
         print(f"{out / name}: {len(labeled)} labeled, {len(unlabeled)} unlabeled, sha256 {digest[:12]}")
@@ -121,8 +133,10 @@ def show(args: argparse.Namespace, splits_root: Path = SPLITS_ROOT) -> None:
     only = DATASETS[args.dataset].splits if args.dataset in DATASETS else args.dataset
     hashes: dict[str, dict[str, str]] = defaultdict(dict)  # split -> kind -> sha256
     lines: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(splits_root.glob(f"{only or '*'}/**/*.txt")):
-        name = path.relative_to(splits_root).with_suffix("")
+    pattern, files = f"{only or '*'}/**/*.txt", {}
+    for root in reversed(roots(splits_root)):  # the first has the last word
+        files |= {path.relative_to(root).with_suffix(""): path for path in root.glob(pattern)}
+    for name, path in sorted(files.items()):
         images = [sample.image.as_posix() for sample in read_list(path, Path())]
         split = name.parent.as_posix()
         hashes[split][name.name] = list_hash(images)

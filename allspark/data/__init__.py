@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from allspark.config import DataConfig
-from allspark.data import camvid, cityscapes, coco, custom, shapes, voc
+from allspark.data import ade20k, camvid, cityscapes, coco, custom, shapes, voc
 from allspark.data.base import DatasetSpec
 from allspark.errors import UserError
 
@@ -13,6 +13,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "cityscapes_labelids": cityscapes.SPEC_LABEL_IDS,
     "coco": coco.SPEC,
     "camvid": camvid.SPEC,
+    "ade20k": ade20k.SPEC,
     "shapes": shapes.SPEC,
 }
 

@@ -63,6 +63,25 @@ class Table:
 
 
 @dataclass(frozen=True)
+class ColorTable:
+    """Colours as 0xRRGGBB, rising, and the class index (or IGNORE_INDEX) of each: for masks that are stored as RGB."""
+
+    colors: tuple[int, ...]
+    values: bytes
+
+    @classmethod
+    def of(cls, mapping: Mapping[tuple[int, int, int], int]) -> ColorTable:
+        packed = {red << 16 | green << 8 | blue: value for (red, green, blue), value in mapping.items()}
+        return cls(tuple(sorted(packed)), bytes(packed[color] for color in sorted(packed)))
+
+    def decode(self, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """0xRRGGBB (H, W) -> class indices (H, W) uint8, and where there is no such colour (H, W) bool."""
+        known = np.array(self.colors)
+        places = np.searchsorted(known, packed).clip(max=len(known) - 1)
+        return np.frombuffer(self.values, np.uint8)[places], known[places] != packed
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """The facts of a data set, each of which stands here alone.
 
@@ -73,6 +92,7 @@ class DatasetSpec:
     submission: (H, W) uint8 class indices with `ignore_index` -> the 8-bit values that the benchmark's server takes;
     None where it takes class indices, or where there is none.
     background: index of the class of all that belongs to no other one; None where there is no such class.
+    colors: the masks are read as colours, and decode_mask has no part in it; None: as values.
     """
 
     name: str
@@ -87,6 +107,7 @@ class DatasetSpec:
     mask_hint: str = ""
     submission: Callable[[np.ndarray], np.ndarray] | None = None
     background: int | None = None
+    colors: ColorTable | None = None
 
     @property
     def num_classes(self) -> int:
@@ -162,7 +183,8 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB of an image in one of FORMATS, upright as its EXIF orientation says.
 
-    Grey is repeated, palettes are looked up, CMYK is converted, alpha is dropped, 16-bit values keep their high byte.
+    Grey is repeated, palettes are looked up, CMYK is converted, what is transparent lies on white, 16-bit values keep
+    their high byte.
     """
     with opened(path) as image:
         # Released: not applied; viewers and labeling tools show it applied
@@ -173,7 +195,14 @@ def read_image(path: Path) -> np.ndarray:
             values = np.asarray(image).astype(np.int64)
             grey = values >> 8 if values.max() > 255 else values
             return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        if image.has_transparency_data:  # below it may be what somebody erased
+            image = on_white(image.convert("RGBA"))
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # each copy: a tenth of a decoding
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGBA as browsers show it; where nothing is transparent, every colour as it is."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def stored_mask(path: Path) -> np.ndarray:
@@ -186,7 +215,7 @@ def stored_mask(path: Path) -> np.ndarray:
     if not image.mode.startswith("I"):
         raise BadSample(
             f"{path}: masks hold class indices 0..K-1 in one channel, found {image.mode}; "
-            "convert its colours to indices once and save 8-bit grey or palette PNG"
+            "name its colours in data.custom.color_map, or convert them to indices once and save 8-bit PNG"
         )
     wrong = (values < 0) | (values > 255)
     if wrong.any():
@@ -206,6 +235,8 @@ def counted(values: np.ndarray, at_most: int = 8) -> str:
 
 def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
     """(H, W) uint8 class indices 0..K-1 and spec.ignore_index; any other value is a UserError that names it."""
+    if spec.colors is not None:
+        return colored_mask(path, spec.colors)
     stored = stored_mask(path)
     mask = spec.decode_mask(stored)
     illegal = (mask >= spec.num_classes) & (mask != spec.ignore_index)
@@ -216,6 +247,32 @@ def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
         raise BadSample(
             f"{path}: illegal mask values {counted(stored[illegal])}; "
             f"{spec.name} has classes 0..{spec.num_classes - 1}. {hint}"
+        )
+    return mask
+
+
+def stored_colors(path: Path) -> np.ndarray:
+    """(H, W) int32, 0xRRGGBB of each pixel, whatever mode the file has; alpha is dropped."""
+    with opened(path) as image:
+        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int32), 2, 0)
+    return red << 16 | green << 8 | blue
+
+
+def color_name(packed: int) -> str:
+    """'255,0,0', as data.custom.color_map writes it."""
+    return f"{packed >> 16},{packed >> 8 & 255},{packed & 255}"
+
+
+def colored_mask(path: Path, colors: ColorTable) -> np.ndarray:
+    """(H, W) uint8 class indices of a mask that is stored as colours; a colour without a class is a UserError."""
+    packed = stored_colors(path)
+    mask, unknown = colors.decode(packed)
+    if unknown.any():
+        found, counts = np.unique(packed[unknown], return_counts=True)
+        raise BadSample(
+            f"{path}: illegal mask colours {color_name(int(found[0]))} ({counts[0]} pixels)"
+            f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}; data.custom.color_map names "
+            f"{', '.join(map(color_name, colors.colors))}. Add them there, or save the mask without smooth borders"
         )
     return mask
 

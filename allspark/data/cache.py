@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from allspark import distributed
@@ -37,6 +39,7 @@ from allspark.data.base import (
 from allspark.errors import UserError
 
 REMEDY = "name a folder on another disk, or data.cache=none"
+ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def open_files(
     name = re.sub(r"\W", "_", spec.name)
     # A mask is stored as it is decoded, so what decides that is part of its identity
     values = spec.decode_mask(np.arange(256, dtype=np.uint8)[None])
-    meaning = f"{spec.num_classes} {spec.ignore_index} {values.tobytes().hex()}"
+    meaning = f"{spec.num_classes} {spec.ignore_index} {values.tobytes().hex()}{spec.colors or ''}"
     return Files(
         spec,
         open_cache(root, f"{name}-images", images, read_image, 3, skip=skip),
@@ -160,16 +163,17 @@ def explained(root: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Nobody else is in here. The lock goes with the process that holds it, however that ends; its file stays."""
-    import fcntl  # not on Windows
-
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if distributed.is_main():
-                print(f"{path.with_suffix('')}: waiting for the process that makes it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if distributed.is_main():
+            print(f"{path.with_suffix('')}: waiting for the process that makes it")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def read_index(folder: Path, files: list[list], channels: int) -> Stored | None:
@@ -224,6 +228,17 @@ def check_space(root: Path, count: int, needed: int) -> None:
         raise UserError(f"data.cache={root}: {count} decoded files take {needed:,} bytes, {free:,} are free; {REMEDY}")
 
 
+def write_at(file: int, rest: memoryview, offset: int) -> None:
+    while rest:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(file, rest, offset)
+        else:  # Windows has one position for all threads
+            with ONE_AT_A_TIME:
+                os.lseek(file, offset, os.SEEK_SET)
+                written = os.write(file, rest)
+        rest, offset = rest[written:], offset + written
+
+
 def decode_all(
     file: int,
     paths: Sequence[Path],
@@ -243,10 +258,7 @@ def decode_all(
             raise
         if array.size != shape[0] * shape[1] * channels:
             raise UserError(f"{path}: changed while it was read; start again when nobody writes to it")
-        rest = memoryview(np.ascontiguousarray(array)).cast("B")
-        while rest:
-            written = os.pwrite(file, rest, offset)
-            rest, offset = rest[written:], offset + written
+        write_at(file, memoryview(np.ascontiguousarray(array)).cast("B"), offset)
         return array.shape[:2]
 
     offsets = np.cumsum([0, *(height * width for height, width in shapes[:-1])]) * channels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from allspark.config import CustomDataConfig
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table, bit_palette, keep
+from allspark.data.base import IGNORE_INDEX, ColorTable, DatasetSpec, Table, bit_palette, keep
 from allspark.errors import UserError
 
 
@@ -17,7 +19,7 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
         raise UserError(f"data.custom.classes: named twice: {', '.join(twice)}; every class needs a name of its own")
     if custom.background is not None and not 0 <= custom.background < num_classes:
         raise UserError(f"data.custom.background: {custom.background} is not a class index 0..{num_classes - 1}")
-    palette = custom.palette if custom.palette is not None else bit_palette(num_classes)
+    palette = custom.palette if custom.palette is not None else default_palette(custom)
     if len(palette) != num_classes:
         raise UserError(f"data.custom.palette: {len(palette)} colours for {num_classes} classes; give one each or none")
     for colour in palette:
@@ -30,9 +32,38 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
         eval_mode=custom.eval_mode,
         decode_mask=keep if stored_as_decoded(custom) else Table.of(decoding(custom), default=num_classes),
         background=custom.background,
+        colors=None if custom.color_map is None else ColorTable.of(coloring(custom)),
         mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or say what its values mean: "
         "data.custom.classes, ignore_index, value_map",
     )
+
+
+def default_palette(custom: CustomDataConfig) -> tuple[tuple[int, int, int], ...]:
+    """The colours of the masks themselves where they are stored as such, one for each class; else those of VOC."""
+    stored = {} if custom.color_map is None else {index: color for color, index in reversed(coloring(custom).items())}
+    if all(index in stored for index in range(len(custom.classes))):
+        return tuple(stored[index] for index in range(len(custom.classes)))
+    return bit_palette(len(custom.classes))
+
+
+def coloring(custom: CustomDataConfig) -> dict[tuple[int, int, int], int]:
+    """Stored colour -> class index or IGNORE_INDEX."""
+    if custom.value_map is not None:
+        raise UserError("data.custom: value_map and color_map; masks are read as values or as colours, leave one out")
+    if not custom.color_map:
+        raise UserError('data.custom.color_map: names no colour; give one for each class, such as {"255,0,0": 1}')
+    table = {}
+    for text, target in custom.color_map.items():
+        channels = re.fullmatch(r" *(\d{1,3}) *, *(\d{1,3}) *, *(\d{1,3}) *", text)
+        if channels is None or max(map(int, channels.groups())) > 255:
+            raise UserError(f'data.custom.color_map: "{text}" is not a colour; write red, green, blue: "255,0,0"')
+        if not 0 <= target < len(custom.classes) and target != custom.ignore_index:
+            raise UserError(
+                f'data.custom.color_map: "{text}": {target} is neither a class index 0..{len(custom.classes) - 1} '
+                f"nor ignore_index {custom.ignore_index}"
+            )
+        table[tuple(map(int, channels.groups()))] = target if target < len(custom.classes) else IGNORE_INDEX
+    return table
 
 
 def stored_as_decoded(custom: CustomDataConfig) -> bool:

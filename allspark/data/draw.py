@@ -40,6 +40,15 @@ def make_splits(
     return splits
 
 
+def hold_out(entries: Sequence[Entry], count: int, seed: int) -> tuple[list[Entry], list[Entry]]:
+    """`count` entries by a seeded draw, to evaluate on, and the others; both in the order of the list."""
+    if not 0 < count < len(entries):
+        raise UserError(f"--val: {count} of {len(entries)} images; give 1..{len(entries) - 1}")
+    chosen = set(np.random.default_rng(seed).permutation(len(entries))[:count].tolist())
+    held = [entry for index, entry in enumerate(entries) if index in chosen]
+    return held, [entry for index, entry in enumerate(entries) if index not in chosen]
+
+
 def class_pixels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     """(K,) the share of each class among the pixels of a mask."""
     mask = read_mask(sample.mask, spec)
@@ -78,7 +87,7 @@ def balanced_order(shares: np.ndarray, length: int, seed: int) -> list[int]:
     return list(chosen)
 
 
-def parse_sizes(text: str, total: int) -> dict[str, int]:
+def parse_sizes(text: str, total: int, word: str = "--sizes") -> dict[str, int]:
     """'1_8,32' -> {'1_8': ceil(total / 8), '32': 32}; rounded up, as the published lists are."""
     sizes = {}
     for name in filter(None, (part.strip() for part in text.split(","))):
@@ -88,21 +97,27 @@ def parse_sizes(text: str, total: int) -> dict[str, int]:
         elif name.isdigit():
             sizes[name] = int(name)
         else:
-            raise UserError(f"--sizes: '{name}' is neither a fraction such as 1_8 nor a count such as 32")
+            raise UserError(f"{word}: '{name}' is neither a fraction such as 1_8 nor a count such as 32")
     if not sizes:
-        raise UserError("--sizes: give fractions such as 1_8 or counts such as 32, separated by commas")
+        raise UserError(f"{word}: give fractions such as 1_8 or counts such as 32, separated by commas")
     return sizes
 
 
 def write_splits(
-    splits: dict[str, tuple[list[Entry], list[Entry]]], data_root: Path, out: Path, force: bool = False
+    splits: dict[str, tuple[list[Entry], list[Entry]]],
+    data_root: Path,
+    out: Path,
+    force: bool = False,
+    val: list[Entry] | None = None,
 ) -> list[Path]:
-    """Write <out>/<split>/{labeled,unlabeled}.txt; UserError before anything is written where a list exists."""
+    """Write <out>/<split>/{labeled,unlabeled}.txt, <out>/val.txt; UserError before anything is written where one is."""
     files = {
         out / name / f"{kind}.txt": entries
         for name, pair in splits.items()
         for kind, entries in zip(("labeled", "unlabeled"), pair, strict=True)
     }
+    if val is not None:
+        files[out / "val.txt"] = val
     there = [path for path in files if path.exists()]
     if there and not force:
         raise UserError(f"{there[0]} is there already ({len(there)} of {len(files)} lists); --force overwrites")

@@ -85,10 +85,21 @@ def coco_lists(root: Path) -> dict[str, list[str]]:
     return {kind: [f"{kind}2017/{name}" for name in names] for kind, names in found.items()}
 
 
+def ade20k_mask(image: str) -> str:
+    return f"annotations/{image.removeprefix('images/').removesuffix('.jpg')}.png"
+
+
+def ade20k_lists(root: Path) -> dict[str, list[str]]:
+    remedy, folders = "see `prepare ade20k`", {"train": "training", "val": "validation"}
+    found = {kind: names_in(root / "images" / folder, "*.jpg", remedy) for kind, folder in folders.items()}
+    return {kind: [f"images/{folders[kind]}/{name}" for name in names] for kind, names in found.items()}
+
+
 LAYOUTS: dict[str, Layout] = {  # by folder of splits/
     "pascal": Layout(voc_image, voc_mask, voc_lists, train="train_aug"),
     "cityscapes": Layout(as_path, cityscapes_mask, cityscapes_lists, train="train"),
     "coco": Layout(as_path, coco_mask, coco_lists, train="train"),
+    "ade20k": Layout(as_path, ade20k_mask, ade20k_lists, train="train"),
 }
 
 

@@ -13,13 +13,20 @@ from typing import Any
 
 import yaml
 
+from allspark.config import INSTALLED, SHIPPED
 from allspark.errors import UserError
 
-SPLITS_ROOT = Path(__file__).resolve().parents[2] / "splits"
-MANIFEST = SPLITS_ROOT / "manifest.yaml"
+SHIPPED_SPLITS = SHIPPED / "splits"
+SPLITS_ROOT = Path("splits") if INSTALLED else SHIPPED_SPLITS  # where lists are written, and looked for first
+MANIFEST = SHIPPED_SPLITS / "manifest.yaml"
 RAW = "https://raw.githubusercontent.com"
 HASH = re.compile(r"[0-9a-f]{64}")
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+
+
+def roots(first: Path) -> tuple[Path, ...]:
+    """Where lists are looked for: below `first` and, where that is the default, among those that came with this."""
+    return tuple(dict.fromkeys((first, SHIPPED_SPLITS))) if first == SPLITS_ROOT else (first,)
 
 
 def list_hash(images: Iterable[str]) -> str:

@@ -39,6 +39,13 @@ def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0)
     if not present:
         raise UserError(f"split {lists.name}: no pixel of the labeled masks has a class, all are {spec.ignore_index}")
     absent = [name for index, name in enumerate(spec.classes) if index not in present]
+    ignored = spec.ignore_index in np.concatenate(values)
+    if data.custom is not None and ignored and len(present) == 1 < spec.num_classes:
+        raise UserError(
+            f"split {lists.name}: the labeled masks show no other class than {spec.classes[present.pop()]}, and "
+            "ignored pixels; where these are a class, say so, as in data.custom.value_map: {0: 0, 255: 1}. "
+            "`python -m allspark check` tells what the masks hold"
+        )
     if absent:
         among = "images" if len(labeled) == len(lists.labeled) else f"images checked ({len(labeled)})"
         notes.append(f"classes in none of the labeled {among}: {', '.join(absent)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from allspark import distributed
 from allspark.config import CustomDataConfig, DataConfig, root_variable
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, Sample, same_path
-from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images
+from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images, roots
 from allspark.errors import UserError
 
 MAX_LIST = 256 << 20  # bytes; the longest published one has 6 MB
+MASK_SUFFIXES = {".bmp", ".gif", ".tif", ".tiff"}  # beside .png, of what keeps the values
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -100,7 +102,7 @@ def columns_of(line: str) -> list[str]:
 
 
 def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entry]:
-    """Every image below a folder, by name; its mask lies at the same place below `masks`, as .png."""
+    """Every image below a folder, by name; its mask lies at the same place below `masks`, as .png if in doubt."""
     folder = data_root / images
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; correct data.custom or data_root")
@@ -111,8 +113,13 @@ def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entr
         )
 
     def mask_of(image: Path) -> Path | None:
-        return None if masks is None else data_root / masks / image.relative_to(folder).with_suffix(".png")
+        if masks is None:
+            return None
+        usual = data_root / masks / image.relative_to(folder).with_suffix(".png")
+        kinds = (usual.with_suffix(suffix) for suffix in (".png", *sorted(MASK_SUFFIXES)))
+        return next(filter(exists, kinds), usual)
 
+    exists = folder_reader()
     return [Entry(Sample(image, mask_of(image)), f"{folder}") for image in found]
 
 
@@ -124,9 +131,21 @@ def samples_hash(samples: Sequence[Sample], data_root: Path) -> str:
     )
 
 
-def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT) -> Lists:
+@contextlib.contextmanager
+def collected(problems: list[str] | None) -> Iterator[None]:
+    """A UserError inside is put there, where there is such a list."""
+    try:
+        yield
+    except UserError as error:
+        if problems is None:
+            raise
+        problems.append(str(error))
+
+
+def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[str] | None = None) -> Lists:
     """The lists that the recipe names, every file of them known to exist. Unlabeled samples never have a mask.
 
+    problems: gets what is wrong with the val list, and nobody looks whether the files exist; None: a UserError.
     A list given by path stands before data.split, a split before the folders of data.custom; where nothing names
     unlabeled images their list is empty.
     """
@@ -139,9 +158,15 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT) -> Lists:
     unlabeled = train_entries(data, "unlabeled", spec, root, splits_root)
     if unlabeled is None and custom.unlabeled_images is not None:
         unlabeled = folder_entries(root, custom.unlabeled_images, None)
-    val = val_entries(data, spec, root, splits_root)
+    val: list[Entry] = []
+    with collected(problems):
+        val = val_entries(data, spec, root, splits_root)
+        if not val:
+            raise UserError(
+                "no images to evaluate on: the val list is empty; see data.val_id_path, data.custom.val_images"
+            )
     name = data.labeled_id_path or data.split or "folders"
-    return checked_lists(labeled, unlabeled or [], val, name, root)
+    return checked_lists(labeled, unlabeled or [], val, name, root, present=problems is None)
 
 
 def train_entries(data: DataConfig, kind: str, spec: DatasetSpec, root: Path, splits_root: Path) -> list[Entry] | None:
@@ -162,24 +187,26 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     if data.val_id_path is None and custom is not None and custom.val_images is not None:
         return folder_entries(root, custom.val_images, custom.val_masks)
     key = "the default of data.val_id_path" if data.val_id_path is None else "data.val_id_path"
-    path = Path(data.val_id_path or splits_root / spec.splits / "val.txt")
+    places = [root / spec.splits / "val.txt" for root in roots(splits_root)]
+    path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
     remedy = how_to_get(spec.splits, None, "val") if data.val_id_path is None else ""
+    if custom is not None and data.val_id_path is None:
+        remedy = "Name data.custom.val_images and val_masks, or draw it with the split: `splits make --val 1_5 ...`"
     return read_entries(existing(path, key, remedy), root, spec.mask_path)
 
 
 def checked_lists(
-    labeled: list[Entry] | None, unlabeled: list[Entry], val: list[Entry], name: str, root: Path
+    labeled: list[Entry] | None, unlabeled: list[Entry], val: list[Entry], name: str, root: Path, present: bool
 ) -> Lists:
     if not labeled:
         raise UserError("no labeled images: name data.split, data.labeled_id_path or data.custom.labeled_images")
-    if not val:
-        raise UserError("no images to evaluate on: the val list is empty; see data.val_id_path, data.custom.val_images")
     for entry in (*labeled, *val):
         if entry.sample.mask is None:
             raise UserError(f"{entry.source}: {entry.sample.image} has no mask; name it in the list or in data.custom")
     hidden = known_labels(labeled, unlabeled)
     unlabeled = [Entry(Sample(entry.sample.image), entry.source) for entry in unlabeled]
-    check_files((*labeled, *unlabeled, *val))
+    if present:
+        check_files((*labeled, *unlabeled, *val))
     lists = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
     parts = {kind: tuple(entry.sample for entry in entries) for kind, entries in lists.items()}
     hashes = {kind: samples_hash(part, root) for kind, part in parts.items()}
@@ -219,10 +246,13 @@ def find_data(data: DataConfig, spec: DatasetSpec) -> Path:
 
 
 def find_split(data: DataConfig, spec: DatasetSpec, splits_root: Path) -> Path:
-    folder = splits_root / spec.splits
-    if data.split and (folder / data.split / "labeled.txt").is_file():
-        return folder / data.split
-    there = ", ".join(sorted(path.parent.name for path in folder.glob("*/labeled.txt"))) or "none yet"
+    folders = [root / spec.splits for root in roots(splits_root)]
+    for folder in folders:
+        if data.split and (folder / data.split / "labeled.txt").is_file():
+            return folder / data.split
+    folder = folders[0]
+    names = {path.parent.name for each in folders for path in each.glob("*/labeled.txt")}
+    there = ", ".join(sorted(names)) or "none yet"
     who = f"--dataset {spec.name}" if data.custom is None else "--config FILE"
     make = f"splits make {who} --train LIST --sizes {data.split} --out {folder}"
     raise UserError(

@@ -146,6 +146,8 @@ class Hold:
     def move_aside(self, aside: Path) -> None:
         """The folder under another name, lock file and all; a new one, held as well, in its place."""
         old = self.lock
+        if os.name == "nt":  # a folder with an open file in it keeps its name there
+            old.release()
         self.folder.rename(aside)
         self.lock = self.acquire()
         old.release()

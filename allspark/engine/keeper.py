@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +60,7 @@ class Keeper:
     def after_epoch(self, reached: Position, improved: bool = False, last: bool = False) -> None:
         """Save, as best.pth too if it is; stop if somebody asks and there is more to come."""
         self.save(reached, improved)
+        trim_heap()
         if not last and (wish := self.stop.agree(self.device)) > SAVE:
             self.leave(wish, reached)
 
@@ -97,3 +100,11 @@ class Keeper:
             f"{self.folder / DIVERGED}, {LATEST} is as it was. Look at these images, or lower optim.lr and start over "
             f"with --fresh"
         )
+
+
+def trim_heap() -> None:
+    """Free pages back to the system, where malloc is glibc's. scripts/setup.sh has them kept from step to step; those
+    of evaluations and checkpoints, of other sizes, would leave holes, and the holes add up over hours.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -111,13 +112,30 @@ class RunLog:
             self._write(line, step, {f"train/{name}": value for name, value in line.items() if value is not None})
 
     def scores(
-        self, *, step: int, epoch: int, miou: float, iou: Mapping[str, float | None], **others: float | None
+        self,
+        *,
+        step: int,
+        epoch: int,
+        miou: float,
+        iou: Mapping[str, float | None],
+        memory: Mapping[str, float] | None = None,
+        pictures: Mapping[str, np.ndarray] | None = None,
+        **others: float | None,
     ) -> None:
-        """An evaluation: mIoU, IoU per class and others in percent; None is what has no value, as a class not there."""
+        """An evaluation: mIoU, IoU per class and others in percent; None is what has no value, as a class not there.
+
+        memory: how much of each class's slots is written, in percent. pictures: (H, W, 3) uint8, for TensorBoard alone.
+        """
         if self.active:
             line = {"step": step, "epoch": epoch, "miou": miou, **others, "iou": dict(iou)}
             scalars = {f"eval/{name}": value for name, value in {"miou": miou, **others}.items()}
             scalars |= {f"eval_iou/{name}": value for name, value in iou.items()}
+            if memory is not None:
+                line["memory"] = dict(memory)
+                scalars |= {f"memory/{name}": value for name, value in memory.items()}
+            with writing(self.metrics):
+                for name, picture in (pictures or {}).items():
+                    self.writer.add_image(name, picture, step, dataformats="HWC")
             self._write(line, step, {name: value for name, value in scalars.items() if value is not None})
         self.since = time.perf_counter()  # the time of an evaluation is not training time
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -25,6 +27,11 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
 def is_encoder(name: str) -> bool:
     """Whether a parameter may come from a file of encoder weights: the pyramid of a plain ViT never does."""
     return name.startswith("encoder.") and not name.startswith("encoder.pyramid.")
+
+
+def scaled(cfg: OptimConfig, batch_size: int) -> OptimConfig:
+    """With the learning rate of this batch: lr_scaling=linear states it for batches of lr_batch images."""
+    return cfg if cfg.lr_scaling == "none" else replace(cfg, lr=cfg.lr * batch_size / cfg.lr_batch)
 
 
 def poly_lr(cfg: OptimConfig, step: int, total_steps: int) -> float:

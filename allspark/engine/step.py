@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from allspark.config import Recipe
 from allspark.errors import UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # as the recipe knows them
@@ -45,9 +46,34 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def pass_size(recipe: Recipe, processes: int) -> int:
+    """Labeled images that go through the network at once in each process; UserError where they do not come out even."""
+    share = recipe.batch_size // processes
+    size = min(recipe.micro_batch or share, share)
+    if size and share % size:
+        fitting = [number for number in range(1, share + 1) if share % number == 0]
+        raise UserError(
+            f"micro_batch={recipe.micro_batch}: batch_size={recipe.batch_size} over {processes} process(es) is {share} "
+            f"images each; give one of {', '.join(map(str, fitting))}"
+        )
+    return size
+
+
+@contextlib.contextmanager
+def accumulating(network: nn.Module, last: bool) -> Iterator[None]:
+    """Passes of a step in here: their gradients are exchanged between processes once, with the last of them."""
+    with contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync():
+        yield
+
+
+def mean_losses(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Of the passes of a step: each loss on average, without its graph."""
+    return {name: torch.stack([part[name].detach() for part in parts]).mean(0) for name in parts[0]}
+
+
 class Stepper:
-    """Takes a step down a loss. One whose gradient is not finite changes nothing and is counted, on the device: nobody
-    waits to hear of it.
+    """Takes a step down a loss, after its backward pass or passes. One whose gradient is not finite changes nothing and
+    is counted, on the device: nobody waits to hear of it.
 
     skipped: such steps so far; in_row: how many were the last ones. clip_norm: largest norm of the gradient, None: any.
     """
@@ -68,8 +94,11 @@ class Stepper:
         self.buffers = list(model.buffers())
         self.kept = [buffer.clone() for buffer in self.buffers]  # before the forward pass
 
-    def step(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, or of a part of it: they add up until the step."""
         self.scaler.scale(loss).backward()
+
+    def step(self) -> None:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]

@@ -55,7 +55,7 @@ class Stop:
         if not isinstance(what.exc_value, Stopped):
             return self.hook(what)
         self.lost = True
-        threading.Timer(0.1, os.kill, (self.process, self.signal)).start()
+        threading.Timer(0.1, again, (self.process, self.signal)).start()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
@@ -108,6 +108,13 @@ class Stop:
         """The greatest wish of all processes now; what was under way is forgotten, on all of them."""
         self.pending.clear()
         return post(self.wish(False), device)() if distributed.world_size() > 1 else self.wish(False)
+
+
+def again(process: int, number: int) -> None:
+    if os.name == "nt":  # os.kill ends a process there, whatever the number
+        signal.raise_signal(number)
+    else:
+        os.kill(process, number)
 
 
 def in_worker(number: int) -> None:

@@ -13,8 +13,9 @@ from allspark import distributed
 from allspark.batch import normalize
 from allspark.data.base import MIN_SIDE, DatasetSpec
 from allspark.errors import UserError
-from allspark.evaluation.inference import Inference, best_class, class_scores
+from allspark.evaluation.inference import Inference, best_class, class_scores, evaluating
 from allspark.evaluation.metrics import ConfusionMatrix, Scores
+from allspark.evaluation.strips import strip_scores, too_many
 from allspark.workers import batches, make_loader
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
@@ -61,6 +62,8 @@ def predict(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> Tensor:
     """uint8 image (B, 3, H, W) -> uint8 class indices (B, H, W) on the device, ignore_index outside the center crop."""
+    if too_many(image.shape, spec.num_classes, inference):
+        return predict_in_strips(model, image, spec, device, inference, names)[0]
     scores = region_scores(model, image, spec, device, inference, names)
     label = scores.max(1)[1].to(torch.uint8)  # max, not argmax: several times faster on NCHW
     return uncropped(label, image, inference, spec.ignore_index)
@@ -70,9 +73,26 @@ def predict_with_confidence(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> tuple[Tensor, Tensor]:
     """What predict gives, and the probability of each pixel's class: float (B, H, W), 0 outside the center crop."""
+    if too_many(image.shape, spec.num_classes, inference):
+        return predict_in_strips(model, image, spec, device, inference, names)
     label, prob = best_class(region_scores(model, image, spec, device, inference, names), inference)
     label = uncropped(label.to(torch.uint8), image, inference, spec.ignore_index)
     return label, uncropped(prob, image, inference, 0)
+
+
+def predict_in_strips(
+    model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
+) -> tuple[Tensor, Tensor]:
+    """What predict_with_confidence gives by sliding windows, with the scores of no more than a strip in memory."""
+    check_size(image, names[0])
+    label = torch.empty(image[:, 0].shape, dtype=torch.uint8, device=device)
+    prob = torch.empty(label.shape, device=device)
+    with evaluating(model):
+        for rows, scores in strip_scores(model, image, inference, device):
+            check_classes(scores, spec)
+            prob[:, rows], best = scores.max(1)
+            label[:, rows] = best.to(torch.uint8)
+    return label, prob
 
 
 def region_scores(
@@ -82,12 +102,17 @@ def region_scores(
     check_size(image, names[0])
     rows, columns = inference.region(*image.shape[-2:])
     scores = class_scores(model, normalize(image[..., rows, columns].to(device)), inference)
+    check_classes(scores, spec)
+    return scores
+
+
+def check_classes(scores: Tensor, spec: DatasetSpec) -> None:
+    """UserError unless scores (B, K, ...) are of the classes of the data set."""
     if scores.shape[1] != spec.num_classes:
         raise UserError(
             f"the model has {scores.shape[1]} classes, data set {spec.name} has {spec.num_classes}: "
             "evaluate it on the data set that it was trained for"
         )
-    return scores
 
 
 def uncropped(values: Tensor, image: Tensor, inference: Inference, outside: int) -> Tensor:

@@ -121,10 +121,7 @@ def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: 
     An image smaller than the window is one window of its own size. The caller has the model in eval mode.
     """
     batch, _, height, width = image.shape
-    rows, columns = min(window, height), min(window, width)
-    stride = max(1, window * 2 // 3)
-    tops, lefts = (window_positions(length, window, stride) for length in (height, width))
-    corners = [(y, x) for y in tops for x in lefts]
+    rows, columns, corners = windows_of((height, width), window)
     total, seen = None, image.new_zeros(height, width)
     per_pass = max(1, window_batch // batch)
     for first in range(0, len(corners), per_pass):
@@ -139,6 +136,13 @@ def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: 
     return total / seen  # a pixel's maximum is that of the sum, and the values are comparable across scales
 
 
+def windows_of(size: tuple[int, int], window: int) -> tuple[int, int, list[tuple[int, int]]]:
+    """Height and width of the windows over an image of `size`, and their upper left corners (y, x), row by row."""
+    stride = max(1, window * 2 // 3)
+    tops, lefts = (window_positions(length, window, stride) for length in size)
+    return min(window, size[0]), min(window, size[1]), [(y, x) for y in tops for x in lefts]
+
+
 def window_positions(length: int, window: int, stride: int) -> list[int]:
     """First pixel of each window along one side; the windows cover the side and none reaches beyond it."""
     # Released: supervised.py starts at 0, stride, 2 * stride ... < length and truncates the last windows (1024 px,
@@ -150,9 +154,15 @@ def window_positions(length: int, window: int, stride: int) -> list[int]:
 
 def rescale(image: Tensor, scale: float) -> Tensor:
     """The image at `scale` times its size, no side below MIN_SIDE: (B, C, H, W) -> (B, C, H', W')."""
+    return resize(image, scaled_size(image.shape[-2:], scale))
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width at `scale`; at 1 they are as they were, whatever they are."""
     if scale == 1:
-        return image
-    return resize(image, tuple(max(MIN_SIDE, round(side * scale)) for side in image.shape[-2:]))
+        return tuple(size)
+    height, width = (max(MIN_SIDE, round(side * scale)) for side in size)
+    return height, width
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ from allspark.workers import batches, make_loader
 
 # normalized images (B, 3, H, W), valid (B, H, W) bool -> pseudo-labels (B, H, W) int64, their confidence (B, H, W)
 Labeler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Show = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]  # name, image, mask, pseudo-label, confidence; on the CPU
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ def label_quality(
     threshold: float | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
+    show: Show | None = None,
 ) -> LabelQuality | None:
     """The labeler's quality on the crops, the same on every rank; None where no pixel of them has a label.
 
     A pseudo-label is confident from `threshold` on, without one always. What cannot be read is left out: it is only
-    measured on. The labeler has its network in evaluation mode and keeps no gradient.
+    measured on. `show` is called on the rank that has the image. The labeler has its network in evaluation mode and
+    keeps no gradient.
     """
     spec = crops.spec
     confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index, device)  # of the confident pixels
@@ -76,12 +79,15 @@ def label_quality(
     shard = Shard(crops, distributed.rank(), distributed.world_size())
     workers = min(num_workers, len(shard))
     for items in batches(make_loader(shard, workers, batch_size=batch_size, collate_fn=list)):
-        for (image, mask), _ in equal_sizes(item for item in items if not isinstance(item, UserError)):
-            mask = mask.to(device)
+        for (image, mask), names in equal_sizes(item for item in items if not isinstance(item, UserError)):
+            truth, mask = mask, mask.to(device)
             label, confidence = labeler(normalize(image.to(device)), torch.ones_like(mask, dtype=torch.bool))
             labeled += (mask != spec.ignore_index).sum()
             unsure = torch.zeros_like(mask, dtype=torch.bool) if threshold is None else confidence < threshold
             confusion.update(label, mask.masked_fill(unsure, spec.ignore_index))
+            if show is not None:
+                for name, *tensors in zip(names, image, truth, label.cpu(), confidence.cpu(), strict=True):
+                    show(name, *tensors)
     # collective whatever this rank could read: another one may have read more
     confusion.matrix = distributed.all_reduce_sum(confusion.matrix)
     labeled = distributed.all_reduce_sum(labeled).item()

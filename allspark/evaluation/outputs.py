@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from allspark.errors import UserError
 from allspark.evaluation.pictures import Palette, colorize, overlay, save_index_png, save_pixels
+
+BAND = 2**22  # pixels that are laid over each other at once: the blend takes 60 bytes for each
 
 
 def unique_names(images: Sequence[Path]) -> list[str]:
@@ -44,8 +47,17 @@ class PredictionFolder:
         self.folder, self.palette, self.encode = folder, palette, encode
         self.kinds = [""] if index_only else ["", "_color", "_overlay", *(["_confidence"] if confidence else [])]
 
-    def prepare(self, names: Sequence[str], images: Sequence[Path], masks: Iterable[Path] = ()) -> None:
-        """Make the folder, before the work; UserError if a file would replace another one, an image or a mask."""
+    def prepare(
+        self,
+        names: Sequence[str],
+        images: Sequence[Path],
+        masks: Iterable[Path] = (),
+        videos: Mapping[Path, str] | None = None,
+    ) -> None:
+        """Make the folder, before the work; UserError if a file would replace another one, an image or a mask.
+
+        videos: of each the folder that its frames get below this one, and have to themselves.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -63,6 +75,14 @@ class PredictionFolder:
                 if folder / file in taken:
                     raise UserError(f"{self.folder / file}: this file is part of the data; choose another folder")
                 owners[file] = image
+        for video, name in (videos or {}).items():
+            if other := next((owner for file, owner in owners.items() if file.startswith(f"{name}/")), None):
+                raise UserError(
+                    f"{self.folder / name}: both {other} and the frames of {video} would be written there; rename one"
+                )
+            if any(folder / name in path.parents for path in taken):
+                raise UserError(f"{self.folder / name}: this folder holds part of the data; choose another --out")
+            owners[f"{name}/"] = video
 
     def write(self, name: str, image: Tensor, prediction: Tensor, confidence: Tensor | None = None) -> None:
         """image (3, H, W) uint8, prediction (H, W) uint8, confidence (H, W) in 0..1, all on the CPU."""
@@ -71,10 +91,22 @@ class PredictionFolder:
             if kind == "_color":
                 save_pixels(colorize(prediction, self.palette), path)
             elif kind == "_overlay":
-                save_pixels(overlay(image, prediction, self.palette), path)
+                save_pixels(overlay_by_bands(image, prediction, self.palette), path)
             elif kind == "_confidence":
-                save_pixels((confidence * 255).round(), path)
+                save_pixels((confidence * 255).round_().to(torch.uint8), path)
             elif self.encode is None:
                 save_index_png(prediction, self.palette, path)
             else:
                 save_pixels(self.encode(prediction.numpy()), path)
+
+
+def overlay_by_bands(image: Tensor, mask: Tensor, palette: Palette) -> np.ndarray:
+    """What overlay gives, (H, W, 3) uint8, band by band: its floats take ten times as much as the picture."""
+    height, width = mask.shape
+    rows = max(1, BAND // width)
+    drawn = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        end = min(top + rows, height)
+        band = slice(top, end + 1)  # borders look at the row below
+        drawn[top:end] = overlay(image[:, band], mask[band], palette)[: end - top]
+    return drawn

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 EPS = 1e-5  # of the variance that a similarity map is divided by
-BLOCK = 1 << 23  # pairs of channels that are looked at together on a CPU: 32 MB in float32, about what its cache holds
+BLOCK = 1 << 22  # pairs of channels that are looked at together on a CPU: 16 MB in float32, what its cache holds
+ROWS = 128  # channels that are looked at together, at least: products of fewer rows are slow
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -101,7 +102,7 @@ class BlockAttention(torch.autograd.Function):
     def blocks(ctx: FunctionCtx, q: Tensor, k: Tensor):
         """Slices of rows, their softmax weights, and where dropout keeps one (1 or 0, None: everywhere)."""
         generator = np.random.Generator(np.random.SFC64(ctx.seed))
-        size = max(BLOCK // len(k), 1)
+        size = max(BLOCK // len(k), ROWS)
         for first in range(0, len(q), size):
             rows = slice(first, first + size)
             scores = q[rows] @ k.t()

@@ -17,7 +17,8 @@ from allspark.models.memory import SemanticMemory, group_channels
 class CrossBatch:
     """What a training batch of labeled images followed by unlabeled ones carries into the bottleneck.
 
-    num_labeled: how many images at the front are labeled; 0: the unlabeled branch alone, nothing is written.
+    num_labeled: how many images at the front are labeled; 0: the unlabeled branch alone, nothing is written. All of
+    them: the memory is read, and nothing is written.
     pseudo_logits (B_u, K, H, W): evaluation logits of the unlabeled images, they decide the class of each channel.
     read_memory: keys and values come from the memory (after warm-up) instead of the unlabeled images of the batch.
     """
@@ -127,7 +128,8 @@ class AllSparkBottleneck(nn.Module):
         attended_u = self.self_branch(unlabeled)
         if cross.num_labeled == 0:
             return attended_u
-        self.remember(unlabeled.detach(), cross.pseudo_logits, size)
+        if len(unlabeled):
+            self.remember(unlabeled.detach(), cross.pseudo_logits, size)
         context, present = unlabeled, None
         if cross.read_memory:
             context = self.memory.read(self.empty_slots)

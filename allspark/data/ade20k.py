@@ -1,0 +1,34 @@
+"""ADE20K as in the Scene Parsing Challenge 2016 (SceneParse150): 150 classes, stored 1..150; 0 is everything else."""
+
+from __future__ import annotations
+
+from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table, bit_palette
+
+# In the order of objectInfo150.txt (CSAILVision/sceneparsing, and in the archive), of its synonyms the first.
+NAMES = """
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
+mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat,
+fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter,
+sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop,
+stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower,
+chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel, pole, land, bannister, escalator,
+ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool,
+stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot,
+animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
+pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
+CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))
+OTHER = 0  # as stored: a pixel of none of the classes, which the benchmark leaves out
+
+STORED = {OTHER: IGNORE_INDEX} | {index + 1: index for index in range(len(CLASSES))}
+ILLEGAL = {value: value for value in range(len(CLASSES) + 1, 256)}  # left as they are: read_mask reports them
+
+SPEC = DatasetSpec(
+    name="ade20k",
+    classes=CLASSES,
+    palette=bit_palette(len(CLASSES)),
+    decode_mask=Table.of(STORED | ILLEGAL, default=IGNORE_INDEX),
+    mask_hint="This data set reads the official masks: 0 = none of the classes, 1..150 = the classes",
+    submission=Table.of(dict(enumerate(range(1, len(CLASSES) + 1))), default=OTHER),
+)

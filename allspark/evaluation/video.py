@@ -1,0 +1,72 @@
+"""The frames of a video file, one at a time, upright. OpenCV decodes; no more than a frame is held."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from allspark.data.base import BadSample, max_megapixels
+
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+# Read by OpenCV's FFmpeg when it is first used: no words of its own on stderr, and no playlist that leads elsewhere
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "protocol_whitelist;file")
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[cv2.VideoCapture]:
+    """The video, its header read; BadSample that names the file where it is none, or its frames are too large."""
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    if not path.is_file():
+        raise BadSample(f"{path}: no such file; correct the path")
+    # FFmpeg alone: other readers of OpenCV take a name for a pattern of many files, or for a program
+    video = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)
+    try:
+        if not video.isOpened():
+            raise BadSample(
+                f"{path}: damaged, or not a video that OpenCV reads; copy it again, or convert it, such as by "
+                f"`ffmpeg -i {path.name} {path.stem}_new.mp4`"
+            )
+        width, height = (video.get(side) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        if width * height > max_megapixels() * 10**6:
+            raise BadSample(f"{path}: frames of more than {max_megapixels()} megapixels; scale it down")
+        yield video
+    finally:
+        video.release()
+
+
+def frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    """Number from 0 on, (H, W, 3) uint8 RGB of each `every`-th frame; BadSample behind the last if many are missing."""
+    with opened(path) as video:
+        number = -1
+        while video.grab():
+            number += 1
+            if number % every:
+                continue
+            decoded, frame = video.retrieve()  # turned as a phone's orientation tag says
+            if not decoded:
+                break
+            yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        stated = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+        if number < 0 or number + 1 < 0.9 * stated:  # the header may have estimated them
+            raise BadSample(
+                f"{path}: {number + 1} frames can be read, its header speaks of {stated}; copy it again or convert it"
+            )
+
+
+def frame_count(path: Path) -> int:
+    """As the header has it, which may be an estimate; 0 where it says nothing, or cannot be read."""
+    try:
+        with opened(path) as video:
+            return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    except BadSample:
+        return 0

@@ -1,0 +1,218 @@
+"""A data set of one's own: what `check` says of all its files at once, the maps it offers, the tutorial's commands."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from test_methods import ENCODERS
+
+import train
+from allspark.__main__ import main
+from allspark.config import CustomDataConfig, load_config
+from allspark.data import spec_for, survey
+from allspark.data.base import read_mask
+from allspark.data.custom import make_spec
+from allspark.data.splits import resolve
+from allspark.errors import UserError, run_main
+
+assert "tiny" in ENCODERS  # of test_methods
+pytestmark = pytest.mark.usefixtures("one_thread")
+TUTORIAL = Path(train.__file__).parent / "docs" / "own_data.md"
+
+
+@pytest.fixture
+def check(place, capsys):
+    """(words) -> exit code, lines of stdout, the message."""
+    place.edit(model={"encoder": "tiny", "bottleneck": "none"})
+    recipe = yaml.safe_load(place.config.read_text())
+    recipe["method"] = "supervised"
+    place.config.write_text(yaml.safe_dump(recipe))
+
+    def run(*words):
+        capsys.readouterr()
+        code = run_main(main, ["check", "--config", str(place.config), *map(str, words)])
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == (code != 0)
+        return code, printed.out.splitlines(), printed.err
+
+    return run
+
+
+def masks_of(root):
+    return sorted((root / "masks").rglob("*.png"))
+
+
+def rewrite(path, change):
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    Image.fromarray(change(pixels)).save(path)
+
+
+def test_everything_that_is_wrong_is_told_at_once(check, place):
+    root = place.root
+    whole = (root / "images/labeled/labeled0.png").read_bytes()
+    (root / "images/labeled/labeled0.png").write_bytes(whole[:200])
+    (root / "masks/labeled/labeled1.png").unlink()
+    rewrite(root / "masks/labeled/labeled2.png", lambda mask: np.where(mask == 2, 7, mask).astype(np.uint8))
+    rewrite(root / "masks/val/val0.png", lambda mask: mask[:, 1:])
+    (root / "images/unlabeled/unlabeled3.png").write_text("hello")
+    shutil.copy(root / "images/labeled/labeled3.png", root / "images/val/val1.png")
+    code, out, err = check("model.pretrained=/no/weights.pth")
+    assert code == 2 and err.startswith("error: 6 problems, listed above; the first: ")
+    problems = [line for line in out if line.startswith("PROBLEM: ")]
+    told = [
+        r"masks/labeled/labeled1\.png: does not exist \(labeled\)",
+        r"images/labeled/labeled0\.png: truncated",
+        r"masks/val/val0\.png is 79 x 64; make the mask again",
+        r"images/unlabeled/unlabeled3\.png: truncated or not an image",
+        r"labeled2\.png: illegal mask values 7 \(\d+ pixels\).*tiny has classes 0\.\.2.*hold 0 \(\d+\.\d+%\), 1 ",
+        r"/no/weights\.pth: no such weight file",
+    ]
+    assert len(problems) == len(told)
+    for line, words in zip(problems, told, strict=True):
+        assert re.search(words, line), line
+    (copied,) = (line for line in out if "have a copy" in line)
+    assert re.search(r"WARNING: 1 labeled images have a copy among the val ones.*/labeled3\.png = .*/val1\.png", copied)
+
+
+def test_a_data_set_without_fault(check, place):
+    rewrite(place.root / "masks/val/val0.png", lambda mask: np.where(mask == 2, 1, mask).astype(np.uint8))
+    code, out, _ = check("batch_size=1", "--save-path", place.run / "not" / "there")
+    assert code == 0 and out[-1] == "nothing that would stop this run was found"
+    text = "\n".join(out)
+    assert re.search(r"tiny, split folders \([0-9a-f]{12}\): 4 labeled, 6 unlabeled, 2 val images", text)
+    assert "labeled images: 80 x 64 pixels; 4 are smaller than the crop of 65 and get padded" in text
+    rows = {line.split()[0]: line.split()[1:] for line in out if line.split()[0] in ("ground", "left", "right")}
+    assert [row[0::2] for row in rows.values()] == [["4", "2"], ["4", "2"], ["4", "1"]]
+    masks = np.concatenate([read_mask(p, SPEC).ravel() for p in sorted((place.root / "masks/labeled").glob("*"))])
+    assert rows["left"][1] == f"{(masks == 1).sum() / (masks != 255).sum():.2%}"
+    assert "a step takes 1 labeled images; 6 steps per epoch, 12 in 2 epochs; learning rate 0.001, times 1 out" in text
+    assert "batch_size is 2 in the recipe and 1 here, the learning rate 0.001 and 0.001; in proportion" in text
+    assert "(lr_scaling=linear) it is 0.0005" in text
+    assert "weights: none, tiny starts from random numbers" in text
+    assert re.search(r"disk of .*not/there: 4 checkpoints take up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
+
+
+SPEC = make_spec("tiny", CustomDataConfig(classes=("ground", "left", "right")))
+
+
+def offered(message, key):
+    """The map that the message says should be put into the recipe."""
+    return yaml.safe_load(re.search(rf"put into the recipe: data\.custom\.{key}: (\{{.*\}})", message)[1])
+
+
+def test_masks_of_0_and_255_are_told_with_the_map_to_put_into_the_recipe(check, place):
+    for path in masks_of(place.root):
+        rewrite(path, lambda mask: np.where(mask == 1, 255, 0).astype(np.uint8))
+    two = "data.custom.classes=[ground, thing]"
+    for script in (train.main, main):
+        words = place.train(two) if script is train.main else ["check", "--config", str(place.config), two]
+        with pytest.raises(UserError, match="the labeled masks show no other class than ground, and ignored pixels"):
+            script(words)
+    code, _, err = check(two)
+    assert code == 2 and re.search(r"hold 0 \(\d\d\.\d+%\), 255 \(\d\d\.\d+%\)\. If 0 is ground, 255 is thing", err)
+    assert (found := offered(err, "value_map")) == {0: 0, 255: 1}
+    assert check(two, f"data.custom.value_map={found}")[0] == 0
+
+
+def test_masks_in_colours_are_told_with_the_map_and_read_by_it(check, place):
+    colors = np.zeros((256, 3), np.uint8)
+    colors[[1, 2, 255]] = (200, 0, 0), (0, 90, 0), (255, 255, 255)
+    before = {path: read_mask(path, SPEC) for path in masks_of(place.root)}
+    for path in before:
+        rewrite(path, lambda mask: colors[mask])
+    code, _, err = check()
+    assert code == 2 and "found RGB" in err and "(and 5 more of 6 masks)" in err
+    assert re.search(r"hold 0,0,0 \(\d+\.\d+%\), 0,90,0 \(.*\), 200,0,0 \(.*\), 255,255,255 \(\d\.\d+%\)\.", err)
+    found = offered(err, "color_map")
+    assert found == {"0,0,0": 0, "0,90,0": 1, "200,0,0": 2, "255,255,255": 255}
+    right = {**found, "0,90,0": 2, "200,0,0": 1}  # which is which only people know
+    words = f"data.custom.color_map={right}"
+    assert check(words)[0] == 0
+    spec = spec_for(load_config(place.config, {"data.custom.color_map": right}).data)
+    assert spec.palette == ((0, 0, 0), (200, 0, 0), (0, 90, 0))  # predictions look like the masks
+    for path, mask in before.items():
+        np.testing.assert_array_equal(read_mask(path, spec), mask)
+    rewrite(masks_of(place.root)[0], lambda mask: np.where(mask == 90, 91, mask))
+    assert re.search(r"illegal mask colours 0,91,0 \(\d+ pixels\); data.custom.color_map names 0,0,0", check(words)[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"color_map": {"0,0,0": 0}, "value_map": {0: 0}}, "leave one out"),
+        ({"color_map": {}}, "names no colour"),
+        ({"color_map": {"0,0": 0}}, '"0,0" is not a colour'),
+        ({"color_map": {"0,0,256": 0}}, '"0,0,256" is not a colour'),
+        ({"color_map": {"1,2,3": 2}}, '"1,2,3": 2 is neither a class index 0..1 nor ignore_index 255'),
+    ],
+)
+def test_a_color_map_that_cannot_be(options, told):
+    with pytest.raises(UserError, match=told):
+        make_spec("mine", CustomDataConfig(classes=("a", "b"), **options))
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "found"),
+    [
+        ([0, 255], 2, {0: 0, 255: 1}),
+        ([1, 2, 3], 3, {1: 0, 2: 1, 3: 2}),
+        ([0, 128, 255], 2, {0: 0, 128: 1, 255: 255}),
+        ([0, 1, 2], 2, {0: 255, 1: 0, 2: 1}),
+        ([1, 2, 4], 2, None),
+        (range(200), 2, None),
+    ],
+)
+def test_which_map_is_offered(values, classes, found):
+    assert survey.guessed_map(list(values), classes, colored=False) == found
+
+
+def test_masks_that_were_saved_with_loss(check, place):
+    for path in masks_of(place.root):
+        rewrite(path, lambda mask: np.arange(mask.size, dtype=np.uint8).reshape(mask.shape))
+    code, _, err = check()
+    assert code == 2 and "and 248 more" in err and "come from JPEG" in err and "put into the recipe" not in err
+
+
+def test_masks_of_other_kinds_than_png_are_found(place):
+    for path in (place.root / "masks/labeled").glob("*.png"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".tif"))
+        path.unlink()
+    found = resolve(load_config(place.config).data).labeled
+    assert [sample.mask.name for sample in found] == [f"labeled{index}.tif" for index in range(4)]
+
+
+def blocks(kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Its data, its recipe, its checks and its lists; the training is the same as in every other test."""
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("python")[0], {})
+    first, second = (block for block in blocks("yaml"))
+    commands = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    checks = [shlex.split(line)[3:] for line in commands if line.startswith("python -m allspark check")]
+    (make,) = (shlex.split(line)[3:] for line in commands if line.startswith("python -m allspark splits make"))
+    Path("blobs.yaml").write_text(first)
+    assert run_main(main, checks[0]) == 2
+    printed = capsys.readouterr()
+    assert "data.custom.value_map: {0: 0, 255: 1}" in printed.out
+    value_map = re.search(r"value_map: \{.*?\}", printed.out)[0]
+    assert value_map in second
+    Path("blobs.yaml").write_text(second)
+    main([*make, "--out", "lists"])
+    assert "val.txt: 24 images" in capsys.readouterr().out
+    lists = [f"--{kind}-id-path=lists/{words(checks[-1], '--split')}/{kind}.txt" for kind in ("labeled", "unlabeled")]
+    main(["check", "--config", "blobs.yaml", *lists, "data.val_id_path=lists/val.txt"])
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing that would stop this run was found"
+
+
+def words(command, option):
+    return command[command.index(option) + 1]
