@@ -84,6 +84,14 @@ def test_config_and_metrics_are_enough(finished, tmp_path):
     assert (out / "curves.png").is_file() and not (out / "predictions.png").exists()
 
 
+@pytest.mark.parametrize("footing", sorted((REPO / "docs/runs").iterdir()), ids=lambda path: path.name)
+def test_the_tables_of_kept_runs_are_those_of_their_numbers(footing):
+    """docs/runs, by scripts/results.sh."""
+    rows = read_rows([f"{run.parent.name}={run}" for run in sorted(footing.glob("*/seed_*"))])
+    kept, made = (footing / "table.md").read_text(encoding="utf-8"), score_table(rows)
+    assert sorted(kept.splitlines()) == sorted(made.splitlines())  # the shell has an order of its own
+
+
 def test_the_runs_of_one_name_are_the_seeds_of_one_row(write_run, capsys):
     scores = [(24.0, 20.0), (22.0, 23.0), (30.5, 29.0)]  # two evaluations of each seed
     words = [write_run(f"b{seed}", seed, *pair) for seed, pair in enumerate(scores)]

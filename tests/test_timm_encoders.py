@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import train
+from allspark import __main__ as verbs
 from allspark.batch import normalize
 from allspark.cli.loading import load_for_inference
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
@@ -189,10 +190,12 @@ def test_refusals(words, told, place, capsys):
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
-def test_a_run_from_start_to_prediction(name, place):
+def test_a_run_from_start_to_prediction(name, place, capsys):
     """AllSpark with its memory, evaluated, saved, read again."""
     train.main(place.train(f"model.encoder=timm:{name}"))
     lines = [json.loads(line) for line in (place.run / "metrics.jsonl").read_text().splitlines()]
     assert sum("miou" in line for line in lines) == 2
     loaded = load_for_inference(place.run / "latest.pth", torch.device("cpu"))
     assert loaded.model.encoder.name == name
+    verbs.main(["weights", "inspect", str(place.run / "latest.pth")])
+    assert f"encoder timm:{name}, with the names of timm" in capsys.readouterr().out

@@ -26,6 +26,7 @@ from allspark.engine.files import writing
 from allspark.errors import UserError, reason_of
 from allspark.models.mirrors import LICENCE, licence, mirrors
 from allspark.models.naming import OURS
+from allspark.models.timm_encoders import PREFIX
 from allspark.models.weights import (
     KNOWN,
     Recognized,
@@ -169,10 +170,15 @@ def inspect_weights(args: argparse.Namespace) -> None:
     file = read_weights(args.file)
     digest = file_digest(args.file)
     print(f"sha256 {digest}, {len(file.tensors)} tensors, {args.file.stat().st_size} bytes")
-    if file.content.get("format") == FORMAT:
-        print(f"checkpoint of this code, {origin_of(load_checkpoint(args.file), args.file)}")
+    own = load_checkpoint(args.file) if file.content.get("format") == FORMAT else None
+    if own is not None:
+        print(f"checkpoint of this code, {origin_of(own, args.file)}")
     print(f"licence: {licence_of(digest)}")
-    print("\n".join(described(recognize(file))))
+    encoder = "" if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model.encoder
+    if encoder.startswith(PREFIX):
+        print(f"encoder {encoder}, with the names of timm; eval.py, predict and model.init_from take the file as it is")
+    else:
+        print("\n".join(described(recognize(file))))
 
 
 def origin_of(content: Mapping[str, Any], path: Path) -> str:

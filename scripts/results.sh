@@ -1,0 +1,16 @@
+#!/bin/sh
+# sh scripts/results.sh: the tables and curves of the runs whose numbers are kept in docs/runs/, each folder of it a footing
+# (data set, lists, budget) that its rows share. <footing>/<row>/seed_<n> holds config.yaml and metrics.jsonl as train.py
+# wrote them; table.md, curves.png and, where it was measured, pseudo_labels.png go beside the rows.
+set -eu
+cd -- "$(dirname -- "$0")/.."
+. scripts/setup.sh
+for footing in docs/runs/*/; do
+    set --
+    for run in "$footing"*/seed_*/; do
+        row=${run#"$footing"}
+        set -- "$@" "${row%%/*}=${run%/}"
+    done
+    python -m allspark compare --out "${footing%/}" "$@" >/dev/null
+    echo "results: ${footing}table.md"
+done
