@@ -17,7 +17,7 @@ from torch import Tensor
 from allspark import distributed
 from allspark.cli import loading
 from allspark.cli.loading import Loaded
-from allspark.config import Recipe
+from allspark.config import INSTALLED, Recipe
 from allspark.data import splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor, worker_count
 from allspark.data.manifest import other_images
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="allspark eval" if INSTALLED else "eval.py", description=__doc__)
     loading.add_arguments(parser)
     parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipe says")
     parser.add_argument("--list", type=Path, metavar="FILE", help="evaluate these `image mask` lines instead of val")

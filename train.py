@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from allspark import distributed
 from allspark.batch import passes
 from allspark.cli import recipe as recipe_words
-from allspark.config import Recipe, build_recipe, differences, to_plain
+from allspark.config import INSTALLED, Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
 from allspark.data.preflight import check_data, hidden_sample
@@ -169,7 +169,7 @@ def train(
             if last or (epoch + 1) % recipe.evaluation.interval == 0:
                 keeper.after_epoch(Position(epoch, step, best))
                 with stop.at_once():  # all is saved
-                    shown = Snapshots(spec.palette, recipe.evaluation.pictures)
+                    shown = Snapshots(spec.palette, pictures_after(epoch, recipe))
                     scores, quality = validate(recipe, inference, method, network, val, crops, device, shown)
                 improved = scores.miou > best["miou"]
                 best = {"miou": scores.miou, "epoch": epoch} if improved else best
@@ -233,6 +233,13 @@ def resume(
         (save_path / LATEST).rename(save_path / "damaged.pth")  # else it would become previous.pth, which is whole
     position = Position(content["epoch"], content["step"], content["best"], content.get("world_size"))
     return position, content.get("log", []), notes
+
+
+def pictures_after(epoch: int, recipe: Recipe) -> int:
+    """How many are shown: they are large, so after the last epoch and at about twenty evaluations before it."""
+    evaluations = recipe.epochs // recipe.evaluation.interval
+    shown = (epoch + 1) // recipe.evaluation.interval % max(evaluations // 20, 1) == 0
+    return recipe.evaluation.pictures if shown or epoch + 1 == recipe.epochs else 0
 
 
 def validate(
@@ -384,7 +391,8 @@ def move_aside(folder: Hold) -> None:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    prog = "allspark train" if INSTALLED else "train.py"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     recipe_words.add_arguments(parser)
     parser.add_argument("--save-path", type=Path, help="default: exp/<dataset>/<method>/<split>")
     parser.add_argument("--print-config", action="store_true", help="show the resolved recipe and stop")

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from allspark.config import INSTALLED, SHIPPED
 from allspark.errors import UserError, run_main
@@ -57,16 +58,16 @@ def script(name: str) -> Callable[[Sequence[str]], None]:
     return loaded(name).main
 
 
-def loaded(name: str):
-    """The module; UserError where OpenCV is the kind for desktops, and this machine is none."""
+def loaded(name: str) -> ModuleType:
+    """The module; UserError where OpenCV is absent, or the one for desktops on a machine that is none."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        if "libGL" not in str(error):
+        if error.name != "cv2":
             raise
         raise UserError(
-            f"OpenCV cannot be loaded ({error}): opencv-python, which mmcv-lite brings, needs a desktop's libraries. "
-            "Put the one without them over it: pip install --force-reinstall --no-deps opencv-python-headless"
+            f"OpenCV cannot be loaded ({error}). The one that mmcv-lite brings needs a desktop's libraries, such as "
+            "libGL; put the one that does not over it: pip install --force-reinstall --no-deps opencv-python-headless"
         ) from None
 
 

@@ -6,10 +6,10 @@ python scripts/recipe_tables.py count pascal allspark imas  # counts these anew,
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,8 +37,9 @@ WAYS = {  # head of the column -> processes that share the batch, precision
 }
 
 
-def recipe_of(dataset: str, method: str, changes: dict | None = None) -> Recipe:
-    return complete(load_recipe(dataset, method, {"model.pretrained": "none", **(changes or {})}))
+@functools.cache
+def recipe_of(dataset: str, method: str, precision: str = "fp32") -> Recipe:
+    return complete(load_recipe(dataset, method, {"model.pretrained": "none", "precision": precision}))
 
 
 def methods() -> list[str]:
@@ -54,33 +55,31 @@ def steps(recipe: Recipe, dataset: str) -> int:
 
 
 def settings(dataset: str, method: str) -> tuple[str, ...]:
-    """The cells of a recipe's row."""
+    """The cells of a recipe's row, but for the methods that have it."""
     recipe = recipe_of(dataset, method)
     optim, model = recipe.optim, recipe.model
-    network = f"{model.encoder}, {model.decoder}" + (", bottleneck" if model.bottleneck.name != "none" else "")
-    second = "" if method_is_supervised(recipe) else f" + {recipe.batch_size}"
+    network = "ResNet" if model.encoder.startswith("resnet") else model.encoder
+    network += f", {model.decoder}" + (", bottleneck" if model.bottleneck.name != "none" else "")
+    second = "" if recipe.method.name == "supervised" else f" + {recipe.batch_size}"
     rate = f"{optim.name} {optim.lr:g}, head x {optim.lr_multi:g}"
     epochs = f"{recipe.epochs} of the {recipe.epoch_of}"
     cells = (network, recipe.data.crop_size, f"{recipe.batch_size}{second}", rate, recipe.criterion.name, epochs)
     return (*map(str, cells), f"{steps(recipe, dataset):,}")
 
 
-def method_is_supervised(recipe: Recipe) -> bool:
-    return recipe.method.name == "supervised"
-
-
-def settings_rows(dataset: str) -> Iterator[list[str]]:
+def settings_table(dataset: str) -> list[list[str]]:
     """Recipes that set the same stand in one row."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for method in methods():
-        groups.setdefault(settings(dataset, method), []).append(f"`{method}`")
-    for cells, names in groups.items():
-        yield [dataset, ", ".join(names), *cells]
+        rows.setdefault(settings(dataset, method), []).append(f"`{method}`")
+    head = ["method", "network", "crop", "batch", "optimizer", "loss", "epochs", "steps"]
+    return [head, *([", ".join(names), *cells] for cells, names in rows.items())]
 
 
-def settings_table() -> list[list[str]]:
-    head = ["data set", "method", "network", "crop", "batch", "optimizer", "loss", "epochs", "steps"]
-    return [head, *(row for dataset in SPLITS for row in settings_rows(dataset))]
+def settings_text() -> str:
+    """A table for each data set."""
+    parts = (f"**{name}**, split `{split}`\n\n{markdown(settings_table(name))}" for name, split in SPLITS.items())
+    return "\n".join(parts)
 
 
 def work(recipe: Recipe, spec: DatasetSpec) -> int:
@@ -102,7 +101,7 @@ def count(dataset: str, method: str) -> dict[str, float]:
     """TFLOP of a step, and GB at its peak each way."""
     spec, row = DATASETS[dataset], {"TFLOP": work(recipe_of(dataset, method), DATASETS[dataset]) / 1e12}
     for name, (processes, precision) in WAYS.items():
-        recipe = recipe_of(dataset, method, {"precision": precision})
+        recipe = recipe_of(dataset, method, precision)
         row[name] = predict_step(recipe, spec, build_method(recipe, spec), "cuda", processes).peak / GB
     return {key: round(value, 3) for key, value in row.items()}
 
@@ -114,10 +113,11 @@ def count_all(dataset: str, chosen: list[str]) -> None:
         known.setdefault(dataset, {})[method] = count(dataset, method)
         known = {name: {m: known[name][m] for m in methods() if m in known[name]} for name in SPLITS if name in known}
         COUNTED.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        write_page()
         print(dataset, method, known[dataset][method], flush=True)
 
 
-def counted_table() -> list[list[str]]:
+def counted_text() -> str:
     head = ["data set", "method", *WAYS, "TFLOP per step", "EFLOP in all"]
     rows = []
     for dataset, counted in json.loads(COUNTED.read_text(encoding="utf-8")).items():
@@ -125,7 +125,7 @@ def counted_table() -> list[list[str]]:
             total = row["TFLOP"] * steps(recipe_of(dataset, method), dataset) / 1e6
             cells = [f"{row[name]:.1f}" for name in WAYS]
             rows.append([dataset, f"`{method}`", *cells, f"{row['TFLOP']:.2f}", f"{total:.3g}"])
-    return [head, *rows]
+    return markdown([head, *rows])
 
 
 def markdown(table: list[list[str]]) -> str:
@@ -135,19 +135,19 @@ def markdown(table: list[list[str]]) -> str:
 
 def write_page() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("settings", settings_table), ("counted", counted_table)):
-        pattern = rf"(<!-- recipes: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(
-            pattern, lambda match, t=table: match[1] + markdown(t()) + match[2], text, flags=re.DOTALL
-        )
-        assert found == 1, name
+    for name, content in (("settings", settings_text()), ("counted", counted_text())):
+        before, start, rest = text.partition(f"<!-- recipes: {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert start and end, name
+        text = "".join((before, start, content, end, after))
     PAGE.write_text(text, encoding="utf-8")
 
 
 def main(words: list[str]) -> None:
     if words[:1] == ["count"]:
         count_all(words[1], words[2:])
-    write_page()
+    else:
+        write_page()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ create_venv() {
     "$python" -m venv .venv
 }
 
+requirements() { # one a line
+    sed 's/#.*//; s/ *$//; /^$/d' requirements.txt
+}
+
 pip_install() {
     "$env/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
@@ -61,11 +65,11 @@ install_packages() {
     "$env/bin/python" -m pip --version >/dev/null 2>&1 || "$env/bin/python" -m ensurepip
     later='^(mmcv|mmengine)'
     ! "$env/bin/python" -c 'import cv2' 2>/dev/null || later='^(mmcv|mmengine|opencv)'
-    grep -vE "$later" requirements.txt | pip_install -r /dev/stdin || return 1
+    pip_install $(requirements | grep -vE "$later") || return 1 # words, not -r /dev/stdin: a bare /dev may lack that
     "$env/bin/python" -c 'import cv2' 2>/dev/null ||
-        grep '^opencv' requirements.txt | pip_install --force-reinstall --no-deps -r /dev/stdin || return 1
+        pip_install --force-reinstall --no-deps $(requirements | grep '^opencv') || return 1
     "$env/bin/python" -c 'from mmcv.cnn import ConvModule' 2>/dev/null ||
-        grep -E '^(mmcv|mmengine)' requirements.txt | pip_install --no-deps -r /dev/stdin
+        pip_install --no-deps $(requirements | grep -E '^(mmcv|mmengine)')
 }
 
 if ! env_is_ready; then

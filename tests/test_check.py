@@ -58,7 +58,7 @@ def test_check_tells_the_memory(place, capsys, monkeypatch):
     assert run_main(main, ["check", "--config", str(place.config), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "memory of a training step on cpu, 2 labeled images at once, one of 1 process(es): predicted 0." in out
-    assert "WARNING: a training step takes more than the 0.00 GB that are free on this cpu; micro_batch, a smaller" in out
+    assert "WARNING: a training step takes more than the 0.00 GB that are free on this cpu; micro_batch" in out
     assert "measured by two steps: 0." in out and "of main memory at most" in out
     told = [line.split(" GB at its peak")[0].split()[-1] for line in out.splitlines() if "at its peak" in line]
     assert len(set(told)) == 1

@@ -1,18 +1,30 @@
-"""What the documents promise is there: tests, lists, commands that they name, and what commands say of themselves."""
+"""What the documents promise is there: links, commands, examples, tests, lists, and what commands say of themselves."""
 
+import argparse
 import ast
+import contextlib
+import importlib
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 import eval as eval_script
 import train
+from allspark.__main__ import main as allspark_main
+from allspark.cli import recipe as recipe_words
+from allspark.config import bind_options, load_recipe
 from allspark.data.manifest import load_manifest
 from allspark.errors import run_main
+from allspark.methods import METHODS
 
 ROOT = Path(train.__file__).parent
+BESIDE = ("splits", "pretrained_weights")  # folders with a README of their own
 ROWS = [
     [cell.strip() for cell in line.strip().strip("|").split(" | ")]
     for line in (ROOT / "docs" / "differences.md").read_text(encoding="utf-8").splitlines()
@@ -77,3 +89,191 @@ def test_help_names_this_project(script, capsys):
     help_text = capsys.readouterr().out
     assert help_text.startswith(f"usage: {Path(script.__file__).name}")
     assert "UniMatch" not in help_text
+
+
+PAGES = sorted(
+    [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md" for folder in BESIDE)],
+    key=str,
+)
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page, language):
+    """The fenced blocks of a language, and the line that each begins in."""
+    text = text_of(page)
+    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, found.start()) + 2, found[1]
+
+
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", prose, re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        found.add(next(name for name in (slug, *(f"{slug}-{n}" for n in range(1, 99))) if name not in found))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Files and their headings; what lies outside is at least written as an address."""
+    prose = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert file == ROOT or ROOT in file.parents, f"{target} leads out of the repository"
+        assert not anchor or anchor in anchors(file), target
+
+
+def commands():
+    """Each command of the sh blocks as page:line and its words; comments left out, continued lines put together."""
+    for page in PAGES:
+        for first, block in blocks(page, "sh"):
+            text = ""
+            for number, line in enumerate(block.splitlines(), first):
+                text += line + "\n"
+                if line.endswith("\\"):
+                    continue
+                with contextlib.suppress(ValueError):  # a quotation that goes on
+                    words, text = shlex.split(text, comments=True), ""
+                    if words:
+                        yield f"{page.relative_to(ROOT)}:{number}", words
+            assert not text, f"{page.relative_to(ROOT)}:{first}: an open quotation"
+
+
+COMMANDS = list(commands())
+
+
+def said(words):
+    """The verb and what is said to it, whoever starts it; None where it is another program's command."""
+    for place, word in enumerate(words):
+        if word in ("train.py", "eval.py"):
+            return [word.removesuffix(".py"), *words[place + 1 :]]
+        if word == "allspark" and words[max(place - 1, 0)] in ("-m", "allspark"):
+            return words[place + 1 :]
+    return None
+
+
+def parsed(verb, *words):
+    """What its parser makes of the words; SystemExit where it refuses them."""
+    if verb in ("train", "eval"):
+        return {"train": train, "eval": eval_script}[verb].parse_args(words)
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"allspark.cli.{verb}").add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_commands_are_understood():
+    """Every option of every command on these pages is one that there is; every recipe named by them resolves."""
+    count = 0
+    for place, words in COMMANDS:
+        call = said(words)
+        if call and not {"-h", "--help"} & set(call):
+            try:
+                args = parsed(*call)
+            except SystemExit:
+                pytest.fail(f"{place}: {' '.join(words)}")
+            if getattr(args, "method", None) and args.config is None:
+                recipe_words.recipe_of(args)
+            count += 1
+    assert count > 60
+
+
+def test_scripts_that_commands_name_are_there():
+    """And the variables that are set in front of them are theirs."""
+    count = 0
+    for place, words in COMMANDS:
+        for script in (word for word in words if re.fullmatch(r"scripts/\w+\.(sh|py)", word)):
+            text = text_of(ROOT / script)
+            for name in re.findall(r"^(\w+)=", "\n".join(words[: words.index(script)]), re.MULTILINE):
+                assert f"{{{name}" in text or name.isupper(), f"{place}: {name} means nothing to {script}"
+            count += 1
+    assert count > 15
+
+
+def test_quick_commands_run(capsys):
+    """Those that need no data: they are the first that a reader tries."""
+    calls = [call for _, words in COMMANDS if (call := said(words))]
+    quick = [call for call in calls if "--print-config" in call or call[:2] == ["splits", "list"]]
+    assert len(quick) > 3
+    for call in quick:
+        assert run_main(*((train.main, call[1:]) if call[0] == "train" else (allspark_main, call))) == 0, call
+        assert capsys.readouterr().out
+
+
+def test_python_on_these_pages_is_python():
+    for page in PAGES:
+        for line, block in blocks(page, "python"):
+            compile(block, f"{page.name}:{line}", "exec")
+
+
+def test_the_examples_of_the_api_run(place, tmp_path, monkeypatch):
+    """The tenth method, by its class, its line in METHODS and its YAML, trains; the examples load what it saved."""
+    page, names = ROOT / "docs" / "api.md", {"__name__": "api"}
+    examples = [compile(block, f"api.md:{line}", "exec") for line, block in blocks(page, "python")]
+    exec(examples[-1], names)
+    ((_, recipe),) = blocks(page, "yaml")
+    options = yaml.safe_load(recipe)["method"]
+    monkeypatch.setitem(METHODS, options["name"], names["MeanTeacher"])
+    place.edit(method=options, model={"bottleneck": "none"})
+    assert run_main(train.main, place.train("epochs=1")) == 0
+    saved = torch.load(place.run / "latest.pth", weights_only=True)
+    assert saved["step"] == 3 and any(name.startswith("teacher.") for name in saved["method"])
+
+    (tmp_path / "exp" / "demo").mkdir(parents=True)
+    place.run.rename(tmp_path / "exp" / "demo" / "allspark")
+    Image.linear_gradient("L").resize((90, 70)).convert("RGB").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        exec(example, names)
+    assert names["label"].shape == names["confidence"].shape == (1, 70, 90)
+    assert set(names["label"].unique().tolist()) <= {0, 1, 2}
+
+
+def test_every_method_has_its_section_and_picture():
+    page = ROOT / "docs" / "methods.md"
+    for file in (ROOT / "configs" / "methods").glob("*.yaml"):
+        if not re.search(r"_r\d+$", file.stem):
+            assert file.stem in anchors(page), file.stem
+            assert f"](method_{file.stem}.png)" in text_of(page)
+
+
+def test_the_table_of_recipes_is_what_they_set():
+    """docs/recipes.md: `python scripts/recipe_tables.py` writes it."""
+    spec = importlib.util.spec_from_file_location("recipe_tables", ROOT / "scripts" / "recipe_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.settings_text() in text_of(tables.PAGE)
+    assert tables.counted_text() in text_of(tables.PAGE)
+
+
+def test_the_faq_has_every_theme_with_its_threads():
+    themes = re.split(r"^## ", text_of(ROOT / "docs" / "faq.md"), flags=re.MULTILINE)[1:]
+    assert [theme.split(".")[0] for theme in themes] == [str(number) for number in range(1, 18)]
+    for theme in themes:
+        answer, _, threads = theme.partition("<sub>Threads: ")
+        assert re.search(r"`[^`]+`|\]\(", answer), theme[:60]
+        assert re.search(r"\]\(https://github.com/[\w.-]+/[\w.-]+/issues/\d+\)", threads), theme[:60]
+
+
+def test_citation():
+    cited = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors", "license", "version"} <= cited.keys()
+    assert cited["preferred-citation"]["authors"][0]["family-names"] == "Wang"
+
+
+def test_the_options_of_every_method_stand_in_its_section():
+    sections = re.split(r"^## ", text_of(ROOT / "docs" / "methods.md"), flags=re.MULTILINE)[1:]
+    for section in sections:
+        name, options = section.split()[0], section.partition("\nOptions: ")[2]
+        kind = METHODS[load_recipe("shapes", name).method.name]
+        if "those of" not in options:
+            told = set(re.findall(r"`(\w+)`", options))
+            assert told == set(bind_options(kind.__init__, {}, "method")), name

@@ -98,6 +98,20 @@ def test_a_data_set_without_fault(check, place):
     assert re.search(r"disk of .*not/there: 4 checkpoints take up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
 
 
+def test_files_that_training_will_replace_are_no_problem(check, place):
+    """Illegal masks neither; but val is not skipped, nor a list of which nothing is left."""
+    rewrite(place.root / "masks/labeled/labeled2.png", lambda mask: np.full_like(mask, 7))
+    (place.root / "images/unlabeled/unlabeled3.png").write_text("hello")
+    code, out, _ = check("data.on_bad_sample=skip", "--data-only")
+    told = [line for line in out if line.startswith("WARNING: ") and "that training will replace: " in line]
+    assert code == 0 and len(told) == 2 and "unlabeled3.png" in "".join(told) and "labeled2.png" in "".join(told)
+    for path in (place.root / "images/unlabeled").iterdir():
+        path.write_text("hello")
+    (place.root / "images/val/val0.png").write_text("hello")
+    code, out, _ = check("data.on_bad_sample=skip", "--data-only")
+    assert code == 2 and sum(line.startswith("PROBLEM: ") for line in out) == 7
+
+
 SPEC = make_spec("tiny", CustomDataConfig(classes=("ground", "left", "right")))
 
 
@@ -110,14 +124,13 @@ def test_masks_of_0_and_255_are_told_with_the_map_to_put_into_the_recipe(check, 
     for path in masks_of(place.root):
         rewrite(path, lambda mask: np.where(mask == 1, 255, 0).astype(np.uint8))
     two = "data.custom.classes=[ground, thing]"
-    for script in (train.main, main):
-        words = place.train(two) if script is train.main else ["check", "--config", str(place.config), two]
-        with pytest.raises(UserError, match="the labeled masks show no other class than ground, and ignored pixels"):
-            script(words)
-    code, _, err = check(two)
-    assert code == 2 and re.search(r"hold 0 \(\d\d\.\d+%\), 255 \(\d\d\.\d+%\)\. If 0 is ground, 255 is thing", err)
+    with pytest.raises(UserError, match="the labeled masks show no other class than ground, and ignored pixels"):
+        train.main(place.train(two))
+    code, _, err = check(two, "--data-only")
+    assert code == 2 and "the labeled masks show no other class than ground" in err
+    assert re.search(r"hold 0 \(\d\d\.\d+%\), 255 \(\d\d\.\d+%\)\. If 0 is ground, 255 is thing", err)
     assert (found := offered(err, "value_map")) == {0: 0, 255: 1}
-    assert check(two, f"data.custom.value_map={found}")[0] == 0
+    assert check(two, f"data.custom.value_map={found}", "--data-only")[0] == 0
 
 
 def test_masks_in_colours_are_told_with_the_map_and_read_by_it(check, place):
@@ -126,20 +139,22 @@ def test_masks_in_colours_are_told_with_the_map_and_read_by_it(check, place):
     before = {path: read_mask(path, SPEC) for path in masks_of(place.root)}
     for path in before:
         rewrite(path, lambda mask: colors[mask])
-    code, _, err = check()
+    code, _, err = check("--data-only")
     assert code == 2 and "found RGB" in err and "(and 5 more of 6 masks)" in err
     assert re.search(r"hold 0,0,0 \(\d+\.\d+%\), 0,90,0 \(.*\), 200,0,0 \(.*\), 255,255,255 \(\d\.\d+%\)\.", err)
     found = offered(err, "color_map")
     assert found == {"0,0,0": 0, "0,90,0": 1, "200,0,0": 2, "255,255,255": 255}
     right = {**found, "0,90,0": 2, "200,0,0": 1}  # which is which only people know
     words = f"data.custom.color_map={right}"
-    assert check(words)[0] == 0
+    assert check(words, "--data-only")[0] == 0
     spec = spec_for(load_config(place.config, {"data.custom.color_map": right}).data)
     assert spec.palette == ((0, 0, 0), (200, 0, 0), (0, 90, 0))  # predictions look like the masks
     for path, mask in before.items():
         np.testing.assert_array_equal(read_mask(path, spec), mask)
     rewrite(masks_of(place.root)[0], lambda mask: np.where(mask == 90, 91, mask))
-    assert re.search(r"illegal mask colours 0,91,0 \(\d+ pixels\); data.custom.color_map names 0,0,0", check(words)[2])
+    assert re.search(
+        r"illegal mask colours 0,91,0 \(\d+ pixels\); data.custom.color_map names 0,0,0", check(words, "--data-only")[2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +190,7 @@ def test_which_map_is_offered(values, classes, found):
 def test_masks_that_were_saved_with_loss(check, place):
     for path in masks_of(place.root):
         rewrite(path, lambda mask: np.arange(mask.size, dtype=np.uint8).reshape(mask.shape))
-    code, _, err = check()
+    code, _, err = check("--data-only")
     assert code == 2 and "and 248 more" in err and "come from JPEG" in err and "put into the recipe" not in err
 
 
@@ -201,7 +216,7 @@ def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
     checks = [shlex.split(line)[3:] for line in commands if line.startswith("python -m allspark check")]
     (make,) = (shlex.split(line)[3:] for line in commands if line.startswith("python -m allspark splits make"))
     Path("blobs.yaml").write_text(first)
-    assert run_main(main, checks[0]) == 2
+    assert run_main(main, [*checks[0], "--data-only"]) == 2
     printed = capsys.readouterr()
     assert "data.custom.value_map: {0: 0, 255: 1}" in printed.out
     value_map = re.search(r"value_map: \{.*?\}", printed.out)[0]
@@ -210,7 +225,7 @@ def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
     main([*make, "--out", "lists"])
     assert "val.txt: 24 images" in capsys.readouterr().out
     lists = [f"--{kind}-id-path=lists/{words(checks[-1], '--split')}/{kind}.txt" for kind in ("labeled", "unlabeled")]
-    main(["check", "--config", "blobs.yaml", *lists, "data.val_id_path=lists/val.txt"])
+    main(["check", "--config", "blobs.yaml", "--data-only", *lists, "data.val_id_path=lists/val.txt"])
     assert capsys.readouterr().out.splitlines()[-1] == "nothing that would stop this run was found"
 
 

@@ -11,6 +11,7 @@ from runs import FILES, assert_finite_losses, assert_same_tensors, load
 from test_methods import CASES, learning
 
 import train
+from allspark.config import load_recipe
 from allspark.errors import run_main
 from allspark.models.weights import from_released
 
@@ -84,6 +85,16 @@ def test_tensorboard_shows_images_and_the_memory(finished, read_metrics):
     assert events.Scalars("memory/left")[-1].value == pytest.approx(fill["left"])
 
 
+def test_pictures_do_not_fill_the_disk():
+    def shown(epochs, interval):
+        recipe = load_recipe("camvid", "supervised", {"epochs": epochs, "evaluation.interval": interval})
+        evaluated = [epoch for epoch in range(epochs) if epoch + 1 == epochs or (epoch + 1) % interval == 0]
+        return [epoch for epoch in evaluated if train.pictures_after(epoch, recipe)]
+
+    assert shown(3, 1) == [0, 1, 2] and shown(7, 3) == [2, 5, 6]
+    assert len(shown(240, 1)) == 20 and shown(240, 1)[-1] == 239 and 20 <= len(shown(90, 2)) <= 24
+
+
 # The batch
 
 
@@ -101,7 +112,7 @@ def test_what_differs_from_the_recipe_is_a_table(place, capsys):
     rows = {line.split()[2]: line.split()[3:] for line in lines if len(line.split()) > 4}
     assert rows["differs"][-2:] == ["there", "here"]
     assert rows["batch_size"] == ["16", "2"] and rows["optim.lr"] == ["0.001", "0.01"] and rows["seed"] == ["0", "3"]
-    assert rows["learning"] == ["rate", "0.01", "for", "16", "0.00125", "in", "this", "run"]
+    assert rows["learning"] == ["rate", "0.01", "(batch", "16)", "0.00125", "(batch", "2)"]
     assert yaml.safe_load((place.run / "config.yaml").read_text(encoding="utf-8"))["optim"]["lr_batch"] == 16
     first = json.loads((place.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["lr"] == pytest.approx(0.00125)

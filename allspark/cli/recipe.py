@@ -58,10 +58,11 @@ def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     published = complete(load_recipe(args.dataset, args.method))
     lists = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
     changed = [line.partition(": ") for line in differences(to_plain(published), to_plain(recipe))]
-    rows = [(key, *values.split(" -> ")) for key, _, values in changed if key not in lists]
+    rows = [(key, *values.split(" -> ")) for key, _, values in changed if key not in (*lists, "optim.lr_batch")]
     lr = scaled(recipe.optim, recipe.batch_size).lr
     if lr != recipe.optim.lr:
-        rows.append(("learning rate", f"{recipe.optim.lr:g} for {recipe.optim.lr_batch}", f"{lr:g} in this run"))
+        there, here = f"{recipe.optim.lr:g} (batch {recipe.optim.lr_batch})", f"{lr:g} (batch {recipe.batch_size})"
+        rows.append(("learning rate", there, here))
     if not rows:
         return ["the recipe is that of configs/"]
     table = [("differs from configs/", "there", "here"), *rows]

@@ -191,7 +191,11 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
     remedy = how_to_get(spec.splits, None, "val") if data.val_id_path is None else ""
     if custom is not None and data.val_id_path is None:
-        remedy = "Name data.custom.val_images and val_masks, or draw it with the split: `splits make --val 1_5 ...`"
+        make = (
+            f"--train {custom.labeled_images or 'LIST'} --masks {custom.labeled_masks or 'DIR'} --val 1_5 --sizes 1_8"
+        )
+        remedy = "Name data.custom.val_images and val_masks, or draw it from your images, together with a split: "
+        remedy += f"python -m allspark splits make --config FILE {make}"
     return read_entries(existing(path, key, remedy), root, spec.mask_path)
 
 

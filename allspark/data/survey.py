@@ -88,7 +88,7 @@ def survey(data: DataConfig, spec: DatasetSpec, lists: Lists, at_most: int | Non
         found.notes.append(f"of these {len(samples)} were opened; without --quick it is all of them")
     found.add(unreadable(looks, skip=data.on_bad_sample == "skip"))
     found.add(sizes(looks, data.crop_size))
-    found.add(mask_values(looks, spec, data.custom))
+    found.add(mask_values(looks, spec, data.custom, skip=data.on_bad_sample == "skip"))
     found.warnings += [*overlaps(lists), *copies(looks)]
     return found
 
@@ -173,10 +173,16 @@ def unreadable(looks: Sequence[Look], skip: bool) -> Findings:
     """Files that are no images, each by name up to a bound. Those that training will replace are warnings."""
     found = Findings()
     for kind in KINDS:
-        bad = [(error, seen) for seen in looks if seen.kind == kind for error in seen.errors]
-        replaced = [str(e) for e, _ in bad if skip and kind != "val" and isinstance(e, BadSample)]
-        found.warnings += bounded([f"{kind} sample that training will replace: {told}" for told in replaced], kind)
-        found.problems += bounded([str(e) for e, _ in bad if str(e) not in replaced], kind)
+        replaced, errors = [], []
+        of_kind = [seen for seen in looks if seen.kind == kind]
+        replaceable = skip and kind != "val" and not all(seen.errors for seen in of_kind)
+        for error in (error for seen in of_kind for error in seen.errors):
+            if replaceable and isinstance(error, BadSample):
+                replaced.append(f"{kind} sample that training will replace: {error}")
+            else:
+                errors.append(str(error))
+        found.warnings += bounded(replaced, kind)
+        found.problems += bounded(errors, kind)
     return found
 
 
@@ -200,7 +206,7 @@ def sizes(looks: Sequence[Look], crop: int) -> Findings:
     return found
 
 
-def mask_values(looks: Sequence[Look], spec: DatasetSpec, custom: CustomDataConfig | None) -> Findings:
+def mask_values(looks: Sequence[Look], spec: DatasetSpec, custom: CustomDataConfig | None, skip: bool) -> Findings:
     """What the masks of labeled and val hold: pixels of each class, or the values that are none and a map for them."""
     found = Findings()
     masks = [seen for seen in looks if seen.values]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from allspark.evaluation.pictures import PAPER, Palette, colorize, to_rgb
 
-SIDE = 320  # pixels; the most that a panel has in width or height
+SIDE = 256  # pixels; the most that a panel has in width or height
 GAP = 4
 
 

@@ -122,11 +122,18 @@ class Sums:
         count = end - self.top
         mean = self.total[..., :count, :] / self.seen[:count]
         for tensor in (self.total, self.seen):
-            rest = tensor[..., count:, :].clone()
-            tensor[..., : rest.shape[-2], :] = rest
-            tensor[..., rest.shape[-2] :, :] = 0
+            move_up(tensor, count)
         self.top = end
         return mean
+
+
+def move_up(tensor: Tensor, count: int) -> None:
+    """The rows (..., rows, width) move up by `count` in place, zeros follow."""
+    rest = tensor.shape[-2] - count
+    for first in range(0, rest, count):  # blocks that do not overlap where they came from: no copy of all of it
+        rows = min(count, rest - first)
+        tensor[..., first : first + rows, :] = tensor[..., first + count : first + count + rows, :]
+    tensor[..., rest:, :] = 0
 
 
 class Rows:
