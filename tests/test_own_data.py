@@ -17,11 +17,12 @@ from allspark.config import CustomDataConfig, load_config
 from allspark.data import spec_for, survey
 from allspark.data.base import read_mask
 from allspark.data.custom import make_spec
-from allspark.data.splits import resolve
+from allspark.data.splits import read_list, resolve
 from allspark.errors import UserError, run_main
 
 assert "tiny" in ENCODERS  # of test_methods
 pytestmark = pytest.mark.usefixtures("one_thread")
+SPLIT = ("1_1/labeled", "1_1/unlabeled")
 TUTORIAL = Path(train.__file__).parent / "docs" / "own_data.md"
 
 
@@ -104,7 +105,7 @@ def test_files_that_training_will_replace_are_no_problem(check, place):
     (place.root / "images/unlabeled/unlabeled3.png").write_text("hello")
     code, out, _ = check("data.on_bad_sample=skip", "--data-only")
     told = [line for line in out if line.startswith("WARNING: ") and "that training will replace: " in line]
-    assert code == 0 and len(told) == 2 and "unlabeled3.png" in "".join(told) and "labeled2.png" in "".join(told)
+    assert code == 0 and len(told) == 2 and "unlabeled3.png" in told[0] and "labeled2.png: illegal" in told[1]
     for path in (place.root / "images/unlabeled").iterdir():
         path.write_text("hello")
     (place.root / "images/val/val0.png").write_text("hello")
@@ -231,3 +232,21 @@ def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
 
 def words(command, option):
     return command[command.index(option) + 1]
+
+
+def test_images_without_a_mask_are_unlabeled_in_every_split(place, capsys, tmp_path):
+    """One folder of images, one of masks for some of them: then all of these may be labeled."""
+    (place.root / "masks/labeled/labeled1.png").unlink()
+    make = ["splits", "make", "--config", place.config, "--train", "images/labeled", "--masks", "masks/labeled"]
+    main([*map(str, make), "--sizes", "3,1", "--out", str(tmp_path / "lists")])
+    assert "1 images have no mask, such as " in capsys.readouterr().out
+    labeled, unlabeled = ((tmp_path / f"lists/3/{kind}.txt").read_text() for kind in ("labeled", "unlabeled"))
+    assert len(labeled.splitlines()) == 3 and unlabeled == "images/labeled/labeled1.png\n"
+    assert (tmp_path / "lists/1/unlabeled.txt").read_text().splitlines()[-1] == "images/labeled/labeled1.png"
+    main([*map(str, make), "--sizes", "1_1", "--val", "1_3", "--out", str(tmp_path / "val")])
+    val, labeled, unlabeled = (read_list(tmp_path / "val" / f"{x}.txt", place.root) for x in ("val", *SPLIT))
+    assert [len(val), len(labeled), len(unlabeled)] == [1, 2, 1] and not set(val) & set(labeled)
+    for path in masks_of(place.root):
+        rewrite(path, lambda mask: np.where(mask == 1, 255, 0).astype(np.uint8))
+    assert run_main(main, [*map(str, make), "--sizes", "1", "--out", str(tmp_path / "none")]) == 2
+    assert re.search("one of 3 classes at most, and ignored pixels.*allspark check", capsys.readouterr().err)

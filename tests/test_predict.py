@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import struct
 
 import cv2
 import numpy as np
@@ -304,6 +305,22 @@ def test_a_video_that_is_cut_short_is_told(predict, clip, photos, tmp_path, capf
         predict(clip, tmp_path / "text.mp4", photos / "a.png", "--index-only")
     assert (tmp_path / "out/a.png").is_file() and (tmp_path / "out/clip/000001.png").is_file()
     assert not capfd.readouterr().err, "what FFmpeg has to say would be a second message"
+
+
+def test_a_video_stands_upright(tmp_path):
+    """Turned by a quarter as a phone writes it: by the matrix of the track's header, the pixels as they were."""
+    path = tmp_path / "phone.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), 10, (96, 64))
+    frame = np.zeros((64, 96, 3), np.uint8)
+    frame[:32, :48] = 255
+    for _ in range(3):
+        writer.write(frame)
+    writer.release()
+    content = bytearray(path.read_bytes())
+    struct.pack_into(">9i", content, content.index(b"tkhd") + 44, 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
+    path.write_bytes(content)
+    shown = next(video.frames(path))[1]
+    assert shown.shape == (96, 64, 3) and np.abs(shown.astype(int) - np.rot90(frame, -1)).mean() < 5
 
 
 def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):

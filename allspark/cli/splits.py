@@ -12,10 +12,20 @@ from typing import Any
 from allspark.cli import published
 from allspark.config import DataConfig, load_config, root_variable
 from allspark.data import DATASETS, spec_for
+from allspark.data.base import Sample
 from allspark.data.draw import hold_out, make_splits, parse_sizes, write_splits
 from allspark.data.layouts import LAYOUTS, layout_of
 from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images, roots
-from allspark.data.splits import existing, find_data, folder_entries, read_entries, read_list, samples_hash
+from allspark.data.splits import (
+    Entry,
+    existing,
+    find_data,
+    folder_entries,
+    folder_reader,
+    read_entries,
+    read_list,
+    samples_hash,
+)
 from allspark.errors import UserError
 
 OUTCOMES = (
@@ -91,25 +101,36 @@ def make(args: argparse.Namespace) -> None:
     data = data_config(args)
     spec = spec_for(data)
     root = find_data(data, spec)
+    bare: list[Entry] = []
     if args.masks is None:
         entries = read_entries(existing(Path(args.train), "--train"), root, spec.mask_path)
     else:
-        entries = folder_entries(root, args.train, args.masks)
+        entries, bare = without_masks(folder_entries(root, args.train, args.masks))
     val = None
     if args.val is not None:
         count, *others = parse_sizes(args.val, len(entries), "--val").values()
         if others:
             raise UserError(f"--val {args.val}: give one size, such as 1_5")
         val, entries = hold_out(entries, count, args.seed)
-    splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed)
+    splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed, bare)
     out = args.out or SPLITS_ROOT / spec.splits
     write_splits(splits, root, out, args.force, val)
+    if bare:
+        print(f"{len(bare)} images have no mask, such as {bare[0].sample.image}: unlabeled in every split")
     if val is not None:
         digest = samples_hash([entry.sample for entry in val], root)
         print(f"{out / 'val.txt'}: {len(val)} images to evaluate on, sha256 {digest[:12]}")
     for name, (labeled, unlabeled) in splits.items():
         digest = samples_hash([entry.sample for entry in labeled], root)
         print(f"{out / name}: {len(labeled)} labeled, {len(unlabeled)} unlabeled, sha256 {digest[:12]}")
+
+
+def without_masks(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """The images of a folder that have a mask, and those that have none, unless it is all of them."""
+    exists = folder_reader()
+    masked = [entry for entry in entries if exists(entry.sample.mask)]
+    bare = [Entry(Sample(entry.sample.image), entry.source) for entry in entries if not exists(entry.sample.mask)]
+    return (masked, bare) if masked else (entries, [])
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:

@@ -15,28 +15,35 @@ from allspark.errors import UserError
 
 
 def make_splits(
-    entries: Sequence[Entry], spec: DatasetSpec, sizes: dict[str, int], seed: int
+    entries: Sequence[Entry], spec: DatasetSpec, sizes: dict[str, int], seed: int, bare: Sequence[Entry] = ()
 ) -> dict[str, tuple[list[Entry], list[Entry]]]:
     """Split name -> (labeled entries in the order they were drawn, unlabeled entries in the order of the train list).
 
-    Every labeled list is a prefix of the same sequence, so a smaller one is contained in a larger one.
+    Every labeled list is a prefix of the same sequence, so a smaller one is contained in a larger one. bare: images
+    without a mask, unlabeled in every split.
     """
     for entry in entries:
         if entry.sample.mask is None:
             raise UserError(
                 f"{entry.source}: {entry.sample.image} has no mask; a balanced draw needs the train list's masks"
             )
+    most = len(entries) - (not bare)
     for name, size in sizes.items():
-        if not 0 < size < len(entries):
-            raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{len(entries) - 1}")
+        if not 0 < size <= most:
+            raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{most}")
     check_files(entries)
-    pixels = at_once([partial(class_pixels, entry.sample, spec) for entry in entries])
-    drawn = balanced_order(np.stack(pixels), max(sizes.values()), seed)
+    pixels = np.stack(at_once([partial(class_pixels, entry.sample, spec) for entry in entries]))
+    if (pixels.sum(0) > 0).sum() < 2 <= spec.num_classes and pixels.sum() < len(pixels):
+        raise UserError(
+            f"the masks show one of {spec.num_classes} classes at most, and ignored pixels, so there is nothing to "
+            "balance; `python -m allspark check` tells what they hold and which map to put into the recipe"
+        )
+    drawn = balanced_order(pixels, max(sizes.values()), seed)
     splits = {}
     for name, size in sizes.items():
         chosen = set(drawn[:size])
         rest = [entry for index, entry in enumerate(entries) if index not in chosen]
-        splits[name] = ([entries[index] for index in drawn[:size]], rest)
+        splits[name] = ([entries[index] for index in drawn[:size]], [*rest, *bare])
     return splits
 
 

@@ -207,24 +207,17 @@ def sizes(looks: Sequence[Look], crop: int) -> Findings:
 
 
 def mask_values(looks: Sequence[Look], spec: DatasetSpec, custom: CustomDataConfig | None, skip: bool) -> Findings:
-    """What the masks of labeled and val hold: pixels of each class, or the values that are none and a map for them."""
-    found = Findings()
-    masks = [seen for seen in looks if seen.values]
-    illegal = [seen for seen in masks if seen.illegal is not None]
-    if illegal:
-        others = f" (and {len(illegal) - 1} more of {len(masks)} masks)" if len(illegal) > 1 else ""
-        colored = illegal[0].colored
-        alike = [seen for seen in masks if seen.colored == colored]
-        found.problems.append(f"{illegal[0].illegal}{others}. {remedy(total(alike), colored, spec, custom)}")
-    legal = [seen for seen in masks if seen.illegal is None]
+    """What the masks of labeled and val hold: values that are no class, with a map; the pixels of each class."""
+    found = illegal_values([seen for seen in looks if seen.values], spec, custom, skip)
+    legal = [seen for seen in looks if seen.values and seen.illegal is None]
     shown = {kind: classes_of([seen for seen in legal if seen.kind == kind], spec) for kind in ("labeled", "val")}
     found.notes += class_table(spec, shown)
     absent = [name for name, (images, _) in zip(spec.classes, shown["labeled"], strict=True) if not images]
-    if not absent or not any(seen.kind == "labeled" for seen in legal) or illegal:
+    if not absent or not any(seen.kind == "labeled" for seen in legal) or found.problems:
         return found
     if len(absent) == spec.num_classes:
         found.problems.append(f"no pixel of the labeled masks has a class, all are {spec.ignore_index}")
-    elif len(absent) == spec.num_classes - 1 and ignored(legal, spec):
+    elif len(absent) == spec.num_classes - 1 and decoded(total(legal), spec)[IGNORE_INDEX]:
         one = next(name for name in spec.classes if name not in absent)
         found.problems.append(
             f"the labeled masks show no other class than {one}, and ignored pixels. "
@@ -235,8 +228,26 @@ def mask_values(looks: Sequence[Look], spec: DatasetSpec, custom: CustomDataConf
     return found
 
 
+def illegal_values(masks: Sequence[Look], spec: DatasetSpec, custom: CustomDataConfig | None, skip: bool) -> Findings:
+    """One problem for all masks with values that are no class, or with colours; a warning if training replaces them."""
+    illegal = [seen for seen in masks if seen.illegal is not None]
+    if not illegal:
+        return Findings()
+    first, *others = illegal
+    more = f" (and {len(others)} more of {len(masks)} masks)" if others else ""
+    alike = [seen for seen in masks if seen.colored == first.colored]
+    told = f"{first.illegal}{more}. {remedy(total(alike), first.colored, spec, custom)}"
+    labeled = [seen for seen in masks if seen.kind == "labeled"]
+    if skip and all(seen.kind == "labeled" for seen in illegal) and len(illegal) < len(labeled):
+        return Findings(warnings=[f"{len(illegal)} labeled samples that training will replace: {told}"])
+    return Findings(problems=[told])
+
+
 def total(looks: Iterable[Look]) -> Counter:
-    return sum((seen.values for seen in looks), Counter())
+    values: Counter = Counter()
+    for seen in looks:
+        values.update(seen.values)
+    return values
 
 
 def decoded(values: Counter, spec: DatasetSpec) -> Counter:
@@ -247,10 +258,6 @@ def decoded(values: Counter, spec: DatasetSpec) -> Counter:
     for index, count in zip(indices.tolist(), values.values(), strict=True):
         found[index] += count
     return found
-
-
-def ignored(looks: Sequence[Look], spec: DatasetSpec) -> bool:
-    return decoded(total(looks), spec)[IGNORE_INDEX] > 0
 
 
 def classes_of(looks: Sequence[Look], spec: DatasetSpec) -> list[tuple[int, float]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from allspark.batch import normalize
 from allspark.evaluation.inference import Inference, resize, scaled_size, windows_of
 
-MAX_SCORES = 10**8  # of a batch, held at once: 0.4 GB, and two or three times that while they are averaged
+MAX_SCORES = 2 * 10**8  # of a batch, held at once: 0.8 GB, and two or three times that while they are averaged
 ROWS = 64  # that are given away at a time
 
 Size = tuple[int, int]  # height, width
