@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from allspark.config import INSTALLED, SHIPPED
+from allspark.config import CONFIG_ROOT, INSTALLED
 from allspark.errors import UserError, run_main
 
 SCRIPTS = {
@@ -53,8 +53,8 @@ def script(name: str) -> Callable[[Sequence[str]], None]:
     """The main function of train.py or eval.py."""
     if INSTALLED:
         return loaded(f"allspark.{name}").main
-    if str(SHIPPED) not in sys.path:
-        sys.path.insert(0, str(SHIPPED))  # and so in the processes of a loader, too, which may have to import it again
+    if (top := str(CONFIG_ROOT.parent)) not in sys.path:
+        sys.path.insert(0, top)  # and so in the processes of a loader, too, which may have to import it again
     return loaded(name).main
 
 

@@ -21,8 +21,7 @@ from allspark.untrusted import parse_yaml
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel holds configs, splits, train.py and eval.py inside the package
-SHIPPED = PACKAGE if INSTALLED else PACKAGE.parent  # where these are
-CONFIG_ROOT = SHIPPED / "configs"
+CONFIG_ROOT = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"  # the others lie beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +199,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None, source: str) -> Recipe:
     """Fill the dataclasses; every unknown key, missing key or wrong type is an error that names the key's full path."""
     given = {full_key(key): value for key, value in (overrides or {}).items()}
-    stated = content.get("batch_size")
+    stated = content.get("batch_size") if isinstance(content, Mapping) else None
     for key, value in given.items():
         content = merge(content, _nest(key, value))
     recipe = _with_lr_batch(_convert(content, Recipe, "", source), stated)

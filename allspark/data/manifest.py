@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from allspark.config import INSTALLED, SHIPPED
+from allspark.config import CONFIG_ROOT, INSTALLED
 from allspark.errors import UserError
 
-SHIPPED_SPLITS = SHIPPED / "splits"
+SHIPPED_SPLITS = CONFIG_ROOT.parent / "splits"
 SPLITS_ROOT = Path("splits") if INSTALLED else SHIPPED_SPLITS  # where lists are written, and looked for first
 MANIFEST = SHIPPED_SPLITS / "manifest.yaml"
 RAW = "https://raw.githubusercontent.com"
