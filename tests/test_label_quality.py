@@ -67,7 +67,7 @@ def samples(tmp_path) -> list[Sample]:
     rng, samples = np.random.default_rng(0), []
     for index, (height, width) in enumerate(SIZES):
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
-        right = normalize(torch.from_numpy(image).permute(2, 0, 1)).argmax(0).numpy().astype(np.uint8)
+        right = normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)).argmax(0).numpy().astype(np.uint8)
         mask = np.where(rng.random((height, width)) < 0.5, right, rng.integers(0, 3, (height, width), np.uint8))
         mask[rng.random((height, width)) < 0.1] = 255
         sample = Sample(tmp_path / f"{index}.png", tmp_path / f"{index}_mask.png")
@@ -80,7 +80,7 @@ def samples(tmp_path) -> list[Sample]:
 def pixels(sample):
     """(pseudo-label, confidence, truth) of each pixel of the center crop."""
     image, mask = read_image(sample.image), read_mask(sample.mask, SPEC)
-    channels = normalize(torch.from_numpy(image).permute(2, 0, 1)).tolist()
+    channels = normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)).tolist()
     height, width = mask.shape
     top, left = max(0, (height - CROP) // 2), max(0, (width - CROP) // 2)
     found = []
