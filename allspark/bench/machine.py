@@ -12,7 +12,8 @@ import torch
 from allspark.bench.measure import Run, timed
 from allspark.engine.step import AUTOCAST, set_precision
 
-ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")  # variables that begin so decide on speed
+# Variables that begin so decide on speed
+ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")
 LEAST_SECONDS = 0.3  # that a rate is measured for
 
 
