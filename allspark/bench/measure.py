@@ -76,7 +76,7 @@ def measure(
     """A Row per side, timed in turn: in every round each side runs twice, and the second counts. In training a step
     follows its like, and does not find the caches of the processor and of malloc as another formulation left them.
 
-    work: also how much it is and how much memory it takes, for which each side runs once or twice more.
+    work: also how much it is and how much memory it takes, for which each side runs once more (on a GPU twice).
     """
     seconds: list[list[float]] = [[] for _ in sides]
     with tqdm(total=repeats * len(sides), desc=case, unit="turn", leave=False, disable=None) as bar:

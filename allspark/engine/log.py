@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from allspark.engine.files import write_text, writing
-from allspark.engine.step import Stepper
+from allspark.engine.step import Stepper, mean_losses
 from allspark.errors import Stopped, UserError
 
 METRICS = "metrics.jsonl"
@@ -186,11 +186,10 @@ def quiet_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def mean_values(kept: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """The mean of each loss over the steps that had it and a number for it, in one transfer; None: none had."""
-    names = list(dict.fromkeys(name for losses in kept for name in losses))
-    values = [torch.stack([losses[name].float() for losses in kept if name in losses]) for name in names]
-    means = torch.stack([torch.where(value.isfinite(), value, math.nan).nanmean() for value in values]).tolist()
-    return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means, strict=True)}
+    """mean_losses of the steps as numbers, in one transfer; None: no step had one."""
+    means = mean_losses(kept)
+    numbers = torch.stack(list(means.values())).tolist()
+    return {name: number if math.isfinite(number) else None for name, number in zip(means, numbers, strict=True)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -67,8 +68,10 @@ def accumulating(network: nn.Module, last: bool) -> Iterator[None]:
 
 
 def mean_losses(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Of the passes of a step: each loss on average, without its graph."""
-    return {name: torch.stack([part[name].detach() for part in parts]).mean(0) for name in parts[0]}
+    """Each loss on average over those passes or steps that had it and a number for it, without its graph; NaN: none."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    stacked = {name: torch.stack([part[name].detach().float() for part in parts if name in part]) for name in names}
+    return {name: torch.where(values.isfinite(), values, math.nan).nanmean() for name, values in stacked.items()}
 
 
 class Stepper:

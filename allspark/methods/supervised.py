@@ -13,7 +13,7 @@ class Supervised(Method):
 
     takes_bottleneck = False  # the branch of the unlabeled images would never get a gradient
 
-    def __init__(self, criterion: Criterion, *, labeled_view: str = "strong") -> None:
+    def __init__(self, criterion: Criterion, *, labeled_view: str = "weak") -> None:
         super().__init__(criterion)
         self.views = Views(labeled=labeled_view, unlabeled=False)
 
