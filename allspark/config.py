@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import inspect
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from allspark.errors import UserError, shown
+from allspark.ranges import check_ranges
 from allspark.untrusted import parse_yaml
 
 PACKAGE = Path(__file__).resolve().parent
@@ -103,6 +103,8 @@ class CriterionConfig:
     name: Literal["ce", "ohem"] = "ce"
     thresh: float = 0.7
     min_kept: int = 200_000  # per process, as released
+    class_weights: tuple[float, ...] | None = None  # of ce, one for each class, for classes that are rare
+    dice: float = 0.0  # weight of a Dice loss that is added: an area counts by its class's size, not by pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +208,7 @@ def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
     root = os.environ.get(root_variable(recipe.data.dataset))
     if root and "data.data_root" not in given:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data_root=root))
-    _check_ranges(recipe, source)
+    check_ranges(recipe, source)
     return recipe
 
 
@@ -221,55 +223,6 @@ def _with_lr_batch(recipe: Recipe, stated: Any) -> Recipe:
 def root_variable(dataset: str) -> str:
     """The environment variable that names the root of a data set."""
     return "ALLSPARK_DATA_" + re.sub(r"\W", "_", dataset.upper())
-
-
-INF = 2**31 - 1  # of a count: no upper end that anybody meets
-RANGES = {  # key path -> smallest and largest value; None is left alone
-    "epochs": (1, INF),
-    "batch_size": (1, INF),
-    "micro_batch": (1, INF),
-    "burn_in_epochs": (0, INF),
-    "seed": (0, 2**31 - 1),
-    "log_interval": (1, INF),
-    "checkpoint_interval": (0, INF),
-    "checkpoint_minutes": (0, 1e6),
-    "optim.max_skipped": (1, INF),
-    "data.crop_size": (64, 2**14),
-    "data.num_workers": (0, 1024),
-    "data.timeout": (1, 1e6),
-    "model.decoder_channels": (1, 2**14),
-    "model.drop_path": (0, 0.99),
-    "model.dropout": (0, 0.99),
-    "model.bottleneck.dropout": (0, 0.99),
-    "model.bottleneck.num_heads": (1, 64),
-    "optim.lr_multi": (0, 1e6),
-    "optim.lr_batch": (1, INF),
-    "optim.clip_norm": (1e-6, 1e9),
-    "optim.momentum": (0, 0.9999),
-    "optim.weight_decay": (0, 1e3),
-    "optim.power": (0, 100),
-    "criterion.thresh": (0, 1),
-    "criterion.min_kept": (0, INF),
-    "evaluation.interval": (1, INF),
-    "evaluation.window": (32, 2**14),
-    "evaluation.pseudo_labels": (0, INF),
-    "evaluation.pictures": (0, 1000),
-}
-
-
-def _check_ranges(recipe: Recipe, source: str) -> None:
-    for path, (least, most) in RANGES.items():
-        value = functools.reduce(getattr, path.split("."), recipe)
-        if value is not None and not least <= value <= most:  # which no nan is
-            want = f"at most {most}" if value > most else f"at least {least}"
-            raise UserError(f"{source}: {path}={value} must be {want}")
-    if not 0 < recipe.optim.lr < INF:
-        raise UserError(f"{source}: optim.lr={recipe.optim.lr} must be above 0 and below {INF}")
-    low, high = recipe.data.scale_range
-    if not 0.01 <= low <= high <= 100:
-        raise UserError(
-            f"{source}: data.scale_range=[{low}, {high}] must be two factors of 0.01..100, the smaller first"
-        )
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:

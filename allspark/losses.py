@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross-entropy over the pixels that are not ignored."""
+    """Mean cross-entropy over the pixels that are not ignored. weights: of each class, for a weighted mean."""
 
-    def __init__(self, ignore_index: int = 255) -> None:
+    def __init__(self, ignore_index: int = 255, weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        # No part of a checkpoint: the recipe has them
+        self.register_buffer("weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        total = F.cross_entropy(logits, mask, ignore_index=self.ignore_index, reduction="sum")
-        return total / (mask != self.ignore_index).sum().clamp(min=1)
+        total = F.cross_entropy(logits, mask, self.weights, ignore_index=self.ignore_index, reduction="sum")
+        valid = mask != self.ignore_index
+        if self.weights is None:
+            return total / valid.sum().clamp(min=1)
+        return total / (self.weights[mask.where(valid, 0)] * valid).sum().clamp(min=1e-6)
 
 
 class OHEM(nn.Module):
@@ -39,6 +46,36 @@ class OHEM(nn.Module):
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 
 
+class Dice(nn.Module):
+    """1 - 2 |P ∩ Y| / (|P| + |Y|) with probabilities P, averaged over the classes Y of the batch's labels (V-Net, 2016,
+    without its squares).
+    """
+
+    def __init__(self, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+        valid = (mask != self.ignore_index).unsqueeze(1)
+        labels = torch.arange(logits.shape[1], device=mask.device).view(1, -1, 1, 1)
+        prob, truth = logits.float().softmax(1) * valid, ((mask.unsqueeze(1) == labels) & valid).float()
+        areas = truth.sum((0, 2, 3))
+        scores = 2 * (prob * truth).sum((0, 2, 3)) / (prob.sum((0, 2, 3)) + areas).clamp(min=1e-6)
+        there = areas > 0
+        return ((1 - scores) * there).sum() / there.sum().clamp(min=1)
+
+
+class WithDice(nn.Module):
+    """A criterion plus `weight` times Dice."""
+
+    def __init__(self, criterion: nn.Module, weight: float, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.criterion, self.dice, self.weight = criterion, Dice(ignore_index), weight
+
+    def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return self.criterion(logits, mask) + self.weight * self.dice(logits, mask)
+
+
 def consistency_loss(
     logits: Tensor, label: Tensor, keep: Tensor | None = None, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +92,15 @@ def consistency_loss(
     return (loss * counted).sum() / total, counted.sum() / total
 
 
-def build_criterion(name: str, ignore_index: int, *, thresh: float, min_kept: int) -> nn.Module:
-    """The labeled loss of a recipe, `criterion.*`: ce | ohem."""
-    return OHEM(thresh, min_kept, ignore_index) if name == "ohem" else CrossEntropy(ignore_index)
+def build_criterion(
+    name: str,
+    ignore_index: int,
+    *,
+    thresh: float,
+    min_kept: int,
+    class_weights: Sequence[float] | None = None,
+    dice: float = 0.0,
+) -> nn.Module:
+    """The labeled loss of a recipe, `criterion.*`: ce | ohem, ce with a weight for each class, either with Dice."""
+    criterion = OHEM(thresh, min_kept, ignore_index) if name == "ohem" else CrossEntropy(ignore_index, class_weights)
+    return WithDice(criterion, dice, ignore_index) if dice else criterion

@@ -5,8 +5,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from allspark.losses import OHEM, CrossEntropy
+from allspark.cli.recipe import build_method
+from allspark.config import load_recipe
+from allspark.data import spec_for
+from allspark.errors import UserError
+from allspark.losses import OHEM, CrossEntropy, Dice, build_criterion
 
 
 @pytest.mark.parametrize(("thresh", "min_kept"), [(0.3, 0), (0.3, 20), (0.3, 60), (0.9, 5), (0.3, 95), (0.3, 1000)])
@@ -32,3 +37,45 @@ def test_ohem_equals_a_loop(thresh, min_kept):
 def test_labels_beyond_the_ignore_index_fail_loudly():
     with pytest.raises((IndexError, RuntimeError)):
         CrossEntropy()(torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 7))
+
+
+def test_class_weights_are_those_of_a_weighted_mean():
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 3, 5, 4), torch.randint(0, 3, (2, 5, 4))
+    mask[0, :2] = 255
+    weights = (0.5, 0.0, 4.0)
+    expected = F.cross_entropy(logits, mask, torch.tensor(weights), ignore_index=255)
+    torch.testing.assert_close(CrossEntropy(255, weights)(logits, mask), expected)
+    assert not CrossEntropy(255, weights).state_dict()  # a checkpoint without them goes on
+
+
+def test_dice_counts_areas():
+    """Against sets of pixels: hard predictions, a class without a label, an ignored corner."""
+    torch.manual_seed(0)
+    mask, predicted = torch.randint(0, 3, (2, 6, 6)), torch.randint(0, 4, (2, 6, 6))
+    mask[:, :2, :2] = 255
+    logits = 100.0 * F.one_hot(predicted, 4).permute(0, 3, 1, 2)
+    scores = []
+    for index in range(3):
+        truth = {tuple(place) for place in (mask == index).nonzero().tolist()}
+        found = {tuple(place) for place in ((predicted == index) & (mask != 255)).nonzero().tolist()}
+        scores.append(2 * len(truth & found) / (len(truth) + len(found)))
+    torch.testing.assert_close(Dice(255)(logits, mask), torch.tensor(1 - sum(scores) / 3))
+    both = build_criterion("ce", 255, thresh=0.7, min_kept=0, dice=0.5)(logits, mask)
+    torch.testing.assert_close(both, CrossEntropy(255)(logits, mask) + 0.5 * Dice(255)(logits, mask))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"criterion.class_weights": [1, 2]}, r"class_weights=\[1.0, 2.0\]: give 11 numbers.*sky"),
+        ({"criterion.class_weights": [0] * 11}, "not all 0"),
+        ({"criterion.class_weights": [-1] + [1] * 10}, "from 0 on"),
+        ({"criterion.class_weights": [1] * 11, "criterion": "ohem"}, "use criterion=ce"),
+        ({"criterion.dice": -1}, "criterion.dice=-1.0 must be at least 0"),
+    ],
+)
+def test_class_weights_that_do_not_fit(words, message):
+    with pytest.raises(UserError, match=f"(?i){message}"):
+        recipe = load_recipe("camvid", "supervised", words)
+        build_method(recipe, spec_for(recipe.data))

@@ -16,7 +16,7 @@ from allspark.data import DATASETS, shapes
 from allspark.data.base import Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
-from allspark.losses import OHEM, CrossEntropy, consistency_loss
+from allspark.losses import OHEM, CrossEntropy, WithDice, consistency_loss
 from allspark.methods import METHODS, Progress
 from allspark.methods.base import joint_forward
 from allspark.models.bottleneck import CrossBatch
@@ -354,7 +354,8 @@ def test_cutmix_takes_another_image():
 def test_losses_without_a_pixel_are_zero():
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     ignored = torch.full((2, 4, 4), 255)
-    for criterion in (CrossEntropy(), OHEM(0.7, 100)):
+    weighted = CrossEntropy(weights=(1.0, 2.0, 0.0))
+    for criterion in (CrossEntropy(), OHEM(0.7, 100), weighted, WithDice(CrossEntropy(), 1.0)):
         loss = criterion(logits, ignored)
         loss.backward()
         assert loss.item() == 0 and torch.isfinite(logits.grad).all()

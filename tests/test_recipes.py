@@ -33,6 +33,8 @@ FOOTING = {
     "criterion.name": ("ce", "ohem", "ce", "ce", "ce", "ce"),
     "criterion.thresh": (0.7,) * 6,
     "criterion.min_kept": (200_000,) * 6,
+    "criterion.class_weights": (None,) * 6,
+    "criterion.dice": (0.0,) * 6,
     "optim.name": ("sgd", "sgd", "sgd", "adamw", "adamw", "adamw"),
     "optim.lr": (0.001, 0.005, 0.001, 6e-4, 1e-3, 6e-5),
     "optim.lr_multi": (10.0, 1.0, 10.0, 1.0, 1.0, 10.0),
@@ -49,6 +51,7 @@ EXCEPTIONS = {  # released: configs/*_baseline_sup.yaml and *_baseline_semi.yaml
     **{("allspark_revised", dataset): {"optim.late": False} for dataset in ("pascal", "cityscapes", "coco")},
 }
 WARMUP = (5, 15, 1, 2, 9, 4)  # of AllSpark
+MOMENTUM = (0.996, 0.996, 0.996, 0.99, 0.98, 0.996)
 ALLSPARK = {
     "warmup_epochs": WARMUP,
     "pseudo_context": "batch",
@@ -68,6 +71,7 @@ REVISED = {
     "cutmix": 0.5,
     "threshold": 0.95,
     "teacher": "ema",
+    "teacher_momentum": MOMENTUM,
 }
 UNIMATCH = {
     "threshold": (0.95, 0.0, 0.95, 0.95, 0.95, 0.95),
@@ -76,17 +80,17 @@ UNIMATCH = {
     "warmup_epochs": WARMUP,
 }
 OPTIONS = {  # all of a method, one value for all data sets or one for each
-    "supervised": {"labeled_view": "strong"},
+    "supervised": {"labeled_view": ("strong", "strong", "strong", "weak", "weak", "weak")},
     "selftrain": {**ALLSPARK, "warmup_epochs": 5},
     "fixmatch": {**UNIMATCH, "labeled_view": "weak", "unlabeled_view": "strong"},
     "unimatch": {**UNIMATCH, "feature_dropout": 0.5},
-    "unimatch_v2": {**UNIMATCH, "threshold": 0.95, "feature_dropout": 0.5, "teacher_momentum": 0.996},
+    "unimatch_v2": {**UNIMATCH, "threshold": 0.95, "feature_dropout": 0.5, "teacher_momentum": MOMENTUM},
     "imas": {
         "threshold": (0.95, 0.7, 0.95, 0.7, 0.95, 0.95),
         "unlabeled_weight": 3.0,
         "labeled_view": "weak",
         "unlabeled_view": "imas",
-        "teacher_momentum": 0.996,
+        "teacher_momentum": MOMENTUM,
         "warmup_epochs": WARMUP,
         "ignore_padding": False,
     },
@@ -96,7 +100,7 @@ OPTIONS = {  # all of a method, one value for all data sets or one for each
         "patch_size": (32, 64, 32, 32, 32, 32),
         "scales": ((0.5, 1.0, 1.5),) * 6,
         "cutmix": 0.5,
-        "teacher_momentum": 0.996,
+        "teacher_momentum": MOMENTUM,
         "warmup_epochs": WARMUP,
         "ignore_padding": True,
     },

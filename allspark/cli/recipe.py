@@ -9,6 +9,7 @@ from pathlib import Path
 from allspark import distributed
 from allspark.batch import Views
 from allspark.config import (
+    CriterionConfig,
     MethodConfig,
     Recipe,
     bind_options,
@@ -90,12 +91,8 @@ def complete(recipe: Recipe) -> Recipe:
 def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
     """The method with its options; it refuses a model that it cannot train."""
     kind = METHODS[recipe.method.name]
-    criterion = build_criterion(
-        recipe.criterion.name,
-        spec.ignore_index,
-        thresh=recipe.criterion.thresh,
-        min_kept=recipe.criterion.min_kept,
-    )
+    check_class_weights(recipe.criterion, spec)
+    criterion = build_criterion(ignore_index=spec.ignore_index, **vars(recipe.criterion))
     if not kind.takes_bottleneck and recipe.model.bottleneck.name != "none":
         raise UserError(
             f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: the bottleneck's "
@@ -103,6 +100,22 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
         )
     facts = {name: getattr(spec, name) for name in kind.facts}
     return kind(criterion, **facts, **recipe.method.options)
+
+
+def check_class_weights(criterion: CriterionConfig, spec: DatasetSpec) -> None:
+    """One for each class, and for a loss that has them."""
+    weights = criterion.class_weights
+    if weights is None:
+        return
+    if criterion.name != "ce":
+        raise UserError(
+            f"criterion.class_weights with criterion={criterion.name}, which chooses pixels itself; use criterion=ce"
+        )
+    if len(weights) != spec.num_classes or not all(0 <= weight <= 1e6 for weight in weights) or not any(weights):
+        raise UserError(
+            f"criterion.class_weights={list(weights)}: give {spec.num_classes} numbers from 0 on, not all 0, in the order "
+            f"{', '.join(spec.classes)}"
+        )
 
 
 def build_loader(recipe: Recipe, lists: Lists, spec: DatasetSpec, views: Views) -> TrainLoader:
