@@ -281,7 +281,7 @@ def measure_labels(
         labeler,
         crops,
         device,
-        threshold=method.threshold,
+        threshold=method.thresholds(),
         batch_size=pass_size(recipe, distributed.world_size()),  # a pass as large as training's own
         num_workers=worker_count(recipe.data.num_workers),
         show=shown.pseudo_label,

@@ -6,6 +6,7 @@ keys of an image's own, a memory that gathers. docs/distributed.md says what dif
 
 from dataclasses import fields as fields_of
 from itertools import repeat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from test_methods import CASES, CLASSES, make_method, quiet_model, takes
 from torch import nn
 
 import train
-from allspark import distributed, masking
+from allspark import distributed, masking, thresholds
 from allspark.config import DataConfig, OptimConfig
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
 from allspark.data.loaders import TrainLoader
@@ -32,7 +33,7 @@ CROP, STEPS, BATCH = 65, 10, 4
 SPEC = DatasetSpec("blocks", tuple("abcde"), tuple((k, k, k) for k in range(CLASSES)), background=0)
 OPTIM = OptimConfig(name="sgd", lr=2e-3, lr_multi=5.0)
 STILL = {"cutmix": 0.0, "feature_dropout": 0.0, "masked": 0.0, "pseudo_context": "image", "background": 0}
-LEARNING = {"threshold": 0.3, "warmup_epochs": 0, "teacher": "ema", "teacher_momentum": 0.9}
+LEARNING = {"threshold": 0.3, "warmup_epochs": 0, "teacher": "ema", "teacher_momentum": 0.9, "class_thresholds": True}
 
 
 class Frozen(nn.BatchNorm2d):
@@ -122,6 +123,7 @@ def run_cases(root):
     with pytest.MonkeyPatch.context() as still:
         still.setattr(masking, "CUTOUT", 0.0)
         shared = {case: losses_of(*case, root, alone=False) for case in CASES}
+        still.setattr(thresholds, "distributed", SimpleNamespace(all_reduce_sum=lambda counts: counts))  # alone
         return shared, {case: losses_of(*case, root, alone=True) for case in CASES[distributed.rank() :: 2]}
 
 

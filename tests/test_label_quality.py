@@ -98,7 +98,7 @@ def by_loops(samples, threshold):
         if truth == 255:
             continue
         known += 1
-        if confidence < threshold:
+        if confidence < (threshold[guess] if isinstance(threshold, tuple) else threshold):
             continue
         confident += 1
         right += guess == truth
@@ -110,6 +110,7 @@ def by_loops(samples, threshold):
 
 
 def quality(samples, threshold=None, **options):
+    threshold = torch.tensor(threshold) if isinstance(threshold, tuple) else threshold
     return label_quality(labeler, CenterCrops(samples, SPEC, CROP), CPU, threshold=threshold, **options)
 
 
@@ -120,7 +121,7 @@ def approx(expected):
 # The measure
 
 
-@pytest.mark.parametrize("threshold", [0.6, 0.9, None])
+@pytest.mark.parametrize("threshold", [0.6, 0.9, None, (0.5, 0.95, 0.8)])
 def test_accuracy_and_coverage_equal_the_loops(samples, threshold):
     expected = by_loops(samples, -10 if threshold is None else threshold)
     assert expected.coverage == 100 if threshold is None else 10 < expected.coverage < 90

@@ -22,9 +22,10 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "masking": set(),
     "pseudo": {"batch"},
     "hardness": {"pseudo"},
+    "thresholds": {"pseudo", "distributed"},
     "data": {"config", "batch", "distributed", "workers"},
     "models": {"config", "distributed", "untrusted"},
-    "methods": {"batch", "pseudo", "hardness", "perturb", "masking", "losses", "ema"}
+    "methods": {"batch", "pseudo", "hardness", "perturb", "masking", "losses", "ema", "thresholds"}
     | {"models.bottleneck", "models.cam", "models.segmentor"},
     "evaluation": {"batch", "distributed", "data.base", "workers"},
     "engine": {"config", "distributed", "untrusted"},

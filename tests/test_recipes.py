@@ -59,6 +59,7 @@ ALLSPARK = {
     "labeled_view": "strong",
     "unlabeled_view": "weak",
     "cutmix": 0.0,
+    "class_thresholds": False,
     "threshold": None,
     "teacher": "none",
     "teacher_momentum": 0.996,

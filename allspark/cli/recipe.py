@@ -113,8 +113,8 @@ def check_class_weights(criterion: CriterionConfig, spec: DatasetSpec) -> None:
         )
     if len(weights) != spec.num_classes or not all(0 <= weight <= 1e6 for weight in weights) or not any(weights):
         raise UserError(
-            f"criterion.class_weights={list(weights)}: give {spec.num_classes} numbers from 0 on, not all 0, in the order "
-            f"{', '.join(spec.classes)}"
+            f"criterion.class_weights={list(weights)}: give {spec.num_classes} numbers from 0 on, not all 0, in the "
+            f"order {', '.join(spec.classes)}"
         )
 
 

@@ -62,16 +62,16 @@ def label_quality(
     crops: CenterCrops,
     device: torch.device,
     *,
-    threshold: float | None = None,
+    threshold: float | Tensor | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
     show: Show | None = None,
 ) -> LabelQuality | None:
     """The labeler's quality on the crops, the same on every rank; None where no pixel of them has a label.
 
-    A pseudo-label is confident from `threshold` on, without one always. What cannot be read is left out: it is only
-    measured on. `show` is called on the rank that has the image. The labeler has its network in evaluation mode and
-    keeps no gradient.
+    A pseudo-label is confident from `threshold` on, one for all or (K,) one for each class; without one always. What
+    cannot be read is left out: it is only measured on. `show` is called on the rank that has the image. The labeler has
+    its network in evaluation mode and keeps no gradient.
     """
     spec = crops.spec
     confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index, device)  # of the confident pixels
@@ -83,7 +83,8 @@ def label_quality(
             truth, mask = mask, mask.to(device)
             label, confidence = labeler(normalize(image.to(device)), torch.ones_like(mask, dtype=torch.bool))
             labeled += (mask != spec.ignore_index).sum()
-            unsure = torch.zeros_like(mask, dtype=torch.bool) if threshold is None else confidence < threshold
+            least = threshold[label] if isinstance(threshold, Tensor) else threshold
+            unsure = torch.zeros_like(mask, dtype=torch.bool) if least is None else confidence < least
             confusion.update(label, mask.masked_fill(unsure, spec.ignore_index))
             if show is not None:
                 for name, *tensors in zip(names, image, truth, label.cpu(), confidence.cpu(), strict=True):

@@ -7,8 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.errors import UserError
 from allspark.methods.base import Criterion, Progress, TeacherMethod, check_threshold, joint_forward, pseudo_loss
+from allspark.models.segmentor import unwrap
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
+from allspark.thresholds import ClassThresholds
 
 
 class AllSpark(TeacherMethod):
@@ -21,6 +24,7 @@ class AllSpark(TeacherMethod):
     labeled_view, unlabeled_view: photometric policies. Released: labeled strong, unlabeled weak, no CutMix.
     cutmix: probability of a box in a strong unlabeled view.
     threshold: least confidence of a pseudo-label. Released: none.
+    class_thresholds: lower ones for classes that are predicted with less confidence. Released: none.
     teacher: who labels, and is evaluated: none = the student itself (Released), ema = its moving average.
     """
 
@@ -35,23 +39,34 @@ class AllSpark(TeacherMethod):
         unlabeled_view: str = "weak",
         cutmix: float = 0.0,
         threshold: float | None = None,
+        class_thresholds: bool = False,
         teacher: Literal["none", "ema"] = "none",
         teacher_momentum: float = 0.996,
     ) -> None:
         super().__init__(criterion, teacher_momentum if teacher == "ema" else None)
         check_threshold(threshold)
+        if class_thresholds and not threshold:
+            raise UserError("method.class_thresholds=true needs the one that they begin at: set method.threshold=0.95")
         strong = () if unlabeled_view == "weak" else (unlabeled_view,)
         self.views = Views(labeled=labeled_view, strong=strong, cutmix=cutmix)
         self.warmup_epochs = warmup_epochs
         self.share_keys = pseudo_context == "batch"
         self.ignore_padding = ignore_padding
         self.threshold = threshold
+        self.class_wise, self.class_thresholds = class_thresholds, None
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        if self.class_wise:
+            self.class_thresholds = ClassThresholds(unwrap(model).decoder.classifier.out_channels, self.threshold)
 
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
         image, valid = unlabeled.weak, unlabeled.valid | (not self.ignore_padding)
         pseudo = self.pseudo_labels(model, image, valid)
+        if self.class_thresholds is not None:
+            self.class_thresholds.update(pseudo, valid)
         if self.views.strong:
             box = unlabeled.cutmix[0]
             image, valid, pseudo = cutmix(unlabeled.strong[0], box), cutmix(valid, box), pseudo.cutmix(box)
@@ -63,8 +78,11 @@ class AllSpark(TeacherMethod):
             read_memory=progress.epoch >= self.warmup_epochs,
         )
         loss_x = self.criterion(logits_x, labeled.mask)
-        loss_u, mask_ratio = pseudo_loss(logits_u, pseudo, self.threshold, valid)
+        loss_u, mask_ratio = pseudo_loss(logits_u, pseudo, self.thresholds(), valid)
         return {"loss": (loss_x + loss_u) / 2, "loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio}
+
+    def thresholds(self) -> float | Tensor | None:
+        return self.threshold if self.class_thresholds is None else self.class_thresholds()
 
     def pseudo_labels(self, model: nn.Module, image: Tensor, valid: Tensor) -> Pseudo:
         return predict_pseudo(self.predictor(model), image, self.share_keys)

@@ -72,6 +72,10 @@ class Method(nn.Module, ABC):
         """
         return predict_pseudo(self.predictor(model), image)
 
+    def thresholds(self) -> float | Tensor | None:
+        """Least confidence of a pseudo-label that is learned from: for all classes, or (K,) for each; None: none."""
+        return self.threshold
+
     def supervised_losses(self, model: nn.Module, labeled: LabeledBatch) -> dict[str, Tensor]:
         """The labeled loss alone: supervised training, and the supervised start of every other method."""
         loss = self.criterion(model(labeled.image).logits, labeled.mask)
@@ -110,9 +114,15 @@ def check_threshold(threshold: float | None) -> None:
         raise UserError(f"method.threshold={threshold} is a probability and must be in 0..1")
 
 
-def pseudo_loss(logits: Tensor, pseudo: Pseudo, threshold: float | None, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """consistency_loss on the pixels whose pseudo-label has a probability of at least threshold (None: on all)."""
-    keep = None if threshold is None else pseudo.confidence >= threshold
+def pseudo_loss(
+    logits: Tensor, pseudo: Pseudo, threshold: float | Tensor | None, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """consistency_loss on the pixels whose pseudo-label has a probability of at least threshold (None: on all).
+
+    threshold: one for all, or (K,) one for each class.
+    """
+    least = threshold[pseudo.label] if isinstance(threshold, Tensor) else threshold
+    keep = None if least is None else pseudo.confidence >= least
     return consistency_loss(logits, pseudo.label, keep, valid)
 
 
