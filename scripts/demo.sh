@@ -18,7 +18,7 @@ train() { # a pipe has the exit status of its end: the file says whether its beg
 echo "demo: training supervised and AllSpark side by side, five to six minutes on two cores"
 mkdir -p "$out"
 rm -f "$out/supervised/done" "$out/allspark/done"
-train supervised seed="$seed" "$@" &
+train supervised method.labeled_view=strong seed="$seed" "$@" & # the labeled view of the released AllSpark
 train allspark seed="$seed" "$@" &
 wait
 if [ ! -e "$out/supervised/done" ] || [ ! -e "$out/allspark/done" ]; then

@@ -154,7 +154,7 @@ def test_pseudo_labels_and_pairs_come_with_the_table(write_run, tmp_path, capsys
         assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
     main(["compare", words[-1], "--out", str(tmp_path / "without"), "--images", "1"])
     made = {path.name for path in (tmp_path / "without").iterdir()}
-    assert made == {"table.md", "curves.png", "predictions.png"}
+    assert made == {"table.md", "curves.png", "classes.png", "predictions.png"}
     assert "pseudo" not in (tmp_path / "without" / "table.md").read_text().lower()
 
 

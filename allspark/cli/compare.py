@@ -26,11 +26,13 @@ from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
 from allspark.evaluation.pictures import Curve, Example, Points, draw_grid, plot_curves, plot_panels, save_image
 
+MOST_CLASSES = 32  # of which each gets a panel
 PSEUDO = {"pseudo_accuracy": "pseudo-label accuracy", "pseudo_coverage": "pseudo-label coverage"}  # key -> head
 LEGEND = """
 In percent, on val. last: of the last epoch, as are the classes. best: of the best epoch of each run; best on val is a
 selection, and higher for it. ±: sample standard deviation over the seeds. curves.png: the mean over the seeds in a band
-from the lowest to the highest. predictions.png: the last epoch of each row's first run.
+from the lowest to the highest; classes.png: the same of each class. predictions.png: the last epoch of each row's first
+run.
 """
 PSEUDO_LEGEND = """
 Pseudo-labels: of unlabeled images whose labels training never opens; coverage: the pixels confident enough to learn
@@ -61,6 +63,11 @@ class Run:
         """(step, value) of the lines that have a number there."""
         values = [(line["step"], line.get(key)) for line in self.lines]
         return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
+
+    def class_points(self, name: str) -> Points:
+        """(step, IoU) of the evaluations in which the class has one."""
+        values = [(line["step"], line["iou"].get(name)) for line in self.evaluations]
+        return [(step, value) for step, value in values if value is not None]
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,9 @@ def main(args: argparse.Namespace) -> None:
     if panels := pseudo_panels(rows):
         plot_panels(panels, args.out / "pseudo_labels.png")
         made.append("pseudo_labels.png")
+    if panels := class_panels(rows):
+        plot_panels(panels, args.out / "classes.png")
+        made.append("classes.png")
     print(text, end="")
     print(f"pictures: {', '.join(str(args.out / name) for name in made)}")
 
@@ -280,6 +290,16 @@ def pseudo_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:
     return {
         f"{PSEUDO[key]} (%)": {row.name: [run.points(key) for run in row.runs] for row in rows}
         for key in pseudo_keys(rows)
+    }
+
+
+def class_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:
+    """A panel for each class; none where there are too many to look at."""
+    classes = rows[0].runs[0].evaluations[-1]["iou"]
+    if len(classes) > MOST_CLASSES:
+        return {}
+    return {
+        f"{name} (IoU, %)": {row.name: [run.class_points(name) for run in row.runs] for row in rows} for name in classes
     }
 
 

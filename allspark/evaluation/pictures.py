@@ -237,12 +237,17 @@ def plot_curves(rows: Mapping[str, Sequence[Curve]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path) -> None:
-    """Panels side by side -> an image file. panels: title -> row -> the points of each seed; a row may have none."""
+def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path, columns: int = 4) -> None:
+    """Panels, so many side by side -> an image file. panels: title -> row -> the points of each seed, or none."""
     many = max(map(len, panels.values()), default=0) > FEW
-    figure = new_figure((9.0 if many else 5.5) * len(panels), 5.6 if many else 3.8)
-    for axes, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = new_figure((9.0 if many else 5.5) * columns, (5.6 if many else 3.8) * lines)
+    places = figure.subplots(lines, columns, squeeze=False).flat
+    for (title, rows), axes in zip(panels.items(), places, strict=False):
         draw_rows(axes, rows, title)
+    for axes in places:  # those that are left
+        axes.set_visible(False)
     save_figure(figure, path)
 
 
