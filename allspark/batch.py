@@ -24,7 +24,8 @@ def normalize(image: Tensor) -> Tensor:
 class Views:
     """Which photometric views of an image a method trains on; each names a policy in data.transforms.PHOTOMETRIC.
 
-    The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view.
+    The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view, from
+    which their labels come; strong are those that are learned from, which may be weak ones with CutMix.
     """
 
     labeled: str = "weak"
@@ -35,8 +36,6 @@ class Views:
     def __post_init__(self) -> None:
         if not 0 <= self.cutmix <= 1:
             raise UserError(f"method.cutmix={self.cutmix} is a probability and must be in 0..1")
-        if self.cutmix and not self.strong:
-            raise UserError(f"method.cutmix={self.cutmix} needs a strong view: set method.unlabeled_view=strong")
 
 
 @dataclass(frozen=True)

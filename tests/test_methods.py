@@ -257,6 +257,7 @@ def test_allspark_options_change_what_they_say():
         "threshold": {"threshold": 0.5},
         "image context": {"pseudo_context": "image"},
         "strong view": {"unlabeled_view": "strong", "cutmix": 0.5},
+        "weak view, mixed": {"cutmix": 0.5},
     }
     for label, given in options.items():
         method = make_method("allspark", warmup_epochs=9, **given)
@@ -268,7 +269,7 @@ def test_allspark_options_change_what_they_say():
 
 def test_revised_recipe_reaches_every_parameter():
     """All its options at once, with the memory read; its threshold lowered, or an untrained network learns nothing."""
-    lowered = {"method.threshold": 0.0, "method.warmup_epochs": 0, "encoder": "tiny"}
+    lowered = {"method.threshold": 0.01, "method.warmup_epochs": 0, "encoder": "tiny"}
     recipe = complete(load_recipe("shapes", "allspark_revised", lowered))
     torch.manual_seed(0)
     model = build_model(recipe.model, CLASSES, CROP).train()

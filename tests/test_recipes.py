@@ -68,9 +68,10 @@ REVISED = {
     "pseudo_context": "image",
     "ignore_padding": True,
     "labeled_view": "weak",
-    "unlabeled_view": "strong",
+    "unlabeled_view": ("strong", "strong", "strong", "weak", "weak", "strong"),
     "cutmix": 0.5,
     "threshold": 0.95,
+    "class_thresholds": (False, False, False, True, True, False),
     "teacher": "ema",
     "teacher_momentum": MOMENTUM,
 }

@@ -22,7 +22,7 @@ class AllSpark(TeacherMethod):
     pseudo_context: whose channels the pseudo-label pass sees. Released: those of the whole batch.
     ignore_padding: leave padding out of the unlabeled loss. Released: it counts.
     labeled_view, unlabeled_view: photometric policies. Released: labeled strong, unlabeled weak, no CutMix.
-    cutmix: probability of a box in a strong unlabeled view.
+    cutmix: probability of a box in the unlabeled view that is learned from, labels come from the one without.
     threshold: least confidence of a pseudo-label. Released: none.
     class_thresholds: lower ones for classes that are predicted with less confidence. Released: none.
     teacher: who labels, and is evaluated: none = the student itself (Released), ema = its moving average.
@@ -47,7 +47,7 @@ class AllSpark(TeacherMethod):
         check_threshold(threshold)
         if class_thresholds and not threshold:
             raise UserError("method.class_thresholds=true needs the one that they begin at: set method.threshold=0.95")
-        strong = () if unlabeled_view == "weak" else (unlabeled_view,)
+        strong = (unlabeled_view,) if cutmix or unlabeled_view != "weak" else ()
         self.views = Views(labeled=labeled_view, strong=strong, cutmix=cutmix)
         self.warmup_epochs = warmup_epochs
         self.share_keys = pseudo_context == "batch"
