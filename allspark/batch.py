@@ -24,8 +24,8 @@ def normalize(image: Tensor) -> Tensor:
 class Views:
     """Which photometric views of an image a method trains on; each names a policy in data.transforms.PHOTOMETRIC.
 
-    The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view, from
-    which their labels come; strong are those that are learned from, which may be weak ones with CutMix.
+    The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view, of
+    which labels are made; `strong` are those that are learned from, which may be weak ones with CutMix.
     """
 
     labeled: str = "weak"
