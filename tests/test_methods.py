@@ -309,10 +309,23 @@ def test_fixmatch_literal():
     assert abs(losses["mask_ratio"].item() - count / pixels) < 1e-6
 
 
+def literal_thresholds(prob, valid, common):
+    """Of each class the highest n / 200 that as large a share of its pixels has as has the common one of all pixels."""
+    confidence, label = (values[valid] for values in prob.max(1))
+    share, found = (confidence >= common).double().mean().item(), []
+    for k in range(CLASSES):
+        own = confidence[label == k]
+        kept = [n / 200 for n in range(200) if len(own) and (own >= n / 200).sum().item() >= share * len(own)]
+        found.append(min(max(kept, default=1.0), common))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("class_wise", [False, True])
 @pytest.mark.parametrize("bottleneck", ["none", "allspark"])
-def test_allspark_revised_literal(bottleneck):
+def test_allspark_revised_literal(bottleneck, class_wise):
     """Labels of the teacher, pasted with their confidence and their padding; denominator = valid; (x + u) / 2."""
-    recipe = complete(load_recipe("shapes", "allspark_revised", {"method.threshold": 0.3, "method.warmup_epochs": 0}))
+    given = {"threshold": 0.3, "warmup_epochs": 0, "class_thresholds": class_wise}
+    recipe = complete(load_recipe("shapes", "allspark_revised", {f"method.{key}": given[key] for key in given}))
     method = make_method("allspark", **recipe.method.options)
     method.attach(quiet_model(bottleneck))
     labeled, unlabeled = random_batches(method, 2, 3)
@@ -325,11 +338,13 @@ def test_allspark_revised_literal(bottleneck):
         pasted = torch.stack([torch.where(box[i], taught[i - 1], taught[i]) for i in range(3)])
         cross = None if bottleneck == "none" else CrossBatch(2, pasted, read_memory=True)
         logits = quiet_model(bottleneck, seed=3)(torch.cat((labeled.image, torch.stack(mixed))), cross=cross).logits
+    least = literal_thresholds(taught.softmax(1), valid, 0.3) if class_wise else torch.full((CLASSES,), 0.3)
+    assert (least.min() < 0.3) == class_wise
     total, count, pixels = 0.0, 0, 0
     for i in range(3):
         confidence, label = pasted[i].softmax(0).max(0)
         ok = torch.where(box[i], valid[i - 1], valid[i])
-        keep = (confidence >= 0.3) & ok
+        keep = (confidence >= least[label]) & ok
         total -= (logits[2 + i].log_softmax(0).gather(0, label[None])[0] * keep).sum().item()
         count, pixels = count + keep.sum().item(), pixels + ok.sum().item()
     assert 0 < count < pixels
