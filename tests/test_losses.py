@@ -1,4 +1,4 @@
-"""The labeled losses against literal loops; what has no pixel, and denominators, stand in test_methods.py."""
+"""The labeled losses against literal loops; what has no pixel, and denominators."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from allspark.cli.recipe import build_method
 from allspark.config import load_recipe
 from allspark.data import spec_for
 from allspark.errors import UserError
-from allspark.losses import OHEM, CrossEntropy, Dice, build_criterion
+from allspark.losses import OHEM, CrossEntropy, Dice, WithDice, build_criterion, consistency_loss
 
 
 @pytest.mark.parametrize(("thresh", "min_kept"), [(0.3, 0), (0.3, 20), (0.3, 60), (0.9, 5), (0.3, 95), (0.3, 1000)])
@@ -79,3 +79,25 @@ def test_class_weights_that_do_not_fit(words, message):
     with pytest.raises(UserError, match=f"(?i){message}"):
         recipe = load_recipe("camvid", "supervised", words)
         build_method(recipe, spec_for(recipe.data))
+
+
+def test_losses_without_a_pixel_are_zero():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    ignored = torch.full((2, 4, 4), 255)
+    weighted = CrossEntropy(weights=(1.0, 2.0, 0.0))
+    for criterion in (CrossEntropy(), OHEM(0.7, 100), weighted, WithDice(CrossEntropy(), 1.0)):
+        loss = criterion(logits, ignored)
+        loss.backward()
+        assert loss.item() == 0 and torch.isfinite(logits.grad).all()
+    nothing = torch.zeros(2, 4, 4, dtype=torch.bool)
+    loss, ratio = consistency_loss(logits, ignored.clamp(max=2), None, nothing)
+    assert loss.item() == 0 and ratio.item() == 0
+
+
+def test_consistency_denominator_is_valid_pixels():
+    logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    keep, valid = torch.rand(2, 4, 4) < 0.5, torch.rand(2, 4, 4) < 0.8
+    each = F.cross_entropy(logits, label, reduction="none")
+    loss, ratio = consistency_loss(logits, label, keep, valid)
+    torch.testing.assert_close(loss, each[keep & valid].sum() / valid.sum())
+    torch.testing.assert_close(ratio, (keep & valid).sum() / valid.sum())

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.cli.recipe import build_loader, build_method, complete
@@ -16,10 +15,9 @@ from allspark.data import DATASETS, shapes
 from allspark.data.base import Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
-from allspark.losses import OHEM, CrossEntropy, WithDice, consistency_loss
+from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.methods.base import joint_forward
-from allspark.models.bottleneck import CrossBatch
 from allspark.models.mit import MiT, MiTSize
 from allspark.models.segmentor import ENCODERS, build_model
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
@@ -280,80 +278,6 @@ def test_revised_recipe_reaches_every_parameter():
     assert_numbers(losses, model)
 
 
-def test_fixmatch_literal():
-    """Label of the train-mode weak pass, pasted region of the evaluation pass over the partner, denominator = valid."""
-    model = make_model("none", dropout=0.0, drop_path=0.0)
-    method = make_method("fixmatch", threshold=0.3)
-    labeled, unlabeled = random_batches(method)
-    box, valid = unlabeled.cutmix[0], unlabeled.valid
-    losses = method.losses(model, labeled, unlabeled, FIRST)
-
-    model = make_model("none", dropout=0.0, drop_path=0.0)
-    with torch.no_grad():
-        partner = model.eval()(unlabeled.weak).logits.softmax(1)
-    model.train()
-    prob = model(torch.cat((labeled.image, unlabeled.weak))).logits[2:].softmax(1)
-    total, count, pixels = 0.0, 0, 0
-    mixed = unlabeled.strong[0].clone()
-    for i in range(2):
-        mixed[i][:, box[i]] = unlabeled.strong[0][i - 1][:, box[i]]
-    loss = model(mixed).logits.log_softmax(1)
-    for i in range(2):
-        p = torch.where(box[i], partner[i - 1], prob[i])
-        ok = torch.where(box[i], valid[i - 1], valid[i])
-        confidence, label = p.max(0)
-        keep = (confidence >= 0.3) & ok
-        total -= (loss[i].gather(0, label[None])[0] * keep).sum().item()
-        count, pixels = count + keep.sum().item(), pixels + ok.sum().item()
-    assert abs(losses["loss_u"].item() - total / pixels) < 1e-5
-    assert abs(losses["mask_ratio"].item() - count / pixels) < 1e-6
-
-
-def literal_thresholds(prob, valid, common):
-    """Of each class the highest n / 200 that as large a share of its pixels has as has the common one of all pixels."""
-    confidence, label = (values[valid] for values in prob.max(1))
-    share, found = (confidence >= common).double().mean().item(), []
-    for k in range(CLASSES):
-        own = confidence[label == k]
-        kept = [n / 200 for n in range(200) if len(own) and (own >= n / 200).sum().item() >= share * len(own)]
-        found.append(min(max(kept, default=1.0), common))
-    return torch.tensor(found)
-
-
-@pytest.mark.parametrize("class_wise", [False, True])
-@pytest.mark.parametrize("bottleneck", ["none", "allspark"])
-def test_allspark_revised_literal(bottleneck, class_wise):
-    """Labels of the teacher, pasted with their confidence and their padding; denominator = valid; (x + u) / 2."""
-    given = {"threshold": 0.3, "warmup_epochs": 0, "class_thresholds": class_wise}
-    recipe = complete(load_recipe("shapes", "allspark_revised", {f"method.{key}": given[key] for key in given}))
-    method = make_method("allspark", **recipe.method.options)
-    method.attach(quiet_model(bottleneck))
-    labeled, unlabeled = random_batches(method, 2, 3)
-    losses = method.losses(quiet_model(bottleneck, seed=3), labeled, unlabeled, FIRST)
-
-    box, valid = unlabeled.cutmix[0], unlabeled.valid
-    with torch.no_grad():
-        taught = quiet_model(bottleneck).eval()(unlabeled.weak).logits
-        mixed = [torch.where(box[i], unlabeled.strong[0][i - 1], unlabeled.strong[0][i]) for i in range(3)]
-        pasted = torch.stack([torch.where(box[i], taught[i - 1], taught[i]) for i in range(3)])
-        cross = None if bottleneck == "none" else CrossBatch(2, pasted, read_memory=True)
-        logits = quiet_model(bottleneck, seed=3)(torch.cat((labeled.image, torch.stack(mixed))), cross=cross).logits
-    least = literal_thresholds(taught.softmax(1), valid, 0.3) if class_wise else torch.full((CLASSES,), 0.3)
-    assert (least.min() < 0.3) == class_wise
-    total, count, pixels = 0.0, 0, 0
-    for i in range(3):
-        confidence, label = pasted[i].softmax(0).max(0)
-        ok = torch.where(box[i], valid[i - 1], valid[i])
-        keep = (confidence >= least[label]) & ok
-        total -= (logits[2 + i].log_softmax(0).gather(0, label[None])[0] * keep).sum().item()
-        count, pixels = count + keep.sum().item(), pixels + ok.sum().item()
-    assert 0 < count < pixels
-    assert abs(losses["loss_u"].item() - total / pixels) < 1e-5
-    assert abs(losses["mask_ratio"].item() - count / pixels) < 1e-6
-    torch.testing.assert_close(losses["loss_x"], F.cross_entropy(logits[:2], labeled.mask))
-    torch.testing.assert_close(losses["loss"], (losses["loss_x"] + losses["loss_u"]) / 2)
-
-
 def test_cutmix_takes_another_image():
     x = torch.arange(3).view(3, 1, 1, 1).expand(3, 2, 4, 4).float()
     box = torch.zeros(3, 4, 4, dtype=torch.bool)
@@ -365,28 +289,6 @@ def test_cutmix_takes_another_image():
     assert torch.equal(cutmix(single, box[:1]), single)
     pseudo = Pseudo.of(torch.randn(2, 3, 4, 4))
     assert torch.equal(pseudo.cutmix(box[:2]).label, cutmix(pseudo.label, box[:2]))
-
-
-def test_losses_without_a_pixel_are_zero():
-    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    ignored = torch.full((2, 4, 4), 255)
-    weighted = CrossEntropy(weights=(1.0, 2.0, 0.0))
-    for criterion in (CrossEntropy(), OHEM(0.7, 100), weighted, WithDice(CrossEntropy(), 1.0)):
-        loss = criterion(logits, ignored)
-        loss.backward()
-        assert loss.item() == 0 and torch.isfinite(logits.grad).all()
-    nothing = torch.zeros(2, 4, 4, dtype=torch.bool)
-    loss, ratio = consistency_loss(logits, ignored.clamp(max=2), None, nothing)
-    assert loss.item() == 0 and ratio.item() == 0
-
-
-def test_consistency_denominator_is_valid_pixels():
-    logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
-    keep, valid = torch.rand(2, 4, 4) < 0.5, torch.rand(2, 4, 4) < 0.8
-    each = F.cross_entropy(logits, label, reduction="none")
-    loss, ratio = consistency_loss(logits, label, keep, valid)
-    torch.testing.assert_close(loss, each[keep & valid].sum() / valid.sum())
-    torch.testing.assert_close(ratio, (keep & valid).sum() / valid.sum())
 
 
 @pytest.fixture(scope="module")
