@@ -53,6 +53,7 @@ class DataConfig:
     val_id_path: str | None = None  # default: splits/<dataset>/val.txt
     scale_range: tuple[float, float] = (0.5, 2.0)  # of the long side, for the random resize
     num_workers: int | None = None  # per process; None: one for each core, at most 8; 0: load in the training process
+    photometric_probability: float = 1.0  # that a view is what its policy makes, else it is the weak one
     photometric: Literal["cv2", "pil"] = "cv2"  # cv2: six times faster, a few grey levels off: data/transforms.py
     cache: str = "none"  # folder for the training images, decoded once and memory-mapped; none: decode each time
     on_bad_sample: Literal["error", "skip"] = "error"  # a training file that cannot be read; skip: another in its place

@@ -22,6 +22,7 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
     "checkpoint_minutes": (0, 1e6),
     "optim.max_skipped": (1, INF),
     "data.crop_size": (64, 2**14),
+    "data.photometric_probability": (0, 1),
     "data.num_workers": (0, 1024),
     "data.timeout": (1, 1e6),
     "model.decoder_channels": (1, 2**14),

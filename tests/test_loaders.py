@@ -43,7 +43,7 @@ def lists(tmp_path) -> Lists:
     return Lists(tuple(samples[:5]), unlabeled, tuple(samples[:1]), hash="", name="tiny", hidden=tuple(samples[5:]))
 
 
-CHANGEABLE = ("num_workers", "photometric", "cache", "on_bad_sample")
+CHANGEABLE = ("num_workers", "photometric", "photometric_probability", "cache", "on_bad_sample")
 
 
 def loader(lists: Lists, views: Views = VIEWS, batch_size: int = 4, seed: int = 3, **options) -> TrainLoader:
@@ -135,6 +135,23 @@ def test_photometric_says_who_computes_the_same_views(lists):
             photometric = index in (0, 4, 5)  # the labeled images and the strong views
             assert torch.equal(a, b) != photometric
             assert not photometric or (a - b).abs().mean() < 0.05  # in standard deviations; a grey level is 0.017
+
+
+def test_photometric_probability_is_that_of_every_view_by_itself(lists):
+    """0: each is the weak crop; between: some are it, some what they are at 1, and geometry and masks never change."""
+
+    def views(probability):
+        train = loader(lists, Views("strong", ("strong", "imas"), 0.5), photometric_probability=probability)
+        return [step for epoch in range(12) for step in epoch_of(train, epoch)]
+
+    none, half, full = map(views, (0.0, 0.5, 1.0))
+    weak = epoch_of(loader(lists, Views("weak", ("weak", "weak"), 0.5)))
+    assert all(torch.equal(a, b) for i in (0, 1, 2, 3, 4, 5) for a, b in zip(none[0][i], weak[0][i], strict=True))
+    for index in (0, 4, 5):
+        one, two, three = (torch.cat([step[index] for step in steps]) for steps in (none, half, full))
+        same = [(a == b).all((1, 2, 3)).float().mean().item() for a, b in ((one, two), (one, three))]
+        assert 0.35 < same[0] < 0.75 and same[1] < 0.25, (index, same)
+    assert all(torch.equal(a[i], b[i]) for a, b in zip(none, full, strict=True) for i in (1, 2, 3))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

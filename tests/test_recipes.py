@@ -20,9 +20,10 @@ FILES = sorted(path.stem for path in (CONFIG_ROOT / "methods").glob("*.yaml"))
 # What all methods of a data set share: published for three of them with AllSpark, for the others ours.
 FOOTING = {
     "data.crop_size": (513, 801, 513, 257, 97, 513),
-    "epochs": (80, 240, 10, 6, 12, 60),
+    "data.photometric_probability": (1.0, 1.0, 1.0, 0.0, 0.0, 1.0),
+    "epochs": (80, 240, 10, 20, 24, 60),
     "batch_size": (8, 8, 16, 4, 8, 8),
-    "burn_in_epochs": (0, 0, 0, 0, 8, 0),
+    "burn_in_epochs": (0, 0, 0, 8, 12, 0),
     "epoch_of": ("unlabeled",) * 6,
     "model.encoder": ("mit_b5", "mit_b5", "mit_b5", "mit_b0", "mit_b0", "mit_b5"),
     "model.decoder": ("mlp",) * 6,
@@ -50,7 +51,7 @@ EXCEPTIONS = {  # released: configs/*_baseline_sup.yaml and *_baseline_semi.yaml
     ("selftrain", "cityscapes"): {"optim.lr": 0.001},
     **{("allspark_revised", dataset): {"optim.late": False} for dataset in ("pascal", "cityscapes", "coco")},
 }
-WARMUP = (5, 15, 1, 2, 9, 4)  # of AllSpark
+WARMUP = (5, 15, 1, 9, 13, 4)  # of AllSpark
 MOMENTUM = (0.996, 0.996, 0.996, 0.99, 0.98, 0.996)
 ALLSPARK = {
     "warmup_epochs": WARMUP,
@@ -68,7 +69,7 @@ REVISED = {
     "pseudo_context": "image",
     "ignore_padding": True,
     "labeled_view": "weak",
-    "unlabeled_view": ("strong", "strong", "strong", "weak", "weak", "strong"),
+    "unlabeled_view": "strong",
     "cutmix": 0.5,
     "threshold": 0.95,
     "class_thresholds": (False, False, False, True, True, False),
@@ -82,7 +83,7 @@ UNIMATCH = {
     "warmup_epochs": WARMUP,
 }
 OPTIONS = {  # all of a method, one value for all data sets or one for each
-    "supervised": {"labeled_view": ("strong", "strong", "strong", "weak", "weak", "weak")},
+    "supervised": {"labeled_view": ("strong", "strong", "strong", "strong", "strong", "weak")},
     "selftrain": {**ALLSPARK, "warmup_epochs": 5},
     "fixmatch": {**UNIMATCH, "labeled_view": "weak", "unlabeled_view": "strong"},
     "unimatch": {**UNIMATCH, "feature_dropout": 0.5},

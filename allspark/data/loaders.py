@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack  # into memory that a worker shares, where torch.stack is copied
 
@@ -104,13 +105,18 @@ class TrainPairs(Dataset):
             np.random.default_rng([*stream, 0]), width, height, self.data.crop_size, self.data.scale_range
         )
 
+    def photometric(self, name: str, crop: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """(3, crop, crop) uint8: with data.photometric_probability what the policy makes of the crop, else the crop."""
+        probability = self.data.photometric_probability
+        policy = PHOTOMETRIC[name if probability == 1 or rng.random() < probability else "weak"]
+        return to_tensor(policy(crop, rng, OPERATIONS[self.data.photometric]))
+
     def labeled(self, sample: Sample, stream: tuple[int, ...]) -> LabeledBatch:
         """image (3, crop, crop) and mask (crop, crop), both uint8 on their way; not a batch yet."""
         image, mask = self.files.pair(sample)
         geometry = self.geometry(image, stream)
-        rng = np.random.default_rng([*stream, 1])
-        view = PHOTOMETRIC[self.views.labeled](geometry.image(image), rng, OPERATIONS[self.data.photometric])
-        return LabeledBatch(to_tensor(view), torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)))
+        view = self.photometric(self.views.labeled, geometry.image(image), np.random.default_rng([*stream, 1]))
+        return LabeledBatch(view, torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)))
 
     def unlabeled(self, sample: Sample, stream: tuple[int, ...]) -> UnlabeledBatch:
         """The views of one crop, (3, crop, crop) uint8 each, and its bool masks (crop, crop); not a batch yet."""
@@ -120,7 +126,7 @@ class TrainPairs(Dataset):
         strong, cutmix = [], []
         for number, name in enumerate(self.views.strong, start=1):
             rng = np.random.default_rng([*stream, number])
-            strong.append(to_tensor(PHOTOMETRIC[name](crop, rng, OPERATIONS[self.data.photometric])))
+            strong.append(self.photometric(name, crop, rng))
             cutmix.append(torch.from_numpy(cutmix_box(rng, self.data.crop_size, self.views.cutmix)))
         return UnlabeledBatch(to_tensor(crop), tuple(strong), torch.from_numpy(geometry.valid()), tuple(cutmix))
 
