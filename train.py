@@ -41,6 +41,7 @@ from allspark.engine.checkpoint import (
     load_own_buffers,
     load_state,
 )
+from allspark.engine.facts import revision, write_facts
 from allspark.engine.files import Hold, write_text
 from allspark.engine.keeper import Keeper
 from allspark.engine.log import METRICS, RunLog
@@ -73,11 +74,12 @@ def train(
     stop: Stop,
     *,
     fresh: bool = False,
+    command: str = "",
     told: Sequence[str] = (),
 ) -> None:
     """A run from its first check to its last checkpoint. Long, because it is what happens, in order.
 
-    told: what there is to say of the recipe at the start.
+    command: the words that mean the recipe. told: what there is to say of it at the start.
     """
     set_precision(recipe.precision, device)
     set_deterministic(recipe.deterministic)
@@ -116,6 +118,9 @@ def train(
         if recipe.compile:
             model.compile_parts()
         total_steps = recipe.epochs * loaders.steps_per_epoch
+        if distributed.is_main():
+            write_text(save_path / "config.yaml", yaml.safe_dump(to_plain(recipe), sort_keys=False))
+            write_facts(save_path, command, lists.split, device)
         log = held.enter_context(open_log(save_path, recipe, start, total_steps, stepper))
         log.load_state_dict(kept, device)
         for note in (*describe(recipe, model, method, device, total_steps, start), *told, *resume_notes, *notes):
@@ -339,8 +344,6 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def open_log(save_path: Path, recipe: Recipe, start: Position, total_steps: int, stepper: Stepper) -> RunLog:
-    if distributed.is_main():
-        write_text(save_path / "config.yaml", yaml.safe_dump(to_plain(recipe), sort_keys=False))
     return RunLog(
         save_path,
         active=distributed.is_main(),
@@ -362,7 +365,8 @@ def describe(
     lines = [
         f"{recipe.method.name} on {recipe.data.dataset}, {recipe.model.encoder} ({parameters:.2f} M parameters), "
         f"bottleneck {recipe.model.bottleneck.name}, seed {recipe.seed}",
-        f"{distributed.world_size()} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}",
+        f"{distributed.world_size()} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}, "
+        f"revision {revision()}",
         f"on {platform.node()}, process {os.getpid()}{job}",
         f"{recipe.epochs} epochs, {total_steps} steps of {batch}",
     ]
@@ -417,7 +421,8 @@ def main(argv: Sequence[str]) -> None:
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
     with distributed.process_group(recipe.device, args.port) as device, Stop() as stop:
-        train(recipe, save_path, device, stop, fresh=args.fresh, told=recipe_words.changes(args, recipe))
+        told, command = recipe_words.changes(args, recipe), recipe_words.command(args)
+        train(recipe, save_path, device, stop, fresh=args.fresh, command=command, told=told)
 
 
 if __name__ == "__main__":

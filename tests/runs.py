@@ -6,7 +6,7 @@ import os
 
 import torch
 
-FILES = {"config.yaml", "latest.pth", "previous.pth", "best.pth", "metrics.jsonl", "train.log", ".lock"}
+FILES = {"config.yaml", "run.json", "latest.pth", "previous.pth", "best.pth", "metrics.jsonl", "train.log", ".lock"}
 
 
 def load(path):

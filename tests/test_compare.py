@@ -16,7 +16,7 @@ from PIL import Image
 
 import train
 from allspark.__main__ import main
-from allspark.cli.compare import differing_lists, paired_table, read_rows, score_table, unfinished
+from allspark.cli.compare import differing_lists, origin_table, paired_table, read_rows, score_table, unfinished
 from allspark.config import merge
 from allspark.data.manifest import load_manifest
 from allspark.errors import UserError
@@ -72,11 +72,11 @@ def test_table_curves_and_pictures(finished, tmp_path, capsys):
     assert Image.open(out / "curves.png").width > 500
 
 
-def test_config_and_metrics_are_enough(finished, tmp_path):
+def test_three_small_files_are_enough(finished, tmp_path):
     """As runs are kept in docs/: their numbers without their weights."""
     kept, out = tmp_path / "kept", tmp_path / "table"
     kept.mkdir()
-    for name in ("config.yaml", "metrics.jsonl"):
+    for name in ("config.yaml", "metrics.jsonl", "run.json"):
         shutil.copy(finished.run / name, kept)
     main(["compare", f"run={kept}", "--out", str(out)])
     main(["compare", f"run={finished.run}", "--out", str(tmp_path / "whole"), "--images", "1"])
@@ -88,7 +88,7 @@ def test_config_and_metrics_are_enough(finished, tmp_path):
 def test_the_tables_of_kept_runs_are_those_of_their_numbers(footing):
     """docs/runs, by scripts/results.sh."""
     rows = read_rows([f"{run.parent.name}={run}" for run in sorted(footing.glob("*/seed_*"))])
-    kept, made = (footing / "table.md").read_text(encoding="utf-8"), score_table(rows)
+    kept, made = (footing / "table.md").read_text(encoding="utf-8"), "\n".join(filter(None, (score_table(rows), origin_table(rows))))
     assert sorted(kept.splitlines()) == sorted(made.splitlines())  # the shell has an order of its own
 
 
@@ -259,18 +259,19 @@ def test_overlay_differs(finished, tmp_path):
 def test_other_images_under_one_name_are_told(finished, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(finished.run, other)
-    content = torch.load(other / "latest.pth", weights_only=True)
-    content["split"]["labeled"] = load_manifest().splits["pascal/u2pl_1_8"].lists["labeled"].sha256
-    torch.save(content, other / "latest.pth")
+    facts = json.loads((other / "run.json").read_text())
+    facts["split"]["labeled"] = load_manifest().splits["pascal/u2pl_1_8"].lists["labeled"].sha256
+    (other / "run.json").write_text(json.dumps(facts))
     mine = torch.load(finished.run / "latest.pth", weights_only=True)["split"]
     assert set(mine) == {"name", "sha256", "labeled", "unlabeled", "val"}
     logged = f"split folders: labeled list sha256 {mine['labeled'][:12]} (not published), val list sha256 "
     assert logged in (finished.run / "train.log").read_text()
     main(["compare", f"a={finished.run}", f"b={other}", "--out", str(tmp_path / "out"), "--images", "1"])
     shown = capsys.readouterr()
+    assert json.loads((finished.run / "run.json").read_text())["split"] == mine
     note = (tmp_path / "out" / "table.md").read_text().splitlines()[-1]
     assert note in shown.err and note in shown.out and note.startswith("split folders is not the same labeled list")
-    assert f"a: sha256 {mine['labeled'][:12]}; b: sha256 {content['split']['labeled'][:12]} (pascal/u2pl_1_8 of" in note
+    assert f"a: sha256 {mine['labeled'][:12]}; b: sha256 {facts['split']['labeled'][:12]} (pascal/u2pl_1_8 of" in note
     for file in other.glob("*.pth"):
         file.unlink()
 
@@ -283,6 +284,29 @@ def test_which_lists_are_told():
     assert note.startswith("split 1_8 is not") and "a, c: sha256 111111111111; b: sha256 333333333333" in note
     (note,) = differing_lists({"a": a, "b": {**a, "name": "92", "val": "3" * 64}})
     assert note.startswith("val is not the same val list")
+
+
+def test_how_each_row_came_about(write_run, capsys):
+    """Command without the seed, revision, list, seeds, minutes; an older run says nothing, another revision has a line."""
+    runs = [write_run(name, seed, 20.0, 30.0) for seed, name in enumerate("abcd")]
+    for folder, revision in zip(runs, ("1234567", "1234567", "89abcde"), strict=False):
+        facts = {"command": f"--method fixmatch lr=0.1 seed={folder.name}", "revision": revision}
+        (folder / "run.json").write_text(json.dumps({**facts, "split": {"name": "1_8", "labeled": "5" * 64}}))
+        lines = [{"step": step, "epoch": 0, "loss": 1.0, "images_per_s": speed} for step, speed in ((30, 0.5), (60, 2))]
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    rows = read_rows([f"row={folder}" for folder in runs[:3]] + [f"old={runs[3]}"])
+    head, _, first, second, *legend = origin_table(rows).splitlines()
+    assert cells(head)[2:] == ["revision", "labeled list", "seeds", "minutes"] and not any("old" in row for row in legend)
+    batch = rows[0].runs[0].recipe.batch_size
+    minutes = f"{batch * (30 / 0.5 + 30 / 2) / 60:.0f}"
+    assert cells(first) == ["row", "`--method fixmatch lr=0.1`", "1234567", "5" * 12, "0, 1", minutes]
+    assert cells(second)[2:] == ["89abcde", "5" * 12, "2", minutes]
+    assert origin_table(rows[1:]) == ""
+    for text in ("{", "[]", '{"split": {"name": 3}}'):
+        (runs[0] / "run.json").write_text(text)
+        with pytest.raises(UserError, match=r"run\.json: .*remove it"):
+            read_rows([str(runs[0])])
 
 
 def test_what_is_not_a_finished_run_is_refused(finished, tmp_path):

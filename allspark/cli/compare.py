@@ -20,7 +20,8 @@ from allspark.data.base import SegmentationDataset
 from allspark.data.manifest import known_as
 from allspark.data.splits import resolve
 from allspark.distributed import choose_device
-from allspark.engine.checkpoint import LATEST, load_checkpoint
+from allspark.engine.checkpoint import LATEST
+from allspark.engine.facts import read_facts
 from allspark.engine.log import METRICS, read_metrics
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
@@ -38,18 +39,22 @@ PSEUDO_LEGEND = """
 Pseudo-labels: of unlabeled images whose labels training never opens; coverage: the pixels confident enough to learn
 from, accuracy: of these the right ones.
 """
+ORIGIN_LEGEND = """
+labeled list: its sha256. minutes: of a run on average, by its logged speed, without evaluations.
+"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of train.py: its folder, its recipe, and the lines of metrics.jsonl.
+    """A run of train.py: its folder, its recipe, the lines of metrics.jsonl, the facts of run.json (older: none).
 
-    The two files are enough for tables and curves; a run that is kept for its numbers may lack the checkpoint.
+    The three files are enough for tables and curves; a run that is kept for its numbers may lack the checkpoint.
     """
 
     folder: Path
     recipe: Recipe
     lines: list[dict[str, Any]]
+    facts: dict[str, Any]
 
     @property
     def checkpoint(self) -> Path:
@@ -96,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.runs)
-    tables = [score_table(rows), "" if args.paired is None else paired_table(rows, args.paired)]
+    tables = [score_table(rows), "" if args.paired is None else paired_table(rows, args.paired), origin_table(rows)]
     notes = [*unfinished(rows), *differing_lists(splits_of(rows))]
     for note in notes:
         print(f"WARNING: {note}", file=sys.stderr)
@@ -140,7 +145,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: not the folder of a run, there is no {METRICS}; train.py writes it")
     with naming(folder / "config.yaml"):
         recipe = complete(load_config(folder / "config.yaml"))
-    run = Run(folder, recipe, read_metrics(folder / METRICS))
+    run = Run(folder, recipe, read_metrics(folder / METRICS), read_facts(folder))
     if not run.evaluations:
         raise UserError(f"{folder}: this run was not evaluated yet; let train.py finish it")
     return run
@@ -160,14 +165,12 @@ def check_seeds(name: str, one: Run, other: Run) -> None:
 
 
 def splits_of(rows: Sequence[Row]) -> dict[str, Mapping[str, str]]:
-    """Each run with a checkpoint, named by its row and where there are several by its seed -> the split in that."""
-    splits = {}
-    for row in rows:
-        for seed, run in row.by_seed.items():
-            name = row.name if len(row.runs) == 1 else f"{row.name} seed {seed}"
-            if run.checkpoint.is_file():
-                splits[name] = load_checkpoint(run.checkpoint, ("split",))["split"]
-    return splits
+    """Each run, named by its row and where there are several by its seed -> the split that it was trained on."""
+    return {
+        row.name if len(row.runs) == 1 else f"{row.name} seed {seed}": run.facts.get("split", {})
+        for row in rows
+        for seed, run in row.by_seed.items()
+    }
 
 
 def unfinished(rows: Sequence[Row]) -> list[str]:
@@ -249,6 +252,33 @@ def paired_table(rows: Sequence[Row], base: str) -> str:
         gains = [None if run is None else last_miou(run) - last_miou(other) for run, other in pairs]
         table.append([row.name, *(spread([gain], 2, "+") for gain in gains), spread(gains, 2, "+")])
     return markdown(table) if len(table) > 1 else ""
+
+
+def origin_table(rows: Sequence[Row]) -> str:
+    """Markdown: how each row came about; a line for each command, revision or list that its seeds differ in."""
+    table = [["run", "trained by: python train.py ...", "revision", "labeled list", "seeds", "minutes"]]
+    for row in rows:
+        same: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+        for run in row.runs:
+            if run.facts:
+                words = " ".join(word for word in str(run.facts.get("command")).split() if not word.startswith("seed="))
+                labeled = run.facts["split"].get("labeled", "")[:12]
+                same[words, str(run.facts.get("revision")), labeled].append(run)
+        for (words, revision, labeled), runs in same.items():
+            seeds = ", ".join(str(run.recipe.seed) for run in runs)
+            minutes = f"{statistics.fmean(map(training_minutes, runs)):.0f}"
+            table.append([row.name, f"`{words}`", revision, labeled, seeds, minutes])
+    return markdown(table) + ORIGIN_LEGEND if len(table) > 1 else ""
+
+
+def training_minutes(run: Run) -> float:
+    """From the speed that was logged, so without its evaluations and whatever it waited for."""
+    minutes, before = 0.0, 0
+    for line in run.lines:
+        if line.get("images_per_s"):
+            minutes += (line["step"] - before) * run.recipe.batch_size / line["images_per_s"] / 60
+            before = line["step"]
+    return minutes
 
 
 def spread(values: Sequence[float | None], digits: int, sign: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     if args.dataset and args.method and args.config is None:
         return complete(load_recipe(args.dataset, args.method, overrides))
     raise UserError("give --dataset and --method, or --config FILE for a whole recipe")
+
+
+def command(args: argparse.Namespace) -> str:
+    """The words of recipe_of, as a shell takes them."""
+    names = ("dataset", "method", "config", "split", "labeled_id_path", "unlabeled_id_path")
+    given = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in names]
+    words = [word for option, value in given if value is not None for word in (option, str(value))]
+    return shlex.join([*words, *args.overrides])
 
 
 def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:

@@ -1,0 +1,49 @@
+"""run.json: what a run says of the code, the command and the lists that made it."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from allspark.engine import facts
+
+
+def git(folder, *words):
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    done = subprocess.run(["git", *author, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_revision_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    git(tmp_path, "init", "-q")
+    assert facts.revision() == "unknown"  # nothing is committed yet
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    assert facts.revision() == git(tmp_path, "rev-parse", "HEAD")[:7]
+    (tmp_path / "exp").write_text("not of the code")
+    assert "changed" not in facts.revision()
+    (tmp_path / "code.py").write_text("2")
+    assert facts.revision().endswith(", changed")
+
+
+def test_where_there_is_no_checkout_and_no_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    assert facts.revision() == "unknown" or facts.revision().startswith("version ")
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts.revision() == "unknown"
+
+
+def test_what_is_written_is_read(tmp_path):
+    split = {"name": "1_8", "sha256": "0" * 64, "labeled": "1" * 64}
+    assert facts.read_facts(tmp_path) == {}
+    facts.write_facts(tmp_path, "--dataset shapes 'data.data_root=a b'", split, torch.device("cpu"))
+    read = facts.read_facts(tmp_path)
+    assert read == json.loads((tmp_path / "run.json").read_text()) and read["split"] == split
+    assert (read["device"], read["processes"], read["torch"]) == ("cpu", 1, torch.__version__)
+    assert read["command"] == "--dataset shapes 'data.data_root=a b'"
