@@ -1,15 +1,17 @@
-"""What AllSpark's bottleneck does on val when it reads the memory, as in training, and when it does not; --help.
+"""What the attention of AllSpark's bottleneck is worth on val: with the memory, as in training, without it, and none.
 
     python scripts/memory_gap.py exp/demo/allspark/best.pth
 
 Training rebuilds labeled channels from the memory; evaluation, and the pass that makes pseudo-labels, rebuild an
-image's channels from its own (as released). The same weights are evaluated both ways, in windows of the
-training crop (the memory holds maps of that size alone). A teacher reads its student's memory.
+image's channels from its own (as released). The same weights are evaluated both ways, and with what attention gives
+replaced by 0, which leaves the bottleneck's convolutions and norms; all in windows of the training crop (the memory
+holds maps of that size alone). A teacher reads its student's memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -44,6 +46,13 @@ class ReadsMemory(nn.Module):
         return self.model(image, cross=CrossBatch(len(image), read_memory=True))
 
 
+def without_attention(model: Segmentor) -> Segmentor:
+    """A copy whose bottleneck adds nothing to its residual."""
+    copied = copy.deepcopy(model)
+    nn.init.zeros_(copied.bottleneck.cross_branch.out.weight)  # it has no bias
+    return copied
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
@@ -56,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def gap(path: Path, device: torch.device) -> dict[str, float]:
-    """mIoU of the own channels and of the memory, and the share of the memory's slots that are written, in percent."""
+    """mIoU of the own channels, of the memory and without attention, and how much of the memory is written; percent."""
     loaded = loading.load_for_inference(path, device)
     model, recipe = loaded.model, loaded.recipe
     if recipe is None or model.bottleneck is None:
@@ -68,13 +77,15 @@ def gap(path: Path, device: torch.device) -> dict[str, float]:
     splits.check_files(entries)
     val = SegmentationDataset([entry.sample for entry in entries], loaded.spec)
     inference = loaded.inference("sliding_window")
-    own, read = (
-        evaluate(network, val, loaded.spec, device, inference, progress=True).miou
-        for network in (model, ReadsMemory(model))
-    )
+    networks = {"own channels": model, "memory": ReadsMemory(model), "no attention": without_attention(model)}
+    found = {
+        name: evaluate(network, val, loaded.spec, device, inference, progress=True).miou
+        for name, network in networks.items()
+    }
     filled = 100 * memory.filled.sum().item() / memory.queue.shape[:2].numel()
-    print(f"{path}: own channels {own:.2f}, memory {read:.2f} mIoU; {filled:.0f} % of the memory is written")
-    return {"own": own, "memory": read, "filled": filled}
+    scores = ", ".join(f"{name} {miou:.2f}" for name, miou in found.items())
+    print(f"{path}: {scores} mIoU; {filled:.0f} % of the memory is written")
+    return {**found, "filled": filled}
 
 
 def memory_of(path: Path) -> SemanticMemory:
