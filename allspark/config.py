@@ -68,6 +68,7 @@ class BottleneckConfig:
     dropout: float = 0.1
     grouping_input: Literal["logits", "probabilities"] = "logits"  # Released: logits, never softmaxed
     empty_slots: bool = True  # Released: noise that was never written over takes part in the softmax
+    attention: Literal["both", "cross", "none"] = "both"  # ablations: in both branches, in the labeled one, in neither
     memory_policy: Literal["rank0", "gather", "local"] = "rank0"  # Released: rank0, by DDP's buffer broadcast
 
 

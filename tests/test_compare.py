@@ -88,7 +88,10 @@ def test_three_small_files_are_enough(finished, tmp_path):
 def test_the_tables_of_kept_runs_are_those_of_their_numbers(footing):
     """docs/runs, by scripts/results.sh."""
     rows = read_rows([f"{run.parent.name}={run}" for run in sorted(footing.glob("*/seed_*"))])
-    kept, made = (footing / "table.md").read_text(encoding="utf-8"), "\n".join(filter(None, (score_table(rows), origin_table(rows))))
+    kept, made = (
+        (footing / "table.md").read_text(encoding="utf-8"),
+        "\n".join(filter(None, (score_table(rows), origin_table(rows)))),
+    )
     assert sorted(kept.splitlines()) == sorted(made.splitlines())  # the shell has an order of its own
 
 
@@ -287,7 +290,7 @@ def test_which_lists_are_told():
 
 
 def test_how_each_row_came_about(write_run, capsys):
-    """Command without the seed, revision, list, seeds, minutes; an older run says nothing, another revision has a line."""
+    """Command without the seed, revision, list, seeds, minutes; an older run says nothing."""
     runs = [write_run(name, seed, 20.0, 30.0) for seed, name in enumerate("abcd")]
     for folder, revision in zip(runs, ("1234567", "1234567", "89abcde"), strict=False):
         facts = {"command": f"--method fixmatch lr=0.1 seed={folder.name}", "revision": revision}
@@ -297,7 +300,9 @@ def test_how_each_row_came_about(write_run, capsys):
             file.writelines(json.dumps(line) + "\n" for line in lines)
     rows = read_rows([f"row={folder}" for folder in runs[:3]] + [f"old={runs[3]}"])
     head, _, first, second, *legend = origin_table(rows).splitlines()
-    assert cells(head)[2:] == ["revision", "labeled list", "seeds", "minutes"] and not any("old" in row for row in legend)
+    assert cells(head)[2:] == ["revision", "labeled list", "seeds", "minutes"] and not any(
+        "old" in row for row in legend
+    )
     batch = rows[0].runs[0].recipe.batch_size
     minutes = f"{batch * (30 / 0.5 + 30 / 2) / 60:.0f}"
     assert cells(first) == ["row", "`--method fixmatch lr=0.1`", "1234567", "5" * 12, "0, 1", minutes]

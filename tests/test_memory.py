@@ -1,6 +1,7 @@
 """Semantic memory and channel grouping against literal loops."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -126,3 +127,20 @@ def test_grouping_input():
         memory = SemanticMemory(4, 6, 2)
         AllSparkBottleneck(6, memory, grouping_input=grouping_input).remember(tokens, logits, (2, 2))
         assert memory.filled.tolist() == torch.bincount(expected.flatten(), minlength=4).clamp(max=6).tolist()
+
+
+@pytest.mark.parametrize("mode", ["both", "cross", "none"])
+def test_attention_of_an_ablation(mode):
+    """What a branch without attention gives is its residual through the norm; every parameter still gets a gradient."""
+    torch.manual_seed(7)
+    bottleneck = AllSparkBottleneck(6, SemanticMemory(3, 6, 2), dropout=0.0, attention=mode)
+    feature, logits = torch.randn(4, 6, 2, 2), torch.randn(2, 3, 8, 8)
+    residual = F.gelu(bottleneck.map_in(feature)).flatten(2).transpose(1, 2)
+    plain = F.gelu(bottleneck.map_out(bottleneck.norm_out(residual).transpose(1, 2).unflatten(2, (2, 2))))
+    out = bottleneck(feature, CrossBatch(2, logits))
+    without = [torch.allclose(part, other, atol=1e-6) for part, other in zip(out, plain, strict=True)]
+    assert without == {"both": [False] * 4, "cross": [False] * 2 + [True] * 2, "none": [True] * 4}[mode]
+    assert torch.allclose(bottleneck(feature), plain, atol=1e-6) == (mode == "none")  # inference
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in bottleneck.parameters())
+    assert bottleneck.memory.filled.any() == (mode != "none")

@@ -79,12 +79,19 @@ class CrossBranch(ChannelAttention):
         return self.finish(shared_channel_attention(self.q(tokens), k, v, self.rate, present))
 
 
+def idle(*modules: nn.Module) -> Tensor:
+    """0, with a gradient: DDP wants one, if only 0, for every parameter."""
+    return 0.0 * sum(weight.sum() for module in modules for weight in module.parameters())
+
+
 class AllSparkBottleneck(nn.Module):
     """Sits on the deepest feature map: (B, C, h, w) -> (B, C, h, w).
 
     grouping_input: what decides the class of a channel, logits or probabilities. Released: the logits.
     empty_slots: the noise in slots that were never written takes part (Released). False: such a slot is 0, and a class
     without any written slot is left out of the attention.
+    attention: for ablations. cross: none in the unlabeled branch; none: nor in the labeled one, and none in inference,
+    which leaves convolutions and norms. Where there is none, 0 stands for what it gives.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class AllSparkBottleneck(nn.Module):
         dropout: float = 0.1,
         grouping_input: str = "logits",
         empty_slots: bool = True,
+        attention: str = "both",
     ) -> None:
         super().__init__()
         self.map_in = nn.Conv2d(channels, channels, 1)
@@ -107,16 +115,19 @@ class AllSparkBottleneck(nn.Module):
         self.map_out = nn.Conv2d(channels, channels, 1)
         self.grouping_input = grouping_input
         self.empty_slots = empty_slots
+        self.attention = attention
 
     def forward(self, feature: Tensor, cross: CrossBatch | None = None, share_keys: bool = False) -> Tensor:
         """cross=None: inference, each image attends to its own channels (share_keys: to those of the whole batch)."""
         height, width = feature.shape[-2:]
         residual = F.gelu(self.map_in(feature)).flatten(2).transpose(1, 2)  # (B, N, C), N = h * w
         tokens = self.norm_in(residual)
-        if cross is None:
+        if self.attention == "none":
+            attended = idle(self.norm_in, self.cross_branch, self.self_branch)
+        elif cross is None:
             attended = self.cross_branch(tokens, tokens if share_keys else None)
-            if self.training:  # a supervised start: DDP wants a gradient, if only 0, for every parameter
-                attended = attended + 0.0 * sum(weight.sum() for weight in self.self_branch.parameters())
+            if self.training:  # a supervised start
+                attended = attended + idle(self.self_branch)
         else:
             attended = self.attend(tokens, cross, (height, width))
         out = self.norm_out(attended + residual).transpose(1, 2).unflatten(2, (height, width))
@@ -125,7 +136,8 @@ class AllSparkBottleneck(nn.Module):
     def attend(self, tokens: Tensor, cross: CrossBatch, size: tuple[int, int]) -> Tensor:
         """Labeled tokens through the cross branch, unlabeled ones through the self branch; one write, then one read."""
         labeled, unlabeled = tokens[: cross.num_labeled], tokens[cross.num_labeled :]
-        attended_u = self.self_branch(unlabeled)
+        both = self.attention == "both"
+        attended_u = self.self_branch(unlabeled) if both else torch.zeros_like(unlabeled) + idle(self.self_branch)
         if cross.num_labeled == 0:
             return attended_u
         if len(unlabeled):
