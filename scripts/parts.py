@@ -1,11 +1,13 @@
-"""What the attention of AllSpark's bottleneck is worth on val: with the memory, as in training, without it, and none.
+"""What the parts of a trained network are worth: mIoU on val with each of them taken away, from the same weights.
 
-    python scripts/memory_gap.py exp/demo/allspark/best.pth
+    python scripts/parts.py exp/demo/supervised/best.pth exp/demo/allspark/best.pth
 
-Training rebuilds labeled channels from the memory; evaluation, and the pass that makes pseudo-labels, rebuild an
-image's channels from its own (as released). The same weights are evaluated both ways, and with what attention gives
-replaced by 0, which leaves the bottleneck's convolutions and norms; all in windows of the training crop (the memory
-holds maps of that size alone). A teacher reads its student's memory.
+- stride 4 to stride 32: a feature map of the encoder is flat, its mean over the image stands everywhere.
+- memory: AllSpark's bottleneck reads it, as in training; evaluation, and the pass that makes pseudo-labels, rebuild an
+  image's channels from its own (as released). A teacher reads its student's memory.
+- attention: what the bottleneck's attention gives is 0, which leaves its convolutions and norms.
+
+All in windows of the training crop, since a memory holds maps of that size alone.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ from allspark.models.segmentor import Segmentor, SegOutput  # noqa: E402
 class ReadsMemory(nn.Module):
     """The network with the keys and values of its memory, for every image: (B, 3, crop, crop) -> SegOutput."""
 
-    def __init__(self, model: Segmentor) -> None:
+    def __init__(self, model: Segmentor, memory: SemanticMemory) -> None:
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model)
+        self.model.bottleneck.memory = memory
 
     def forward(self, image: Tensor) -> SegOutput:
         return self.model(image, cross=CrossBatch(len(image), read_memory=True))
@@ -53,39 +56,58 @@ def without_attention(model: Segmentor) -> Segmentor:
     return copied
 
 
+def with_flat(model: Segmentor, level: int) -> Segmentor:
+    """A copy in which feature map `level` of the encoder is its mean."""
+    copied = copy.deepcopy(model)
+
+    def flatten(_: nn.Module, __: tuple, features: Sequence[Tensor]) -> list[Tensor]:
+        flat = features[level].mean((2, 3), keepdim=True).expand_as(features[level]).contiguous()
+        return [flat if place == level else feature for place, feature in enumerate(features)]
+
+    copied.encoder.register_forward_hook(flatten)
+    return copied
+
+
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    description, _, more = __doc__.partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=raw)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
-    found = {str(path): gap(path, choose_device(args.device)) for path in args.checkpoints}
+    found = {str(path): worth(path, choose_device(args.device)) for path in args.checkpoints}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def gap(path: Path, device: torch.device) -> dict[str, float]:
-    """mIoU of the own channels, of the memory and without attention, and how much of the memory is written; percent."""
+def worth(path: Path, device: torch.device) -> dict[str, float]:
+    """mIoU in percent as it is and without each part; of a memory also how much of it is written."""
     loaded = loading.load_for_inference(path, device)
     model, recipe = loaded.model, loaded.recipe
-    if recipe is None or model.bottleneck is None:
-        raise UserError(f"{path}: holds no run with model.bottleneck=allspark; name a checkpoint of one")
-    memory = memory_of(path).to(device)
-    model.bottleneck.memory = memory
+    if recipe is None:
+        raise UserError(f"{path}: holds no run of train.py; name a checkpoint of one")
+    networks = {"as it is": model}
+    networks |= {f"no stride {stride}": with_flat(model, level) for level, stride in enumerate(model.encoder.strides)}
+    filled = {}
+    if model.bottleneck is not None:
+        memory = memory_of(path).to(device)
+        networks |= {"memory": ReadsMemory(model, memory), "no attention": without_attention(model)}
+        filled = {"filled": 100 * memory.filled.sum().item() / memory.queue.shape[:2].numel()}
     root = splits.find_data(recipe.data, loaded.spec)
     entries = splits.val_entries(recipe.data, loaded.spec, root)
     splits.check_files(entries)
-    val = SegmentationDataset([entry.sample for entry in entries], loaded.spec)
-    inference = loaded.inference("sliding_window")
-    networks = {"own channels": model, "memory": ReadsMemory(model), "no attention": without_attention(model)}
+    val, inference = (
+        SegmentationDataset([entry.sample for entry in entries], loaded.spec),
+        loaded.inference("sliding_window"),
+    )
     found = {
         name: evaluate(network, val, loaded.spec, device, inference, progress=True).miou
         for name, network in networks.items()
     }
-    filled = 100 * memory.filled.sum().item() / memory.queue.shape[:2].numel()
-    scores = ", ".join(f"{name} {miou:.2f}" for name, miou in found.items())
-    print(f"{path}: {scores} mIoU; {filled:.0f} % of the memory is written")
-    return {**found, "filled": filled}
+    found |= filled
+    print(f"{path}: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}", flush=True)
+    return found
 
 
 def memory_of(path: Path) -> SemanticMemory:
