@@ -175,7 +175,9 @@ def tell_torchrun(words: str, first: bool) -> None:
         with contextlib.suppress(OSError):
             message = words.splitlines()[-1] if words else "the same as another process"
             summary = {"message": message, "extraInfo": {"timestamp": int(time.time()) + (-1 if first else 1)}}
-            Path(file).write_text(json.dumps({"message": summary}), encoding="utf-8")
+            beside = Path(f"{file}.tmp")  # torchrun may end this process between two lines, and cannot read half a file
+            beside.write_text(json.dumps({"message": summary}), encoding="utf-8")
+            beside.replace(file)
 
 
 def is_lost_peer(error: BaseException) -> bool:
