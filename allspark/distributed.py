@@ -131,7 +131,7 @@ def process_group(device: str = "auto", port: int | None = None) -> Iterator[tor
 
 def leave(error: BaseException, store: dist.Store) -> NoReturn:
     """End this process at once, with the exit code of its error."""
-    code, words = 1, ""
+    code, words, first = 1, "", None
     if isinstance(error, Stopped) and not has_ended(store):  # all of them, in order
         code, words = STOPPED, str(error) if is_main() else ""
     elif isinstance(error, Stopped):  # this one, by the launcher after another's end: nothing to be put into a queue
@@ -143,9 +143,10 @@ def leave(error: BaseException, store: dist.Store) -> NoReturn:
     else:
         code = 2 if isinstance(error, UserError) else 1
         words, first = last_words(error, store)
+    if words:  # before torchrun knows: it may end this process as soon as it does
+        print(words, file=sys.stderr, flush=True)
+    if first is not None:
         tell_torchrun(words, first)
-    if words:
-        print(words, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -115,6 +115,7 @@ def ended(start_process):
         "torch.distributed.run",
         "--standalone",
         "--nproc_per_node=2",
+        "--monitor-interval=4",  # else torchrun may end process 0 before that one has seen and told what happened
         Path(__file__).with_name("dying.py"),
     ]
     started = time.monotonic()

@@ -58,9 +58,8 @@ def replace_file(
                 file.flush()
                 os.fsync(file.fileno())
             verify(temporary)
-            if previous is not None:
-                keep(path, previous)
-            os.replace(temporary, path)
+            with keeping(path, previous) if previous is not None else contextlib.nullcontext():
+                os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -84,18 +83,28 @@ class Recorder:
         self.file.flush()
 
 
-def keep(path: Path, previous: Path) -> None:
-    """previous is what path is, and path stays; where the file system has no hard links it is renamed."""
+@contextlib.contextmanager
+def keeping(path: Path, previous: Path) -> Iterator[None]:
+    """Around the replacement of path: previous is then what path was.
+
+    At no moment are the two names of one file, which a single damage would take both of; where the file system has no
+    hard links path is renamed before.
+    """
     link = previous.with_suffix(".link")
+    link.unlink(missing_ok=True)  # of a run that was killed right here
     try:
-        link.unlink(missing_ok=True)
         os.link(path, link)
-        os.replace(link, previous)
-        link.unlink(missing_ok=True)  # two names of one file are not replaced: a run was killed right here
     except FileNotFoundError:
-        return  # nothing was saved yet
+        pass  # nothing was saved yet
     except OSError:
         os.replace(path, previous)
+    try:
+        yield
+    except BaseException:
+        link.unlink(missing_ok=True)
+        raise
+    if link.exists():
+        os.replace(link, previous)
 
 
 def sync_folder(folder: Path) -> None:
