@@ -171,11 +171,13 @@ def last_words(error: BaseException, store: dist.Store) -> tuple[str, bool]:
 
 
 def tell_torchrun(words: str, first: bool) -> None:
-    """Its summary names the process with the earliest time, in seconds, as the root cause."""
+    """Its summary names the process with the earliest time, in seconds, as the root cause; for a killed one that is when
+    it looks, so that one which is lost for want of it comes well behind.
+    """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             message = words.splitlines()[-1] if words else "the same as another process"
-            summary = {"message": message, "extraInfo": {"timestamp": int(time.time()) + (-1 if first else 1)}}
+            summary = {"message": message, "extraInfo": {"timestamp": int(time.time()) + (-1 if first else 30)}}
             beside = Path(f"{file}.tmp")  # torchrun may end this process between two lines, and cannot read half a file
             beside.write_text(json.dumps({"message": summary}), encoding="utf-8")
             beside.replace(file)
