@@ -171,7 +171,7 @@ def last_words(error: BaseException, store: dist.Store) -> tuple[str, bool]:
 
 
 def tell_torchrun(words: str, first: bool) -> None:
-    """Its summary names the process with the earliest time, in seconds, as the root cause; for a killed one that is when
+    """Its summary names the process with the earliest time, in seconds, as the root cause. For a killed one that is when
     it looks, so that one which is lost for want of it comes well behind.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

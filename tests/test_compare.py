@@ -192,6 +192,18 @@ def test_twenty_rows_are_told_apart(tmp_path):
     assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
 
 
+def test_panels_of_many_rows_share_a_legend(tmp_path):
+    """As wide as with few rows, and with room below the panels for every name."""
+    few, many = ({f"row {i}": [[(1, 20.0 + i), (2, 25.0)]] for i in range(count)} for count in (3, 20))
+    sizes = []
+    for name, rows in {"few": few, "many": many}.items():
+        pictures.plot_panels({f"class {i}": rows for i in range(5)}, tmp_path / f"{name}.png")
+        sizes.append(Image.open(tmp_path / f"{name}.png"))
+    assert sizes[0].width == sizes[1].width and 100 < sizes[1].height - sizes[0].height < 300
+    bottom = np.asarray(sizes[1].convert("L"))[-150:]
+    assert (bottom < 128).any(1).sum() > 40  # rows of pixels with text
+
+
 def test_a_wide_grid_goes_on_in_bands():
     palette = [(10 * index, 200, 255 - 10 * index) for index in range(21)]
     masks = tuple(np.full((10, 20), index, np.uint8) for index in range(21))  # truth 0, predictions 1 to 20

@@ -19,6 +19,7 @@ from allspark.errors import UserError
 if TYPE_CHECKING:  # loaded only where a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Palette = Sequence[tuple[int, int, int]]
 Picture = Tensor | np.ndarray  # image (3, H, W) or mask (H, W), uint8, on the CPU
@@ -238,30 +239,43 @@ def plot_curves(rows: Mapping[str, Sequence[Curve]], path: Path) -> None:
 
 
 def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path, columns: int = 4) -> None:
-    """Panels, so many side by side -> an image file. panels: title -> row -> the points of each seed, or none."""
+    """Panels, so many side by side -> an image file. panels: title -> row -> the points of each seed, or none.
+
+    Few rows stand in a legend in each panel, with their last values; many in one below all panels, without.
+    """
     many = max(map(len, panels.values()), default=0) > FEW
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
-    figure = new_figure((9.0 if many else 5.5) * columns, (5.6 if many else 3.8) * lines)
+    figure = new_figure(5.5 * columns, 3.8 * lines + many * 1.2)
     places = figure.subplots(lines, columns, squeeze=False).flat
+    shown = {}
     for (title, rows), axes in zip(panels.items(), places, strict=False):
-        draw_rows(axes, rows, title)
+        shown |= draw_rows(axes, rows, title, legend=not many)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, max(high, low + 5.0))  # a class at 0 is a flat line, not its rounding
     for axes in places:  # those that are left
         axes.set_visible(False)
+    if many:
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=10)
     save_figure(figure, path)
 
 
-def draw_rows(axes: Axes, rows: Mapping[str, Sequence[Points]], title: str) -> None:
-    """A line per row, told apart in the legend, which has the last value; a band where a row has several seeds."""
+def draw_rows(axes: Axes, rows: Mapping[str, Sequence[Points]], title: str, legend: bool = True) -> dict[str, Line2D]:
+    """A line per row, told apart in the legend, which has the last value; a band where a row has several seeds.
+
+    -> the line of each row that has points.
+    """
+    lines = {}
     for index, (name, seeds) in enumerate(rows.items()):
         steps, values = over_seeds(seeds)
         if not steps:
             continue
         mean, turn = values.mean(0), index // len(COLORS) % len(LINES)
         look = dict(color=COLORS[index % len(COLORS)], linestyle=LINES[turn][0], marker=LINES[turn][1])
-        axes.plot(steps, mean, markersize=3.5, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}", **look)
+        (lines[name],) = axes.plot(steps, mean, markersize=3.5, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}", **look)
         shade(axes, steps, values, look["color"], alpha=0.15 if len(rows) <= FEW else 0.06)
-    style_axes(axes, title, legend_outside=len(rows) > FEW)
+    style_axes(axes, title, legend=legend, outside=len(rows) > FEW)
+    return lines
 
 
 def draw_losses(axes: Axes, seeds: Sequence[Mapping[str, Points]], title: str) -> None:
@@ -309,15 +323,15 @@ def save_figure(figure: Figure, path: Path) -> None:
     save_image(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
 
 
-def style_axes(axes: Axes, title: str, legend_outside: bool = False) -> None:
+def style_axes(axes: Axes, title: str, legend: bool = True, outside: bool = False) -> None:
     """Title, faint grid, no box, and a legend where there is something to tell."""
     axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8.5)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        place = dict(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5) if legend_outside else {}
+    if legend and axes.get_legend_handles_labels()[0]:
+        place = dict(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5) if outside else {}
         axes.legend(fontsize=8.5, frameon=False, **place)
 
 
