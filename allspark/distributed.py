@@ -171,8 +171,8 @@ def last_words(error: BaseException, store: dist.Store) -> tuple[str, bool]:
 
 
 def tell_torchrun(words: str, first: bool) -> None:
-    """Its summary names the process with the earliest time, in seconds, as the root cause. For a killed one that is when
-    it looks, so that one which is lost for want of it comes well behind.
+    """Its summary names the process with the earliest time, in seconds, as the root cause. For a killed one that is
+    when it looks, so that one which is lost for want of it comes well behind.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
