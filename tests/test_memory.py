@@ -1,12 +1,14 @@
-"""Semantic memory and channel grouping against literal loops."""
+"""Semantic memory and channel grouping against literal loops; where the bottleneck begins."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from allspark.config import BottleneckConfig, ModelConfig
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.memory import SemanticMemory, group_channels
+from allspark.models.segmentor import build_model
 
 
 def loop_enqueue(queue, pointer, features, classes):
@@ -144,3 +146,20 @@ def test_attention_of_an_ablation(mode):
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in bottleneck.parameters())
     assert bottleneck.memory.filled.any() == (mode != "none")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_with_a_skip_training_begins_as_without_a_bottleneck(training):
+    """The same logits from the same seed; a step later the bottleneck takes part."""
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    logits, last = {}, None
+    for name in ("none", "allspark"):
+        torch.manual_seed(0)
+        bottleneck = BottleneckConfig(name=name, skip=name == "allspark")
+        model = build_model(ModelConfig(encoder="mit_b0", drop_path=0, dropout=0, bottleneck=bottleneck), 5, 64)
+        cross = CrossBatch(2, torch.randn(2, 5, 2, 2)) if name == "allspark" and training else None
+        logits[name] = model.train(training)(images, cross=cross).logits
+        last = model
+    assert torch.equal(logits["none"], logits["allspark"])
+    logits["allspark"].square().mean().backward()
+    assert last.bottleneck.map_out.weight.grad.abs().max() > 0

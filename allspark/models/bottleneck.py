@@ -92,6 +92,8 @@ class AllSparkBottleneck(nn.Module):
     without any written slot is left out of the attention.
     attention: for ablations. cross: none in the unlabeled branch; none: nor in the labeled one, and none in inference,
     which leaves convolutions and norms. Where there is none, 0 stands for what it gives.
+    skip: the map that comes in is added to the one that comes out, and the last convolution starts at 0: at first the
+    network is the one without a bottleneck. Released: all of the map goes through the bottleneck, trained from nothing.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class AllSparkBottleneck(nn.Module):
         dropout: float = 0.1,
         grouping_input: str = "logits",
         empty_slots: bool = True,
+        skip: bool = False,
         attention: str = "both",
     ) -> None:
         super().__init__()
@@ -115,6 +118,10 @@ class AllSparkBottleneck(nn.Module):
         self.map_out = nn.Conv2d(channels, channels, 1)
         self.grouping_input = grouping_input
         self.empty_slots = empty_slots
+        self.skip = skip
+        if skip:
+            nn.init.zeros_(self.map_out.weight)
+            nn.init.zeros_(self.map_out.bias)
         self.attention = attention
 
     def forward(self, feature: Tensor, cross: CrossBatch | None = None, share_keys: bool = False) -> Tensor:
@@ -131,7 +138,8 @@ class AllSparkBottleneck(nn.Module):
         else:
             attended = self.attend(tokens, cross, (height, width))
         out = self.norm_out(attended + residual).transpose(1, 2).unflatten(2, (height, width))
-        return F.gelu(self.map_out(out))
+        out = F.gelu(self.map_out(out))
+        return feature + out if self.skip else out
 
     def attend(self, tokens: Tensor, cross: CrossBatch, size: tuple[int, int]) -> Tensor:
         """Labeled tokens through the cross branch, unlabeled ones through the self branch; one write, then one read."""
