@@ -8,9 +8,10 @@ cd -- "$(dirname -- "$0")/.."
 . scripts/setup.sh
 for footing in docs/runs/*/; do
     set --
-    for run in "$footing"*/seed_*/; do
+    for run in "$footing"supervised/seed_*/ "$footing"*/seed_*/; do # the first row is the one that others are compared with
         row=${run#"$footing"}
-        set -- "$@" "${row%%/*}=${run%/}"
+        case " $* " in *"=${run%/} "*) continue ;; esac
+        [ -d "$run" ] && set -- "$@" "${row%%/*}=${run%/}"
     done
     python -m allspark compare --out "${footing%/}" "$@" >/dev/null
     echo "results: ${footing}table.md"
