@@ -52,15 +52,22 @@ def paste(x: Tensor, box: Tensor, other: Tensor) -> Tensor:
 
 @contextmanager
 def labeling(model: nn.Module) -> Iterator[nn.Module]:
-    """The network in evaluation mode and without gradients: a pass changes no buffer. Its mode is restored."""
+    """The network in evaluation mode and without gradients: a pass changes no buffer.
+
+    Afterwards every module has the training flag that it came with.
+    """
     network = getattr(model, "module", model)  # not through DDP: nothing to synchronize
-    training = network.training
+    flags = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         with torch.no_grad():
             yield network
     finally:
-        network.train(training)
+        for module, training in flags:
+            module.training = training
+        # Autocast of older torch (2.8, say) would give the weights that it cast in here, which have no gradient, to the
+        # passes that follow: they would never be trained
+        torch.clear_autocast_cache()
 
 
 def predict_pseudo(model: nn.Module, image: Tensor, share_keys: bool = False) -> Pseudo:

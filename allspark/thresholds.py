@@ -19,7 +19,7 @@ class ClassThresholds(nn.Module):
     are its pixels with wrong labels, and it dies out.
 
     histogram (K, BINS): confidences of the pixels predicted as each class, over all processes; a step's pixels count
-    `momentum` times as much after each further step.
+    `momentum` times as much after each further step. BINS are what a threshold is exact to.
     """
 
     histogram: Tensor
@@ -31,11 +31,17 @@ class ClassThresholds(nn.Module):
 
     @torch.no_grad()
     def update(self, pseudo: Pseudo, valid: Tensor) -> None:
-        """Count the pseudo-labels of a step where valid (B, H, W) bool."""
+        """Count the pseudo-labels of a pass where valid (B, H, W) bool; not those of a network that has become NaN."""
         bins = (pseudo.confidence.float().nan_to_num(0.0) * BINS).long().clamp(max=BINS - 1)
         cells, counts = pseudo.label * BINS + bins, torch.zeros_like(self.histogram)
-        counts.view(-1).index_add_(0, cells.flatten(), valid.flatten().float())
-        self.histogram.mul_(self.momentum).add_(distributed.all_reduce_sum(counts))
+        counted = valid & pseudo.confidence.isfinite()
+        counts.view(-1).index_add_(0, cells.flatten(), counted.flatten().float())
+        self.histogram.add_(distributed.all_reduce_sum(counts))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Once per optimizer step, of however many passes: what was counted so far counts less from now on."""
+        self.histogram.mul_(self.momentum)
 
     def forward(self) -> Tensor:
         """The thresholds (K,); of a class that was never predicted the common one."""

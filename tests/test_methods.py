@@ -119,9 +119,14 @@ def test_pseudo_pass_changes_nothing(share_keys):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pseudo = predict_pseudo(model, torch.randn(2, 3, CROP, CROP), share_keys)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert model.training and not pseudo.logits.requires_grad
+    assert not pseudo.logits.requires_grad and all(module.training for module in model.modules())
     assert torch.equal(pseudo.label, pseudo.logits.argmax(1))
     torch.testing.assert_close(pseudo.confidence, pseudo.logits.softmax(1).amax(1))
+    frozen = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for module in frozen:
+        module.eval()
+    predict_pseudo(model, torch.randn(2, 3, CROP, CROP))
+    assert frozen and not any(module.training for module in frozen)
 
 
 @everywhere
@@ -303,7 +308,7 @@ def shapes_lists(tmp_path_factory):
 
 @everywhere
 def test_learns_from_shapes(name, bottleneck, shapes_lists):
-    """Its recipe by way of the loader, 24 steps, all losses at work: the labeled loss falls, and the predictor's."""
+    """Its recipe by way of the loader, 36 steps, all losses at work: the labeled loss falls, and the predictor's."""
     options = {f"method.{key}": value for key, value in learning(name, warmup_epochs=2).items() if key != "background"}
     small = {"encoder": "tiny", "crop_size": 64, "num_workers": 0, "batch_size": 2, "drop_path": 0.0, "lr": 3e-3}
     recipe = complete(load_recipe("shapes", name, {**small, "model.bottleneck": bottleneck, **options}))
@@ -322,10 +327,10 @@ def test_learns_from_shapes(name, bottleneck, shapes_lists):
     loader.set_epoch(0)
     seen = [labeled for labeled, _ in loader.on("cpu")]
     before, steps = predictors_loss(), []
-    for epoch in range(4):
+    for epoch in range(6):
         loader.set_epoch(epoch)
         for labeled, unlabeled in loader.on("cpu"):
-            progress = Progress(len(steps), epoch, 24)
+            progress = Progress(len(steps), epoch, 36)
             losses = method.losses(model, labeled, unlabeled, progress)
             optimizer.zero_grad()
             losses["loss"].backward()
@@ -333,7 +338,7 @@ def test_learns_from_shapes(name, bottleneck, shapes_lists):
             method.after_step(model, progress)
             steps.append({key: value.item() for key, value in losses.items()})
     first, last = (sum(step["loss_x"] for step in some) for some in (steps[:6], steps[-6:]))
-    assert len(steps) == 24 and last < 0.9 * first
+    assert len(steps) == 36 and last < 0.9 * first
     assert predictors_loss() < 0.85 * before
     assert all(max(step[key] for step in steps) > 0 for key in steps[0])
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_methods import CLASSES, FIRST, attached, make_method, random_batches
+from test_methods import CLASSES, FIRST, attached, make_method, make_model, random_batches
 
 from allspark.errors import UserError
 from allspark.methods.base import pseudo_loss
@@ -41,9 +41,12 @@ def test_every_class_keeps_the_share_that_is_kept_of_all(threshold):
 
 def test_old_pixels_count_less():
     thresholds = ClassThresholds(2, 0.9, momentum=0.5)
+    halves = [0.95] * 2 + [0.5] * 2, [0] * 2 + [1] * 2
     for _ in range(30):
-        thresholds.update(some_labels([0.95] * 4 + [0.5] * 4, [0] * 4 + [1] * 4), torch.ones(1, 1, 8, dtype=torch.bool))
-    assert thresholds.histogram.sum() == pytest.approx(16, abs=1e-3)  # 8 (1 + 1/2 + 1/4 + ...)
+        for _ in range(2):  # passes: what was counted ages by the step
+            thresholds.update(some_labels(*halves), torch.ones(1, 1, 4, dtype=torch.bool))
+        thresholds.after_step()
+    assert thresholds.histogram.sum() == pytest.approx(8, abs=1e-3)  # 8 (1/2 + 1/4 + ...)
     assert thresholds().tolist() == pytest.approx([0.9, 0.5])
 
 
@@ -53,6 +56,22 @@ def test_nothing_sure_is_the_common_threshold():
     pseudo = some_labels([0.5, torch.nan, 0.6], [0, 1, 1])
     thresholds.update(pseudo, torch.ones(1, 1, 3, dtype=torch.bool))
     assert thresholds().tolist() == pytest.approx([0.9, 0.9])  # of no class more is kept than of all: nothing
+    assert thresholds.histogram.sum() == 2  # a pixel without a confidence is none
+
+
+def test_they_are_where_the_network_is():
+    """On a device that is not the default one: recipes move the network before the method is attached."""
+    model, method = make_model("none").to("meta"), make_method("allspark", threshold=0.5, class_thresholds=True)
+    method.attach(model)
+    assert {tensor.device.type for tensor in (*method.parameters(), *method.buffers())} == {"meta"}
+
+
+def test_the_method_lets_them_age():
+    model, method = attached("allspark", threshold=0.5, class_thresholds=True)
+    method.losses(model, *random_batches(method), FIRST)
+    counted = method.class_thresholds.histogram.sum().item()
+    method.after_step(model, FIRST)
+    assert method.class_thresholds.histogram.sum().item() == pytest.approx(0.99 * counted)
 
 
 def test_the_loss_takes_a_threshold_for_each_class():

@@ -18,7 +18,7 @@ class AllSpark(TeacherMethod):
     """Labeled features reborn from unlabeled ones: the bottleneck does the work, the loss is plain (section 3).
 
     The defaults are the released code's numerics (xmed-lab/AllSpark 9da63e2, train_allspark.py).
-    warmup_epochs: the memory is written from the start and read from this epoch on.
+    warmup_epochs: the memory is read from this epoch on; it is written in every step but those of a supervised start.
     pseudo_context: whose channels the pseudo-label pass sees. Released: those of the whole batch.
     ignore_padding: leave padding out of the unlabeled loss. Released: it counts.
     labeled_view, unlabeled_view: photometric policies. Released: labeled strong, unlabeled weak, no CutMix.
@@ -58,7 +58,9 @@ class AllSpark(TeacherMethod):
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
         if self.class_wise:
-            self.class_thresholds = ClassThresholds(unwrap(model).decoder.classifier.out_channels, self.threshold)
+            classifier = unwrap(model).decoder.classifier
+            thresholds = ClassThresholds(classifier.out_channels, self.threshold)
+            self.class_thresholds = thresholds.to(classifier.weight.device)
 
     def losses(
         self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
@@ -80,6 +82,11 @@ class AllSpark(TeacherMethod):
         loss_x = self.criterion(logits_x, labeled.mask)
         loss_u, mask_ratio = pseudo_loss(logits_u, pseudo, self.thresholds(), valid)
         return {"loss": (loss_x + loss_u) / 2, "loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio}
+
+    def after_step(self, model: nn.Module, progress: Progress) -> None:
+        super().after_step(model, progress)
+        if self.class_thresholds is not None:
+            self.class_thresholds.after_step()
 
     def thresholds(self) -> float | Tensor | None:
         return self.threshold if self.class_thresholds is None else self.class_thresholds()

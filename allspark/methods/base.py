@@ -85,8 +85,8 @@ class Method(nn.Module, ABC):
 class TeacherMethod(Method):
     """A method with an EMA teacher, which makes its labels, is evaluated and is saved as the result.
 
-    It owns no memory of the bottleneck: what it sees of an image are the image's own channels. With
-    teacher_momentum=None there is no teacher and the student stands for it.
+    It owns no memory of the bottleneck: what it sees of an image are the image's own channels (AllSpark's
+    pseudo_context=batch: with those of its batch mates). With teacher_momentum=None the student stands for it.
     """
 
     def __init__(self, criterion: Criterion, teacher_momentum: float | None) -> None:
@@ -161,14 +161,7 @@ def joint_output(
     return model(torch.cat((labeled, unlabeled)), cross=cross, perturb=perturb, clean=clean)
 
 
-def unlabeled_output(
-    model: nn.Module, image: Tensor, *, perturb: Perturb | None = None, clean: bool = True
-) -> SegOutput:
-    """A later pass of the step, without labeled images; of a bottleneck its unlabeled branch alone, no write."""
-    cross = None if unwrap(model).bottleneck is None else CrossBatch(num_labeled=0)
-    return model(image, cross=cross, perturb=perturb, clean=clean)
-
-
 def unlabeled_forward(model: nn.Module, image: Tensor) -> Tensor:
-    """The logits of unlabeled_output."""
-    return unlabeled_output(model, image).logits
+    """Logits of a later pass of the step, without labeled images; of a bottleneck its unlabeled branch, no write."""
+    cross = None if unwrap(model).bottleneck is None else CrossBatch(num_labeled=0)
+    return model(image, cross=cross).logits

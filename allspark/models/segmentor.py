@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -43,7 +43,6 @@ class SegOutput:
     logits: Tensor
     perturbed: Tensor | None = None
     features: list[Tensor] | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Segmentor(nn.Module):
