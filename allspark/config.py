@@ -305,8 +305,8 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The keys in which two plain recipes differ and that may change a result, as 'key: old -> new'."""
     found = []
-    for key in sorted({*old, *new}):
-        path, a, b = prefix + key, old.get(key), new.get(key)
+    for key in sorted({*old, *new}, key=str):  # those of a value_map are numbers
+        path, a, b = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{path}.")
         elif a != b and path not in RUN_KEYS:

@@ -145,3 +145,6 @@ def test_differences_leave_out_what_cannot_change_a_result():
     old = to_plain(build_recipe(MINIMAL, None, "test"))
     new = to_plain(build_recipe(MINIMAL, parse_overrides(["device=cpu", "num_workers=0", "lr=0.5"]), "test"))
     assert differences(old, new) == ["optim.lr: 0.001 -> 0.5"]
+    value_maps = ({"data": {"custom": {"value_map": found}}} for found in ({0: 0, 255: 1}, {0: 0, 254: 1}))
+    told = ["data.custom.value_map.254: None -> 1", "data.custom.value_map.255: 1 -> None"]
+    assert differences(*value_maps) == told  # keys that are numbers

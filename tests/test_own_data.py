@@ -180,6 +180,8 @@ def test_a_color_map_that_cannot_be(options, told):
         ([1, 2, 3], 3, {1: 0, 2: 1, 3: 2}),
         ([0, 128, 255], 2, {0: 0, 128: 1, 255: 255}),
         ([0, 1, 2], 2, {0: 255, 1: 0, 2: 1}),
+        ([0, 1, 254], 2, {0: 0, 1: 1, 254: 255}),
+        ([0, 1, 2, 3, 7, 128], 4, {0: 0, 1: 1, 2: 2, 3: 3, 7: 255, 128: 255}),
         ([1, 2, 4], 2, None),
         (range(200), 2, None),
     ],
@@ -195,13 +197,41 @@ def test_masks_that_were_saved_with_loss(check, place):
     assert code == 2 and "and 248 more" in err and "come from JPEG" in err and "put into the recipe" not in err
 
 
-def test_masks_of_other_kinds_than_png_are_found(place):
+@pytest.mark.parametrize("suffix", [".tif", ".PNG"])
+def test_masks_of_other_kinds_than_png_are_found(place, suffix):
     for path in (place.root / "masks/labeled").glob("*.png"):
         with Image.open(path) as image:
-            image.save(path.with_suffix(".tif"))
+            image.save(path.with_suffix(suffix))
         path.unlink()
     found = resolve(load_config(place.config).data).labeled
-    assert [sample.mask.name for sample in found] == [f"labeled{index}.tif" for index in range(4)]
+    assert [sample.mask.name for sample in found] == [f"labeled{index}{suffix}" for index in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("{}.jpg", "there is labeled0.jpg, which may hold other values than were painted: save masks as PNG"),
+        ("{}_mask.png", "there is labeled0_mask.png: a mask in a folder has its image's name"),
+        ("other_{}.png", "; correct the list, data.custom or data_root"),
+    ],
+)
+def test_masks_under_other_names_are_one_problem_with_a_hint(check, place, name, told):
+    for path in list((place.root / "masks/labeled").glob("*.png")):
+        with Image.open(path) as image:
+            image.convert("L").save(path.with_name(name.format(path.stem)))
+        path.unlink()
+    code, _, err = check("--data-only")
+    assert code == 2 and "labeled0.png: does not exist, nor does any other labeled mask (4)" in err and told in err
+    with pytest.raises(UserError, match=re.escape(told)):
+        resolve(load_config(place.config).data)
+
+
+def test_a_run_with_a_value_map_goes_on(place):
+    """Its keys are numbers, in the recipe and in the checkpoint."""
+    custom = yaml.safe_load(place.config.read_text(encoding="utf-8"))["data"]["custom"]
+    place.edit(data={"custom": {**custom, "value_map": {0: 0, 1: 1, 2: 2}}})
+    for _ in range(2):
+        assert run_main(train.main, place.train("epochs=1")) == 0
 
 
 def blocks(kind):

@@ -59,7 +59,7 @@ def test_the_page_holds_what_the_run_and_its_checkpoint_say(page, finished, read
     assert (mine["name"], other["name"], found["classes"], found["notes"]) == ("mine", "other", CLASSES, [])
     assert mine["iou"] == pytest.approx(list(best["iou"].values()), abs=1e-3)  # evaluated again: the same
     assert mine["facts"]["mIoU, last epoch"] == f"{evaluations[-1]['miou']:.2f}"
-    assert mine["facts"]["mIoU, best epoch"].startswith(f"{best['miou']:.2f} (epoch {best['epoch'] + 1};")
+    assert mine["facts"]["mIoU, best epoch"].startswith(f"{best['miou']:.2f} (epoch {best['epoch']};")
     assert re.match(r"folders of the recipe|own|.* sha256 [0-9a-f]{12}", mine["facts"]["split"])
     assert "sha256" in mine["facts"]["split"] and "process(es) on cpu" in mine["facts"]["device"]
     assert mine["curves"]["miou"]["values"] == pytest.approx([line["miou"] for line in evaluations], abs=1e-3)

@@ -16,7 +16,7 @@ from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data import DATASETS, shapes, spec_for
 from allspark.data.base import Sample
-from allspark.data.draw import balanced_order, make_splits, parse_sizes
+from allspark.data.draw import balanced_order, list_line, make_splits, parse_sizes
 from allspark.data.preflight import check_data
 from allspark.data.splits import (
     SPLITS_ROOT,
@@ -82,9 +82,17 @@ def test_read_list(tmp_path):
     assert first == Sample(Path("root/a/1.jpg"), Path("root/m/1.png"))
     assert second == Sample(Path("root/b/2.jpg"))
     assert third == Sample(Path("root/with blank.jpg"), Path("root/its mask.png"))
+
     path.write_text("a b\na b c\n")
     with pytest.raises(UserError, match=r"list.txt line 2: 3 columns.*tab"):
         read_list(path, Path("root"))
+
+
+@pytest.mark.parametrize("mask", [None, "m/a b.png", "m/a.png"])
+def test_a_line_that_is_written_is_read_as_it_was(tmp_path, mask):
+    sample = Sample(tmp_path / "with  two blanks.jpg", tmp_path / mask if mask else None)
+    (tmp_path / "list.txt").write_text(f"{list_line(sample, tmp_path)}\n", encoding="utf-8")
+    assert read_list(tmp_path / "list.txt", tmp_path) == [sample]
 
 
 def test_published_counts_are_read_without_a_final_line_feed():

@@ -6,6 +6,7 @@ import argparse
 import glob
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -68,12 +69,14 @@ def main(args: argparse.Namespace) -> None:
             folder.write(name, *tensors)
         predicted += len(names)
     still = sum(path not in unreadable for path in images)
-    moving = f" and {predicted - still} frames of {len(videos)} video(s)" if videos else ""
-    print(f"{still} of {len(images)} images{moving} predicted: {args.out}")
+    told = [f"{still} of {len(images)} images"] if images or not videos else []
+    told += [f"{predicted - still} frames of {len(videos)} video(s)"] if videos else []
+    print(f"{' and '.join(told)} predicted: {args.out}")
     if unreadable:
         first, *others = unreadable.values()
-        more = f" (and {len(others)} more: {', '.join(map(str, list(unreadable)[1:6]))})" if others else ""
-        raise UserError(f"{first}{more}")
+        for error in others:
+            print(f"left out: {error}", file=sys.stderr)
+        raise UserError(f"{first}{f' (and {len(others)} more, above)' if others else ''}")
 
 
 def batches(

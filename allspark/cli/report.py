@@ -314,7 +314,7 @@ def facts(entry: Entry) -> dict[str, str]:
         "steps": f"{run.lines[-1]['step']} of {recipe.batch_size} labeled images",
         "crop, optimizer": f"{recipe.data.crop_size}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
         "mIoU, last epoch": f"{last['miou']:.2f}",
-        "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch'] + 1}; selected on val)",
+        "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch']}; selected on val)",
         "device": device,
         "time": time,
         "evaluated here": evaluated,

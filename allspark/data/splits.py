@@ -16,8 +16,8 @@ from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manife
 from allspark.errors import UserError
 
 MAX_LIST = 256 << 20  # bytes; the longest published one has 6 MB
-MASK_SUFFIXES = {".bmp", ".gif", ".tif", ".tiff"}  # beside .png, of what keeps the values
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")  # of what keeps the values; the first is the usual one
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read_lines(path: Path) -> list[Line]:
         if len(columns) > 2:
             raise UserError(
                 f"{path} line {number}: {len(columns)} columns, expected `image mask` or `image`; "
-                "where a name has a blank in it, put a tab between image and mask"
+                "where a name has a blank in it, put a tab between image and mask, or behind an image without one"
             )
         if columns:
             lines.append(Line(columns[0], columns[1] if len(columns) == 2 else None, f"{path} line {number}"))
@@ -115,8 +115,8 @@ def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entr
     def mask_of(image: Path) -> Path | None:
         if masks is None:
             return None
-        usual = data_root / masks / image.relative_to(folder).with_suffix(".png")
-        kinds = (usual.with_suffix(suffix) for suffix in (".png", *sorted(MASK_SUFFIXES)))
+        usual = data_root / masks / image.relative_to(folder).with_suffix(MASK_SUFFIXES[0])
+        kinds = (usual.with_suffix(suffix) for each in MASK_SUFFIXES for suffix in (each, each.upper()))
         return next(filter(exists, kinds), usual)
 
     exists = folder_reader()
@@ -296,14 +296,28 @@ def folder_reader() -> Callable[[Path], bool]:
     return exists
 
 
+def hint(path: Path) -> str:
+    """Of a mask that is not there: what lies in its place and may be meant."""
+    try:
+        found = sorted(name for name in os.listdir(path.parent) if Path(name).stem.startswith(path.stem))
+    except (OSError, ValueError):
+        return ""
+    if not found:
+        return ""
+    same = [name for name in found if Path(name).stem == path.stem]
+    if same and Path(same[0]).suffix.lower() not in MASK_SUFFIXES:
+        return f"; there is {same[0]}, which may hold other values than were painted: save masks as PNG"
+    return f"; there is {(same or found)[0]}: a mask in a folder has its image's name and {', '.join(MASK_SUFFIXES)}"
+
+
 def check_files(entries: Sequence[Entry]) -> None:
     """UserError unless every file is there."""
     exists = folder_reader()
-    paths = [(path, entry.source) for entry in entries for path in (entry.sample.image, entry.sample.mask) if path]
-    missing = [(path, source) for path, source in paths if not exists(path)]
+    paths = [(path, entry) for entry in entries for path in (entry.sample.image, entry.sample.mask) if path]
+    missing = [(path, entry) for path, entry in paths if not exists(path)]
     if missing:
-        path, source = missing[0]
+        path, entry = missing[0]
         raise UserError(
-            f"{source}: {path} does not exist ({len(missing)} of {len(paths)} files are missing); "
-            "correct the list or data_root"
+            f"{entry.source}: {path} does not exist ({len(missing)} of {len(paths)} files are missing)"
+            f"{hint(path) if path == entry.sample.mask else ''}; correct the list, data.custom or data_root"
         )

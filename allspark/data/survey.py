@@ -29,7 +29,7 @@ from allspark.data.base import (
     stored_mask,
 )
 from allspark.data.preflight import NAMED, overlaps
-from allspark.data.splits import Lists, folder_reader
+from allspark.data.splits import Lists, folder_reader, hint
 from allspark.errors import UserError
 
 KINDS = ("labeled", "val", "unlabeled")
@@ -98,8 +98,16 @@ def missing(lists: Lists) -> tuple[list[str], dict[str, list[Sample]]]:
     exists, gone, there = folder_reader(), [], {}
     for kind in KINDS:
         files = {sample: [path for path in (sample.image, sample.mask) if path] for sample in getattr(lists, kind)}
-        absent = [path for paths in files.values() for path in paths if not exists(path)]
-        gone += bounded([f"{path}: does not exist ({kind}); correct the list or data_root" for path in absent], kind)
+        for mask in (False, True):
+            files_of = {sample.mask if mask else sample.image for sample in getattr(lists, kind)} - {None}
+            absent = sorted(path for path in files_of if not exists(path))
+            remedy = "correct the list, data.custom or data_root"
+            lines = [f"{path}: does not exist ({kind}); {remedy}" for path in absent]
+            if len(lines) > 1 and len(absent) == len(files_of):  # all of them: one cause
+                likely = hint(absent[0]) if mask else ""
+                other = f"{kind} {'mask' if mask else 'image'}"
+                lines = [f"{absent[0]}: does not exist, nor does any other {other} ({len(absent)}){likely}; {remedy}"]
+            gone += bounded(lines, kind)
         there[kind] = [sample for sample in getattr(lists, kind) if all(map(exists, files[sample]))]
     return gone, there
 
@@ -307,7 +315,12 @@ def remedy(values: Counter, colored: bool, spec: DatasetSpec, custom: CustomData
 
 
 def guessed_map(values: Sequence[int], num_classes: int, colored: bool) -> dict[int, int] | None:
-    """Stored values in rising order -> classes in theirs. Of one value too many, what is usually void is ignored."""
+    """Stored values in rising order -> classes in theirs. Of one value too many, what is usually void is ignored.
+
+    Where each class is there by its own index, and none beyond, other values mean nothing.
+    """
+    if not colored and {*range(num_classes)} < {*values} and num_classes not in values:
+        return {value: value if value < num_classes else IGNORE_INDEX for value in values}
     if len(values) == num_classes:
         return {value: index for index, value in enumerate(values)}
     void = 0xFFFFFF if colored else IGNORE_INDEX

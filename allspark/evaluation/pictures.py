@@ -252,7 +252,8 @@ def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path
     for (title, rows), axes in zip(panels.items(), places, strict=False):
         shown |= draw_rows(axes, rows, title, legend=not many)
         low, high = axes.get_ylim()
-        axes.set_ylim(low, max(high, low + 5.0))  # a class at 0 is a flat line, not its rounding
+        top = min(max(high, low + 5.0), max(high, 101.0))  # a class at 0 is a flat line, not its rounding
+        axes.set_ylim(min(low, top - 5.0), top)
     for axes in places:  # those that are left
         axes.set_visible(False)
     if many:
