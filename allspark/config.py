@@ -373,8 +373,24 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
         raise UserError(
             f"{source}: {path}={shown(value)} holds what no file can: give a number of 64 bits, or plain text"
         )
-    want = " or ".join(map(str, args)) if origin is Literal else hint if args else hint.__name__
-    raise UserError(f"{source}: {path}={shown(value)} is {type(value).__name__}, must be {want}")
+    remedy = (
+        "; YAML reads yes, no, on and off as true or false: put it in quotes"
+        if (hint, type(value)) == (str, bool)
+        else ""
+    )
+    raise UserError(f"{source}: {path}={shown(value)} is {type(value).__name__}, must be {_worded(hint)}{remedy}")
+
+
+def _worded(hint: Any) -> str:
+    """What YAML has for a type: int, ce or ohem, [str, ...], [[int, int, int], ...], {int: int}."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return f"[{', '.join('...' if arg is Ellipsis else _worded(arg) for arg in args)}]"
+    if origin is dict:
+        return f"{{{_worded(args[0])}: {_worded(args[1])}}}"
+    return hint.__name__
 
 
 def is_usable(value: int | bool | str) -> bool:

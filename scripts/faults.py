@@ -121,11 +121,10 @@ class Launched:
     """torchrun with two training processes; a killed one is started again with its peer, up to three times."""
 
     def __init__(self, words: Sequence[str], log: Path) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        launcher = "-m torch.distributed.run --standalone --local-addr=localhost --nproc_per_node=2 --max-restarts=3"
+        command = [sys.executable, *launcher.split(), "train.py", *words]
         with open(log, "a") as file:
-            self.process = subprocess.Popen(
-                [*launcher, "--max-restarts=3", "train.py", *words], cwd=REPO, stdout=file, stderr=file
-            )
+            self.process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file)
         self.pid = self.process.pid
 
     def wait(self, seconds: float) -> int | None:

@@ -114,6 +114,7 @@ def ended(start_process):
         "-m",
         "torch.distributed.run",
         "--standalone",
+        "--local-addr=localhost",  # the name of a machine need not resolve
         "--nproc_per_node=2",
         "--monitor-interval=4",  # else torchrun may end process 0 before that one has seen and told what happened
         Path(__file__).with_name("dying.py"),

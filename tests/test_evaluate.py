@@ -181,6 +181,9 @@ def test_overlay_blends_inside_and_leaves_ignored_pixels():
     np.testing.assert_array_equal(pictures.overlay(image, mask, PALETTE), pictures.to_rgb(image))
     mixed = pictures.overlay(image, torch.ones(4, 4, dtype=torch.uint8), PALETTE, alpha=0.5)
     np.testing.assert_array_equal(mixed[0, 0], [150, 65, 65])
+    assert PALETTE[0] == (0, 0, 0), "the black class is a background: it must not darken the photo"
+    plain = pictures.overlay(image, torch.zeros(4, 4, dtype=torch.uint8), PALETTE)
+    np.testing.assert_array_equal(plain, pictures.to_rgb(image))
 
 
 def test_grid_triptych_and_curves_are_drawn(dataset, tmp_path):

@@ -174,7 +174,8 @@ def test_trajectory():
         losses["loss"].backward()
         optimizer.step()
         actual = [losses[name].item() for name in ("loss_x", "loss_u", "loss")]
-        np.testing.assert_allclose(actual, golden["losses"][step], atol=1e-5, rtol=0)
+        # rtol, too: by how much processors and versions of torch differ grows with the steps
+        np.testing.assert_allclose(actual, golden["losses"][step], atol=1e-5, rtol=1e-5)
         assert torch.equal(model.bottleneck.memory.pointer, torch.from_numpy(golden["queue_ptrs"][step]))
     parameters = dict(model.named_parameters())
     for name, norm in zip(golden["param_names"], golden["param_norms"], strict=True):

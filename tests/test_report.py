@@ -1,5 +1,6 @@
 """python -m allspark report: what stands on the page, what it refuses, and the page in a real browser."""
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.cli import report
+from allspark.cli.compare import named_folders
 from allspark.config import merge
 from allspark.data.base import DatasetSpec, bit_palette
 from allspark.errors import UserError
@@ -199,9 +201,10 @@ def test_words_that_make_no_page(finished, second, tmp_path):
 
 
 def test_folders_of_one_name_are_told_apart():
-    folders = [Path("/a/x/seed_0"), Path("/a/y/seed_0")]
-    assert report.folder_names(folders) == ["x/seed_0", "y/seed_0"]
-    assert report.folder_names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
+    folders = ["/a/x/seed_0", "/a/y/seed_0"]
+    assert [name for name, _ in named_folders(folders)] == ["x/seed_0", "y/seed_0"]
+    assert [name for name, _ in named_folders(["/a/x", "mine=/a/y"])] == ["x", "mine"]
+    assert [name for name, _ in named_folders(["/a/x", "/a/x"])] == ["x", "x"]
 
 
 SPEC = DatasetSpec("any", ("a", "b", "c"), bit_palette(3))
@@ -229,7 +232,11 @@ def test_the_best_and_the_worst_of_many():
     assert extremes.best[0].iou[:2] == (100.0, 100.0) and extremes.best[0].image.size == (20, 16)
     mask = np.asarray(extremes.best[0].truth)
     assert set(np.unique(mask)) <= {0, 1, 255} and mask.shape == (16, 20)  # no class from between two others
-    assert encoded(extremes.best[0].truth, "PNG")[1:4] == b"PNG"
+    with Image.open(io.BytesIO(encoded(extremes.best[0].truth, "PNG"))) as stored:
+        assert stored.format == "PNG"
+        opaque = np.asarray(stored.convert("RGBA"))[..., 3] > 0
+    assert SPEC.palette[0] == (0, 0, 0)
+    np.testing.assert_array_equal(opaque, mask != 0)  # the black class leaves the photo as it is
 
 
 def test_few_images_are_best_or_worst_and_not_both():

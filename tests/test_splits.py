@@ -209,7 +209,7 @@ def test_missing_root_names_key_path_and_variable(data, tmp_path):
 def test_missing_lists_are_named(data, tmp_path):
     with pytest.raises(UserError, match=r"nope.txt: this list does not exist.*data.labeled_id_path"):
         resolve(replace(data, labeled_id_path="nope.txt"), tmp_path / "splits")
-    with pytest.raises(UserError, match="no labeled images: name data.split"):
+    with pytest.raises(UserError, match=r"no labeled images: name data.split \(--split NAME; splits of mine: few\)"):
         resolve(replace(data, split=None), tmp_path / "splits")
     (tmp_path / "splits" / "mine" / "val.txt").unlink()
     with pytest.raises(UserError, match=r"mine/val.txt: this list does not exist.*val_id_path"):

@@ -156,6 +156,22 @@ def test_weights_that_are_refused(tmp_path):
         load_pretrained(model, str(tmp_path / "nowhere.pth"), "none")
 
 
+def test_check_tells_how_to_get_the_weights_that_timm_has(capsys, tmp_path):
+    words = [
+        "--dataset",
+        "shapes",
+        "--method",
+        "supervised",
+        "--split",
+        "1_30",
+        f"data.data_root={tmp_path / 'shapes'}",
+    ]
+    verbs.main(
+        ["check", *words, "model.encoder=timm:test_convnext", "device=cpu", "--save-path", str(tmp_path / "run")]
+    )
+    assert "from random numbers (get it by `hf download timm/test_convnext.r160_in1k " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
 def test_checkpointing_changes_no_gradient(name):
     gradients = []

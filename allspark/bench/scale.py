@@ -50,7 +50,8 @@ class Point:
             settings[self.vary] = self.value
         python = [sys.executable, "-m"]
         if processes > 1:
-            python += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+            launcher = "torch.distributed.run --standalone --local-addr=localhost".split()
+            python += [*launcher, f"--nproc_per_node={processes}", "-m"]
         words = [*words, *(["--sides", "ours"] if self.vary == "processes" else ["--sides", "plain", "ours"])]
         options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         return [*python, "allspark", "bench", "step", *options, "--threads", str(max(1, threads // processes)), *words]

@@ -24,6 +24,7 @@ from allspark.engine.step import pass_size, set_precision
 from allspark.errors import UserError
 from allspark.evaluation.inference import inference_for
 from allspark.models.segmentor import build_model
+from allspark.models.timm_encoders import TimmEncoder
 from allspark.models.weights import load_pretrained
 
 REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true takes less"
@@ -125,10 +126,10 @@ def model_findings(recipe: Recipe, spec: DatasetSpec) -> Findings:
     with found.told():
         found.notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     if recipe.model.pretrained == recipe.model.init_from == "none":
-        found.notes.append(
-            f"weights: none, {recipe.model.encoder} starts from random numbers (model.pretrained=FILE, see "
-            "`python -m allspark weights fetch`)"
-        )
+        way = "model.pretrained=FILE, see `python -m allspark weights fetch`"
+        if isinstance(model.encoder, TimmEncoder):
+            way = model.encoder.way_to_weights() or "model.pretrained=FILE"
+        found.notes.append(f"weights: none, {recipe.model.encoder} starts from random numbers ({way})")
     return found
 
 

@@ -125,10 +125,8 @@ def main(args: argparse.Namespace) -> None:
 def read_rows(words: Sequence[str]) -> list[Row]:
     """name=FOLDER or FOLDER, all on one data set; equal names are one row, whose recipes differ in the seed alone."""
     rows: dict[str, Row] = {}
-    for word in words:
-        name, equals, folder = ("", "", word) if Path(word).is_dir() else word.partition("=")
-        run = read_run(Path(folder if equals else word))
-        name = name if equals else run.folder.absolute().name
+    for name, folder in named_folders(words):
+        run = read_run(folder)
         row = rows.setdefault(name, Row(name, []))
         for other in row.runs:
             check_seeds(name, other, run)
@@ -137,6 +135,21 @@ def read_rows(words: Sequence[str]) -> list[Row]:
     if len(datasets) > 1:
         raise UserError(f"runs on different data sets cannot be compared: {', '.join(sorted(datasets))}")
     return list(rows.values())
+
+
+def named_folders(words: Sequence[str]) -> list[tuple[str, Path]]:
+    """name=FOLDER or FOLDER, which has the last parts of its path for a name: as many as tell these folders apart."""
+    pairs: list[tuple[str | None, Path]] = []
+    for word in words:
+        name, equals, folder = word.partition("=")
+        plain = not equals or Path(word).is_dir()  # a folder may have = in its name
+        pairs.append((None, Path(word)) if plain else (name, Path(folder)))
+    parts = [folder.absolute().parts for _, folder in pairs]
+    for count in range(1, max(map(len, parts)) + 1):
+        own = ["/".join(part[-count:]) for part in parts]
+        if len(set(own)) == len(set(parts)):
+            break
+    return [(last if name is None else name, folder) for (name, folder), last in zip(pairs, own, strict=True)]
 
 
 def read_run(folder: Path) -> Run:

@@ -310,7 +310,7 @@ function drawImages() {
   });
   const all = STOPS.map((name, stop) => make("button", { type: "button", onclick: () => cards.forEach((one) => one.show(100 * stop)) }, name));
   section.append(make("p", { class: "faint" }, `Of ${report.runs[0].name}, by the mIoU over the classes that an image has in truth or prediction. `
-    + "The slider goes from the image over the truth to the prediction; dragging over a picture moves the edge between two of them. White: ignored pixels. Beside each class: its IoU in the image."),
+    + "The slider goes from the image over the truth to the prediction; dragging over a picture moves the edge between two of them. White: ignored pixels; a class whose colour is black is not drawn. Beside each class: its IoU in the image."),
     make("div", { class: "controls", role: "group", "aria-label": "all images" }, "all at once:", ...all, make("label", {}, "opacity of the masks ", opacity)),
     ...row("Worst", worst), ...row("Best", best));
 }

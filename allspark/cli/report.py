@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from allspark.cli.compare import Run, differing_lists, list_name, read_run, write_text
+from allspark.cli.compare import Run, differing_lists, list_name, named_folders, read_run, write_text
 from allspark.cli.loading import load_for_inference, positive
 from allspark.config import RUN_KEYS, DataConfig, to_plain
 from allspark.data import spec_for
@@ -109,13 +109,7 @@ def check_out(out: Path) -> None:
 
 def read_entries(words: Sequence[str]) -> list[Entry]:
     """FOLDER or name=FOLDER, all on one data set with the same classes, under names that no two share."""
-    entries, names = [], []
-    for word in words:
-        name, equals, folder = ("", "", word) if Path(word).is_dir() else word.partition("=")
-        names.append(name if equals else None)
-        entries.append(Entry("", checked(Path(folder if equals else word))))
-    for entry, name, own in zip(entries, names, folder_names([entry.run.folder for entry in entries]), strict=True):
-        entry.name = own if name is None else name
+    entries = [Entry(name, checked(folder)) for name, folder in named_folders(words)]
     if twice := sorted({entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}):
         raise UserError(f"two runs have the name {twice[0]}; give each one of its own: name=FOLDER")
     first = entries[0].run.recipe.data
@@ -127,16 +121,6 @@ def read_entries(words: Sequence[str]) -> list[Entry]:
                 "other classes: they cannot be compared; make a page of each"
             )
     return entries
-
-
-def folder_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path: as many as it takes that no two are the same."""
-    parts = [folder.absolute().parts for folder in folders]
-    for count in range(1, max(map(len, parts))):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
 
 
 def checked(folder: Path) -> Run:

@@ -155,6 +155,12 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
     labeled = train_entries(data, "labeled", spec, root, splits_root)
     if labeled is None and custom.labeled_images is not None:
         labeled = folder_entries(root, custom.labeled_images, custom.labeled_masks)
+    if labeled is None:
+        there = names_of_splits(spec, splits_root)
+        raise UserError(
+            f"no labeled images: name data.split (--split NAME; splits of {spec.name}: {there}), "
+            "data.labeled_id_path or data.custom.labeled_images"
+        )
     unlabeled = train_entries(data, "unlabeled", spec, root, splits_root)
     if unlabeled is None and custom.unlabeled_images is not None:
         unlabeled = folder_entries(root, custom.unlabeled_images, None)
@@ -200,10 +206,10 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
 
 
 def checked_lists(
-    labeled: list[Entry] | None, unlabeled: list[Entry], val: list[Entry], name: str, root: Path, present: bool
+    labeled: list[Entry], unlabeled: list[Entry], val: list[Entry], name: str, root: Path, present: bool
 ) -> Lists:
     if not labeled:
-        raise UserError("no labeled images: name data.split, data.labeled_id_path or data.custom.labeled_images")
+        raise UserError(f"no labeled images in the list or folder of {name}; put some there, or name another")
     for entry in (*labeled, *val):
         if entry.sample.mask is None:
             raise UserError(f"{entry.source}: {entry.sample.image} has no mask; name it in the list or in data.custom")
@@ -255,14 +261,18 @@ def find_split(data: DataConfig, spec: DatasetSpec, splits_root: Path) -> Path:
         if data.split and (folder / data.split / "labeled.txt").is_file():
             return folder / data.split
     folder = folders[0]
-    names = {path.parent.name for each in folders for path in each.glob("*/labeled.txt")}
-    there = ", ".join(sorted(names)) or "none yet"
+    there = names_of_splits(spec, splits_root)
     who = f"--dataset {spec.name}" if data.custom is None else "--config FILE"
     make = f"splits make {who} --train LIST --sizes {data.split} --out {folder}"
     raise UserError(
         f"data.split: {folder / str(data.split) / 'labeled.txt'} does not exist; splits of {spec.name}: {there}. "
         f"{how_to_get(spec.splits, data.split, 'labeled') or f'Make one: python -m allspark {make}'}"
     )
+
+
+def names_of_splits(spec: DatasetSpec, splits_root: Path) -> str:
+    names = {path.parent.name for root in roots(splits_root) for path in (root / spec.splits).glob("*/labeled.txt")}
+    return ", ".join(sorted(names)) or "none yet"
 
 
 def how_to_get(folder: str, split: str | None, kind: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allspark.data.base import DatasetSpec
 from allspark.evaluation.metrics import ConfusionMatrix
-from allspark.evaluation.pictures import full_palette, to_rgb
+from allspark.evaluation.pictures import full_palette, painted, to_rgb
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ def image_confusion(mask: Tensor, prediction: Tensor, spec: DatasetSpec) -> Conf
 
 
 def index_picture(mask: Tensor, spec: DatasetSpec, size: tuple[int, int]) -> Image.Image:
-    """(H, W) uint8 -> class indices with palette, of `size` = (width, height)."""
+    """(H, W) uint8 -> class indices with palette, of `size` = (width, height); black classes are transparent."""
     picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
     picture.putpalette(full_palette(spec.palette).tobytes())
+    black = ~painted(spec.palette)[: len(spec.palette)]
+    picture.info["transparency"] = bytes(0 if one else 255 for one in black)
     return picture
 
 

@@ -46,14 +46,19 @@ def full_palette(palette: Palette) -> np.ndarray:
     return colors
 
 
+def painted(palette: Palette) -> np.ndarray:
+    """Which uint8 values are a class with a colour: (256,) bool. Black is none: a background has it, as a rule."""
+    return full_palette(palette).any(axis=1) & (np.arange(256) < len(palette))
+
+
 def overlay(image: Picture, mask: Picture, palette: Palette, alpha: float = 0.55) -> np.ndarray:
     """The mask over the image, (H, W, 3) uint8: `alpha` of the colour inside, all of it along the borders of a class.
 
-    Pixels without a class show the image as it is.
+    Pixels without a class, and those of a black one, show the image as it is.
     """
     mask = np.asarray(mask)
     photo, color = to_rgb(image).astype(np.float32), colorize(mask, palette).astype(np.float32)
-    weight = np.where(borders(mask), 1.0, alpha) * (mask < len(palette))
+    weight = np.where(borders(mask), 1.0, alpha) * painted(palette)[mask]
     return np.rint(photo + weight[..., None] * (color - photo)).astype(np.uint8)
 
 

@@ -93,14 +93,18 @@ class TimmEncoder(nn.Module):
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return features if self.pyramid is None else self.pyramid(features[-1])
 
+    def way_to_weights(self) -> str:
+        """How to get the file that timm would, which nothing here downloads unasked; empty: timm knows of none."""
+        place = f"timm/{self.name}" if "." in self.name else self.body.pretrained_cfg.get("hf_hub_id")
+        folder = f"pretrained_weights/{self.name}"
+        command = f"hf download {place} model.safetensors --local-dir {folder}"
+        return f"get it by `{command}` and set model.pretrained={folder}/model.safetensors" if place else ""
+
     def check_file(self, path: Path) -> None:
-        """UserError, with the way to get one, where there is no file of weights: nothing is downloaded unasked."""
+        """UserError, with the way to get one, where there is no file of weights."""
         if not path.exists():
-            place = f"timm/{self.name}" if "." in self.name else self.body.pretrained_cfg.get("hf_hub_id")
-            folder = f"pretrained_weights/{self.name}"
-            command = f"hf download {place} model.safetensors --local-dir {folder}"
-            way = f"; get it by `{command}` and set model.pretrained={folder}/model.safetensors" if place else ""
-            raise UserError(f"{path}: no such weight file; give its path, or 'none' to start without one{way}")
+            way = "; ".join(filter(None, ["give its path, or 'none' to start without one", self.way_to_weights()]))
+            raise UserError(f"{path}: no such weight file; {way}")
 
     def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a checkpoint of timm, or of one that timm converts, under the names of this module."""
