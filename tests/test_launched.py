@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def two_processes(finished, start_process, tmp_path_factory):
     """train.py under torchrun, its first epoch supervised: (folder of the finished run, what was printed)."""
     run = tmp_path_factory.mktemp("two") / "run"
-    launcher = "-m torch.distributed.run --standalone --local-addr=localhost --nproc_per_node=2".split()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc_per_node=2"]
     words = ["--config", finished.config, "--save-path", run, "log_interval=1", "burn_in_epochs=1"]
     process = start_process([*launcher, "train.py", *words])
     out, err = process.communicate(timeout=180)

@@ -50,7 +50,7 @@ class Point:
             settings[self.vary] = self.value
         python = [sys.executable, "-m"]
         if processes > 1:
-            launcher = "torch.distributed.run --standalone --local-addr=localhost".split()
+            launcher = ["torch.distributed.run", "--standalone", "--local-addr=localhost"]
             python += [*launcher, f"--nproc_per_node={processes}", "-m"]
         words = [*words, *(["--sides", "ours"] if self.vary == "processes" else ["--sides", "plain", "ours"])]
         options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
