@@ -110,7 +110,7 @@ def test_data_root_from_the_environment(monkeypatch):
         ("lr=fast", ["optim.lr='fast'", "float"]),
         ("lr=-1", ["optim.lr=-1", "above 0"]),
         ("optim.name=adam", ["optim.name='adam'", "sgd or adamw"]),
-        ("data.scale_range=[1]", ["data.scale_range=[1]", "tuple[float, float]"]),
+        ("data.scale_range=[1]", ["data.scale_range=[1]", "[float, float]"]),
         ("data.scale_range=[2, 1]", ["data.scale_range", "the smaller first"]),
         ("crop_size=32", ["data.crop_size=32", "at least 64"]),
         ("model.dropout=1", ["model.dropout=1", "at most 0.99"]),

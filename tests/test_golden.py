@@ -174,10 +174,11 @@ def test_trajectory():
         losses["loss"].backward()
         optimizer.step()
         actual = [losses[name].item() for name in ("loss_x", "loss_u", "loss")]
-        # rtol, too: by how much processors and versions of torch differ grows with the steps
+        # rtol, too: one pseudo-label of two equal logits may fall otherwise on another processor or version of torch
         np.testing.assert_allclose(actual, golden["losses"][step], atol=1e-5, rtol=1e-5)
         assert torch.equal(model.bottleneck.memory.pointer, torch.from_numpy(golden["queue_ptrs"][step]))
     parameters = dict(model.named_parameters())
     for name, norm in zip(golden["param_names"], golden["param_norms"], strict=True):
         assert abs(parameters[from_released(str(name))].norm().item() / norm - 1) < 1e-4, name
-    np.testing.assert_allclose(model.decoder.fuse.bn.running_mean.numpy(), golden["bn_mean"], rtol=1e-4, atol=1e-5)
+    scale = np.abs(golden["bn_mean"]).max()
+    np.testing.assert_allclose(model.decoder.fuse.bn.running_mean.numpy(), golden["bn_mean"], rtol=0, atol=1e-4 * scale)
