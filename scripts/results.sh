@@ -1,7 +1,7 @@
 #!/bin/sh
 # sh scripts/results.sh: the tables and curves of the runs whose numbers are kept in docs/runs/, each folder of it a footing
 # (data set, lists, budget) that its rows share. <footing>/<row>/seed_<n> holds config.yaml, metrics.jsonl and, if younger
-# than revision 5182294, run.json as train.py wrote them; table.md, curves.png, classes.png and, where it was measured,
+# than revision 5182294, run.json as train.py wrote them; table.md, curves.png, classes.png, losses.png and, where it was measured,
 # pseudo_labels.png go beside the rows.
 set -eu
 cd -- "$(dirname -- "$0")/.."

@@ -152,12 +152,12 @@ def test_pseudo_labels_and_pairs_come_with_the_table(write_run, tmp_path, capsys
     assert cells(lines[0])[4:6] == ["pseudo-label accuracy", "pseudo-label coverage"]
     assert cells(lines[2])[4:6] == [mean_and_std([81.5, 84.5], 1), mean_and_std([40.25, 44.75], 1)]
     assert cells(lines[3])[4:6] == ["-", "-"] and "coverage: the pixels confident" in table
-    for name in ("curves", "predictions", "pseudo_labels"):
+    for name in ("curves", "losses", "predictions", "pseudo_labels"):
         drawn = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
         assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
     main(["compare", words[-1], "--out", str(tmp_path / "without"), "--images", "1"])
     made = {path.name for path in (tmp_path / "without").iterdir()}
-    assert made == {"table.md", "curves.png", "classes.png", "predictions.png"}
+    assert made == {"table.md", "curves.png", "losses.png", "classes.png", "predictions.png"}
     assert "pseudo" not in (tmp_path / "without" / "table.md").read_text().lower()
 
 
@@ -186,10 +186,11 @@ def test_twenty_rows_are_told_apart(tmp_path):
     assert len(axes.get_legend().get_texts()) == 20
     axes.figure.draw_without_rendering()
     assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1  # beside it
-    curves = {name: [pictures.Curve(seeds[0], {"loss_x": [(1, 2.0), (2, 1.0)]})] for name, seeds in points.items()}
-    pictures.plot_curves(curves, tmp_path / "curves.png")
-    drawn = Image.open(tmp_path / "curves.png")
-    assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
+    pictures.plot_curves(points, "title", tmp_path / "curves.png")
+    pictures.plot_losses({name: [{"loss_x": [(1, 2.0), (2, 1.0)]}] for name in points}, tmp_path / "losses.png")
+    for name in ("curves", "losses"):
+        drawn = Image.open(tmp_path / f"{name}.png")
+        assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
 
 
 def test_panels_of_many_rows_share_a_legend(tmp_path):

@@ -193,11 +193,13 @@ def test_grid_triptych_and_curves_are_drawn(dataset, tmp_path):
     examples = [pictures.Example(name, image, (mask, mask)) for image, mask, name in dataset]
     page = pictures.draw_grid(examples, ("image", "truth", "prediction"), SPEC.classes, PALETTE, panel_width=60)
     assert np.unique(np.asarray(page).reshape(-1, 3), axis=0).shape[0] > 10
-    runs = {"supervised": [pictures.Curve([(10, 20.0), (20, 30.0)], {"loss": [(5, 2.0), (10, 1.0)]})]}
-    runs["empty"] = [pictures.Curve([])]
-    pictures.plot_curves(runs, tmp_path / "out" / "curves.png")
-    with Image.open(tmp_path / "out" / "curves.png") as drawn:
-        assert drawn.width > drawn.height > 100
+    scores = {"supervised": [[(10, 20.0), (20, 30.0)]], "empty": [[]]}
+    losses = {"supervised": [{"loss": [(5, 2.0), (10, 1.0)]}], "empty": [{}]}
+    pictures.plot_curves(scores, "val mIoU (%)", tmp_path / "out" / "curves.png")
+    pictures.plot_losses(losses, tmp_path / "out" / "losses.png")
+    for name in ("curves", "losses"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as drawn:
+            assert drawn.width > drawn.height > 100
 
 
 @pytest.fixture

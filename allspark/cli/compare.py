@@ -25,15 +25,15 @@ from allspark.engine.facts import read_facts
 from allspark.engine.log import METRICS, read_metrics
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
-from allspark.evaluation.pictures import Curve, Example, Points, draw_grid, plot_curves, plot_panels, save_image
+from allspark.evaluation.pictures import Example, Points, draw_grid, plot_curves, plot_losses, plot_panels, save_image
 
 MOST_CLASSES = 32  # of which each gets a panel
 PSEUDO = {"pseudo_accuracy": "pseudo-label accuracy", "pseudo_coverage": "pseudo-label coverage"}  # key -> head
 LEGEND = """
 In percent, on val. last: of the last epoch, as are the classes. best: of the best epoch of each run; best on val is a
 selection, and higher for it. ±: sample standard deviation over the seeds. curves.png: the mean over the seeds in a band
-from the lowest to the highest; classes.png: the same of each class. predictions.png: the last epoch of each row's first
-run.
+from the lowest to the highest; classes.png: the same of each class. losses.png: in training. predictions.png: the last
+epoch of each row's first run.
 """
 PSEUDO_LEGEND = """
 Pseudo-labels: of unlabeled images whose labels training never opens; coverage: the pixels confident enough to learn
@@ -107,8 +107,10 @@ def main(args: argparse.Namespace) -> None:
         print(f"WARNING: {note}", file=sys.stderr)
     text = "\n".join(filter(None, tables)) + "".join(f"\n{note}\n" for note in notes)
     write_text(args.out / "table.md", text)
-    plot_curves({row.name: [curve(run) for run in row.runs] for row in rows}, args.out / "curves.png")
-    made = ["curves.png"]
+    scores = {row.name: [run.points("miou") for run in row.runs] for row in rows}
+    plot_curves(scores, "val mIoU (%)", args.out / "curves.png")
+    plot_losses({row.name: [losses(run) for run in row.runs] for row in rows}, args.out / "losses.png")
+    made = ["curves.png", "losses.png"]
     if whole := [row for row in rows if row.runs[0].checkpoint.is_file()]:
         draw_predictions(whole, args.images, args.overlay, args.out / "predictions.png")
         made.insert(0, "predictions.png")
@@ -324,9 +326,9 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
-def curve(run: Run) -> Curve:
-    losses = dict.fromkeys(key for line in run.lines for key in line if key.startswith("loss_"))
-    return Curve(run.points("miou"), {name: run.points(name) for name in losses})
+def losses(run: Run) -> dict[str, Points]:
+    names = dict.fromkeys(key for line in run.lines for key in line if key.startswith("loss_"))
+    return {name: run.points(name) for name in names}
 
 
 def pseudo_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:

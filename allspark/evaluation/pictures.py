@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ MARGIN = 20  # pixels around a page
 INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
 COLORS = tuple(f"C{index}" for index in range(10))  # matplotlib's ten; behind them the same in the next kind of line
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-LOSS_COLUMNS = 5  # panels of losses side by side
+LOSS_COLUMNS = 4  # panels of losses side by side
 FEW = 6  # rows that a panel shows with their legend inside, from zero on; more take its whole height
 
 
@@ -211,34 +212,26 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """What a run logged: (step, percent) of each evaluation, and (step, value) of each logged loss by name."""
+def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) -> None:
+    """All rows in one panel -> an image file. rows: the points of each seed; what is drawn of them: draw_rows."""
+    few = len(rows) <= FEW
+    figure = new_figure(6.4 if few else 11.0, 4.2 if few else 5.6)
+    axes = figure.subplots()
+    draw_rows(axes, rows, title)
+    if few:
+        axes.set_ylim(bottom=0)
+    save_figure(figure, path)
 
-    miou: Points
-    losses: Mapping[str, Points] = field(default_factory=dict)
 
-
-def plot_curves(rows: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """mIoU of all rows in one panel, each row's losses in a panel of its own -> an image file.
-
-    rows: the curves of a row's seeds: their mean as a line, in a band from the lowest to the highest.
-    """
-    with_losses = [name for name, seeds in rows.items() if any(curve.losses for curve in seeds)]
-    if len(with_losses) < LOSS_COLUMNS - 1:
-        figure = new_figure(4.2 * (1 + len(with_losses)), 3.4)
-        first, *others = figure.subplots(1, 1 + len(with_losses), squeeze=False)[0]
-    else:  # the panel of all rows is the wide one, those of the losses stand below it
-        lines = math.ceil(len(with_losses) / LOSS_COLUMNS)
-        figure = new_figure(3.2 * LOSS_COLUMNS, 6.4 + 2.5 * lines)
-        above, below = figure.subfigures(2, 1, height_ratios=(6.4, 2.5 * lines))
-        first, others = above.subplots(), list(below.subplots(lines, LOSS_COLUMNS, squeeze=False).flat)
-    draw_rows(first, {name: [curve.miou for curve in seeds] for name, seeds in rows.items()}, "val mIoU (%)")
-    if len(rows) <= FEW:
-        first.set_ylim(bottom=0)
-    for axes, name in zip(others, with_losses):
-        draw_losses(axes, [curve.losses for curve in rows[name]], f"losses: {name}")
-    for axes in others[len(with_losses) :]:
+def plot_losses(rows: Mapping[str, Sequence[Mapping[str, Points]]], path: Path) -> None:
+    """A panel for each row -> an image file. rows: of each seed its losses by name."""
+    columns = min(len(rows), LOSS_COLUMNS)
+    lines = -(-len(rows) // columns)
+    figure = new_figure(3.4 * columns, 2.7 * lines)
+    places = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, (name, seeds) in zip(places, rows.items(), strict=False):
+        draw_losses(axes, seeds, "\n".join(textwrap.wrap(name, 34)))
+    for axes in places[len(rows) :]:
         axes.set_visible(False)
     save_figure(figure, path)
 
