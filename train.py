@@ -422,7 +422,8 @@ def main(argv: Sequence[str]) -> None:
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
     with distributed.process_group(recipe.device, args.port) as device, Stop() as stop:
         told, command = recipe_words.changes(args, recipe), recipe_words.command(args)
-        train(recipe, save_path, device, stop, fresh=args.fresh, command=command, told=told)
+        fresh = args.fresh and not distributed.is_restart()  # a job that was requeued goes on with what it has begun
+        train(recipe, save_path, device, stop, fresh=fresh, command=command, told=told)
 
 
 if __name__ == "__main__":

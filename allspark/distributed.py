@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from allspark.errors import INTERRUPTED, STOPPED, Stopped, UserError, from_environment, reason_of
+from allspark.errors import INTERRUPTED, STOPPED, Stopped, UserError, from_environment, mendable, reason_of
 
 JOIN = timedelta(minutes=10)  # within which all processes must have started
 # Of a collective. Not for processes that end, which launcher and peers see at once, but for one that hangs; until then
@@ -111,6 +111,11 @@ def attempt() -> str:
     return f"attempt {restarts}" if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "attempts"
 
 
+def is_restart() -> bool:
+    """Whether slurm or torchrun starts the same line again by itself: its job was requeued, or a process died."""
+    return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
+
+
 @contextmanager
 def process_group(device: str = "auto", port: int | None = None) -> Iterator[torch.device]:
     """init, and its end. One process of several that fails leaves at once, with its message.
@@ -141,7 +146,7 @@ def leave(error: BaseException, store: dist.Store) -> NoReturn:
     elif isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     else:
-        code = 2 if isinstance(error, UserError) else 1
+        code = 1 if mendable(error) is None else 2
         words, first = last_words(error, store)
     if words:  # before torchrun knows: it may end this process as soon as it does
         print(words, file=sys.stderr, flush=True)
@@ -154,7 +159,7 @@ def leave(error: BaseException, store: dist.Store) -> NoReturn:
 
 def last_words(error: BaseException, store: dist.Store) -> tuple[str, bool]:
     """What ended this process, and whether it is the first to end: the others fail for want of it, which is a line."""
-    cause = f"error: {error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+    cause = mendable(error) or "".join(traceback.format_exception(error)).rstrip()
     lost = is_lost_peer(error)
     if lost:  # that one was killed, or it hangs: else it would have told before
         reason = reason_of(error).rpartition("] ")[2]
@@ -165,7 +170,7 @@ def last_words(error: BaseException, store: dist.Store) -> tuple[str, bool]:
         who, told = "0" if lost else str(rank()), ""
     if who == str(rank()):
         return cause, not lost
-    if isinstance(error, UserError):
+    if mendable(error) is not None:
         return "" if told == cause else cause, False
     return f"process {rank()}: another process ended first; see its message", False
 

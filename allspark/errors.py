@@ -61,13 +61,10 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return STOPPED
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:
-            if error.errno not in MENDABLE or not error.filename:
+        except (UserError, OSError) as error:
+            if (words := mendable(error)) is None:
                 raise
-            print(f"error: {error.filename}: {error.strerror}; mend that, or choose another place", file=sys.stderr)
+            print(words, file=sys.stderr)
             return 2
         finally:
             if sys.stdout is not None:
@@ -77,6 +74,15 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
             raise
         return NOBODY_READS
     return 0
+
+
+def mendable(error: BaseException) -> str | None:
+    """The line that tells an error which a user can mend; None: it is a bug."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno in MENDABLE and error.filename:
+        return f"error: {error.filename}: {error.strerror}; mend that, or choose another place"
+    return None
 
 
 def is_closed(stream: TextIO) -> bool:

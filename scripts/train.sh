@@ -1,6 +1,7 @@
 #!/bin/sh
 # sh scripts/train.sh <num_gpu> <port> [train.py options and key.path=value ...]
 # Another recipe: change the three lines, or say it in front: method=fixmatch split=1_4 sh scripts/train.sh 4 29500
+# A recipe of your own: sh scripts/train.sh 4 29500 --config my.yaml
 # 0 GPUs is one process on the CPU; several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
 # Stopped by Ctrl-C or kill, it has saved; the same line goes on. max_restarts=3 in front: several processes of which one
 # dies are started again up to three times, and go on from the last checkpoint.
@@ -8,7 +9,6 @@ set -eu
 dataset=${dataset:-pascal}
 method=${method:-allspark}
 split=${split:-1_8}
-save_path=${save_path:-exp/$dataset/$method/$split}
 
 case ${1:-x}${2:-x} in *[!0-9]*)
     echo "usage: sh scripts/train.sh <num_gpu> <port> [key.path=value ...]" >&2
@@ -20,7 +20,11 @@ cd -- "$(dirname -- "$0")/.."
 . scripts/setup.sh
 
 [ "$num_gpu" -gt 0 ] || set -- device=cpu "$@"
-set -- train.py --dataset "$dataset" --method "$method" --split "$split" --save-path "$save_path" "$@"
+case " $* " in
+    *" --config"[\ =]*) set -- train.py ${save_path:+--save-path "$save_path"} "$@" ;;
+    *) set -- train.py --dataset "$dataset" --method "$method" --split "$split" \
+        --save-path "${save_path:-exp/$dataset/$method/$split}" "$@" ;;
+esac
 case $num_gpu in
     0 | 1) exec python "$@" ;;
     *) exec python -m torch.distributed.run --nproc_per_node="$num_gpu" --master_port="$port" \

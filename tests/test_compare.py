@@ -327,7 +327,7 @@ def test_how_each_row_came_about(write_run, capsys):
             read_rows([str(runs[0])])
 
 
-def test_what_is_not_a_finished_run_is_refused(finished, tmp_path):
+def test_what_is_not_a_finished_run_is_refused(finished, tmp_path, capsys):
     with pytest.raises(UserError, match="no metrics.jsonl"):
         main(["compare", str(tmp_path), "--out", str(tmp_path / "out")])
     young = tmp_path / "young"
@@ -335,6 +335,9 @@ def test_what_is_not_a_finished_run_is_refused(finished, tmp_path):
     (young / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
     with pytest.raises(UserError, match="not evaluated yet"):
         main(["compare", str(young), "--out", str(tmp_path / "out")])
+    capsys.readouterr()
+    assert [row.name for row in read_rows([str(young), f"done={finished.run}"])] == ["done"]
+    assert f"WARNING: {young} was not evaluated yet and is left out" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(finished.run, other, ignore=shutil.ignore_patterns("*.pth"))
     recipe = yaml.safe_load((other / "config.yaml").read_text())

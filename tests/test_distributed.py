@@ -1,5 +1,6 @@
 """Two real gloo processes: what each memory policy leaves in the memory, and who owns the batch norm statistics."""
 
+import errno
 import socket
 import time
 from pathlib import Path
@@ -11,7 +12,11 @@ from numpy.testing import assert_array_equal
 from torch import nn
 
 from allspark import distributed
-from allspark.errors import UserError
+from allspark.engine.checkpoint import Position
+from allspark.engine.keeper import Keeper
+from allspark.engine.log import RunLog
+from allspark.engine.stop import Stop
+from allspark.errors import UserError, mendable
 from allspark.models.memory import SemanticMemory
 
 POLICIES = ("rank0", "gather", "local")
@@ -105,6 +110,36 @@ def test_processes_that_began_differently_are_told(pair):
     assert pair(refused, [same, same]) == [None, None]
     first, second = pair(refused, [same, same | {"recipe": "another"}])
     assert first == second and "recipe: not the same in process 1" in first and "lists" not in first.split(";")[0]
+
+
+def test_what_a_user_can_mend_is_no_bug_of_several_processes_either():
+    """leave: exit code 2 and a line, in place of a traceback."""
+    place = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/shapes")
+    assert mendable(place) == "error: /etc/passwd/shapes: Not a directory; mend that, or choose another place"
+    assert mendable(UserError("lower it")) == "error: lower it" and mendable(RuntimeError("closed by peer")) is None
+    store = dist.HashStore()
+    assert distributed.last_words(place, store) == (mendable(place), True)
+
+
+def saves_last(folder):
+    """When this process is through with its last save; process 0 takes a second for it."""
+    model = nn.Linear(1, 1)
+
+    def content(reached):
+        time.sleep(distributed.is_main())
+        return model.state_dict()
+
+    log = RunLog(folder, active=distributed.is_main(), interval=1, start_step=0, total_steps=1)
+    with log, Stop() as stop:
+        keeper = Keeper(folder, model, log, stop, content, lambda reached: (), interval=0, minutes=0, max_skipped=9)
+        keeper.after_epoch(Position(epoch=1, step=1), last=True)
+    return time.time()
+
+
+def test_nobody_goes_before_the_last_checkpoint_is_written(pair, tmp_path):
+    """srun --wait would kill process 0 in the middle of it."""
+    first, second = pair(saves_last, tmp_path)
+    assert abs(first - second) < 0.5 and (tmp_path / "latest.pth").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -55,21 +55,35 @@ def test_the_harness_sees_what_differs(tmp_path):
     assert faults.differences(tmp_path / "same-a", tmp_path / "same-b") == ["metrics.jsonl: 1 and 1 lines"]
 
 
+def submit(folder, code, words, **environment):
+    """slurm_train.sh with programs in slurm's place, which note how they were called; srun ends as training would."""
+    script = folder / "scripts" / "slurm_train.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(HARNESS.with_name("slurm_train.sh"), script)
+    (folder / "scripts" / "setup.sh").write_text("")
+    record = f" Command={script} {' '.join(words)}"
+    answers = f'case "$1 $2" in "show job") echo "{record}"; echo " Command=other";; "show hostnames") echo one;; esac'
+    for name, does in {"srun": f"exit {code}", "scontrol": answers}.items():
+        (folder / "bin" / name).parent.mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >>"{folder}/called"\n{does}\n')
+        (folder / "bin" / name).chmod(0o755)
+    names = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "one"}
+    done = subprocess.run(["bash", script, *words], env={**os.environ, **names, **environment}, timeout=20)
+    assert done.returncode == code
+    return (folder / "called").read_text()
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="slurm_train.sh needs bash")
 @pytest.mark.parametrize(("code", "requeued"), [(75, 1), (0, 0), (2, 0)])
 def test_a_slurm_job_goes_back_into_the_queue_when_it_was_stopped_in_order(tmp_path, code, requeued):
-    """With programs in slurm's place that note how they were called; srun ends as training would."""
-    (tmp_path / "scripts").mkdir()
-    script = tmp_path / "scripts" / "slurm_train.sh"
-    shutil.copy(HARNESS.with_name("slurm_train.sh"), script)
-    (tmp_path / "scripts" / "setup.sh").write_text("")
-    answers = f'case "$1 $2" in "show job") echo " Command={script}";; "show hostnames") echo one;; esac'
-    for name, does in {"srun": f"exit {code}", "scontrol": answers}.items():
-        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/called"\n{does}\n')
-        (tmp_path / "bin" / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    done = subprocess.run(["bash", script, "epochs=1"], env={**environment, "SLURM_JOB_NODELIST": "one"}, timeout=20)
-    called = (tmp_path / "called").read_text()
-    assert done.returncode == code and called.count("scontrol requeue 7") == requeued
-    assert "srun --wait=60 --kill-on-bad-exit=0 python train.py" in called and "epochs=1" in called
+    called = submit(tmp_path, code, ["epochs=1"])
+    assert called.count("scontrol requeue 7") == requeued
+    assert "srun --wait=60 --kill-on-bad-exit=0 python train.py --dataset pascal" in called and "epochs=1" in called
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="slurm_train.sh needs bash")
+def test_a_task_of_an_array_is_looked_up_and_requeued_by_its_own_name(tmp_path):
+    """The array's first id is also that of one task, and shows all. A blank in the path; a recipe of one's own."""
+    called = submit(tmp_path / "my code", 75, ["--config", "my.yaml"], SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert "scontrol show job 7_2\n" in called and "scontrol requeue 7_2\n" in called
+    assert "python train.py --config my.yaml\n" in called

@@ -14,7 +14,7 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.cli import report
-from allspark.cli.compare import named_folders
+from allspark.cli.compare import named_folders, read_run
 from allspark.config import merge
 from allspark.data.base import DatasetSpec, bit_palette
 from allspark.errors import UserError
@@ -262,7 +262,7 @@ def test_a_page_stays_below_its_limit(finished, tmp_path):
 
 
 def test_long_logs_are_averaged(finished):
-    run = report.checked(finished.run)
+    run = report.checked(read_run(finished.run))
     run.lines[:] = [{"step": step, "epoch": 0, "loss": float(step % 2)} for step in range(1, 2001)] + run.lines
     curve = report.curves(run)["loss"]
     assert (

@@ -159,6 +159,15 @@ def test_fresh_starts_over_and_keeps_the_old_run(finished, place):
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
 
 
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_fresh_is_of_the_first_start_alone(finished, place, monkeypatch, capsys, name):
+    """A launcher gives the same words again: what the job has begun is no old run."""
+    shutil.copytree(finished.run, place.run)
+    monkeypatch.setenv(name, "1")
+    assert run_main(train.main, place.train("--fresh")) == 0
+    assert "this run is finished" in capsys.readouterr().out and not list(place.run.parent.glob("run.*"))
+
+
 def test_a_diverged_run_saves_nothing_and_says_what_to_lower(place, capsys):
     assert run_main(train.main, place.train("optim.max_skipped=2", "optim=sgd", "optim.lr=1e9")) == 2
     message = capsys.readouterr().err

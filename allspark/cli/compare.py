@@ -127,8 +127,7 @@ def main(args: argparse.Namespace) -> None:
 def read_rows(words: Sequence[str]) -> list[Row]:
     """name=FOLDER or FOLDER, all on one data set; equal names are one row, whose recipes differ in the seed alone."""
     rows: dict[str, Row] = {}
-    for name, folder in named_folders(words):
-        run = read_run(folder)
+    for name, run in read_runs(words):
         row = rows.setdefault(name, Row(name, []))
         for other in row.runs:
             check_seeds(name, other, run)
@@ -154,16 +153,23 @@ def named_folders(words: Sequence[str]) -> list[tuple[str, Path]]:
     return [(last if name is None else name, folder) for (name, folder), last in zip(pairs, own, strict=True)]
 
 
+def read_runs(words: Sequence[str]) -> list[tuple[str, Run]]:
+    """named_folders that were evaluated at least once; the others are left out with a warning, UserError if all are."""
+    runs = [(name, read_run(folder)) for name, folder in named_folders(words)]
+    young = [run for _, run in runs if not run.evaluations]
+    if len(young) == len(runs):
+        raise UserError(f"{young[0].folder}: this run was not evaluated yet; let train.py finish it")
+    for run in young:
+        print(f"WARNING: {run.folder} was not evaluated yet and is left out", file=sys.stderr)
+    return [(name, run) for name, run in runs if run.evaluations]
+
+
 def read_run(folder: Path) -> Run:
-    """UserError unless it was evaluated at least once."""
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: not the folder of a run, there is no {METRICS}; train.py writes it")
     with naming(folder / "config.yaml"):
         recipe = complete(load_config(folder / "config.yaml"))
-    run = Run(folder, recipe, read_metrics(folder / METRICS), read_facts(folder))
-    if not run.evaluations:
-        raise UserError(f"{folder}: this run was not evaluated yet; let train.py finish it")
-    return run
+    return Run(folder, recipe, read_metrics(folder / METRICS), read_facts(folder))
 
 
 def check_seeds(name: str, one: Run, other: Run) -> None:

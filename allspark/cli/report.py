@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from allspark.cli.compare import Run, differing_lists, list_name, named_folders, read_run, write_text
+from allspark.cli.compare import Run, differing_lists, list_name, read_runs, write_text
 from allspark.cli.loading import load_for_inference, positive
 from allspark.config import RUN_KEYS, DataConfig, to_plain
 from allspark.data import spec_for
@@ -109,7 +109,7 @@ def check_out(out: Path) -> None:
 
 def read_entries(words: Sequence[str]) -> list[Entry]:
     """FOLDER or name=FOLDER, all on one data set with the same classes, under names that no two share."""
-    entries = [Entry(name, checked(folder)) for name, folder in named_folders(words)]
+    entries = [Entry(name, checked(run)) for name, run in read_runs(words)]
     if twice := sorted({entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}):
         raise UserError(f"two runs have the name {twice[0]}; give each one of its own: name=FOLDER")
     first = entries[0].run.recipe.data
@@ -123,14 +123,13 @@ def read_entries(words: Sequence[str]) -> list[Entry]:
     return entries
 
 
-def checked(folder: Path) -> Run:
+def checked(run: Run) -> Run:
     """The run, its log known to hold what the page shows; UserError naming the line that does not."""
-    run = read_run(folder)
     for line in run.lines:
         whole = is_count(line["step"]) and ("miou" not in line or is_evaluation(line))
         if not whole:
             raise UserError(
-                f"{folder / METRICS}: not a line that train.py writes: {shown(json.dumps(line))}; remove the line"
+                f"{run.folder / METRICS}: not a line that train.py writes: {shown(json.dumps(line))}; remove the line"
             )
     return run
 

@@ -26,9 +26,10 @@ def generate(root: Path, counts: dict[str, int] = COUNTS) -> None:
     """
     root = Path(root)
     contents = {"name": "shapes", "version": VERSION, "seed": SEED, "size": SIZE, "counts": counts}
-    if is_finished(root, contents):
+    occupied = root.exists() and not (root.is_dir() and not any(root.iterdir()))
+    if is_finished(root, contents):  # asked second: another job may finish it in between
         return
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+    if occupied:
         raise UserError(f"{root}: not the finished shapes data set; remove it or name another data_root")
     temporary = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
     try:

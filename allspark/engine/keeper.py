@@ -61,7 +61,9 @@ class Keeper:
         """Save, as best.pth too if it is; stop if somebody asks and there is more to come."""
         self.save(reached, improved)
         trim_heap()
-        if not last and (wish := self.stop.agree(self.device)) > SAVE:
+        if last:
+            distributed.barrier()  # a launcher may end those that still write soon after the first is gone
+        elif (wish := self.stop.agree(self.device)) > SAVE:
             self.leave(wish, reached)
 
     def save(self, reached: Position, improved: bool = False) -> None:
