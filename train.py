@@ -420,7 +420,7 @@ def main(argv: Sequence[str]) -> None:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
-    with distributed.process_group(recipe.device, args.port) as device, Stop() as stop:
+    with Stop() as stop, distributed.process_group(recipe.device, args.port) as device:
         told, command = recipe_words.changes(args, recipe), recipe_words.command(args)
         fresh = args.fresh and not distributed.is_restart()  # a job that was requeued goes on with what it has begun
         train(recipe, save_path, device, stop, fresh=fresh, command=command, told=told)

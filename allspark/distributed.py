@@ -78,12 +78,18 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
     if world == 1 or dist.is_initialized():
         return chosen, None
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(port or 29500))
+    os.environ.setdefault("MASTER_PORT", str(port or own_port()))
     from_environment("MASTER_PORT", least=1, most=65535)
     if os.name == "nt":
         os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows comes without libuv, and asks for it
     nccl = chosen.type == "cuda" and dist.is_nccl_available()  # which Windows does not have
     return chosen, join("nccl" if nccl else "gloo", rank_, world)
+
+
+def own_port() -> int:
+    """Where no launcher sets one: the same for all tasks of an srun, and another for the next srun on the node."""
+    number = "".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "") + os.environ.get("SLURM_STEP_ID", "")))
+    return 20000 + int(number or 9500) % 20000
 
 
 def join(backend: str, rank: int, world: int) -> dist.Store:

@@ -96,6 +96,12 @@ def test_srun_is_a_launcher(monkeypatch):
     for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
     assert distributed.launched_by() == (5, 8, 1)
+    ports = set()
+    for job, step in (("1234567", "0"), ("1234567", "1"), ("12345678", "0"), ("1234568", "0")):  # all on one node
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        ports.add(distributed.own_port())
+    assert len(ports) == 4 and min(ports) >= 20000 and max(ports) < 40000
 
 
 def refused(facts):

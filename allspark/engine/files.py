@@ -144,7 +144,8 @@ class Hold:
         except Timeout:
             raise UserError(
                 f"--save-path {self.folder}: in use by another job; which one stands at its start in "
-                f"{self.folder / 'train.log'}. Wait for it, end it, or choose another --save-path"
+                f"{self.folder / 'train.log'}. Wait for it, end it, or choose another --save-path (if it was killed on "
+                f"another node, and this file system has no locks of its own: remove {self.folder / LOCK})"
             ) from None
         except OSError as error:
             raise UserError(
