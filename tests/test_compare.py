@@ -187,6 +187,10 @@ def test_twenty_rows_are_told_apart(tmp_path):
     axes.figure.draw_without_rendering()
     assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1  # beside it
     pictures.plot_curves(points, "title", tmp_path / "curves.png")
+    pictures.plot_curves(
+        points | {f"more {name}": seeds for name, seeds in points.items()}, "title", tmp_path / "40.png"
+    )
+    assert Image.open(tmp_path / "40.png").height > 1.3 * Image.open(tmp_path / "curves.png").height
     pictures.plot_losses({name: [{"loss_x": [(1, 2.0), (2, 1.0)]}] for name in points}, tmp_path / "losses.png")
     for name in ("curves", "losses"):
         drawn = Image.open(tmp_path / f"{name}.png")

@@ -215,7 +215,8 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) -> None:
     """All rows in one panel -> an image file. rows: the points of each seed; what is drawn of them: draw_rows."""
     few = len(rows) <= FEW
-    figure = new_figure(6.4 if few else 11.0, 4.2 if few else 5.6)
+    height = max(5.6, 0.2 * len(rows) + 0.8)  # room for every name beside the panel
+    figure = new_figure(6.4, 4.2) if few else new_figure(11.0, height)
     axes = figure.subplots()
     draw_rows(axes, rows, title)
     if few:
