@@ -422,7 +422,9 @@ def main(argv: Sequence[str]) -> None:
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
     with Stop() as stop, distributed.process_group(recipe.device, args.port) as device:
         told, command = recipe_words.changes(args, recipe), recipe_words.command(args)
-        fresh = args.fresh and not distributed.is_restart()  # a job that was requeued goes on with what it has begun
+        fresh = args.fresh and not distributed.is_restart()
+        if fresh != args.fresh:
+            told.append("--fresh is of a job's first start: started again by slurm or torchrun, it goes on")
         train(recipe, save_path, device, stop, fresh=fresh, command=command, told=told)
 
 

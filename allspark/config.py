@@ -373,11 +373,8 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
         raise UserError(
             f"{source}: {path}={shown(value)} holds what no file can: give a number of 64 bits, or plain text"
         )
-    remedy = (
-        "; YAML reads yes, no, on and off as true or false: put it in quotes"
-        if (hint, type(value)) == (str, bool)
-        else ""
-    )
+    misread = hint is str and isinstance(value, bool)
+    remedy = "; YAML reads yes, no, on and off as true or false: put it in quotes" if misread else ""
     raise UserError(f"{source}: {path}={shown(value)} is {type(value).__name__}, must be {_worded(hint)}{remedy}")
 
 

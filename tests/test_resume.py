@@ -166,6 +166,9 @@ def test_fresh_is_of_the_first_start_alone(finished, place, monkeypatch, capsys,
     monkeypatch.setenv(name, "1")
     assert run_main(train.main, place.train("--fresh")) == 0
     assert "this run is finished" in capsys.readouterr().out and not list(place.run.parent.glob("run.*"))
+    shutil.rmtree(place.run)  # nothing was begun: it says what becomes of the word
+    assert run_main(train.main, place.train("--fresh", "epochs=1")) == 0
+    assert "--fresh is of a job's first start" in (place.run / "train.log").read_text(encoding="utf-8")
 
 
 def test_a_diverged_run_saves_nothing_and_says_what_to_lower(place, capsys):

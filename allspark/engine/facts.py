@@ -59,12 +59,7 @@ def revision() -> str:
 
 
 def git(*words: str) -> str:
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(ROOT),
-        *words,
-    ]  # nothing is written there
+    # No optional locks: nothing is written to a checkout, which may be another's
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     return done.stdout.strip()
