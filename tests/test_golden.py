@@ -6,6 +6,7 @@ Weights and inputs come from a formula, so that the files hold results only: see
 import json
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,25 +161,28 @@ def test_ohem():
 
 
 def test_trajectory():
-    """12 steps of the loop's own parts: the schedule, the two groups, the memory's warm-up, the optimizer."""
+    """12 steps of the loop's own parts: the schedule, the two groups, the memory's warm-up, the optimizer.
+
+    In float64: in float32 a pseudo-label of two equal logits falls one way or the other, by processor and torch.
+    """
     golden = np.load(GOLDEN / "trajectory_b0_pascal_2x65_12it.npz")
-    model = released_model("b0_pascal_crop65", 21, 65).train()
+    model = released_model("b0_pascal_crop65", 21, 65).train().double()
     cfg = OptimConfig(name="sgd", lr=0.001, lr_multi=10.0, weight_decay=1e-4, late=True)
     optimizer = build_optimizer(cfg, model)
     method = METHODS["allspark"](CrossEntropy(), warmup_epochs=4)
     for step in range(12):
         set_lr(optimizer, poly_lr(cfg, step, 12))
         labeled, unlabeled = batches([seed + 100 * step for seed in (1000, 1010, 1020)], 2, 65, 21)
+        labeled = replace(labeled, image=labeled.image.double())
+        unlabeled = replace(unlabeled, weak=unlabeled.weak.double())
         losses = method.losses(model, labeled, unlabeled, Progress(step, epoch=step, total_steps=12))
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
         actual = [losses[name].item() for name in ("loss_x", "loss_u", "loss")]
-        # rtol, too: one pseudo-label of two equal logits may fall otherwise on another processor or version of torch
-        np.testing.assert_allclose(actual, golden["losses"][step], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(actual, golden["losses"][step], atol=1e-5, rtol=0)
         assert torch.equal(model.bottleneck.memory.pointer, torch.from_numpy(golden["queue_ptrs"][step]))
     parameters = dict(model.named_parameters())
     for name, norm in zip(golden["param_names"], golden["param_norms"], strict=True):
         assert abs(parameters[from_released(str(name))].norm().item() / norm - 1) < 1e-4, name
-    scale = np.abs(golden["bn_mean"]).max()
-    np.testing.assert_allclose(model.decoder.fuse.bn.running_mean.numpy(), golden["bn_mean"], rtol=0, atol=1e-4 * scale)
+    np.testing.assert_allclose(model.decoder.fuse.bn.running_mean.numpy(), golden["bn_mean"], rtol=1e-4, atol=1e-5)
