@@ -120,7 +120,7 @@ def train(
         total_steps = recipe.epochs * loaders.steps_per_epoch
         if distributed.is_main():
             write_text(save_path / "config.yaml", yaml.safe_dump(to_plain(recipe), sort_keys=False))
-            write_facts(save_path, command, lists.split, device)
+            write_facts(save_path, command, lists.split, device, resumed=start.step > 0)
         log = held.enter_context(open_log(save_path, recipe, start, total_steps, stepper))
         log.load_state_dict(kept, device)
         for note in (*describe(recipe, model, method, device, total_steps, start), *told, *resume_notes, *notes):

@@ -170,9 +170,12 @@ def add_line(line):
     return do
 
 
-def no_class_anywhere(root):
-    for path in (root / "masks" / "labeled").glob("*.png"):
-        save(path, np.full((64, 80), 255))
+def no_class_in(kind):
+    def do(root):
+        for path in (root / "masks" / kind).glob("*.png"):
+            save(path, np.full((64, 80), 255))
+
+    return do
 
 
 def set_pixel(path, value):
@@ -191,7 +194,8 @@ DAMAGES = [
     ),
     Damage("RGB labels", lambda root: save(root / MASK, np.zeros((64, 80, 3))), (MASK, "found RGB", "8-bit")),
     Damage("16-bit labels", lambda root: Image.new("I;16", (80, 64), 300).save(root / MASK), (MASK, "300", "8-bit")),
-    Damage("no class in any mask", no_class_anywhere, ("no pixel", "255")),
+    Damage("no class in any mask", no_class_in("labeled"), ("no pixel of the labeled masks", "255")),
+    Damage("no class in any mask of val", no_class_in("val"), ("no pixel of the val masks", "255")),
     Damage("truncated image", lambda root: half(root / IMAGE), (IMAGE, "truncated", "copy it again")),
     Damage(
         "truncated val image",
@@ -232,7 +236,10 @@ def test_data(damage, place, refused):
     assert not place.run.exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGES[:1] + DAMAGES[-2:], ids=lambda damage: damage.name)
+FOUND_BY_CHECK = ("mask value", "no class in any mask of val", "empty val list", "binary list")
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d.name in FOUND_BY_CHECK], ids=lambda damage: damage.name)
 def test_check_finds_the_same_before_a_run(damage, place, refused):
     damage.do(place.root)
     words = place.lists("--method", "selftrain") if damage.lists else ["--config", place.config]

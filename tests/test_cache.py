@@ -157,6 +157,21 @@ def test_processes_that_start_at_once_make_one_cache(samples, tmp_path, capfd):
     assert capfd.readouterr().out.count("decoding") == 2  # of the images and of the masks
 
 
+def test_a_whole_cache_needs_no_lock(samples, tmp_path):
+    """It may lie where this user may only read; to make one, every user of the folder can take the lock."""
+    root = tmp_path / "cache"
+    opened(samples, root)
+    locks = sorted(root.glob("*.lock"))
+    assert [path.stat().st_mode & 0o777 for path in locks] == [0o666, 0o666]
+    start, answers = fork.Event(), fork.Queue()
+    start.set()
+    process = fork.Process(target=open_and_tell, args=(samples, root, start, answers), daemon=True)
+    with locked(locks[0]), locked(locks[1]):
+        process.start()
+        assert answers.get(timeout=30) == [read_image(sample.image).tobytes() for sample in samples]
+    process.join(30)
+
+
 def hold(path: Path, pipe: int) -> None:
     with locked(path):
         os.write(pipe, b"!")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -241,6 +242,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm):
             find_checkpoint(saved)
     else:
         assert find_checkpoint(saved) is None
+
+
+def test_a_checkpoint_that_cannot_be_opened_now_is_not_taken_for_a_damaged_one(saved):
+    """As when a file server is away; here the process may open no further file."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open(os.devnull, os.O_RDONLY)  # the lowest free number: below it none is left
+    os.close(taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files: .*latest.pth"):
+            find_checkpoint(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert find_checkpoint(saved)[0].name == "latest.pth"
 
 
 def test_without_hard_links_the_old_checkpoint_is_renamed(saved, monkeypatch):

@@ -42,8 +42,21 @@ def test_where_there_is_no_checkout_and_no_git(tmp_path, monkeypatch):
 def test_what_is_written_is_read(tmp_path):
     split = {"name": "1_8", "sha256": "0" * 64, "labeled": "1" * 64}
     assert facts.read_facts(tmp_path) == {}
-    facts.write_facts(tmp_path, "--dataset shapes 'data.data_root=a b'", split, torch.device("cpu"))
+    facts.write_facts(tmp_path, "--dataset shapes 'data.data_root=a b'", split, torch.device("cpu"), resumed=False)
     read = facts.read_facts(tmp_path)
     assert read == json.loads((tmp_path / "run.json").read_text()) and read["split"] == split
     assert (read["device"], read["processes"], read["torch"]) == ("cpu", 1, torch.__version__)
     assert read["command"] == "--dataset shapes 'data.data_root=a b'"
+
+
+def test_a_run_that_goes_on_with_other_code_names_both(tmp_path, monkeypatch):
+    def start(revision, resumed):
+        monkeypatch.setattr(facts, "revision", lambda: revision)
+        facts.write_facts(tmp_path, "--dataset shapes", {"name": "1_8"}, torch.device("cpu"), resumed=resumed)
+        return facts.read_facts(tmp_path)["revision"]
+
+    assert start("aaaaaaa", resumed=True) == "aaaaaaa"  # of a run that is older than the file
+    assert start("aaaaaaa", resumed=True) == "aaaaaaa"
+    assert start("bbbbbbb, changed", resumed=True) == "aaaaaaa, later bbbbbbb, changed"
+    assert start("bbbbbbb, changed", resumed=True) == "aaaaaaa, later bbbbbbb, changed"
+    assert start("ccccccc", resumed=False) == "ccccccc"

@@ -121,17 +121,19 @@ def open_cache(
     key = hashlib.sha256(json.dumps([meaning, *(path for path, *_ in files)]).encode()).hexdigest()
     folder = root / f"{name}-{key[:12]}"
     with explained(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f"{folder.name}.lock"):
-            stored = read_index(folder, files, channels)
-            if stored is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                stored = build(folder, paths, files, read, channels, skip)
-            offsets = np.cumsum([0] + [height * width * channels for height, width in stored.shapes]).tolist()
-            places = {str(path): (offset, *shape) for path, offset, shape in zip(paths, offsets, stored.shapes)}
-            for number in stored.bad:
-                del places[str(paths[number])]
-            return Cache(folder, channels, places)
+        stored = read_index(folder, files, channels)  # without the lock: what is whole is there for who may only read
+        if stored is None:
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / f"{folder.name}.lock"):
+                stored = read_index(folder, files, channels)  # of whom this one waited for
+                if stored is None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    stored = build(folder, paths, files, read, channels, skip)
+        offsets = np.cumsum([0] + [height * width * channels for height, width in stored.shapes]).tolist()
+        places = {str(path): (offset, *shape) for path, offset, shape in zip(paths, offsets, stored.shapes)}
+        for number in stored.bad:
+            del places[str(paths[number])]
+        return Cache(folder, channels, places)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def explained(root: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Nobody else is in here. The lock goes with the process that holds it, however that ends; its file stays."""
-    lock = FileLock(path)
+    lock = FileLock(path, mode=0o666)  # whoever may write to the folder may take it
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -34,12 +34,10 @@ def check_data(data: DataConfig, spec: DatasetSpec, lists: Lists, seed: int = 0)
     )
     counts = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} val images"
     notes = [f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts}"]
-    values = [result for result in found["labeled"] if not isinstance(result, UserError)]
-    present = set(np.concatenate(values).tolist()) - {spec.ignore_index}
-    if not present:
-        raise UserError(f"split {lists.name}: no pixel of the labeled masks has a class, all are {spec.ignore_index}")
+    present, ignored = classes_in(found, "labeled", spec, lists)
+    if val:
+        classes_in(found, "val", spec, lists)
     absent = [name for index, name in enumerate(spec.classes) if index not in present]
-    ignored = spec.ignore_index in np.concatenate(values)
     if data.custom is not None and ignored and len(present) == 1 < spec.num_classes:
         raise UserError(
             f"split {lists.name}: the labeled masks show no other class than {spec.classes[present.pop()]}, and "
@@ -73,6 +71,15 @@ def opened_samples(tasks: dict[str, list[Callable]], skip: bool) -> dict[str, li
     return found
 
 
+def classes_in(found: dict[str, list], kind: str, spec: DatasetSpec, lists: Lists) -> tuple[set[int], bool]:
+    """The classes that the masks of a list show, and whether they have ignored pixels. UserError: they show none."""
+    values = np.concatenate([result for result in found[kind] if not isinstance(result, UserError)])
+    present = set(values.tolist()) - {spec.ignore_index}
+    if not present:
+        raise UserError(f"split {lists.name}: no pixel of the {kind} masks has a class, all are {spec.ignore_index}")
+    return present, spec.ignore_index in values
+
+
 def replaced(found: dict[str, list]) -> list[str]:
     """Warnings: the samples that training will replace, by name; not more than anybody reads."""
     notes = []
@@ -104,12 +111,13 @@ def hidden_sample(lists: Lists, spec: DatasetSpec, at_most: int) -> tuple[list[S
     return good, notes
 
 
-def check_whole(sample: Sample, spec: DatasetSpec) -> None:
-    """UserError unless the sample can be evaluated on."""
-    image, _ = read_pair(sample, spec)
+def check_whole(sample: Sample, spec: DatasetSpec) -> np.ndarray:
+    """The values of its mask; UserError unless the sample can be evaluated on."""
+    image, mask = read_pair(sample, spec)
     if min(image.shape[:2]) < MIN_SIDE:
         height, width = image.shape[:2]
         raise UserError(f"{sample.image}: {width} x {height} pixels; evaluation needs at least {MIN_SIDE} on each side")
+    return np.unique(mask)
 
 
 def some(samples: Sequence[Sample], at_most: int, rng: np.random.Generator) -> list[Sample]:

@@ -220,12 +220,13 @@ def mask_values(looks: Sequence[Look], spec: DatasetSpec, custom: CustomDataConf
     legal = [seen for seen in looks if seen.values and seen.illegal is None]
     shown = {kind: classes_of([seen for seen in legal if seen.kind == kind], spec) for kind in ("labeled", "val")}
     found.notes += class_table(spec, shown)
+    for kind in ("labeled", "val"):
+        if any(seen.kind == kind for seen in legal) and not any(images for images, _ in shown[kind]):
+            found.problems.append(f"no pixel of the {kind} masks has a class, all are {spec.ignore_index}")
     absent = [name for name, (images, _) in zip(spec.classes, shown["labeled"], strict=True) if not images]
     if not absent or not any(seen.kind == "labeled" for seen in legal) or found.problems:
         return found
-    if len(absent) == spec.num_classes:
-        found.problems.append(f"no pixel of the labeled masks has a class, all are {spec.ignore_index}")
-    elif len(absent) == spec.num_classes - 1 and decoded(total(legal), spec)[IGNORE_INDEX]:
+    if len(absent) == spec.num_classes - 1 and decoded(total(legal), spec)[IGNORE_INDEX]:
         one = next(name for name in spec.classes if name not in absent)
         found.problems.append(
             f"the labeled masks show no other class than {one}, and ignored pixels. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def check_sums(path: Path) -> None:
 def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> dict[str, Any]:
     """What save_checkpoint wrote, on the CPU. No code in the file can run.
 
-    needed: what must be in it; None: what its kind, of train.py or imported, needs to predict.
+    needed: what must be in it; None: what its kind, of train.py or imported, needs to predict. UserError: it is
+    damaged, or something else; OSError: the system does not let it be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,6 +79,8 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
         if zipfile.is_zipfile(path):  # else torch's older pickle, which holds none of ours
             check_sums(path)
     except Exception as error:  # truncated, bit-flipped, foreign, or holding code: torch raises many kinds
+        if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
+            raise  # permissions, a server that is away: nothing is said of what the file holds
         raise UserError(
             f"{path}: not a readable checkpoint, truncated or of another program ({reason_of(error)}); "
             f"use another one, or train with --fresh to start over"
@@ -92,7 +96,8 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
     """What a run in this folder goes on from, and what there is to say: latest.pth; if it cannot be read the one before
-    it; else best.pth. None: nothing was saved. UserError: there is something, and nothing of it can be read.
+    it; else best.pth. None: nothing was saved. UserError: there is something, and nothing of it can be read. OSError:
+    the system does not let it be read now, which is no reason to go on from an older one.
     """
     if not any((folder / name).exists() for name in (LATEST, PREVIOUS)):
         return None

@@ -19,11 +19,16 @@ FACTS = "run.json"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_facts(folder: Path, command: str, split: Mapping[str, str], device: torch.device) -> None:
-    """command: the words of the recipe. split: the lists and their hashes, as in a checkpoint."""
+def write_facts(folder: Path, command: str, split: Mapping[str, str], device: torch.device, resumed: bool) -> None:
+    """command: the words of the recipe. split: the lists and their hashes, as in a checkpoint. resumed: the folder's
+    run goes on, maybe with other code: its revision then reads 'OLD, later NEW'.
+    """
+    went, now = read_facts(folder).get("revision") if resumed else None, revision()
+    if isinstance(went, str):
+        now = went if went.split(", later ")[-1] == now else f"{went}, later {now}"
     facts = {
         "command": command,
-        "revision": revision(),
+        "revision": now,
         "split": dict(split),
         "torch": torch.__version__,
         "device": device.type,
