@@ -1,5 +1,7 @@
 """Semantic memory and channel grouping against literal loops; where the bottleneck begins."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,21 @@ def test_attention_of_an_ablation(mode):
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in bottleneck.parameters())
     assert bottleneck.memory.filled.any() == (mode != "none")
+
+
+@pytest.mark.parametrize(("share", "own"), [(0, 0), (0.1, 1), (0.5, 2), (1, 3)])
+@pytest.mark.parametrize("read_memory", [False, True])
+def test_own_channels_trains_what_inference_does(share, own, read_memory):
+    """So many of three labeled images come out as in inference, the others as without the option."""
+    torch.manual_seed(8)
+    bottleneck = AllSparkBottleneck(6, SemanticMemory(3, 6, 2), dropout=0.0, own_channels=share)
+    feature, cross = torch.randn(5, 6, 2, 2), CrossBatch(3, torch.randn(2, 3, 8, 8), read_memory)
+    inference = bottleneck(feature)[:3]
+    released = copy.deepcopy(bottleneck).eval()(feature, cross)  # in training alone are there any
+    out = bottleneck(feature, cross)
+    assert not any(torch.allclose(one, other, atol=1e-4) for one, other in zip(released, inference))
+    torch.testing.assert_close(out[:own], inference[:own])
+    torch.testing.assert_close(out[own:], released[own:])
 
 
 @pytest.mark.parametrize("training", [False, True])

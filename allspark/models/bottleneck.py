@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,8 @@ class AllSparkBottleneck(nn.Module):
     grouping_input: what decides the class of a channel, logits or probabilities. Released: the logits.
     empty_slots: the noise in slots that were never written takes part (Released). False: such a slot is 0, and a class
     without any written slot is left out of the attention.
+    own_channels: share of a batch's labeled images that are rebuilt from their own channels, which is what inference
+    does: it then learns from true labels, too. Released: 0, nothing but pseudo-labels keeps inference to the truth.
     attention: for ablations. cross: none in the unlabeled branch; none: nor in the labeled one, and none in inference,
     which leaves convolutions and norms. Where there is none, 0 stands for what it gives.
     skip: the map that comes in is added to the one that comes out, and the last convolution starts at 0: at first the
@@ -105,6 +108,7 @@ class AllSparkBottleneck(nn.Module):
         dropout: float = 0.1,
         grouping_input: str = "logits",
         empty_slots: bool = True,
+        own_channels: float = 0.0,
         skip: bool = False,
         attention: str = "both",
     ) -> None:
@@ -118,6 +122,7 @@ class AllSparkBottleneck(nn.Module):
         self.map_out = nn.Conv2d(channels, channels, 1)
         self.grouping_input = grouping_input
         self.empty_slots = empty_slots
+        self.own_channels = own_channels
         self.skip = skip
         if skip:
             nn.init.zeros_(self.map_out.weight)
@@ -154,7 +159,11 @@ class AllSparkBottleneck(nn.Module):
         if cross.read_memory:
             context = self.memory.read(self.empty_slots)
             present = None if self.empty_slots else self.memory.filled > 0
-        return torch.cat((self.cross_branch(labeled, context, present), attended_u))
+        own = math.ceil(self.own_channels * len(labeled)) if self.training else 0
+        attended = [self.cross_branch(labeled[:own])] if own else []
+        if own < len(labeled):
+            attended.append(self.cross_branch(labeled[own:], context, present))
+        return torch.cat((*attended, attended_u))
 
     @torch.no_grad()
     def remember(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:

@@ -123,6 +123,7 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor
             dropout=cfg.bottleneck.dropout,
             grouping_input=cfg.bottleneck.grouping_input,
             empty_slots=cfg.bottleneck.empty_slots,
+            own_channels=cfg.bottleneck.own_channels,
             skip=cfg.bottleneck.skip,
             attention=cfg.bottleneck.attention,
         )
