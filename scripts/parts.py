@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,13 +33,17 @@ from allspark.distributed import choose_device  # noqa: E402
 from allspark.engine.checkpoint import load_checkpoint  # noqa: E402
 from allspark.errors import UserError, run_main  # noqa: E402
 from allspark.evaluation.evaluate import evaluate  # noqa: E402
+from allspark.evaluation.inference import inference_for  # noqa: E402
 from allspark.models.bottleneck import CrossBatch  # noqa: E402
 from allspark.models.memory import SemanticMemory  # noqa: E402
 from allspark.models.segmentor import Segmentor, SegOutput  # noqa: E402
 
 
 class ReadsMemory(nn.Module):
-    """The network with the keys and values of its memory, for every image: (B, 3, crop, crop) -> SegOutput."""
+    """The network with the keys and values of its memory, for every image: (B, 3, crop, crop) -> SegOutput.
+
+    UserError for images of another size: the memory's maps are those of a crop.
+    """
 
     def __init__(self, model: Segmentor, memory: SemanticMemory) -> None:
         super().__init__()
@@ -46,6 +51,11 @@ class ReadsMemory(nn.Module):
         self.model.bottleneck.memory = memory
 
     def forward(self, image: Tensor) -> SegOutput:
+        sides, stride = image.shape[-2:], self.model.encoder.strides[-1]
+        if any(math.ceil(side / stride) != self.model.bottleneck.memory.side for side in sides):
+            raise UserError(
+                f"an image of {sides[1]} x {sides[0]} pixels is smaller than the crop of its memory"
+            )
         return self.model(image, cross=CrossBatch(len(image), read_memory=True))
 
 
@@ -73,16 +83,17 @@ def main(argv: Sequence[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=raw)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these alone, such as memory (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
-    found = {str(path): worth(path, choose_device(args.device)) for path in args.checkpoints}
+    found = {str(path): worth(path, choose_device(args.device), args.only) for path in args.checkpoints}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def worth(path: Path, device: torch.device) -> dict[str, float]:
-    """mIoU in percent as it is and without each part; of a memory also how much of it is written."""
+def worth(path: Path, device: torch.device, parts: Sequence[str] | None = None) -> dict[str, float]:
+    """mIoU in percent as it is and without each part, or some; of a memory also how much of it is written."""
     loaded = loading.load_for_inference(path, device)
     model, recipe = loaded.model, loaded.recipe
     if recipe is None:
@@ -94,16 +105,17 @@ def worth(path: Path, device: torch.device) -> dict[str, float]:
         memory = memory_of(path).to(device)
         networks |= {"memory": ReadsMemory(model, memory), "no attention": without_attention(model)}
         filled = {"filled": 100 * memory.filled.sum().item() / memory.queue.shape[:2].numel()}
+    if parts and (unknown := set(parts) - networks.keys()):
+        raise UserError(f"--only {min(unknown)}: this network has {', '.join(list(networks)[1:])}")
     root = splits.find_data(recipe.data, loaded.spec)
     entries = splits.val_entries(recipe.data, loaded.spec, root)
     splits.check_files(entries)
-    val, inference = (
-        SegmentationDataset([entry.sample for entry in entries], loaded.spec),
-        loaded.inference("sliding_window"),
-    )
+    val = SegmentationDataset([entry.sample for entry in entries], loaded.spec)
+    inference = inference_for(loaded.spec, recipe.data.crop_size, "sliding_window")
     found = {
         name: evaluate(network, val, loaded.spec, device, inference, progress=True).miou
         for name, network in networks.items()
+        if not parts or name in ("as it is", *parts)
     }
     found |= filled
     print(f"{path}: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}", flush=True)

@@ -1,0 +1,69 @@
+"""scripts/parts.py: what is measured is the network with one part taken away, and nothing else."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+
+import train
+from allspark.config import BottleneckConfig, ModelConfig
+from allspark.errors import run_main
+from allspark.models.bottleneck import CrossBatch
+from allspark.models.segmentor import build_model
+
+sys.path.insert(0, "scripts")
+import parts
+
+IMAGE = torch.randn(2, 3, 65, 65, generator=torch.Generator().manual_seed(1))
+
+
+def network(attention="both"):
+    torch.manual_seed(0)
+    bottleneck = BottleneckConfig(name="allspark", attention=attention)
+    return build_model(ModelConfig(encoder="mit_b0", bottleneck=bottleneck), 3, 65).eval()
+
+
+@torch.no_grad()
+def test_without_attention_is_the_ablation_that_has_none():
+    model = network()
+    logits = parts.without_attention(model)(IMAGE).logits
+    torch.testing.assert_close(logits, network("none")(IMAGE).logits)
+    assert not torch.allclose(logits, model(IMAGE).logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_memory_is_read_as_in_training():
+    """By each image for itself; and it is the memory of the file, which a teacher has not."""
+    model, memory = network(), copy.deepcopy(network().bottleneck.memory)
+    memory.queue.mul_(3)
+    reads = parts.ReadsMemory(model.inference_copy(), memory)
+    logits = reads(IMAGE).logits
+    model.bottleneck.memory = memory
+    torch.testing.assert_close(logits, model(IMAGE, cross=CrossBatch(2, read_memory=True)).logits)
+    torch.testing.assert_close(logits[:1], reads(IMAGE[:1]).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits, model(IMAGE).logits, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", range(4))
+def test_a_flat_map_is_its_mean(level):
+    model = network()
+    features, flat = model.encoder(IMAGE), parts.with_flat(model, level).encoder(IMAGE)
+    for place, (one, other) in enumerate(zip(features, flat, strict=True)):
+        expected = one.mean((2, 3), keepdim=True).expand_as(one) if place == level else one
+        torch.testing.assert_close(other, expected)
+
+
+def test_a_run_is_measured(finished, place, capsys):
+    assert run_main(train.main, place.train("crop_size=64", "epochs=1", "method.warmup_epochs=0")) == 0
+    out, file = place.root / "parts.json", str(place.run / "latest.pth")
+    assert run_main(parts.main, [file, "--only", "memory", "--json", str(out)]) == 0
+    (found,) = json.loads(out.read_text()).values()
+    assert found.keys() == {"as it is", "memory", "filled"} and found["filled"] == 100
+    assert f"memory {found['memory']:.2f}" in capsys.readouterr().out
+    assert run_main(parts.main, [file, "--only", "memories"]) == 2
+    assert "--only memories: this network has no stride 4, " in capsys.readouterr().err
+    assert run_main(parts.main, [str(finished.run / "latest.pth")]) == 2
+    assert "of 65 x 64 pixels is smaller than the crop" in capsys.readouterr().err
