@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from allspark import distributed
 from allspark.models.attention import channel_attention, shared_channel_attention
 from allspark.models.memory import SemanticMemory, group_channels
 
@@ -91,8 +91,8 @@ class AllSparkBottleneck(nn.Module):
     grouping_input: what decides the class of a channel, logits or probabilities. Released: the logits.
     empty_slots: the noise in slots that were never written takes part (Released). False: such a slot is 0, and a class
     without any written slot is left out of the attention.
-    own_channels: share of a batch's labeled images that are rebuilt from their own channels, which is what inference
-    does: it then learns from true labels, too. Released: 0, nothing but pseudo-labels keeps inference to the truth.
+    own_channels: every second labeled image is rebuilt from its own channels, as inference does, which then learns from
+    true labels, too. Released: false, inference runs on weights that its own pseudo-labels alone hold to the truth.
     attention: for ablations. cross: none in the unlabeled branch; none: nor in the labeled one, and none in inference,
     which leaves convolutions and norms. Where there is none, 0 stands for what it gives.
     skip: the map that comes in is added to the one that comes out, and the last convolution starts at 0: at first the
@@ -108,7 +108,7 @@ class AllSparkBottleneck(nn.Module):
         dropout: float = 0.1,
         grouping_input: str = "logits",
         empty_slots: bool = True,
-        own_channels: float = 0.0,
+        own_channels: bool = False,
         skip: bool = False,
         attention: str = "both",
     ) -> None:
@@ -159,11 +159,14 @@ class AllSparkBottleneck(nn.Module):
         if cross.read_memory:
             context = self.memory.read(self.empty_slots)
             present = None if self.empty_slots else self.memory.filled > 0
-        own = math.ceil(self.own_channels * len(labeled)) if self.training else 0
-        attended = [self.cross_branch(labeled[:own])] if own else []
-        if own < len(labeled):
-            attended.append(self.cross_branch(labeled[own:], context, present))
-        return torch.cat((*attended, attended_u))
+        if not (self.own_channels and self.training):
+            return torch.cat((self.cross_branch(labeled, context, present), attended_u))
+        attended = torch.empty_like(labeled)
+        first = distributed.rank() * len(labeled) % 2  # the even places of the batch over all processes
+        for places, keys in ((slice(first, None, 2), ()), (slice(1 - first, None, 2), (context, present))):
+            if len(labeled[places]):
+                attended[places] = self.cross_branch(labeled[places], *keys)
+        return torch.cat((attended, attended_u))
 
     @torch.no_grad()
     def remember(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:
