@@ -1,6 +1,8 @@
 """What the parts of a trained network are worth: mIoU on val with each of them taken away, from the same weights.
 
     python scripts/parts.py exp/demo/supervised/best.pth exp/demo/allspark/best.pth
+    python scripts/parts.py --only memory --json parts.json -- copies/of/latest_*.pth     # over the steps of a run ...
+    python scripts/parts.py --draw parts.json                                             # ... as parts.png
 
 - stride 4 to stride 32: a feature map of the encoder is flat, its mean over the image stands everywhere.
 - memory: AllSpark's bottleneck reads it, as in training; evaluation, and the pass that makes pseudo-labels, rebuild an
@@ -17,8 +19,9 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +37,7 @@ from allspark.engine.checkpoint import load_checkpoint  # noqa: E402
 from allspark.errors import UserError, run_main  # noqa: E402
 from allspark.evaluation.evaluate import evaluate  # noqa: E402
 from allspark.evaluation.inference import inference_for  # noqa: E402
+from allspark.evaluation.pictures import plot_curves  # noqa: E402
 from allspark.models.bottleneck import CrossBatch  # noqa: E402
 from allspark.models.memory import SemanticMemory  # noqa: E402
 from allspark.models.segmentor import Segmentor, SegOutput  # noqa: E402
@@ -80,29 +84,43 @@ def main(argv: Sequence[str]) -> None:
     description, _, more = __doc__.partition("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=raw)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
+    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these alone, such as memory (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="the figures of --json over the steps, as a .png")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
+    if args.draw:
+        return draw(args.draw)
+    if not args.checkpoints:
+        parser.error("name checkpoints, or --draw a file of --json")
     found = {str(path): worth(path, choose_device(args.device), args.only) for path in args.checkpoints}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def draw(path: Path) -> None:
+    """The figures in a file of --json -> a picture of the same name."""
+    found = sorted(json.loads(path.read_text(encoding="utf-8")).values(), key=lambda one: one["step"])
+    names = [name for name in found[0] if name not in ("step", "filled")]
+    rows = {name: [[(one["step"], one[name]) for one in found]] for name in names}
+    plot_curves(rows, "mIoU of the same weights (%)", path.with_suffix(".png"))
+
+
 def worth(path: Path, device: torch.device, parts: Sequence[str] | None = None) -> dict[str, float]:
-    """mIoU in percent as it is and without each part, or some; of a memory also how much of it is written."""
+    """mIoU in percent as it is and without each part, or some; the step; of a memory how much of it is written."""
     loaded = loading.load_for_inference(path, device)
     model, recipe = loaded.model, loaded.recipe
     if recipe is None:
         raise UserError(f"{path}: holds no run of train.py; name a checkpoint of one")
+    content = load_checkpoint(path)
     networks = {"as it is": model}
     networks |= {f"no stride {stride}": with_flat(model, level) for level, stride in enumerate(model.encoder.strides)}
-    filled = {}
+    facts = {"step": content["step"]}
     if model.bottleneck is not None:
-        memory = memory_of(path).to(device)
+        memory = memory_of(content, path).to(device)
         networks |= {"memory": ReadsMemory(model, memory), "no attention": without_attention(model)}
-        filled = {"filled": 100 * memory.filled.sum().item() / memory.queue.shape[:2].numel()}
+        facts["filled"] = 100 * memory.filled.sum().item() / memory.queue.shape[:2].numel()
     if parts and (unknown := set(parts) - networks.keys()):
         raise UserError(f"--only {min(unknown)}: this network has {', '.join(list(networks)[1:])}")
     root = splits.find_data(recipe.data, loaded.spec)
@@ -115,14 +133,13 @@ def worth(path: Path, device: torch.device, parts: Sequence[str] | None = None) 
         for name, network in networks.items()
         if not parts or name in ("as it is", *parts)
     }
-    found |= filled
-    print(f"{path}: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}", flush=True)
-    return found
+    print(f"{path}: {', '.join(f'{name} {value:.2f}' for name, value in (found | facts).items())}", flush=True)
+    return found | facts
 
 
-def memory_of(path: Path) -> SemanticMemory:
+def memory_of(content: Mapping[str, Any], path: Path) -> SemanticMemory:
     prefix = "bottleneck.memory."
-    state = {key.removeprefix(prefix): value for key, value in load_checkpoint(path)["model"].items() if prefix in key}
+    state = {key.removeprefix(prefix): value for key, value in content["model"].items() if prefix in key}
     if not state:
         raise UserError(f"{path}: holds no memory; name a checkpoint of training, not an imported or exported one")
     num_classes, channels, positions = state["queue"].shape

@@ -2,7 +2,7 @@
 # sh scripts/results.sh: the tables and curves of the runs whose numbers are kept in docs/runs/, each folder of it a footing
 # (data set, lists, budget) that its rows share. <footing>/<row>/seed_<n> holds config.yaml, metrics.jsonl and, if younger
 # than revision 5182294, run.json as train.py wrote them; table.md, curves.png, classes.png, losses.png and, where it was measured,
-# pseudo_labels.png go beside the rows.
+# pseudo_labels.png go beside the rows; parts.json of scripts/parts.py becomes parts.png.
 set -eu
 cd -- "$(dirname -- "$0")/.."
 . scripts/setup.sh
@@ -14,5 +14,6 @@ for footing in docs/runs/*/; do
         [ -d "$run" ] && set -- "$@" "${row%%/*}=${run%/}"
     done
     python -m allspark compare --out "${footing%/}" "$@" >/dev/null
+    [ ! -f "${footing}parts.json" ] || python scripts/parts.py --draw "${footing}parts.json"
     echo "results: ${footing}table.md"
 done

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from allspark.config import BottleneckConfig, ModelConfig
@@ -61,8 +62,10 @@ def test_a_run_is_measured(finished, place, capsys):
     out, file = place.root / "parts.json", str(place.run / "latest.pth")
     assert run_main(parts.main, [file, "--only", "memory", "--json", str(out)]) == 0
     (found,) = json.loads(out.read_text()).values()
-    assert found.keys() == {"as it is", "memory", "filled"} and found["filled"] == 100
+    assert found.keys() == {"as it is", "memory", "step", "filled"} and (found["step"], found["filled"]) == (3, 100)
     assert f"memory {found['memory']:.2f}" in capsys.readouterr().out
+    assert run_main(parts.main, ["--draw", str(out)]) == 0
+    assert Image.open(out.with_suffix(".png")).size[0] > 500
     assert run_main(parts.main, [file, "--only", "memories"]) == 2
     assert "--only memories: this network has no stride 4, " in capsys.readouterr().err
     assert run_main(parts.main, [str(finished.run / "latest.pth")]) == 2
