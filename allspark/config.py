@@ -68,7 +68,7 @@ class BottleneckConfig:
     dropout: float = 0.1
     grouping_input: Literal["logits", "probabilities"] = "logits"  # Released: logits, never softmaxed
     empty_slots: bool = True  # Released: noise that was never written over takes part in the softmax
-    own_channels: bool = False  # every second labeled image is rebuilt as in inference. Released: none
+    own_channels: bool = False  # every second labeled image is rebuilt as in inference. Released: false
     attention: Literal["both", "cross", "none"] = "both"  # ablations: in both branches, in the labeled one, in neither
     skip: bool = False  # the map that comes in is added to what comes out, which is 0 when training begins
     memory_policy: Literal["rank0", "gather", "local"] = "rank0"  # Released: rank0, by DDP's buffer broadcast
