@@ -1,7 +1,7 @@
 #!/bin/sh
 # Methods on one footing: each with each seed, one training after the other, and from those that finished table.md (mean
-# and spread over the seeds), curves.png and predictions.png. Again is quick: a finished run is skipped, an interrupted
-# one goes on. What to compare is said in front; arguments (key.path=value) go to every training:
+# and spread over the seeds), seeds.png, curves.png and predictions.png. Again is quick: a finished run is skipped, an
+# interrupted one goes on. What to compare is said in front; arguments (key.path=value) go to every training:
 #   dataset=pascal split=1_8 methods="supervised fixmatch fixmatch+allspark" seeds="0 1" gpus=4 sh scripts/compare.sh
 # budget: epochs (default: the recipe's). fixmatch+allspark: fixmatch with model.bottleneck=allspark. gpus, port: as in
 # train.sh. paired: the row that the others are subtracted from, seed by seed (default: the first). out: the folder

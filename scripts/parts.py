@@ -101,7 +101,10 @@ def main(argv: Sequence[str]) -> None:
 
 def draw(path: Path) -> None:
     """The figures in a file of --json -> a picture of the same name."""
-    found = sorted(json.loads(path.read_text(encoding="utf-8")).values(), key=lambda one: one["step"])
+    try:
+        found = sorted(json.loads(path.read_text(encoding="utf-8")).values(), key=lambda one: one["step"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"--draw {path}: not what --json writes ({error})") from None
     names = [name for name in found[0] if name not in ("step", "filled")]
     rows = {name: [[(one["step"], one[name]) for one in found]] for name in names}
     plot_curves(rows, "mIoU of the same weights (%)", path.with_suffix(".png"))

@@ -152,12 +152,12 @@ def test_pseudo_labels_and_pairs_come_with_the_table(write_run, tmp_path, capsys
     assert cells(lines[0])[4:6] == ["pseudo-label accuracy", "pseudo-label coverage"]
     assert cells(lines[2])[4:6] == [mean_and_std([81.5, 84.5], 1), mean_and_std([40.25, 44.75], 1)]
     assert cells(lines[3])[4:6] == ["-", "-"] and "coverage: the pixels confident" in table
-    for name in ("curves", "losses", "predictions", "pseudo_labels"):
+    for name in ("seeds", "curves", "losses", "predictions", "pseudo_labels"):
         drawn = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
         assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
     main(["compare", words[-1], "--out", str(tmp_path / "without"), "--images", "1"])
     made = {path.name for path in (tmp_path / "without").iterdir()}
-    assert made == {"table.md", "curves.png", "losses.png", "classes.png", "predictions.png"}
+    assert made == {"table.md", "seeds.png", "curves.png", "losses.png", "classes.png", "predictions.png"}
     assert "pseudo" not in (tmp_path / "without" / "table.md").read_text().lower()
 
 
@@ -176,6 +176,20 @@ def test_a_line_is_the_mean_in_a_band_from_lowest_to_highest():
     corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
     assert corners == {(1, 10), (1, 13), (2, 20), (2, 26)}
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine  23.0", "one  6.0"]
+
+
+def test_every_seed_is_a_dot_and_the_first_row_a_band(tmp_path):
+    axes = pictures.new_figure(4, 3).subplots()
+    pictures.draw_seeds(axes, {"base": [40.0, 43.0], "mine": [50.0]}, "title")
+    dots, bars = axes.lines[::2], axes.lines[1::2]
+    assert [line.get_xydata().tolist() for line in dots] == [[[40, 0], [43, 0]], [[50, 1]]]
+    assert [line.get_xydata().tolist() for line in bars] == [[[41.5, 0]], [[50, 1]]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["base  41.5", "mine  50.0"]
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (40, 43) and axes.yaxis_inverted()
+    for count in (1, 20):
+        pictures.plot_seeds({f"row {i}": [20.0 + i] for i in range(count)}, "title", tmp_path / f"{count}.png")
+    assert Image.open(tmp_path / "20.png").height > 3 * Image.open(tmp_path / "1.png").height
 
 
 def test_twenty_rows_are_told_apart(tmp_path):

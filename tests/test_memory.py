@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from allspark import distributed
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.memory import SemanticMemory, group_channels
@@ -151,25 +150,28 @@ def test_attention_of_an_ablation(mode):
     assert bottleneck.memory.filled.any() == (mode != "none")
 
 
-@pytest.mark.parametrize(("rank", "own"), [(0, (0, 2)), (1, (1,))])
-@pytest.mark.parametrize("read_memory", [False, True])
-def test_own_channels_trains_what_inference_does(rank, own, read_memory, monkeypatch):
-    """Every second labeled image comes out as in inference, the others as without the option; and so over all
-    processes: where one has three, the second image of the next is the fifth.
-    """
-    monkeypatch.setattr(distributed, "rank", lambda: rank)
+def own_channels(read_memory):
+    """Three labeled images of a process -> which come out as in inference, which as without the option."""
     torch.manual_seed(8)
     bottleneck = AllSparkBottleneck(6, SemanticMemory(3, 6, 2), dropout=0.0, own_channels=True)
     feature, cross = torch.randn(5, 6, 2, 2), CrossBatch(3, torch.randn(2, 3, 8, 8), read_memory)
     inference = bottleneck(feature)[:3]
     released = copy.deepcopy(bottleneck).eval()(feature, cross)  # in training alone are there any
     out = bottleneck(feature, cross)
-    assert not any(torch.allclose(one, other, atol=1e-4) for one, other in zip(released, inference))
-    for place in range(3):
-        torch.testing.assert_close(out[place], inference[place] if place in own else released[place])
     torch.testing.assert_close(out[3:], released[3:])
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in bottleneck.parameters())
+    same = [[torch.allclose(*pair, atol=1e-4) for pair in zip(out, other)] for other in (inference, released[:3])]
+    return [tuple(place for place in range(3) if there[place]) for there in same]
+
+
+@pytest.mark.parametrize("read_memory", [False, True])
+def test_own_channels_trains_what_inference_does(read_memory, pair):
+    """Every second labeled image comes out as in inference, the others as without the option; and so over all
+    processes: where one has three, the second image of the next is the fifth.
+    """
+    assert own_channels(read_memory) == [(0, 2), (1,)]
+    assert pair(own_channels, read_memory) == [[(0, 2), (1,)], [(1,), (0, 2)]]
 
 
 @pytest.mark.parametrize("training", [False, True])

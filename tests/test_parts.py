@@ -66,6 +66,9 @@ def test_a_run_is_measured(finished, place, capsys):
     assert f"memory {found['memory']:.2f}" in capsys.readouterr().out
     assert run_main(parts.main, ["--draw", str(out)]) == 0
     assert Image.open(out.with_suffix(".png")).size[0] > 500
+    for other in (place.root / "no.json", place.run / "config.yaml", place.run / "run.json"):
+        assert run_main(parts.main, ["--draw", str(other)]) == 2
+        assert f"--draw {other}: not what --json writes" in capsys.readouterr().err
     assert run_main(parts.main, [file, "--only", "memories"]) == 2
     assert "--only memories: this network has no stride 4, " in capsys.readouterr().err
     assert run_main(parts.main, [str(finished.run / "latest.pth")]) == 2

@@ -25,15 +25,25 @@ from allspark.engine.facts import read_facts
 from allspark.engine.log import METRICS, read_metrics
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import predict
-from allspark.evaluation.pictures import Example, Points, draw_grid, plot_curves, plot_losses, plot_panels, save_image
+from allspark.evaluation.pictures import (
+    Example,
+    Points,
+    draw_grid,
+    plot_curves,
+    plot_losses,
+    plot_panels,
+    plot_seeds,
+    save_image,
+)
 
 MOST_CLASSES = 32  # of which each gets a panel
 PSEUDO = {"pseudo_accuracy": "pseudo-label accuracy", "pseudo_coverage": "pseudo-label coverage"}  # key -> head
 LEGEND = """
 In percent, on val. last: of the last epoch, as are the classes. best: of the best epoch of each run; best on val is a
-selection, and higher for it. ±: sample standard deviation over the seeds. curves.png: the mean over the seeds in a band
-from the lowest to the highest; classes.png: the same of each class. losses.png: in training. predictions.png: the last
-epoch of each row's first run.
+selection, and higher for it. ±: sample standard deviation over the seeds. seeds.png: each seed's last epoch, a bar at
+their mean, a band over those of the first row. curves.png: the mean over the seeds in a band from the lowest to the
+highest; classes.png: the same of each class. losses.png: in training. predictions.png: the last epoch of each row's
+first run.
 """
 PSEUDO_LEGEND = """
 Pseudo-labels: of unlabeled images whose labels training never opens; coverage: the pixels confident enough to learn
@@ -109,8 +119,9 @@ def main(args: argparse.Namespace) -> None:
     write_text(args.out / "table.md", text)
     scores = {row.name: [run.points("miou") for run in row.runs] for row in rows}
     plot_curves(scores, "val mIoU (%)", args.out / "curves.png")
+    plot_seeds({row.name: [last_miou(run) for run in row.runs] for row in rows}, "val mIoU (%)", args.out / "seeds.png")
     plot_losses({row.name: [losses(run) for run in row.runs] for row in rows}, args.out / "losses.png")
-    made = ["curves.png", "losses.png"]
+    made = ["seeds.png", "curves.png", "losses.png"]
     if whole := [row for row in rows if row.runs[0].checkpoint.is_file()]:
         draw_predictions(whole, args.images, args.overlay, args.out / "predictions.png")
         made.insert(0, "predictions.png")

@@ -224,6 +224,25 @@ def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) ->
     save_figure(figure, path)
 
 
+def plot_seeds(rows: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
+    """A line of dots for each row -> an image file. rows: a value of each seed; what is drawn of them: draw_seeds."""
+    figure = new_figure(7.6, 0.26 * len(rows) + 0.9)
+    draw_seeds(figure.subplots(), rows, title)
+    save_figure(figure, path)
+
+
+def draw_seeds(axes: Axes, rows: Mapping[str, Sequence[float]], title: str) -> None:
+    """A dot for each seed and a bar at their mean, which stands beside the name; a band over the first row's seeds."""
+    for place, values in enumerate(rows.values()):
+        axes.plot(values, [place] * len(values), "o", color=COLORS[0], markersize=5, alpha=0.65, markeredgewidth=0)
+        axes.plot(np.mean(values), place, "|", color="black", markersize=11, markeredgewidth=1.6)
+    first = next(iter(rows.values()))
+    axes.axvspan(min(first), max(first), color=COLORS[0], alpha=0.12, linewidth=0)
+    style_axes(axes, title, xlabel="")
+    axes.set_yticks(range(len(rows)), [f"{name}  {np.mean(values):.1f}" for name, values in rows.items()])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
 def plot_losses(rows: Mapping[str, Sequence[Mapping[str, Points]]], path: Path) -> None:
     """A panel for each row -> an image file. rows: of each seed its losses by name."""
     columns = min(len(rows), LOSS_COLUMNS)
@@ -323,10 +342,10 @@ def save_figure(figure: Figure, path: Path) -> None:
     save_image(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), path)
 
 
-def style_axes(axes: Axes, title: str, legend: bool = True, outside: bool = False) -> None:
+def style_axes(axes: Axes, title: str, legend: bool = True, outside: bool = False, xlabel: str = "step") -> None:
     """Title, faint grid, no box, and a legend where there is something to tell."""
     axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
-    axes.set_xlabel("step", fontsize=9)
+    axes.set_xlabel(xlabel, fontsize=9)
     axes.tick_params(labelsize=8.5)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
