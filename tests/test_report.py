@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,11 @@ def test_the_page_holds_what_the_run_and_its_checkpoint_say(page, finished, read
     assert mine["facts"]["mIoU, last epoch"] == f"{evaluations[-1]['miou']:.2f}"
     assert mine["facts"]["mIoU, best epoch"].startswith(f"{best['miou']:.2f} (epoch {best['epoch']};")
     assert re.match(r"folders of the recipe|own|.* sha256 [0-9a-f]{12}", mine["facts"]["split"])
+    batch = yaml.safe_load((finished.run / "config.yaml").read_text())["batch_size"]
+    spent, before = 0.0, 0
+    for line in steps:
+        spent, before = spent + (line["step"] - before) * batch / line["images_per_s"], line["step"]
+    assert mine["facts"]["time"].startswith(f"{timedelta(seconds=round(spent))} by its logged speed")
     assert "sha256" in mine["facts"]["split"] and "process(es) on cpu" in mine["facts"]["device"]
     assert mine["curves"]["miou"]["values"] == pytest.approx([line["miou"] for line in evaluations], abs=1e-3)
     assert mine["curves"]["lr"]["steps"] == [line["step"] for line in steps]

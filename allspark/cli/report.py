@@ -11,13 +11,13 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from allspark.cli.compare import Run, differing_lists, list_name, read_runs, write_text
+from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, write_text
 from allspark.cli.loading import load_for_inference, positive
 from allspark.config import RUN_KEYS, DataConfig, to_plain
 from allspark.data import spec_for
@@ -279,7 +279,6 @@ def facts(entry: Entry) -> dict[str, str]:
     """The head of a run's column -> what stands there."""
     run, recipe, best = entry.run, entry.run.recipe, entry.best
     last, model = run.evaluations[-1], recipe.model
-    device, time = device_and_time(run.folder / "train.log")
     evaluated = "not evaluated; classes: best epoch of the log"
     if entry.evaluated is not None:
         meta, scores = entry.evaluated.meta, entry.evaluated.scores
@@ -298,8 +297,8 @@ def facts(entry: Entry) -> dict[str, str]:
         "crop, optimizer": f"{recipe.data.crop_size}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
         "mIoU, last epoch": f"{last['miou']:.2f}",
         "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch']}; selected on val)",
-        "device": device,
-        "time": time,
+        "device": device_of(run.folder / "train.log"),
+        "time": f"{timedelta(seconds=round(60 * training_minutes(run)))} by its logged speed, without evaluations",
         "evaluated here": evaluated,
     }
 
@@ -312,21 +311,14 @@ def split_words(data: DataConfig, split: Mapping[str, str]) -> str:
     return f"{name}, lists sha256 {split['sha256'][:12]}" if "sha256" in split else f"{name}, hash not known"
 
 
-def device_and_time(log: Path) -> tuple[str, str]:
-    """From train.log: what the last start said, and how long it is from the first line to the last."""
+def device_of(log: Path) -> str:
+    """What the last start said in train.log."""
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "not known, no train.log", "not known, no train.log"
+        return "not known, no train.log"
     starts = re.findall(r"^\S+ \S+  (\d+ process\(es\) on .*)$", text, re.MULTILINE)
-    stamps = re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", text, re.MULTILINE)
-    device = starts[-1].strip() if starts else "not known"
-    try:
-        first, last = datetime.fromisoformat(stamps[0]), datetime.fromisoformat(stamps[-1])
-    except (IndexError, ValueError):
-        return device, "not known"
-    again = f", in {len(starts)} starts with what lies between them" if len(starts) > 1 else ""
-    return device, f"{last - first} from the first line of the log to the last{again}"
+    return starts[-1].strip() if starts else "not known"
 
 
 def differing_keys(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
