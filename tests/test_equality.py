@@ -29,7 +29,7 @@ from allspark.losses import CrossEntropy
 from allspark.methods import Progress, imas
 from allspark.pseudo import predict_pseudo
 
-CROP, STEPS, BATCH = 65, 10, 4
+CROP, STEPS, BATCH = 65, 6, 4
 SPEC = DatasetSpec("blocks", tuple("abcde"), tuple((k, k, k) for k in range(CLASSES)), background=0)
 OPTIM = OptimConfig(name="sgd", lr=2e-3, lr_multi=5.0)
 STILL = {"cutmix": 0.0, "feature_dropout": 0.0, "masked": 0.0, "pseudo_context": "image", "background": 0}
@@ -91,7 +91,7 @@ def write_as_two(memory):
 
 
 def losses_of(name, bottleneck, root, alone):
-    """10 steps, the first two supervised, in two epochs: of this process's share, or as if there were no other one."""
+    """6 steps, the first two supervised, in two epochs: of this process's share, or as if there were no other one."""
     model, method = on_footing(name, bottleneck, alone)
     data = DataConfig(dataset="blocks", data_root="", crop_size=CROP, scale_range=(1.0, 2.0), num_workers=0)
     rank, world = (0, 1) if alone else (distributed.rank(), distributed.world_size())
@@ -129,12 +129,12 @@ def run_cases(root):
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory):
-    """30 images of coloured blocks, a class each, no pixel of them ignored."""
+    """21 images of coloured blocks, a class each, no pixel of them ignored."""
     root, rng = tmp_path_factory.mktemp("blocks"), np.random.default_rng(0)
     colours = rng.integers(40, 216, (CLASSES, 3))
     for folder in ("images", "masks"):
         (root / folder).mkdir()
-    for index in range(30):
+    for index in range(21):
         mask = rng.integers(0, CLASSES, (5, 5)).repeat(16, 0).repeat(16, 1)
         image = colours[mask] + rng.integers(-40, 40, (80, 80, 3))
         Image.fromarray(image.astype(np.uint8)).save(root / f"images/{index:02}.png")
@@ -143,7 +143,7 @@ def blocks(tmp_path_factory):
 
 
 def test_processes_with_a_share_each_equal_one_with_all(pair, blocks):
-    """Every loss of every method, to 1e-5 over 10 steps."""
+    """Every loss of every method, to 1e-5 over 6 steps."""
     shares, halves = zip(*pair(run_cases, blocks), strict=True)
     far = {}
     for case, steps in (halves[0] | halves[1]).items():
