@@ -99,6 +99,7 @@ def test_dropout_follows_the_seed_and_has_its_rate():
     assert set(keep.unique().tolist()) == {0.0, 1.0}
     assert abs(keep.mean().item() - 0.9) < 5 * (0.09 / keep.numel()) ** 0.5
     assert abs(keep.mean(0).std().item() - (0.09 / 1000) ** 0.5) < 1e-3  # no column is special
+    assert attention.keep_mask(np.random.Generator(np.random.SFC64(0)), torch.empty(99, 99), 1e-6).mean() > 0.99
 
 
 def test_own_keys_are_shared_keys_of_one_image():

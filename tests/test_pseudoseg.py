@@ -11,15 +11,17 @@ from test_methods import CLASSES, CROP, FIRST, make_model, quiet_model, random_b
 
 from allspark.batch import LabeledBatch
 from allspark.cli.recipe import build_method, complete
-from allspark.config import load_recipe
+from allspark.config import ModelConfig, load_recipe
 from allspark.data import spec_for
 from allspark.data.transforms import PHOTOMETRIC
 from allspark.errors import UserError
 from allspark.losses import CrossEntropy, consistency_loss
 from allspark.masking import cut_out
 from allspark.methods.pseudoseg import PseudoSeg
+from allspark.models import decoder, deeplab
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
+from allspark.models.segmentor import build_model
 from allspark.pseudo import fuse
 
 BOTTLENECKS = pytest.mark.parametrize("bottleneck", ["none", "allspark"])
@@ -114,6 +116,41 @@ def test_self_attention_equals_loops(background, training):
     expected = (expected - mean[:, None, None]) / np.sqrt(var[:, None, None] + 1e-5) * scale + shift
     expected = F.interpolate(torch.from_numpy(expected).float(), (16, 16), mode="bilinear")
     torch.testing.assert_close(sgc(features, cam, valid), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("resize", [decoder.resize, deeplab.resize])
+def test_what_an_encoder_pads_is_cut_off(resize):
+    """Cells of 8 pixels that cover an image of 27 x 21 as one of 32 x 24, of which the rest is padding."""
+    torch.manual_seed(0)
+    sgc = SelfAttentionCAM((3, 6), 4, True, multiple=8, resize=resize).eval()
+    features, cam = [torch.randn(2, 3, 4, 3), torch.randn(2, 6, 4, 3)], torch.rand(2, 3, 4, 3)
+    valid = torch.zeros(2, 32, 24, dtype=torch.bool)
+    valid[0, :27, :16], valid[1, 24:27, :21] = True, True
+    whole = SelfAttentionCAM((3, 6), 4, True, resize=resize).eval()
+    whole.load_state_dict(sgc.state_dict())
+    expected = whole(features, cam, valid)[..., :27, :21]
+    torch.testing.assert_close(sgc(features, cam, valid[:, :27, :21]), expected)
+
+
+@pytest.mark.parametrize(("name", "decoder_name"), [("timm:test_convnext", "mlp"), ("resnet50", "deeplab")])
+def test_its_maps_lie_on_the_image_as_those_of_the_decoder(name, decoder_name):
+    """A network that draws one cell of the deepest map: decoder and SGC draw it in the same place."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(encoder=name, decoder=decoder_name), 3, 75)
+    PseudoSeg(CrossEntropy(), 0).attach(model)
+    sgc, side = model.heads["sgc"].eval(), -(-75 // model.encoder.strides[-1])
+    with torch.no_grad():
+        sgc.classifier.weight.copy_(torch.eye(3)[..., None, None])
+        sgc.k.weight.zero_()  # all cells weigh the same
+    features = [torch.zeros(1, channels, side, side) for channels in model.encoder.channels[-2:]]
+    cell = torch.zeros(1, 2, side, side)
+    cell[0, 1, 1, side - 1] = 1
+    drawn = sgc(features, cell, torch.ones(1, 75, 75, dtype=torch.bool))[0, 2]
+    model.decoder.forward = lambda maps: maps[-1]
+    expected = model.decode([cell], (75, 75))[0, 1]
+    for one in (drawn, expected):
+        one -= one.min()
+    torch.testing.assert_close(drawn / drawn.max(), expected / expected.max(), atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_padding_says_nothing_elsewhere():

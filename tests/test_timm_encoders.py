@@ -172,6 +172,19 @@ def test_check_tells_how_to_get_the_weights_that_timm_has(capsys, tmp_path):
     assert "from random numbers (get it by `hf download timm/test_convnext.r160_in1k " in capsys.readouterr().out
 
 
+def test_channels_are_held_against_what_their_cells_cover():
+    """The bottleneck's class maps of a padded image are padded, too: to where its cells lie."""
+    model = make_model("test_convnext", "allspark")
+    grouped = []
+    model.bottleneck.remember = lambda tokens, maps, size: grouped.append(maps)
+    logits = torch.randn(1, 5, 70, 90)
+    model(torch.rand(2, 3, 70, 90), cross=CrossBatch(1, logits))
+    (maps,) = grouped
+    assert maps.shape == (1, 5, 96, 96) and torch.equal(maps[..., :70, :90], logits)
+    assert torch.equal(maps[..., 70:, :90], logits[..., -1:, :].expand(-1, -1, 26, -1))
+    assert torch.equal(maps[..., 90:], maps[..., 89:90].expand(-1, -1, -1, 6))
+
+
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
 def test_checkpointing_changes_no_gradient(name):
     gradients = []

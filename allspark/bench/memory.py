@@ -151,8 +151,8 @@ class GPUKernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.is_cuda.__get__:
-            return True
+        if func is Tensor.is_cpu.__get__:
+            return False
         if func is F.scaled_dot_product_attention:
             dtype = torch.get_autocast_dtype("cpu") if self.mixed else args[0].dtype
             return KernelAttention.apply(*(each.to(dtype) for each in args[:3]))

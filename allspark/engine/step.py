@@ -75,8 +75,8 @@ def mean_losses(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Stepper:
-    """Takes a step down a loss, after its backward pass or passes. One whose gradient is not finite changes nothing and
-    is counted, on the device: nobody waits to hear of it.
+    """Takes a step down a loss, after its backward pass or passes. One whose gradient is not finite changes nothing of
+    the network and is counted, on the device: nobody waits to hear of it.
 
     skipped: such steps so far; in_row: how many were the last ones. clip_norm: largest norm of the gradient, None: any.
     """

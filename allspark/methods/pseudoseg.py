@@ -54,7 +54,9 @@ class PseudoSeg(Method):
         channels, classes = network.encoder.channels[-2:], network.decoder.classifier
         num_classes, has_background = classes.out_channels, self.background is not None
         network.heads["classifier"] = ImageClassifier(channels[-1], num_classes - has_background)
-        network.heads["sgc"] = SelfAttentionCAM(channels, num_classes, has_background)
+        network.heads["sgc"] = SelfAttentionCAM(
+            channels, num_classes, has_background, multiple=network.multiple, resize=network.decoder.resize
+        )
         network.heads.to(classes.weight.device)
 
     def losses(

@@ -42,7 +42,7 @@ def shared_channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, pr
         k = torch.cat((k, k.new_full((len(k), 1), -1e4).masked_fill(present[:, None], 0)), 1)
     width = -(-rows.shape[1] // 8) * 8  # kernels want it, and on a CPU products of such matrices are faster, too
     rows, k, v = (F.pad(x, (0, width - x.shape[1])) for x in (rows, k, v))
-    attend = attend_in_kernel if q.is_cuda else attend_in_blocks
+    attend = attend_in_blocks if q.is_cpu else attend_in_kernel
     return attend(rows, k, v, dropout)[:, : q.shape[1]].unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
@@ -113,6 +113,6 @@ class BlockAttention(torch.autograd.Function):
 def keep_mask(generator: np.random.Generator, like: Tensor, dropout: float) -> Tensor:
     """1 with probability 1 - dropout (to 1 / 65536), else 0. On a CPU torch draws one by one, five times slower."""
     draws = generator.bit_generator.random_raw(-(-like.numel() // 4)).view(np.int16)[: like.numel()]  # four of 64 bits
-    last = round(dropout * 65536) - 32769  # the largest of -32768.. that is dropped
+    last = max(round(dropout * 65536) - 32769, -32768)  # the largest of -32768.. that is dropped
     keep = torch.from_numpy(draws).clamp_(last, last + 1).sub_(last)  # four times faster than to compare and to convert
     return keep.view(like.shape).to(like.dtype)

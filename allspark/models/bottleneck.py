@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from allspark import distributed
 from allspark.models.attention import channel_attention, shared_channel_attention
 from allspark.models.memory import SemanticMemory, group_channels
 
@@ -91,8 +90,9 @@ class AllSparkBottleneck(nn.Module):
     grouping_input: what decides the class of a channel, logits or probabilities. Released: the logits.
     empty_slots: the noise in slots that were never written takes part (Released). False: such a slot is 0, and a class
     without any written slot is left out of the attention.
-    own_channels: every second labeled image is rebuilt from its own channels, as inference does, which then learns from
-    true labels, too. Released: false, inference runs on weights that its own pseudo-labels alone hold to the truth.
+    own_channels: every second labeled image of a pass is rebuilt from its own channels, as inference does, which then
+    learns from true labels, too. Released: false, inference runs on weights that its pseudo-labels alone hold to the
+    truth.
     attention: for ablations. cross: none in the unlabeled branch; none: nor in the labeled one, and none in inference,
     which leaves convolutions and norms. Where there is none, 0 stands for what it gives.
     skip: the map that comes in is added to the one that comes out, and the last convolution starts at 0: at first the
@@ -162,7 +162,7 @@ class AllSparkBottleneck(nn.Module):
         if not (self.own_channels and self.training):
             return torch.cat((self.cross_branch(labeled, context, present), attended_u))
         attended = torch.empty_like(labeled)
-        first = distributed.rank() * len(labeled) % 2  # the even places of the batch over all processes
+        first = int(torch.randint(2, ())) if len(labeled) % 2 else 0  # of an odd number either half: one image is all
         for places, keys in ((slice(first, None, 2), ()), (slice(1 - first, None, 2), (context, present))):
             if len(labeled[places]):
                 attended[places] = self.cross_branch(labeled[places], *keys)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allspark.models.decoder import resize
+from allspark.models.decoder import cover, resize, uncover
 
 
 def present_classes(mask: Tensor, num_classes: int, background: int | None) -> Tensor:
@@ -44,14 +44,25 @@ class SelfAttentionCAM(nn.Module):
 
     channels: of the last two stages, whose maps make the hypercolumn that queries and keys are projected from.
     background: whether one of the classes has no map of its own; its score is what the others leave.
+    multiple, resize: of the encoder and the decoder, whose logits and these have to lie on the image alike.
     """
 
-    def __init__(self, channels: Sequence[int], num_classes: int, background: bool, dim: int = 128) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        background: bool,
+        dim: int = 128,
+        *,
+        multiple: int = 1,
+        resize: Callable[[Tensor, Sequence[int]], Tensor] = resize,
+    ) -> None:
         super().__init__()
         self.q, self.k = (nn.Conv2d(sum(channels), dim, 1, bias=False) for _ in range(2))
         self.classifier = nn.Conv2d(num_classes, num_classes, 1, bias=False)
         self.norm = nn.BatchNorm2d(num_classes)
         self.background = background
+        self.multiple, self.resize = multiple, resize
 
     def forward(self, features: Sequence[Tensor], cam: Tensor, valid: Tensor) -> Tensor:
         """Maps of the last two stages, cam (B, L, h, w) and valid (B, H, W) bool -> logits (B, K, H, W).
@@ -62,10 +73,10 @@ class SelfAttentionCAM(nn.Module):
         column = torch.cat([resize(feature, size) for feature in features], 1).detach()
         q, k = self.q(column).flatten(2), self.k(column).flatten(2)  # (B, dim, N), N = h * w
         similarity = q.transpose(1, 2) @ k / math.sqrt(q.shape[1])  # (B, N, N)
-        seen = F.adaptive_max_pool2d(valid[:, None].float(), size).flatten(2) > 0  # (B, 1, N)
+        seen = F.adaptive_max_pool2d(cover(valid[:, None].float(), self.multiple), size).flatten(2) > 0  # (B, 1, N)
         # The lowest number and not -inf: where no cell is seen, all weigh the same instead of NaN
         weights = similarity.masked_fill(~seen, torch.finfo(similarity.dtype).min).softmax(-1)
         scores = (cam.flatten(2) @ weights.transpose(1, 2)).unflatten(2, size) + cam  # in 0..2
         if self.background:
             scores = torch.cat((2 - scores.amax(1, keepdim=True), scores), 1)
-        return resize(self.norm(self.classifier(scores)), valid.shape[-2:])
+        return uncover(self.norm(self.classifier(scores)), valid.shape[-2:], self.multiple, self.resize)

@@ -3,7 +3,7 @@ decoder goes with which encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,18 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners=False; x itself if it has the size."""
     size = tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def cover(maps: Tensor, multiple: int, mode: str = "constant") -> Tensor:
+    """Maps (B, K, H, W) of an image, padded to what the cells of its feature maps cover: a multiple of the pixels."""
+    rows, columns = (-side % multiple for side in maps.shape[-2:])
+    return F.pad(maps, (0, columns, 0, rows), mode) if rows or columns else maps
+
+
+def uncover(logits: Tensor, size: Sequence[int], multiple: int, resize: Callable = resize) -> Tensor:
+    """Logits of such cells -> (B, K, *size), those of the image. resize: the decoder's."""
+    covered = [side + -side % multiple for side in size]
+    return resize(logits, covered)[..., : size[0], : size[1]]
 
 
 class MLPDecoder(nn.Module):

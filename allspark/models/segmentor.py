@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from allspark.config import ModelConfig
 from allspark.errors import UserError
 from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
-from allspark.models.decoder import build_decoder
+from allspark.models.decoder import build_decoder, cover, uncover
 from allspark.models.memory import SemanticMemory
 from allspark.models.timm_encoders import PREFIX, TimmEncoder
 
@@ -57,6 +57,7 @@ class Segmentor(nn.Module):
         self.bottleneck = bottleneck
         self.decoder = decoder
         self.heads = nn.ModuleDict()
+        self.multiple = getattr(encoder, "multiple", 1)  # of pixels, to which a TimmEncoder pads an image
 
     def forward(
         self,
@@ -75,6 +76,8 @@ class Segmentor(nn.Module):
         """
         features = self.encoder(image)
         if self.bottleneck is not None:
+            if cross is not None and cross.pseudo_logits is not None:  # they are held against the cells' channels
+                cross = replace(cross, pseudo_logits=cover(cross.pseudo_logits, self.multiple, "replicate"))
             features = [*features[:-1], self.bottleneck(features[-1], cross, share_keys)]
         size = image.shape[-2:]
         if perturb is None:
@@ -89,9 +92,7 @@ class Segmentor(nn.Module):
         logits = self.decoder(features)
         # Contiguous while they are small: losses copy them otherwise
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-        multiple = getattr(self.encoder, "multiple", 1)  # of pixels, to which a TimmEncoder pads an image
-        padded = [side + -side % multiple for side in size]
-        return self.decoder.resize(logits, padded)[..., : size[0], : size[1]]
+        return uncover(logits, size, self.multiple, self.decoder.resize)
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """Encoder and decoder, each shape of a training step once; the bottleneck's blocks on a CPU are no graph."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from allspark.errors import UserError, reason_of
+from allspark.models.decoder import cover
 
 PREFIX = "timm:"
 LEVELS = 4
@@ -87,8 +87,7 @@ class TimmEncoder(nn.Module):
         network.set_grad_checkpointing(True)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        rows, columns = (-side % self.multiple for side in image.shape[-2:])
-        features = self.body(F.pad(image, (0, columns, 0, rows)) * self.scale + self.shift)[-LEVELS:]
+        features = self.body(cover(image, self.multiple) * self.scale + self.shift)[-LEVELS:]
         if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return features if self.pyramid is None else self.pyramid(features[-1])
