@@ -86,14 +86,17 @@ def recipe_for(loaded: Loaded, args: argparse.Namespace) -> Recipe:
     recipe = loaded.recipe
     if recipe is None:
         fitting = loading.of_so_many_classes(loaded.spec.num_classes)
-        raise UserError(f"{args.checkpoint}: imported weights; name their data set with --dataset ({fitting})")
+        raise UserError(
+            f"{args.checkpoint}: imported weights; name their data set with --dataset ({fitting}). On data of "
+            "your own train from them (--config FILE model.init_from=FILE) and evaluate that run"
+        )
     return recipe if args.data_root is None else replace(recipe, data=replace(recipe.data, data_root=args.data_root))
 
 
 def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Namespace) -> list[Sample]:
     """The samples of --list, else the recipe's val; every file known to exist. No list of training images is read."""
     if args.list is not None:
-        entries = splits.read_entries(splits.existing(args.list, "--list"), root, spec.mask_path)
+        entries = splits.each_once(splits.read_entries(splits.existing(args.list, "--list"), root, spec.mask_path))
     else:
         entries = splits.val_entries(recipe.data, spec, root)
     bare = [entry for entry in entries if entry.sample.mask is None]

@@ -151,6 +151,7 @@ class Recipe:
     compile: bool = False  # encoder and decoder by torch.compile: a minute or more at the start
 
 
+MAPS = ("value_map", "color_map")  # what is given of one is all of it; a section is updated key by key
 # What a resumed run may change: it decides where and how a run happens, not what comes out.
 RUN_KEYS = (
     "data.data_root",
@@ -197,9 +198,19 @@ def _with_method(content: Mapping[str, Any], dataset: str, method: str) -> dict[
     return merge(merge(content, own), special)
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A whole recipe from one file, such as the config.yaml that a run writes."""
-    return build_recipe(read_yaml(Path(path)), overrides, str(path))
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, method: str | None = None) -> Recipe:
+    """A whole recipe from one file, such as the config.yaml that a run writes.
+
+    method: that of configs/methods/<method>.yaml, with all the file sets, in place of the recipe's own and bottleneck.
+    """
+    content = read_yaml(Path(path))
+    if method is not None:
+        data, model = content.get("data"), content.get("model")
+        content = {key: value for key, value in content.items() if key != "method"}
+        if isinstance(model, Mapping):
+            content["model"] = {key: value for key, value in model.items() if key != "bottleneck"}
+        content = _with_method(content, str(data.get("dataset")) if isinstance(data, Mapping) else "", method)
+    return build_recipe(content, overrides, str(path))
 
 
 def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None, source: str) -> Recipe:
@@ -276,7 +287,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings key by key, everything else replaced. A bare name updates the `name` of a section: criterion: ohem."""
+    """Sections key by key, everything else replaced. A bare name updates the `name` of a section: criterion: ohem."""
     merged = dict(base)
     for key, value in update.items():
         old = merged.get(key)
@@ -284,7 +295,8 @@ def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
             old = {"name": old}
         if isinstance(old, Mapping) and isinstance(value, str):
             value = {"name": value}
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        sections = isinstance(old, Mapping) and isinstance(value, Mapping) and key not in MAPS
+        merged[key] = merge(old, value) if sections else value
     return merged
 
 

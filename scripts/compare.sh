@@ -3,11 +3,14 @@
 # and spread over the seeds), seeds.png, curves.png and predictions.png. Again is quick: a finished run is skipped, an
 # interrupted one goes on. What to compare is said in front; arguments (key.path=value) go to every training:
 #   dataset=pascal split=1_8 methods="supervised fixmatch fixmatch+allspark" seeds="0 1" gpus=4 sh scripts/compare.sh
+#   config=mydata.yaml split=1_8 methods="supervised fixmatch" seeds=0 gpus=1 sh scripts/compare.sh      # your own data
 # budget: epochs (default: the recipe's). fixmatch+allspark: fixmatch with model.bottleneck=allspark. gpus, port: as in
 # train.sh. paired: the row that the others are subtracted from, seed by seed (default: the first). out: the folder
 # for it all (default: exp/compare/<dataset>/<split>[/<budget>_epochs]); other arguments want another one.
 set -euf
 cd -- "$(dirname -- "$0")/.."
+config=${config:-} # a recipe of one's own, which each method takes its place in; its name is that of the data set
+[ -z "$config" ] || dataset=$(basename -- "$config" .yaml)
 dataset=${dataset:-${DATASET:-shapes}}
 split=${split:-${SPLIT:-}}
 methods=${methods:-${METHODS:-supervised selftrain fixmatch unimatch unimatch_v2 imas maskmatch pseudoseg \
@@ -15,12 +18,12 @@ allspark allspark_revised}}
 seeds=${seeds:-${SEEDS:-0 1 2}}
 budget=${budget:-${BUDGET:-}}
 
-[ "$dataset" != shapes ] || split=${split:-1_30} # 16 labeled images of 480
-if [ -z "$split" ]; then
+[ -n "$config" ] || [ "$dataset" != shapes ] || split=${split:-1_30} # 16 labeled images of 480
+if [ -z "$split$config" ]; then
     echo "compare: which split of $dataset? Say it in front: split=NAME sh scripts/compare.sh" >&2
     exit 2
 fi
-out=${out:-exp/compare/$dataset/$split${budget:+/${budget}_epochs}}
+out=${out:-exp/compare/$dataset${split:+/$split}${budget:+/${budget}_epochs}}
 paired=${paired:-}
 
 total=0
@@ -44,6 +47,7 @@ for row in $methods; do
         echo "compare: run $number of $total: $row, seed $seed"
         if dataset=$dataset method=${row%%+*} split=$split save_path=$folder \
             sh scripts/train.sh "${gpus:-1}" "${port:-29500}" \
+            ${config:+--config "$config" --method "${row%%+*}"} ${config:+${split:+--split "$split"}} \
             "seed=$seed" ${budget:+"epochs=$budget"} ${bottleneck:+"model.bottleneck=$bottleneck"} "$@"; then
             finished="$finished
 $row=$folder"

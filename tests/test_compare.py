@@ -276,6 +276,22 @@ def test_the_script_trains_what_is_missing_and_compares(place, script, tmp_path)
         file.unlink()
 
 
+def test_the_script_takes_a_recipe_of_ones_own(script, tmp_path):
+    """The words of each training, from a Python that writes them down."""
+    python, called, out = tmp_path / "env" / "bin" / "python", tmp_path / "called", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\necho "$@" >>"{called}"\n')
+    methods = "supervised fixmatch+allspark"
+    done = script(["epochs=2"], config="my own.yaml", split="1_8", methods=methods, seeds="3", out=str(out))
+    assert done.returncode == 0 and "compare: my own 1_8: supervised fixmatch+allspark" in done.stdout
+    trained = [line for line in called.read_text().splitlines() if line.startswith("train.py")]
+    own = "--config my own.yaml --method {} --split 1_8 seed=3"
+    assert trained == [
+        f"train.py --save-path {out}/supervised/seed_3 device=cpu {own.format('supervised')} epochs=2",
+        f"train.py --save-path {out}/fixmatch+allspark/seed_3 device=cpu {own.format('fixmatch')} "
+        "model.bottleneck=allspark epochs=2",
+    ]
+
+
 def test_the_script_tells_a_slip_before_it_trains(script, tmp_path):
     slip = script(methods="supervised fixmach+allspark", out=str(tmp_path / "out"))
     assert slip.returncode == 2 and "there is no configs/methods/fixmach.yaml" in slip.stderr

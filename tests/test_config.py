@@ -1,6 +1,7 @@
 """Recipes: composition, overrides, and errors that name the key."""
 
 import pytest
+import yaml
 
 from allspark.cli.recipe import complete
 from allspark.config import (
@@ -88,6 +89,37 @@ def test_a_name_selects_and_keeps_the_options():
     }
     recipe = build_recipe(MINIMAL, parse_overrides(["model.bottleneck=allspark", "num_heads=1"]), "test")
     assert (recipe.model.bottleneck.name, recipe.model.bottleneck.num_heads) == ("allspark", 1)
+
+
+def test_a_map_of_values_is_given_whole(tmp_path):
+    """What is left out of one has no class: a value that was in the recipe's is not in it any more."""
+    recipe = {
+        "data": {"dataset": "mine", "data_root": "", "crop_size": 65},
+        "epochs": 1,
+        "model": {},
+        "method": "fixmatch",
+    }
+    recipe["data"]["custom"] = {"classes": ["a", "b"], "value_map": {0: 0, 1: 1, 2: 1}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    custom = load_config(tmp_path / "mine.yaml", {"data.custom.value_map": {0: 0, 7: 1}}).data.custom
+    assert custom.value_map == {0: 0, 7: 1} and custom.classes == ("a", "b")
+
+
+def test_a_recipe_of_ones_own_by_another_method(tmp_path):
+    """Its data, encoder and schedule; method, bottleneck and what else belongs to the method are those of configs/."""
+    recipe = {"data": {"dataset": "mine", "data_root": "", "crop_size": 65}, "epochs": 7}
+    recipe["model"] = {"encoder": "mit_b1", "bottleneck": {"name": "allspark", "num_heads": 4}}
+    recipe["method"] = {"name": "fixmatch", "threshold": 0.5}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    for name in ("unimatch", "allspark_revised", "supervised"):
+        mine = load_config(tmp_path / "mine.yaml", {"seed": 3}, name)
+        there = load_recipe("ade20k", name)  # a data set of which these say next to nothing
+        assert (mine.data.dataset, mine.epochs, mine.model.encoder, mine.seed) == ("mine", 7, "mit_b1", 3)
+        assert mine.model.bottleneck == there.model.bottleneck and mine.optim.late == there.optim.late
+        options = {key: value for key, value in there.method.options.items() if key != "warmup_epochs"}
+        assert (mine.method.name, mine.method.options) == (there.method.name, options)
+    with pytest.raises(UserError, match="nothing"):
+        load_config(tmp_path / "mine.yaml", None, "nothing")
 
 
 def test_yaml_floats_without_a_dot():

@@ -207,6 +207,41 @@ def test_masks_of_other_kinds_than_png_are_found(place, suffix):
     assert [sample.mask.name for sample in found] == [f"labeled{index}{suffix}" for index in range(4)]
 
 
+def test_linked_folders_are_folders(place):
+    """Also two that lead to one another, which end."""
+    before = resolve(load_config(place.config).data)
+    for kind in ("images", "masks"):
+        (place.root / kind / "labeled").rename(place.root / f"{kind}_elsewhere")
+        (place.root / kind / "labeled").mkdir()
+        (place.root / kind / "labeled" / "deep").symlink_to(place.root / f"{kind}_elsewhere")
+        (place.root / f"{kind}_elsewhere" / "back").symlink_to(place.root / kind / "labeled")
+    after = resolve(load_config(place.config).data)
+    assert [sample.image.name for sample in after.labeled] == [sample.image.name for sample in before.labeled]
+    assert all(sample.mask.is_file() and sample.mask.parent.name == "deep" for sample in after.labeled)
+
+
+def test_masks_of_photos_as_they_were_stored(check, place):
+    """An image that EXIF turns, and a mask that was drawn on it unturned: not a matter of size."""
+    file = place.root / "images/labeled/labeled0.png"
+    with Image.open(file) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(file, exif=exif)
+    code, _, told = check("--data-only")
+    assert code == 2 and "labeled0.png is 64 x 80, " in told and "turned by its EXIF orientation" in told
+    with pytest.raises(UserError, match="turned by its EXIF orientation and the mask is not: turn the mask, too"):
+        train.main(place.train())
+
+
+def test_allspark_without_its_bottleneck_is_told(check):
+    told = "method allspark without its bottleneck is self-training; with it: --method allspark"
+    assert told in check("method=allspark")[1]
+    assert told not in check("--method", "selftrain")[1] and told not in check()[1]
+    code, _, err = check("method=allspark_revised")
+    assert code == 2 and "unknown method; one of supervised" in err
+    assert "--method allspark_revised, behind --config FILE, too, takes the recipe of that name" in err
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

@@ -136,6 +136,16 @@ def test_which_images_a_path_means(photos, tmp_path):
     assert found("below_root.txt", data_root=tmp_path) == ["a"]
 
 
+def test_links_lead_to_images(photos, tmp_path):
+    """A linked folder is one; a link to nothing is an image that cannot be read, which is told."""
+    (tmp_path / "store").mkdir()
+    shutil.copy(photos / "a.png", tmp_path / "store" / "z.png")
+    (photos / "linked").symlink_to(tmp_path / "store")
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    found = [path.stem for path in find_images([str(photos)], tmp_path / "out", None)]
+    assert found == ["a", "b", "c", "gone", "z", "d", "e"]
+
+
 def test_a_name_with_the_signs_of_a_glob_is_a_name(photos, tmp_path):
     shutil.copy(photos / "a.png", photos / "a[1].png")
     assert find_images([str(photos / "a[1].png")], tmp_path / "out", None) == [photos / "a[1].png"]
@@ -181,6 +191,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
     "words, told",
     [
         (("{photos}/gone.png",), r"gone\.png: no such image"),
+        (("",), "an empty name among the images"),
         (("{photos}/*.jpg",), r"\*\.jpg: no images there"),
         (("{photos}/empty",), "empty: no images there"),
         (("{photos}", "--out", "{photos}"), "photos: no images there.*--out"),

@@ -88,9 +88,10 @@ def test_read_list(tmp_path):
         read_list(path, Path("root"))
 
 
-@pytest.mark.parametrize("mask", [None, "m/a b.png", "m/a.png"])
-def test_a_line_that_is_written_is_read_as_it_was(tmp_path, mask):
-    sample = Sample(tmp_path / "with  two blanks.jpg", tmp_path / mask if mask else None)
+@pytest.mark.parametrize("mask", [None, "m/a b.png", "m/a.png", "m/a\u2028b.png"])
+@pytest.mark.parametrize("image", ["with  two blanks.jpg", "no_blank.jpg", "a\u3000wide\xa0or\x85other.jpg"])
+def test_a_line_that_is_written_is_read_as_it_was(tmp_path, image, mask):
+    sample = Sample(tmp_path / image, tmp_path / mask if mask else None)
     (tmp_path / "list.txt").write_text(f"{list_line(sample, tmp_path)}\n", encoding="utf-8")
     assert read_list(tmp_path / "list.txt", tmp_path) == [sample]
 
@@ -383,6 +384,19 @@ def test_verb_make_from_folders_is_the_same_draw(make, tmp_path):
     before = (tmp_path / "out" / "6" / "labeled.txt").read_bytes()
     run_verb(*make, "JPEGImages", "--masks", "SegmentationClass", "--force")
     assert (tmp_path / "out" / "6" / "labeled.txt").read_bytes() == before
+
+
+def test_verb_make_draws_images_and_not_lines(make, tmp_path, capsys):
+    run_verb(*make, str(tmp_path / "train.txt"))
+    drawn = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.txt")}
+    lines = (tmp_path / "train.txt").read_text().splitlines()
+    (tmp_path / "twice.txt").write_text("\n".join([*lines, *lines[:3]]))
+    run_verb(*make, str(tmp_path / "twice.txt"), "--force")
+    assert "3 lines name an image again and are left out" in capsys.readouterr().out
+    assert drawn == {path: path.read_bytes() for path in drawn}
+    (tmp_path / "twice.txt").write_text("\n".join([*lines, f"{lines[0].split()[0]} {lines[1].split()[1]}"]))
+    with pytest.raises(UserError, match=r"twice\.txt line 13: .* has another mask in .*twice\.txt line 1; "):
+        run_verb(*make, str(tmp_path / "twice.txt"), "--force")
 
 
 def test_verb_make_names_what_is_wrong(make, tmp_path):

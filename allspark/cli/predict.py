@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from allspark.bench.memory import GB, Hollow, room
 from allspark.cli import loading
-from allspark.data.base import Sample, read_image, to_tensor
+from allspark.data.base import Sample, files_below, read_image, to_tensor
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
 from allspark.distributed import choose_device
 from allspark.errors import UserError
@@ -163,17 +163,20 @@ def find_images(words: list[str], out: Path, data_root: Path | None) -> list[Pat
 
 def images_of(word: str, out: Path, data_root: Path | None) -> list[Path]:
     path = Path(os.path.expanduser(word))
+    if not word.strip():
+        raise UserError("an empty name among the images; a shell variable without a value? The current folder is .")
     if path.is_file():
         return listed(path, data_root) if path.suffix.lower() == ".txt" else [path]
     suffixes = IMAGE_SUFFIXES
     if path.is_dir():  # videos in it are asked for by name or glob: a folder of photos has some that nobody thinks of
-        files = (file for file in path.rglob("*") if not hidden(file.relative_to(path)))
+        files = (file for file in files_below(path) if not hidden(file.relative_to(path)))
     elif any(sign in word for sign in "*?["):
         files = (Path(match) for match in glob.glob(str(path), recursive=True))
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     else:
         raise UserError(f"{word}: no such image, folder or list; correct the path")
-    images = [f for f in files if f.suffix.lower() in suffixes and out not in f.resolve().parents and f.is_file()]
+    named = (file for file in files if file.suffix.lower() in suffixes and out not in file.resolve().parents)
+    images = [file for file in named if file.is_file() or not file.exists()]  # a link to nothing is told
     if not images:
         kinds = ", ".join(sorted(suffixes))
         raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from allspark import distributed
 from allspark.batch import Views
 from allspark.config import (
+    CONFIG_ROOT,
     CriterionConfig,
     MethodConfig,
     Recipe,
@@ -33,7 +34,11 @@ from allspark.methods import METHODS, Method
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="configs/datasets/<dataset>.yaml")
     parser.add_argument("--method", help="configs/methods/<method>.yaml")
-    parser.add_argument("--config", type=Path, help="a whole recipe in one file, instead of --dataset and --method")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="a whole recipe in one file, instead of --dataset; with --method: by another one",
+    )
     parser.add_argument("--split", help="splits/<dataset>/<split>/{labeled,unlabeled}.txt")
     parser.add_argument("--labeled-id-path", metavar="FILE", help="a list of one's own instead of --split")
     parser.add_argument("--unlabeled-id-path", metavar="FILE")
@@ -46,11 +51,11 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     for key in ("split", "labeled_id_path", "unlabeled_id_path"):
         if (value := getattr(args, key)) is not None:
             overrides[f"data.{key}"] = value
-    if args.config is not None and not (args.dataset or args.method):
-        return complete(load_config(args.config, overrides))
+    if args.config is not None and not args.dataset:
+        return complete(load_config(args.config, overrides, args.method))
     if args.dataset and args.method and args.config is None:
         return complete(load_recipe(args.dataset, args.method, overrides))
-    raise UserError("give --dataset and --method, or --config FILE for a whole recipe")
+    raise UserError("give --dataset and --method, or --config FILE for a whole recipe (with --method: another one's)")
 
 
 def command(args: argparse.Namespace) -> str:
@@ -64,7 +69,8 @@ def command(args: argparse.Namespace) -> str:
 def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     """What differs from the recipe's files in configs/, as lines of a table; which images are trained on is no part."""
     if args.config is not None:
-        return []
+        plain = recipe.method.name == "allspark" and recipe.model.bottleneck.name == "none" and args.method is None
+        return ["method allspark without its bottleneck is self-training; with it: --method allspark"] if plain else []
     published = complete(load_recipe(args.dataset, args.method))
     lists = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
     changed = [line.partition(": ") for line in differences(to_plain(published), to_plain(recipe))]
@@ -92,7 +98,9 @@ def complete(recipe: Recipe) -> Recipe:
     """The recipe with all options of its method, given or by default."""
     name = recipe.method.name
     if name not in METHODS:
-        raise UserError(f"method.name={name}: unknown method; one of {', '.join(METHODS)}")
+        is_recipe = (CONFIG_ROOT / "methods" / f"{name}.yaml").is_file()
+        hint = f"; --method {name}, behind --config FILE, too, takes the recipe of that name" if is_recipe else ""
+        raise UserError(f"method.name={name}: unknown method; one of {', '.join(METHODS)}{hint}")
     options = bind_options(METHODS[name].__init__, recipe.method.options, "method")
     return replace(recipe, method=MethodConfig(name=name, options=options))
 

@@ -18,6 +18,7 @@ from allspark.data.layouts import LAYOUTS, layout_of
 from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images, roots
 from allspark.data.splits import (
     Entry,
+    each_once,
     existing,
     find_data,
     folder_entries,
@@ -103,7 +104,7 @@ def make(args: argparse.Namespace) -> None:
     root = find_data(data, spec)
     bare: list[Entry] = []
     if args.masks is None:
-        entries = read_entries(existing(Path(args.train), "--train"), root, spec.mask_path)
+        entries = each_once(read_entries(existing(Path(args.train), "--train"), root, spec.mask_path))
     else:
         entries, bare = without_masks(folder_entries(root, args.train, args.masks))
     val = None

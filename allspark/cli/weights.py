@@ -175,8 +175,9 @@ def inspect_weights(args: argparse.Namespace) -> None:
         print(f"checkpoint of this code, {origin_of(own, args.file)}")
     print(f"licence: {licence_of(digest)}")
     encoder = "" if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model.encoder
-    if encoder.startswith(PREFIX):
-        print(f"encoder {encoder}, with the names of timm; eval.py, predict and model.init_from take the file as it is")
+    if encoder and not encoder.startswith(("mit_", "resnet")):
+        names = "the names of timm" if encoder.startswith(PREFIX) else "names of its own"
+        print(f"encoder {encoder}, with {names}; eval.py, predict and model.init_from take the file as it is")
     else:
         print("\n".join(described(recognize(file))))
 

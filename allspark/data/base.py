@@ -174,6 +174,16 @@ def max_megapixels() -> int:
     return from_environment("ALLSPARK_MAX_MEGAPIXELS", MAX_MEGAPIXELS, least=1)
 
 
+def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Every file below a folder, also in folders that links lead to, but for one that lies on the way there."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield from files_below(Path(entry.path), (*above, here)) if entry.is_dir() else [Path(entry.path)]
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height as the header has them: before an EXIF orientation."""
     with opened(path) as image:
@@ -288,11 +298,21 @@ def read_pair(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray
 def check_pair(sample: Sample, image: np.ndarray, mask: np.ndarray) -> None:
     """UserError unless image and mask have one size."""
     if image.shape[:2] != mask.shape:
-        sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, mask)]
-        raise BadSample(
-            f"image and mask differ in width x height: {sample.image} is {sizes[0]}, {sample.mask} is {sizes[1]}; "
-            "make the mask again at the image's size, with nearest-neighbour if it has to be resized"
+        raise differing(sample, image.shape[1::-1], mask.shape[::-1])
+
+
+def differing(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> BadSample:
+    """What to say of an image and a mask of these widths and heights."""
+    remedy = "make the mask again at the image's size, with nearest-neighbour if it has to be resized"
+    if image_size(sample.image) == mask_size:
+        remedy = (
+            "the image is turned by its EXIF orientation and the mask is not: turn the mask, too, and those of images "
+            "that are turned by 180 degrees, which their size does not tell"
         )
+    of_image, of_mask = (" x ".join(map(str, each)) for each in (size, mask_size))
+    return BadSample(
+        f"image and mask differ in width x height: {sample.image} is {of_image}, {sample.mask} is {of_mask}; {remedy}"
+    )
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

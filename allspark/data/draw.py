@@ -139,9 +139,9 @@ def write_splits(
 
 
 def list_line(sample: Sample, data_root: Path) -> str:
-    """`image mask` or `image`; a tab is between or behind them where a name has a blank in it."""
+    """`image mask` or `image`; a tab is between or behind them where a name has a blank in it, of whatever kind."""
     paths = [path for path in (sample.image, sample.mask) if path]
     names = [(p.relative_to(data_root) if p.is_relative_to(data_root) else p).as_posix() for p in paths]
-    if any(" " in name for name in names):
+    if any(len(name.split()) > 1 for name in names):
         return "\t".join(names) if sample.mask else f"{names[0]}\t"
     return " ".join(names)

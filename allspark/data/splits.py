@@ -11,7 +11,7 @@ from pathlib import Path
 from allspark import distributed
 from allspark.config import CustomDataConfig, DataConfig, root_variable
 from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, Sample, same_path
+from allspark.data.base import DatasetSpec, Sample, files_below, same_path
 from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images, roots
 from allspark.errors import UserError
 
@@ -63,6 +63,18 @@ def read_entries(path: Path, data_root: Path, mask_path: Callable[[str], str] = 
     ]
 
 
+def each_once(entries: Sequence[Entry]) -> list[Entry]:
+    """Without those that repeat another, and a word of it; UserError where one image has two masks."""
+    first: dict[Path, Entry] = {}
+    for entry in entries:
+        other = first.setdefault(entry.sample.image, entry)
+        if other.sample != entry.sample:
+            raise UserError(f"{entry.source}: {entry.sample.image} has another mask in {other.source}; leave one out")
+    if len(first) < len(entries) and distributed.is_main():
+        print(f"{len(entries) - len(first)} lines name an image again and are left out")
+    return list(first.values())
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of a list file, as it is written."""
@@ -78,7 +90,7 @@ def read_lines(path: Path) -> list[Line]:
     try:
         if (size := Path(path).stat().st_size) > MAX_LIST:
             raise UserError(f"{path}: not a list, it has {size} bytes; give a file of `image mask` lines")
-        texts = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        texts = Path(path).read_text(encoding="utf-8-sig").split("\n")  # \r\n is read as that, too
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of `image mask` lines") from None
     except UnicodeDecodeError:
@@ -106,7 +118,7 @@ def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entr
     folder = data_root / images
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; correct data.custom or data_root")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    found = sorted(p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not found:
         raise UserError(
             f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}); correct data.custom or data_root"

@@ -22,6 +22,7 @@ from allspark.data.base import (
     DatasetSpec,
     Sample,
     color_name,
+    differing,
     opened,
     read_image,
     read_mask,
@@ -167,14 +168,6 @@ def why_illegal(path: Path, values: Counter, colored: bool, spec: DatasetSpec) -
     except UserError as error:
         return error
     return None
-
-
-def differing(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> BadSample:
-    of_image, of_mask = (" x ".join(map(str, each)) for each in (size, mask_size))
-    return BadSample(
-        f"image and mask differ in width x height: {sample.image} is {of_image}, {sample.mask} is {of_mask}; make the "
-        "mask again at the image's size, with nearest-neighbour if it has to be resized"
-    )
 
 
 def unreadable(looks: Sequence[Look], skip: bool) -> Findings:
