@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
                 inference,
                 batch_size=args.batch_size,
                 num_workers=worker_count(recipe.data.num_workers),
+                timeout=recipe.data.timeout,
                 progress=True,
                 save=folder and (lambda name, image, mask, prediction: folder.write(name, image, prediction)),
                 absent_as_zero=args.absent_as_zero,

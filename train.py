@@ -258,11 +258,11 @@ def validate(
     shown: Snapshots,
 ) -> tuple[Scores, LabelQuality | None]:
     """What the result so far is worth on val, and the pseudo-labels on unlabeled images; in the run's precision."""
-    predictor, workers = method.predictor(network), worker_count(recipe.data.num_workers)
+    predictor, data = method.predictor(network), recipe.data
+    loading = dict(num_workers=worker_count(data.num_workers), timeout=data.timeout)
+    save = shown.prediction if shown.count else None
     with autocast(recipe.precision, device), not_compiled(recipe):
-        scores = evaluate(
-            predictor, val, val.spec, device, inference, num_workers=workers, progress=True, save=shown.prediction
-        )
+        scores = evaluate(predictor, val, val.spec, device, inference, progress=True, save=save, **loading)
         return scores, measure_labels(recipe, method, network, crops, device, shown)
 
 
@@ -289,7 +289,8 @@ def measure_labels(
         threshold=method.thresholds(),
         batch_size=pass_size(recipe, distributed.world_size()),  # a pass as large as training's own
         num_workers=worker_count(recipe.data.num_workers),
-        show=shown.pseudo_label,
+        timeout=recipe.data.timeout,
+        show=shown.pseudo_label if shown.count else None,
     )
 
 

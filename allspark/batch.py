@@ -15,9 +15,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalize(image: Tensor) -> Tensor:
     """uint8 RGB (..., 3, H, W) in 0..255 -> float32 with ImageNet mean and standard deviation, on the same device."""
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=image.device).view(3, 1, 1) * 255
+    mean, std = (of_channels(values, image.device) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
     return image.to(torch.float32, copy=True).sub_(mean).div_(std)
+
+
+def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32, made on the device: for a copy from here the host would wait until a GPU has done all else."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
 MAX_YAML = 1 << 20  # characters
 MAX_NODES = 100_000  # of a YAML text with its aliases written out
+# A number of numpy's, as the released code saves its best mIoU: what makes one, under its old and its new name
+SCALAR = np.float64(0).__reduce__()[0]
+NUMBERS = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMBERS += [np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64"))]
 
 
 def load_tensors(path: Path) -> Any:
@@ -30,7 +35,8 @@ def load_tensors(path: Path) -> Any:
     check_container(path)
     with warnings.catch_warnings():  # torch warns of a pickle that it then refuses
         warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     check_tensors(content, path.stat().st_size)
     return content
 

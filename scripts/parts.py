@@ -1,7 +1,7 @@
 """What the parts of a trained network are worth: mIoU on val with each of them taken away, from the same weights.
 
     python scripts/parts.py exp/demo/supervised/best.pth exp/demo/allspark/best.pth
-    python scripts/parts.py --only memory --json parts.json -- copies/of/latest_*.pth     # over the steps of a run ...
+    python scripts/parts.py --only memory --json parts.json copies/of/latest_*.pth        # over the steps of a run ...
     python scripts/parts.py --draw parts.json                                             # ... as parts.png
 
 - stride 4 to stride 32: a feature map of the encoder is flat, its mean over the image stands everywhere.
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=raw)
     parser.add_argument("checkpoints", nargs="*", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these alone, such as memory (default: all)")
+    parser.add_argument("--only", action="append", metavar="PART", help="this alone, such as memory; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="the figures of --json over the steps, as a .png")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))

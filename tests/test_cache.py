@@ -97,7 +97,7 @@ def test_a_changed_file_is_decoded_again(samples, tmp_path):
     Image.fromarray(np.full((4, 6), 7, np.uint8)).save(samples[0].mask)
     files = opened(samples, tmp_path / "cache")
     assert equal(files, samples) and files.pair(samples[0])[1].tolist() == [[1] * 6] * 4
-    assert folders(tmp_path / "cache") == before  # nothing is left of what it was
+    assert set(before) < set(folders(tmp_path / "cache"))  # who has the old one open goes on with it
 
 
 def test_a_run_keeps_what_it_opened(samples, tmp_path):

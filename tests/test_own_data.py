@@ -233,6 +233,13 @@ def test_masks_of_photos_as_they_were_stored(check, place):
         train.main(place.train())
 
 
+def test_a_recipe_that_the_words_make_whole(check, place):
+    recipe = yaml.safe_load(place.config.read_text())
+    del recipe["epochs"]
+    place.config.write_text(yaml.safe_dump(recipe))
+    assert check("--data-only")[0] == 2 and check("--data-only", "epochs=1")[0] == 0
+
+
 def test_allspark_without_its_bottleneck_is_told(check):
     told = "method allspark without its bottleneck is self-training; with it: --method allspark"
     assert told in check("method=allspark")[1]

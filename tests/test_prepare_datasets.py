@@ -10,6 +10,7 @@ from pathlib import Path
 import miniatures as mini
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 from allspark.__main__ import main
@@ -20,6 +21,7 @@ from allspark.data.prepare import PLANS
 from allspark.data.prepare.archives import Found, Index
 from allspark.data.prepare.camvid import split_of
 from allspark.data.prepare.coco import classes
+from allspark.data.prepare.voc import sbd_mask
 from allspark.data.splits import read_list
 from allspark.errors import UserError
 
@@ -416,3 +418,13 @@ def test_camvid_unexpected_colour(tmp_path):
         prepare("camvid", *words)
     prepare("camvid", *words, "--ignore-unknown")
     assert set(stored_mask(tmp_path / "out/labels/train/0016E5_00390.png").ravel()) == {11}
+
+
+def test_a_label_file_that_unpacks_to_far_more_than_it_has():
+    """80 kB that hold 81 MB: refused before they do."""
+    buffer = io.BytesIO()
+    big = {"GTcls": {"Segmentation": np.zeros((9000, 9000), np.uint8)}}
+    scipy.io.savemat(buffer, big, do_compression=True)
+    assert len(buffer.getvalue()) < 100_000
+    with pytest.raises(UserError, match=r"a\.mat: not a label file of SBD \(it unpacks to more than 64 MB\)"):
+        sbd_mask(buffer.getvalue(), "a.mat", False)

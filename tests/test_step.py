@@ -67,6 +67,24 @@ def test_steps_in_a_row_are_counted_and_kept_in_the_state():
     assert (int(twin.skipped), int(twin.in_row)) == (3, 2)
 
 
+@pytest.mark.parametrize("cfg", OPTIMS, ids=lambda cfg: cfg.name)
+def test_a_run_of_a_device_without_fused_kernels_goes_on(cfg):
+    model = small_model()
+    elsewhere = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[cfg.name](model.parameters(), lr=0.1, fused=False)
+    elsewhere.param_groups[0]["initial_lr"] = 0.1
+    here = build_optimizer(cfg, model)
+    groups = [
+        {**group, "params": own["params"]}
+        for group, own in zip(
+            [elsewhere.state_dict()["param_groups"][0]] * len(here.param_groups), here.state_dict()["param_groups"]
+        )
+    ]
+    stepper, before = Stepper(model, here), model[0].weight.clone()
+    stepper.load_state_dict({"optimizer": {"state": {}, "param_groups": groups}})
+    go(model, stepper, images(0))
+    assert not torch.equal(model[0].weight, before)
+
+
 def test_what_was_changed_between_steps_is_kept_too():
     model = small_model()
     stepper = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")

@@ -81,7 +81,8 @@ CONFIGS = {  # of names.json: classes, heads, crop, cases of golden/ with seed, 
 def save_released(state, path):
     """With the prefix of DistributedDataParallel and what else such a checkpoint holds."""
     content = {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 79}
-    torch.save({**content, "optimizer": {"state": {}, "param_groups": [{"lr": 0.001}]}, "previous_best": 78.4}, path)
+    content["previous_best"] = max(np.mean([78.4]), 0.0)  # no number of Python
+    torch.save({**content, "optimizer": {"state": {}, "param_groups": [{"lr": 0.001}]}}, path)
 
 
 def model_of(path):

@@ -98,7 +98,10 @@ def published(args: argparse.Namespace) -> Recipe:
     """The recipe without the words behind it: as configs/ or the file of --config has it."""
     plain = copy.copy(args)
     plain.overrides = []
-    return recipe_words.recipe_of(plain)
+    try:
+        return recipe_words.recipe_of(plain)
+    except UserError:  # a file that is whole with these words alone
+        return recipe_words.recipe_of(args)
 
 
 def batch_notes(recipe: Recipe, plain: Recipe, steps: int, processes: int) -> list[str]:

@@ -178,6 +178,7 @@ def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluate
             inference,
             batch_size=args.batch_size,
             num_workers=worker_count(data.num_workers),
+            timeout=data.timeout,
             progress=True,
             save=extremes,
         )

@@ -1,7 +1,8 @@
 """Decoded images and masks in memory-mapped files, made once and shared by workers, processes and runs.
 
 Below data.cache lies a folder for the images and one for the masks of a data set: `pixels`, the values of one file
-after the other, and index.json: of which files, of what size and time. When one of them changes it is made anew.
+after the other, and index.json: of which files, of what size and time. When one of them changes another folder is made:
+who has the old one open goes on with it.
 A file that cannot be decoded has no place in it where samples may be skipped; whoever asks for it reads it in vain.
 """
 
@@ -118,7 +119,7 @@ def open_cache(
     """The cache below root of what `read` makes of these files; built where it is absent or a file has changed."""
     paths = sorted(set(paths))
     files = [identity(path) for path in paths]
-    key = hashlib.sha256(json.dumps([meaning, *(path for path, *_ in files)]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([meaning, *files]).encode()).hexdigest()
     folder = root / f"{name}-{key[:12]}"
     with explained(root):
         stored = read_index(folder, files, channels)  # without the lock: what is whole is there for who may only read

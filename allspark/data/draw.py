@@ -101,7 +101,7 @@ def parse_sizes(text: str, total: int, word: str = "--sizes") -> dict[str, int]:
         fraction = re.fullmatch(r"(\d+)_(\d+)", name)
         if fraction and int(fraction[2]):
             sizes[name] = -(-total * int(fraction[1]) // int(fraction[2]))
-        elif name.isdigit():
+        elif name.isascii() and name.isdigit():
             sizes[name] = int(name)
         else:
             raise UserError(f"{word}: '{name}' is neither a fraction such as 1_8 nor a count such as 32")

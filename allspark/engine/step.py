@@ -138,7 +138,9 @@ class Stepper:
         return {"optimizer": self.optimizer.state_dict(), "stepper": {"scaler": self.scaler.state_dict(), **counts}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        fused = self.optimizer.defaults.get("fused")  # as this device has it, not the one that the state comes from
+        groups = [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if "stepper" in state:  # younger than some checkpoints
             self.scaler.load_state_dict(state["stepper"]["scaler"])
             self.skipped.fill_(state["stepper"]["skipped"])

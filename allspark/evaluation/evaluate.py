@@ -16,7 +16,7 @@ from allspark.errors import UserError
 from allspark.evaluation.inference import Inference, best_class, class_scores, evaluating
 from allspark.evaluation.metrics import ConfusionMatrix, Scores
 from allspark.evaluation.strips import strip_scores, too_many
-from allspark.workers import batches, make_loader
+from allspark.workers import TIMEOUT, batches, make_loader
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
 Save = Callable[[str, Tensor, Tensor, Tensor], None]  # name, image, mask, prediction: uint8 on the CPU, of one size
@@ -31,6 +31,7 @@ def evaluate(
     *,
     batch_size: int = 1,
     num_workers: int = 0,
+    timeout: float = TIMEOUT,
     progress: bool = False,
     save: Save | None = None,
     absent_as_zero: bool = False,
@@ -44,7 +45,7 @@ def evaluate(
         raise UserError("the evaluation list names no image: nothing to evaluate")
     confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index, device)
     shard = Shard(dataset, distributed.rank(), distributed.world_size())
-    loader = make_loader(shard, num_workers, batch_size=batch_size, collate_fn=list)
+    loader = make_loader(shard, num_workers, timeout=timeout, batch_size=batch_size, collate_fn=list)
     hidden = None if progress and distributed.is_main() else True  # None: hidden where stderr is no terminal
     for items in tqdm(batches(loader), "evaluate", len(loader), unit="batch", leave=False, disable=hidden):
         for (image, mask), names in equal_sizes(items):

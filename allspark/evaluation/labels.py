@@ -15,7 +15,7 @@ from allspark.errors import UserError
 from allspark.evaluation.evaluate import Item, Shard, check_size, equal_sizes
 from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import ConfusionMatrix, finite
-from allspark.workers import batches, make_loader
+from allspark.workers import TIMEOUT, batches, make_loader
 
 # normalized images (B, 3, H, W), valid (B, H, W) bool -> pseudo-labels (B, H, W) int64, their confidence (B, H, W)
 Labeler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -65,6 +65,7 @@ def label_quality(
     threshold: float | Tensor | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
+    timeout: float = TIMEOUT,
     show: Show | None = None,
 ) -> LabelQuality | None:
     """The labeler's quality on the crops, the same on every rank; None where no pixel of them has a label.
@@ -78,7 +79,7 @@ def label_quality(
     labeled = torch.zeros((), dtype=torch.int64, device=device)
     shard = Shard(crops, distributed.rank(), distributed.world_size())
     workers = min(num_workers, len(shard))
-    for items in batches(make_loader(shard, workers, batch_size=batch_size, collate_fn=list)):
+    for items in batches(make_loader(shard, workers, timeout=timeout, batch_size=batch_size, collate_fn=list)):
         for (image, mask), names in equal_sizes(item for item in items if not isinstance(item, UserError)):
             truth, mask = mask, mask.to(device)
             label, confidence = labeler(normalize(image.to(device)), torch.ones_like(mask, dtype=torch.bool))

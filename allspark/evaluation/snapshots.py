@@ -21,17 +21,20 @@ class Snapshots:
 
     def prediction(self, name: str, image: Tensor, mask: Tensor, prediction: Tensor) -> None:
         """Image, truth, prediction; as `evaluate` calls its `save`."""
-        self.keep(f"val/{name}", image, colorize(mask, self.palette), colorize(prediction, self.palette))
+        if self.room("val"):
+            self.keep(f"val/{name}", image, colorize(mask, self.palette), colorize(prediction, self.palette))
 
     def pseudo_label(self, name: str, image: Tensor, mask: Tensor, label: Tensor, confidence: Tensor) -> None:
         """Image, hidden truth, pseudo-label, confidence from black (0) to white (1); as label_quality calls `show`."""
-        grey = np.repeat((confidence * 255).round().byte().numpy()[..., None], 3, axis=2)
-        self.keep(f"unlabeled/{name}", image, colorize(mask, self.palette), colorize(label, self.palette), grey)
+        if self.room("unlabeled"):
+            grey = np.repeat((confidence * 255).round().byte().numpy()[..., None], 3, axis=2)
+            self.keep(f"unlabeled/{name}", image, colorize(mask, self.palette), colorize(label, self.palette), grey)
+
+    def room(self, kind: str) -> bool:
+        """Asked before a mask is coloured, which of a large one takes longer than to predict it."""
+        return sum(kept.startswith(f"{kind}/") for kept in self.strips) < self.count
 
     def keep(self, name: str, image: Tensor, *masks: np.ndarray) -> None:
-        kind = name.partition("/")[0]
-        if sum(kept.startswith(f"{kind}/") for kept in self.strips) >= self.count:
-            return
         panels = [shrunk(to_rgb(image), Image.Resampling.BILINEAR)]
         panels += [shrunk(mask, Image.Resampling.NEAREST) for mask in masks]
         space = np.full((panels[0].shape[0], GAP, 3), PAPER, np.uint8)

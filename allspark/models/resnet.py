@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import timm
+import torch
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -60,6 +61,7 @@ class ResNet(FeatureListNet):
         return features
 
 
+@torch.compiler.disable  # dynamo knows no context_fn; the blocks are not compiled then
 def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """block(x), of which the backward pass finds only x kept and makes the rest again."""
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), uncounted(block)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from allspark.errors import UserError
 
 VALUES = (*range(len(CLASSES)), IGNORE_INDEX)
 OTHER_YEARS = r"(?<!VOC20(?:0\d|1[01])/)"  # a VOCdevkit may hold several, with lists and masks of the same names
+COMPRESSED = 15  # miCOMPRESSED, the type of an element of a MATLAB file
+MOST_UNPACKED = 64 << 20  # bytes; a label file of SBD has less than 1 MB
 VOC, SBD = "VOCtrainval_11-May-2012.tar", "benchmark.tgz"
 
 
@@ -50,12 +54,25 @@ def sbd_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
     from scipy.io import loadmat  # takes its time, and only the workers need it
 
     try:
+        check_unpacked(content)
         mask = loadmat(io.BytesIO(content), variable_names=["GTcls"])["GTcls"]["Segmentation"].item()
         if mask.ndim != 2 or mask.dtype != np.uint8:
             raise ValueError(f"GTcls.Segmentation is {mask.dtype} of shape {mask.shape}")
     except Exception as error:  # loadmat raises nearly anything on a damaged file
         raise UserError(f"{name}: not a label file of SBD ({error}); get {SBD} again") from None
     return png(expect(mask, VALUES, IGNORE_INDEX, name, ignore_unknown))
+
+
+def check_unpacked(content: bytes) -> None:
+    """ValueError for a MATLAB file (level 5) whose compressed elements hold far more than the masks of a photo."""
+    order, place, total = "<" if content[126:128] == b"IM" else ">", 128, 0
+    while place + 8 <= len(content):
+        kind, size = struct.unpack_from(f"{order}II", content, place)
+        if kind == COMPRESSED:
+            total += len(zlib.decompressobj().decompress(content[place + 8 : place + 8 + size], MOST_UNPACKED + 1))
+        if total > MOST_UNPACKED:
+            raise ValueError(f"it unpacks to more than {MOST_UNPACKED >> 20} MB")
+        place += 8 + size
 
 
 PASCAL = Plan(
