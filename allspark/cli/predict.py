@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from allspark.bench.memory import GB, Hollow, room
 from allspark.cli import loading
-from allspark.data.base import Sample, files_below, read_image, to_tensor
+from allspark.data.base import Sample, all_below, read_image, to_tensor
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
 from allspark.distributed import choose_device
 from allspark.errors import UserError
@@ -169,7 +169,7 @@ def images_of(word: str, out: Path, data_root: Path | None) -> list[Path]:
         return listed(path, data_root) if path.suffix.lower() == ".txt" else [path]
     suffixes = IMAGE_SUFFIXES
     if path.is_dir():  # videos in it are asked for by name or glob: a folder of photos has some that nobody thinks of
-        files = (file for file in files_below(path) if not hidden(file.relative_to(path)))
+        files = (file for file in all_below(path) if not hidden(file.relative_to(path)))
     elif any(sign in word for sign in "*?["):
         files = (Path(match) for match in glob.glob(str(path), recursive=True))
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES

@@ -174,14 +174,16 @@ def max_megapixels() -> int:
     return from_environment("ALLSPARK_MAX_MEGAPIXELS", MAX_MEGAPIXELS, least=1)
 
 
-def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Every file below a folder, also in folders that links lead to, but for one that lies on the way there."""
+def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Every file and folder below a folder, also where links lead to, but not again into one on the way there."""
     here = os.path.realpath(folder)
     if here in above:
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            yield from files_below(Path(entry.path), (*above, here)) if entry.is_dir() else [Path(entry.path)]
+            yield Path(entry.path)
+            if entry.is_dir():
+                yield from all_below(Path(entry.path), (*above, here))
 
 
 def image_size(path: Path) -> tuple[int, int]:

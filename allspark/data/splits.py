@@ -11,7 +11,7 @@ from pathlib import Path
 from allspark import distributed
 from allspark.config import CustomDataConfig, DataConfig, root_variable
 from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, Sample, files_below, same_path
+from allspark.data.base import DatasetSpec, Sample, all_below, same_path
 from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images, roots
 from allspark.errors import UserError
 
@@ -118,7 +118,7 @@ def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entr
     folder = data_root / images
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; correct data.custom or data_root")
-    found = sorted(p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    found = sorted(p for p in all_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not found:
         raise UserError(
             f"{folder}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))}); correct data.custom or data_root"
