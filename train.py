@@ -218,6 +218,7 @@ def resume(
         return Position(), [], []
     path = save_path / name
     content, notes = found[1:] if found else (load_checkpoint(path, TO_RESUME), [])
+    distributed.check_same(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may show an old file
     before = recipe_words.complete(build_recipe(content["recipe"], None, str(path)))  # keys younger than the run
     if changed := differences(to_plain(before), to_plain(recipe)):
         raise UserError(
