@@ -71,8 +71,7 @@ def label_quality(
     """The labeler's quality on the crops, the same on every rank; None where no pixel of them has a label.
 
     A pseudo-label is confident from `threshold` on, one for all or (K,) one for each class; without one always. What
-    cannot be read is left out: it is only measured on. `show` is called on the rank that has the image. The labeler has
-    its network in evaluation mode and keeps no gradient.
+    cannot be read is left out. `show` is called on the rank that has the image. The labeler keeps no gradient.
     """
     spec = crops.spec
     confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index, device)  # of the confident pixels
