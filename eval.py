@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +22,10 @@ from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_im
 from allspark.data.manifest import other_images
 from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
+from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import Scores, finite, format_table
 from allspark.evaluation.outputs import PredictionFolder, unique_names
+from allspark.whole import write_text
 
 SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, 1..150 for ADE20K,
 else class indices with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""
@@ -66,7 +67,9 @@ def main(argv: Sequence[str]) -> None:
             return
         print(format_table(scores, spec.classes))
         if args.json is not None:
-            write_json({**summary(scores, spec, inference.mode, loaded, val), "precision": args.precision}, args.json)
+            result = {**summary(scores, spec, loaded, val), **how(inference, args)}
+            text = json.dumps(result, indent=2, allow_nan=False)
+            write_text(args.json, f"{text}\n", "make room or choose another --json")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -144,6 +147,8 @@ def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> Predictio
             raise UserError(f"{error.filename}: the folder cannot be made ({error.strerror}); choose another") from None
         if args.json.is_dir():
             raise UserError(f"--json {args.json} is a folder; name a file in it")
+        if args.json.suffix != ".json" and args.json.exists():  # the checkpoint or list itself, by a slip
+            raise UserError(f"--json {args.json}: is there, and a name without .json may be anything's; choose another")
     if args.save_dir is None:
         return None
     spec = dataset.spec
@@ -179,30 +184,25 @@ def warn(messages: Sequence[str]) -> None:
             print(f"warning: {message}", file=sys.stderr)
 
 
-def summary(scores: Scores, spec: DatasetSpec, mode: str, loaded: Loaded, val: dict[str, str]) -> dict:
+def how(inference: Inference, args: argparse.Namespace) -> dict:
+    """What beside network and images decides on the scores."""
+    options = {"window": inference.window, "scales": list(inference.scales), "flip": inference.flip}
+    more = {"precision": args.precision, "absent_as_zero": args.absent_as_zero}
+    return {"mode": inference.mode, **options, **more}
+
+
+def summary(scores: Scores, spec: DatasetSpec, loaded: Loaded, val: dict[str, str]) -> dict:
     """What --json holds; `split` is the one that the checkpoint was trained on, not known of imported weights."""
     result = {
         "miou": finite(scores.miou),
         "iou": scores.by_class(spec.classes),
         "pixel_accuracy": finite(scores.pixel_accuracy),
         "num_images": scores.num_images,
-        "mode": mode,
         "split": loaded.meta.get("split") or {"name": None, "sha256": None},
         "val": val,
         "checkpoint_sha256": loaded.meta["sha256"],
     }
     return result | {key: loaded.meta[key] for key in ("source",) if key in loaded.meta}
-
-
-def write_json(result: dict, path: Path) -> None:
-    """The whole file or none: written beside and renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"--json {path}: cannot be written ({error.strerror}); free space or choose another") from None
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from allspark.engine.step import (
     Stepper,
     accumulating,
     autocast,
+    has_bf16,
     mean_losses,
     pass_size,
     set_deterministic,
@@ -372,9 +373,12 @@ def describe(
         f"on {platform.node()}, process {os.getpid()}{job}",
         f"{recipe.epochs} epochs, {total_steps} steps of {batch}",
     ]
-    if method.views.cutmix and pass_size(recipe, distributed.world_size()) == 1:
+    at_once, processes = pass_size(recipe, distributed.world_size()), distributed.world_size()
+    if at_once * processes < recipe.batch_size:
+        lines.append("gradients add up over passes; batch norm, OHEM, CutMix and the memory see one pass at a time")
+    if (method.views.cutmix or method.mixes) and at_once == 1:
         lines.append("one image in a pass: CutMix has no other image to paste from and is off")
-    if recipe.precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if recipe.precision == "bf16" and device.type == "cpu" and not has_bf16(device):
         lines.append("WARNING: precision=bf16 on a CPU without bf16 instructions is many times slower than fp32")
     if start.step:
         between = start.step * recipe.epochs == start.epoch * total_steps

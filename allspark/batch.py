@@ -107,5 +107,8 @@ def passes(
     None: all of it.
     """
     count = len(labeled.image)
-    parts = [slice(first, first + (size or count)) for first in range(0, count, size or count)]
+    assert unlabeled is None or size is None or len(unlabeled.weak) == count, "passes are of equally many of both"
+    if size is None:
+        return [(labeled, unlabeled)]
+    parts = [slice(first, first + size) for first in range(0, count, size)]
     return [(labeled[part], None if unlabeled is None else unlabeled[part]) for part in parts]

@@ -23,6 +23,11 @@ PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel holds configs, splits, train.py and eval.py inside the package
 CONFIG_ROOT = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"  # the others lie beside it
 
+Mode = Literal["whole", "center_crop", "sliding_window"]  # of evaluation: how an image is put to the model
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Device = Literal["auto", "cuda", "mps", "cpu"]
+MODES, PRECISIONS, DEVICES = map(typing.get_args, (Mode, Precision, Device))
+
 
 @dataclass(frozen=True, kw_only=True)
 class CustomDataConfig:
@@ -34,7 +39,7 @@ class CustomDataConfig:
     color_map: dict[str, int] | None = None  # masks stored as colours, in place of value_map, e.g. {"255,0,0": 1}
     palette: tuple[tuple[int, int, int], ...] | None = None
     background: int | None = None  # index of the class of all that belongs to no other one, where there is one
-    eval_mode: Literal["whole", "center_crop", "sliding_window"] = "whole"
+    eval_mode: Mode = "whole"
     labeled_images: str | None = None
     labeled_masks: str | None = None
     unlabeled_images: str | None = None
@@ -113,7 +118,7 @@ class CriterionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    mode: Literal["whole", "center_crop", "sliding_window"] | None = None  # None: the data set's own
+    mode: Mode | None = None  # None: the data set's own
     window: int | None = None  # side of the window or center crop; None: the training crop
     interval: int = 1  # epochs between evaluations; the last epoch is always evaluated
     pictures: int = 4  # of val, and of unlabeled images with their pseudo-labels, for TensorBoard
@@ -142,12 +147,12 @@ class Recipe:
     micro_batch: int | None = None  # of them at once in a process, the rest by gradient accumulation; None: its share
     burn_in_epochs: int = 0  # epochs of the supervised start, with the labeled loss alone
     seed: int = 0
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    device: Device = "auto"
     log_interval: int = 10  # steps
     checkpoint_interval: int = 0  # steps between checkpoints inside an epoch; 0: none; each epoch ends with one anyway
     checkpoint_minutes: float = 30.0  # minutes after which one is due inside an epoch; 0: none
     deterministic: bool = False  # algorithms that give the same bits again, where there are such; slower on a GPU
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"  # of forward and backward pass; weights are float32
+    precision: Precision = "fp32"  # of forward and backward pass; weights are float32
     compile: bool = False  # encoder and decoder by torch.compile: a minute or more at the start
 
 

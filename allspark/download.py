@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.message
-import errno
 import hashlib
 import http.client
 import ipaddress
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from allspark.errors import UserError
+from allspark.whole import reason
 
 MAX_BYTES = 64 << 30  # of a file of which nothing else is known; the largest that is fetched has 19 GB
 BLOCK = 1 << 18  # bytes read at once
@@ -31,7 +31,6 @@ SLOWEST = 1 << 10  # bytes per timeout; below this a server counts as stalled
 DIGEST = re.compile(r"sha256:[0-9a-f]{8,64}|md5:[0-9a-f]{32}")
 STRONG_DIGITS = 32  # of a digest that vouches for a file which came unencrypted
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that may pass
-NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 
 
 class Unavailable(Exception):
@@ -90,9 +89,8 @@ def fetch(
         target.parent.mkdir(parents=True, exist_ok=True)
         reasons = first_of(urls, target, Terms(digest, check, size_limit, timeout, wait))
     except OSError as error:
-        why = "the disk is full" if error.errno in NO_SPACE else error.strerror or error
         raise UserError(
-            f"{target}: cannot be written ({why}); make room or choose another place, and run this again "
+            f"{target}: cannot be written ({reason(error)}); make room or choose another place, and run this again "
             "(it goes on where it stopped)"
         ) from None
     if target.exists():

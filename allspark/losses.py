@@ -41,7 +41,9 @@ class OHEM(nn.Module):
         valid = mask != self.ignore_index
         loss = F.cross_entropy(logits, mask, ignore_index=self.ignore_index, reduction="none")
         prob = torch.where(valid, (-loss.detach()).exp(), 1.0)  # softmax probability of the true class
-        threshold = prob.flatten().kthvalue(min(max(self.min_kept, 1), prob.numel())).values.clamp(min=self.thresh)
+        threshold = self.thresh
+        if self.min_kept:
+            threshold = prob.flatten().kthvalue(min(self.min_kept, prob.numel())).values.clamp(min=self.thresh)
         keep = valid & ((prob <= threshold) | (valid.sum() < self.min_kept))
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 

@@ -101,16 +101,13 @@ class Watch:
             with watching(self.look, self.loader.timeout):  # 0, without workers: never
                 self.look()
                 yield
-        except WorkerDied:
-            self.end()
-            raise
-        except (RuntimeError, OSError, EOFError) as error:
-            if not isinstance(error, RuntimeError | TimeoutError):
+        except Exception as error:
+            if isinstance(error, OSError | EOFError) and not isinstance(error, TimeoutError):
                 self.settle()
-            told = self.death() or self.meaning(error)
+            told = None if isinstance(error, UserError) else self.death() or self.meaning(error)
+            self.end()  # for a bug in one of them, too: torch asks by a signal that they ignore, and waits
             if told is None:
                 raise
-            self.end()
             raise WorkerDied(f"data loader: {told}") from None
 
     def look(self) -> None:

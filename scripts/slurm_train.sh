@@ -10,7 +10,7 @@
 
 # sbatch scripts/slurm_train.sh [train.py options and key.path=value ...]
 # One task per GPU; every task sees its node's GPUs and train.py picks its own by SLURM_LOCALID. Two nodes of eight:
-#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm_train.sh
+#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm_train.sh batch_size=16
 # Another recipe: change the three lines, or say it in front: method=fixmatch split=1_4 sbatch scripts/slurm_train.sh
 # A recipe of your own: sbatch scripts/slurm_train.sh --config my.yaml. Runs side by side need folders of their own:
 #   for seed in 0 1 2; do save_path=exp/voc/seed_$seed sbatch scripts/slurm_train.sh seed=$seed; done

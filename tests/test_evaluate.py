@@ -186,10 +186,7 @@ def test_overlay_blends_inside_and_leaves_ignored_pixels():
     np.testing.assert_array_equal(plain, pictures.to_rgb(image))
 
 
-def test_grid_triptych_and_curves_are_drawn(dataset, tmp_path):
-    image, mask, name = dataset[0]
-    strip = pictures.triptych(image, mask, mask, PALETTE)
-    assert strip.shape == (40, 3 * 33 + 2 * 6, 3)
+def test_grid_and_curves_are_drawn(dataset, tmp_path):
     examples = [pictures.Example(name, image, (mask, mask)) for image, mask, name in dataset]
     page = pictures.draw_grid(examples, ("image", "truth", "prediction"), SPEC.classes, PALETTE, panel_width=60)
     assert np.unique(np.asarray(page).reshape(-1, 3), axis=0).shape[0] > 10
@@ -236,9 +233,11 @@ def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(name in table for name in SPEC.classes) and "pixel accuracy" in table
     result = json.loads((out / "scores.json").read_text())
-    keys = ["miou", "iou", "pixel_accuracy", "num_images", "mode", "split", "val", "checkpoint_sha256", "precision"]
-    assert list(result) == keys and list(result["iou"]) == list(SPEC.classes)
-    assert (result["num_images"], result["mode"]) == (5, "whole")
+    keys = ["miou", "iou", "pixel_accuracy", "num_images", "split", "val", "checkpoint_sha256"]
+    how = {"mode": "whole", "window": 64, "scales": [1.0], "flip": False, "precision": "fp32", "absent_as_zero": False}
+    assert list(result) == [*keys, *how] and {key: result[key] for key in how} == how
+    assert list(result["iou"]) == list(SPEC.classes)
+    assert result["num_images"] == 5
     assert result["split"] == {"name": "1_8", "sha256": "5" * 64} and "source" not in result
     images = "".join(f"image{index}.png\n" for index in range(5))
     assert result["val"] == {"name": f"{tmp_path}/val.txt", "sha256": hashlib.sha256(images.encode()).hexdigest()}
@@ -258,7 +257,8 @@ def test_eval_options_reach_the_inference(checkpoint, tmp_path, capsys):
     more = ("--list", tmp_path / "two.txt", "--data-root", tmp_path, "--json", tmp_path / "scores.json")
     eval_script.main(arguments(checkpoint, *options, *more))
     result = json.loads((tmp_path / "scores.json").read_text())
-    assert (result["num_images"], result["mode"]) == (2, "sliding_window")
+    assert (result["num_images"], result["mode"], result["window"]) == (2, "sliding_window", 64)
+    assert (result["scales"], result["flip"], result["absent_as_zero"]) == ([0.75, 1.0], True, True)
     assert None not in result["iou"].values() and "absent" not in capsys.readouterr().out
 
 
@@ -417,6 +417,7 @@ def test_a_list_that_changed_under_its_name_is_told(tmp_path, capsys, monkeypatc
         (("--dataset", "pascal"), "pascal.*trained on tiny"),
         (("--scales", "0"), "scales"),
         (("--json", "{root}"), "--json.*folder"),
+        (("--json", "{root}/val.txt"), "--json.*val.txt: is there"),
         (("--save-dir", "{root}/val.txt"), "val.txt"),
         (("--save-dir", "{root}"), "part of the data"),
         (("--list", "{root}/missing.txt"), "gone.png"),

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 LEAVES = {"config", "batch", "distributed", "losses", "ema", "errors", "download", "perturb", "masking"}
 ALLOWED = {  # package or module -> what of allspark it may import, besides itself and errors
     "errors": set(),
-    "download": set(),
+    "whole": set(),
+    "download": {"whole"},
     "untrusted": set(),
     "workers": set(),
     "config": {"untrusted", "ranges"},
@@ -23,11 +24,11 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "pseudo": {"batch"},
     "hardness": {"pseudo"},
     "thresholds": {"pseudo", "distributed"},
-    "data": {"config", "batch", "distributed", "workers"},
+    "data": {"config", "batch", "distributed", "workers", "whole"},
     "models": {"config", "distributed", "untrusted"},
     "methods": {"batch", "pseudo", "hardness", "perturb", "masking", "losses", "ema", "thresholds"}
     | {"models.bottleneck", "models.cam", "models.segmentor"},
-    "evaluation": {"batch", "distributed", "data.base", "workers"},
+    "evaluation": {"batch", "config", "distributed", "data.base", "workers", "whole"},
     "engine": {"config", "distributed", "untrusted"},
     "bench": {"config", "batch", "distributed", "losses", "data", "models", "methods", "evaluation", "engine"}
     | {"workers"},

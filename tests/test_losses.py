@@ -14,7 +14,9 @@ from allspark.errors import UserError
 from allspark.losses import OHEM, CrossEntropy, Dice, WithDice, build_criterion, consistency_loss
 
 
-@pytest.mark.parametrize(("thresh", "min_kept"), [(0.3, 0), (0.3, 20), (0.3, 60), (0.9, 5), (0.3, 95), (0.3, 1000)])
+@pytest.mark.parametrize(
+    ("thresh", "min_kept"), [(0.3, 0), (0.0, 0), (0.3, 20), (0.3, 60), (0.9, 5), (0.3, 95), (0.3, 1000)]
+)
 def test_ohem_equals_a_loop(thresh, min_kept):
     """Sorted by probability of the true class, ignored pixels last; plain where there are fewer than min_kept."""
     generator = torch.Generator().manual_seed(0)
@@ -27,10 +29,10 @@ def test_ohem_equals_a_loop(thresh, min_kept):
         prob = 1.0 if label == 255 else logits[i, :, y, x].double().softmax(0)[label].item()
         probs.append(prob)
         losses.append(0.0 if label == 255 else -math.log(prob))
-    limit = max(thresh, sorted(probs)[max(min(min_kept, 100), 1) - 1])
+    limit = max(thresh, sorted(probs)[min(min_kept, 100) - 1]) if min_kept else thresh
     valid = (mask != 255).flatten().tolist()
     kept = [ok and (prob <= limit or sum(valid) < min_kept) for ok, prob in zip(valid, probs)]
-    expected = sum(loss for loss, keep in zip(losses, kept) if keep) / sum(kept)
+    expected = sum(loss for loss, keep in zip(losses, kept) if keep) / max(sum(kept), 1)
     assert abs(OHEM(thresh, min_kept)(logits, mask).item() - expected) < 1e-5
 
 

@@ -1,5 +1,6 @@
 """python -m allspark predict: which images it takes, what it writes, and what it says of those it cannot take."""
 
+import math
 import re
 import shutil
 import struct
@@ -142,8 +143,11 @@ def test_links_lead_to_images(photos, tmp_path):
     shutil.copy(photos / "a.png", tmp_path / "store" / "z.png")
     (photos / "linked").symlink_to(tmp_path / "store")
     (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (photos / "self.png").symlink_to(photos / "self.png")
+    (photos / "circle").symlink_to(photos / "circle")
+    (photos / "alias.png").symlink_to(photos / "b.png")  # the image goes by its own name
     found = [path.stem for path in find_images([str(photos)], tmp_path / "out", None)]
-    assert found == ["a", "b", "c", "gone", "z", "d", "e"]
+    assert found == ["a", "b", "c", "gone", "z", "d", "e", "self"]
 
 
 def test_a_name_with_the_signs_of_a_glob_is_a_name(photos, tmp_path):
@@ -163,6 +167,36 @@ def test_images_of_equal_stems_are_told_apart_by_their_folders(predict, photos):
     out = predict(photos / "a.png", photos / "more" / "a.png", "--index-only")
     assert files(out) == ["a.png", "more/a.png"]
     assert stored(out / "more" / "a.png").shape == SIZES["b"]
+
+
+def test_images_that_differ_in_their_suffix_alone_keep_it(predict, photos):
+    Image.open(photos / "a.png").save(photos / "a.jpg")
+    assert files(predict(photos / "a.png", photos / "a.jpg", "--index-only")) == ["a.jpg.png", "a.png.png"]
+
+
+def test_no_mask_is_written_over(predict, photos, tmp_path):
+    """Masks have the names of their images: neither those that a list names are lost, nor any that lie there."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name in "ab":
+        Image.new("L", SIZES[name][::-1], 1).save(masks / f"{name}.png")
+    before = (masks / "b.png").read_bytes()
+    (tmp_path / "list.txt").write_text("photos/b.png masks/b.png\n")
+    for words in ((tmp_path / "list.txt",), (photos,), (photos / "b.png", "--index-only")):
+        with pytest.raises(UserError, match=r"masks/[ab]\.png: is there already, and no prediction"):
+            predict(*words, out="masks")
+    assert (masks / "b.png").read_bytes() == before and files(masks) == ["a.png", "b.png"]
+    assert files(predict(photos / "c.png", "--index-only", out="masks")) == ["a.png", "b.png", "c.png"]
+    predict(photos / "c.png", "--index-only", out="masks")  # its own it replaces
+
+
+def test_a_name_too_long_is_told_before_the_work(predict, photos, tmp_path):
+    stem = "写" * 81  # 243 bytes
+    (photos / "b.png").rename(photos / f"{stem}.png")
+    with pytest.raises(UserError, match="写_confidence.png: no file may have so long a name"):
+        predict(photos)
+    assert not files(tmp_path / "out")
+    assert files(predict(photos, "--index-only"))[-1] == f"{stem}.png"
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
@@ -197,7 +231,6 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
         (("{photos}", "--out", "{photos}"), "photos: no images there.*--out"),
         (("{photos}/a.png", "--out", "{photos}"), r"photos/a\.png.*part of the data"),
         (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be made"),
-        (("{photos}/twice",), r"a\.png: both .*a\.jpg and .*a\.png"),
         (("{photos}/like_color",), r"f_color\.png: both .*f\.png and .*f_color\.png"),
         (("{photos}/missing.txt",), r"missing\.txt line 2: .*gone\.png does not exist.*without --data-root"),
         (("{photos}/nothing.txt",), r"nothing\.txt: this list names no image"),
@@ -206,16 +239,20 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
         (("{photos}/a.png", "--dataset", "pascal"), "--dataset pascal.*trained on tiny"),
         (("{photos}/a.png", "--scales", "0"), "scales"),
         (("{photos}/a.png", "--checkpoint", "{photos}/b.png"), r"b\.png: not a readable checkpoint"),
+        (("{photos}/a.png", "--checkpoint", "{photos}/nan.pth"), r"nan\.pth: weights in it are NaN or infinite"),
     ],
 )
 def test_what_it_cannot_do_is_one_message(photos, finished, tmp_path, capsys, words, told):
-    for name in ("empty", "twice", "like_color"):
+    for name in ("empty", "like_color"):
         (photos / name).mkdir()
     with Image.open(photos / "a.png") as image:
-        image.save(photos / "twice" / "a.jpg")
-        for name in ("twice/a", "like_color/f", "like_color/f_color"):
+        for name in ("like_color/f", "like_color/f_color"):
             image.save(photos / f"{name}.png")
         image.resize((40, 20)).save(photos / "small.png")
+    if "nan.pth" in words[-1]:
+        content = torch.load(finished.run / "best.pth", weights_only=True)
+        content["model"]["decoder.classifier.bias"][0] = math.nan
+        torch.save(content, photos / "nan.pth")
     (photos / "missing.txt").write_text("a.png\ngone.png\n")
     (photos / "nothing.txt").write_text("\n")
     (photos / "text.png").write_text("hello")
@@ -340,12 +377,15 @@ def test_a_video_stands_upright(tmp_path):
 def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
     (tmp_path / "other").mkdir()
     shutil.copy(clip, clip.with_suffix(".mkv"))
-    with pytest.raises(UserError, match=r"clip: both .*clip\.avi and the frames of .*clip\.mkv"):
-        predict(clip, clip.with_suffix(".mkv"))
-    (photos / "clip").mkdir()
-    shutil.copy(photos / "a.png", photos / "clip" / "a.png")
-    with pytest.raises(UserError, match="clip: this folder holds part of the data"):
-        predict(clip, photos / "clip" / "a.png", out="photos")
+    both = predict(clip, clip.with_suffix(".mkv"), "--every", 20, "--index-only")
+    assert files(both) == ["clip.avi/000000.png", "clip.mkv/000000.png"]
+    for folder in (tmp_path / "clip", photos / "clip"):
+        folder.mkdir()
+        shutil.copy(photos / "a.png", folder / "a.png")
+    with pytest.raises(UserError, match=r"clip: both .*clip/a\.png and the frames of .*clip\.avi"):
+        predict(clip, tmp_path / "clip" / "a.png", tmp_path / "photos" / "a.png", out="not")
+    with pytest.raises(UserError, match="clip: this folder holds other pictures"):
+        predict(clip, out="photos")
     assert find_images([str(tmp_path / "*")], tmp_path / "out", None) == [clip, clip.with_suffix(".mkv")]
     with pytest.raises(UserError, match="name a video itself"):
         shutil.move(clip, tmp_path / "other")

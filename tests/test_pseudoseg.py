@@ -377,7 +377,15 @@ def test_recipe(dataset, background):
     assert build_method(recipe, spec_for(recipe.data)).background == background
 
 
-@pytest.mark.parametrize("options", [{"gamma": 1.2}, {"temperature": 0.0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"gamma": 1.2}, {"temperature": 0.0}, {"temperature": -1.0}, {"unlabeled_weight": -1.0}]
+)
 def test_options_out_of_range(options):
     with pytest.raises(UserError, match=f"method.{next(iter(options))}="):
         PseudoSeg(CrossEntropy(), **options)
+
+
+def test_a_data_set_of_nothing_but_background():
+    model = build_model(ModelConfig(encoder="tiny", pretrained="none"), num_classes=1, crop_size=64)
+    with pytest.raises(UserError, match="the background alone: set data.custom.background to none"):
+        PseudoSeg(CrossEntropy(), 0).attach(model)

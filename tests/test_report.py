@@ -108,7 +108,14 @@ def test_without_images_neither_data_nor_checkpoint_is_needed(second, tmp_path):
     with open(second / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "epoch": 2, "mio')  # the run died here
     main(["report", str(second), "--out", str(tmp_path / "page.html"), "--no-images"])
-    assert content(tmp_path / "page.html")["runs"][0]["facts"]["split"].endswith("hash not known")
+    facts = content(tmp_path / "page.html")["runs"][0]["facts"]
+    assert (
+        facts["split"].startswith("folders, labeled list sha256 ") and "1 process(es) on cpu, torch " in facts["device"]
+    )
+    (second / "run.json").unlink()  # as in a run that is older than it
+    main(["report", str(second), "--out", str(tmp_path / "page.html"), "--no-images"])
+    facts = content(tmp_path / "page.html")["runs"][0]["facts"]
+    assert facts["split"].endswith("hash not known") and facts["device"].startswith("not known")
 
 
 def rename_class(folder: Path, new: str) -> None:
@@ -257,7 +264,7 @@ def test_a_page_stays_below_its_limit(finished, tmp_path):
     assert told == []
     extremes = scored(8, 17)[0]
     entry.evaluated = report.Evaluated(
-        extremes.confusion.scores(17), extremes, "whole", {"step": 6, "sha256": "0" * 64}
+        extremes.confusion.scores(17), extremes, "whole", {"step": 6, "sha256": "0" * 64, "split": {}}
     )
     limit = len(whole) + 6000
     text, (note,) = report.page_below(limit, [entry], [])

@@ -101,8 +101,18 @@ def test_pictures_do_not_fill_the_disk():
 def test_gradients_are_accumulated_over_passes(place, read_metrics):
     train.main(place.train("micro_batch=1", "epochs=1"))
     assert_finite_losses(read_metrics(place.run)[0])
-    assert "3 steps of 2 labeled images (2 passes x 1 images)" in (place.run / "train.log").read_text(encoding="utf-8")
+    log = (place.run / "train.log").read_text(encoding="utf-8")
+    assert "3 steps of 2 labeled images (2 passes x 1 images)" in log and "one pass at a time" in log
+    assert "CutMix has no other image" not in log  # AllSpark has none
     assert [line["step"] for line in read_metrics(place.run)[1]] == [3]
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "imas"])
+def test_cutmix_that_has_no_other_image_is_told(name, place):
+    words = ["model.encoder=tiny", "micro_batch=1"]
+    train.main(place.lists("--method", name, "--save-path", place.run, *words))
+    log = (place.run / "train.log").read_text(encoding="utf-8")
+    assert "one image in a pass: CutMix has no other image to paste from and is off" in log
 
 
 def test_what_differs_from_the_recipe_is_a_table(place, capsys):

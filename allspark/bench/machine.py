@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from allspark.bench.measure import Run, timed
-from allspark.engine.step import AUTOCAST, set_precision
+from allspark.data.base import usable_cores
+from allspark.engine.step import AUTOCAST, has_bf16, set_precision
 
 # Variables that begin so decide on speed
 ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")
@@ -21,7 +22,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """CPU, cores, threads, memory, versions, and the environment that the allocator goes by."""
     found = {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "ram_gb": round(memory_bytes() / 1e9, 1),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -42,13 +43,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 def memory_bytes() -> int:
     """Main memory of this machine; 0 where the system does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16; a CPU without such instructions only emulates it, and is slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def cpu_name() -> str:

@@ -17,18 +17,19 @@ from allspark import distributed
 from allspark.bench import report
 from allspark.bench.evaluation import EvalCase, bench_eval
 from allspark.bench.loader import LoaderCase, bench_loader
-from allspark.bench.machine import has_bf16
 from allspark.bench.measure import Row
 from allspark.bench.photos import LIKENESSES
 from allspark.bench.scale import SWEEPS, bench_scale
 from allspark.bench.step import StepCase, bench_step
-from allspark.cli.compare import markdown, write_text
+from allspark.cli.compare import markdown
 from allspark.cli.loading import positive
+from allspark.config import PRECISIONS
 from allspark.data.base import IGNORE_INDEX
-from allspark.engine.step import PRECISIONS, set_precision
+from allspark.engine.step import has_bf16, set_precision
 from allspark.errors import UserError
 from allspark.models.mit import MiT
 from allspark.models.segmentor import ENCODERS
+from allspark.whole import write_text
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 MITS = [name for name, make in ENCODERS.items() if make.func is MiT]
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
 def write(result: dict[str, Any], path: Path | None) -> None:
     print(rendered(result), end="")  # first: what was measured is not lost with a full disk
     if path is not None:
-        write_text(path, json.dumps(result, indent=1) + "\n")
+        write_text(path, json.dumps(result, indent=1) + "\n", "make room or choose another --json")
 
 
 def choose_precisions(args: argparse.Namespace, device: torch.device) -> list[str]:
@@ -214,7 +215,7 @@ def write_document(path: Path) -> None:
         made.extend(pictures)
         return rendered(result) + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
 
-    write_text(path, report.filled(text, render))
+    write_text(path, report.filled(text, render), "make room, or give a document of your own")
     print(f"written: {', '.join(map(str, [path, *made]))}")
 
 

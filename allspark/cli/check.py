@@ -85,10 +85,7 @@ def tell(found: Findings) -> None:
 def data_findings(recipe: Recipe, spec: DatasetSpec, lists: Lists, quick: bool) -> Findings:
     """Whose the lists are, and what their files hold."""
     found = survey(recipe.data, spec, lists, QUICK if quick else None)
-    for line in provenance(lists, spec):
-        warning = line.removeprefix("WARNING: ")
-        (found.notes if warning == line else found.warnings).append(warning)
-    for line in hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)[1]:
+    for line in (*provenance(lists, spec), *hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)[1]):
         warning = line.removeprefix("WARNING: ")
         (found.notes if warning == line else found.warnings).append(warning)
     return found

@@ -14,11 +14,11 @@ from typing import Any
 
 from allspark.cli.loading import load_for_inference, naming, positive
 from allspark.cli.recipe import complete
-from allspark.config import Recipe, differences, load_config, to_plain
+from allspark.config import DataConfig, Recipe, differences, load_config, to_plain
 from allspark.data import spec_for
-from allspark.data.base import SegmentationDataset
+from allspark.data.base import DatasetSpec, SegmentationDataset
 from allspark.data.manifest import known_as
-from allspark.data.splits import resolve
+from allspark.data.splits import check_files, find_data, val_entries
 from allspark.distributed import choose_device
 from allspark.engine.checkpoint import LATEST
 from allspark.engine.facts import read_facts
@@ -35,6 +35,7 @@ from allspark.evaluation.pictures import (
     plot_seeds,
     save_image,
 )
+from allspark.whole import write_text
 
 MOST_CLASSES = 32  # of which each gets a panel
 PSEUDO = {"pseudo_accuracy": "pseudo-label accuracy", "pseudo_coverage": "pseudo-label coverage"}  # key -> head
@@ -116,22 +117,22 @@ def main(args: argparse.Namespace) -> None:
     for note in notes:
         print(f"WARNING: {note}", file=sys.stderr)
     text = "\n".join(filter(None, tables)) + "".join(f"\n{note}\n" for note in notes)
-    write_text(args.out / "table.md", text)
+    write_text(args.out / "table.md", text, "make room or choose another --out")
+    print(text, end="", flush=True)  # first: pictures need more than the numbers
     scores = {row.name: [run.points("miou") for run in row.runs] for row in rows}
     plot_curves(scores, "val mIoU (%)", args.out / "curves.png")
     plot_seeds({row.name: [last_miou(run) for run in row.runs] for row in rows}, "val mIoU (%)", args.out / "seeds.png")
     plot_losses({row.name: [losses(run) for run in row.runs] for row in rows}, args.out / "losses.png")
     made = ["seeds.png", "curves.png", "losses.png"]
-    if whole := [row for row in rows if row.runs[0].checkpoint.is_file()]:
-        draw_predictions(whole, args.images, args.overlay, args.out / "predictions.png")
-        made.insert(0, "predictions.png")
     if panels := pseudo_panels(rows):
         plot_panels(panels, args.out / "pseudo_labels.png")
         made.append("pseudo_labels.png")
     if panels := class_panels(rows):
         plot_panels(panels, args.out / "classes.png")
         made.append("classes.png")
-    print(text, end="")
+    if with_weights := [row for row in rows if row.runs[0].checkpoint.is_file()]:
+        draw_predictions(with_weights, args.images, args.overlay, args.out / "predictions.png")
+        made.insert(0, "predictions.png")
     print(f"pictures: {', '.join(str(args.out / name) for name in made)}")
 
 
@@ -332,17 +333,6 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    """The whole file or none: written beside and renamed."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
-
-
 def losses(run: Run) -> dict[str, Points]:
     names = dict.fromkeys(key for line in run.lines for key in line if key.startswith("loss_"))
     return {name: run.points(name) for name in names}
@@ -365,11 +355,21 @@ def class_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:
     }
 
 
+def val_images(data: DataConfig, spec: DatasetSpec) -> SegmentationDataset:
+    """The images of val, each with its mask, every file known to exist."""
+    entries = val_entries(data, spec, find_data(data, spec))
+    for entry in entries:
+        if entry.sample.mask is None:
+            raise UserError(f"{entry.source}: {entry.sample.image} has no mask; write `image mask`")
+    check_files(entries)
+    return SegmentationDataset([entry.sample for entry in entries], spec)
+
+
 def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path) -> None:
     """Image, truth and the last epoch's prediction of each row's first run, for `count` val images spread evenly."""
     data = rows[0].runs[0].recipe.data
     spec, device = spec_for(data), choose_device("auto")
-    val = SegmentationDataset(resolve(data).val, spec)
+    val = val_images(data, spec)
     items = [val[index * len(val) // count] for index in range(min(count, len(val)))]
     columns = []
     for row in rows:

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from allspark.cli.recipe import build_method, complete
-from allspark.config import Recipe, build_recipe, load_recipe, to_plain
+from allspark.config import DEVICES, MODES, PRECISIONS, Recipe, build_recipe, load_recipe, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
 from allspark.download import file_digest
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
-from allspark.engine.step import PRECISIONS, autocast, set_precision
+from allspark.engine.step import autocast, set_precision
 from allspark.errors import UserError
-from allspark.evaluation.inference import MODES, Inference, inference_for
+from allspark.evaluation.inference import Inference, inference_for
 from allspark.models.segmentor import build_model
 
 ANY_CROP = 64  # to build a model with, where nothing tells the crop: a model without a memory has no use for it
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, help="default: the recipe's, else the data set's own")
     parser.add_argument("--scales", type=scale_list, default=(1.0,), metavar="S,S", help="such as 0.75,1,1.25")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument(
         "--precision", default="fp32", choices=PRECISIONS, help="of the network; its logits are float32"
     )
@@ -94,6 +94,8 @@ def load_for_inference(path: str | Path, device: torch.device, dataset: str | No
     """
     content = load_checkpoint(path)
     loaded = (load_imported if is_imported(content) else load_trained)(content, path, dataset)
+    if not all(tensor.isfinite().all() for tensor in loaded.model.state_dict().values()):
+        raise UserError(f"{path}: weights in it are NaN or infinite, it predicts nothing; use another checkpoint")
     return replace(loaded, model=loaded.model.to(device).eval(), meta={**loaded.meta, "sha256": file_digest(path)})
 
 

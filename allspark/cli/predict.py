@@ -24,7 +24,7 @@ from allspark.distributed import choose_device
 from allspark.errors import UserError
 from allspark.evaluation.evaluate import check_size, equal_sizes, predict_with_confidence
 from allspark.evaluation.inference import Inference
-from allspark.evaluation.outputs import PredictionFolder, unique_names
+from allspark.evaluation.outputs import PredictionFolder, real, unique_names
 from allspark.evaluation.video import VIDEO_SUFFIXES, frame_count, frames, is_video
 
 LARGE = 4_000_000  # pixels, from which on it is asked whether an image fits into memory: half a second for each size
@@ -156,8 +156,11 @@ def find_images(words: list[str], out: Path, data_root: Path | None) -> list[Pat
     """The images and videos that the words mean, each once, in their order; nothing below `out` is one of them."""
     found: dict[Path, Path] = {}
     for word in words:
-        for image in images_of(word, out.resolve(), data_root):
-            found.setdefault(image.resolve(), image)
+        for image in images_of(word, real(out), data_root):
+            if image.is_symlink():
+                found.setdefault(real(image), image)
+            else:  # its own name goes before a link's
+                found[real(image)] = image
     return list(found.values())
 
 
@@ -175,7 +178,7 @@ def images_of(word: str, out: Path, data_root: Path | None) -> list[Path]:
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     else:
         raise UserError(f"{word}: no such image, folder or list; correct the path")
-    named = (file for file in files if file.suffix.lower() in suffixes and out not in file.resolve().parents)
+    named = (file for file in files if file.suffix.lower() in suffixes and out not in real(file).parents)
     images = [file for file in named if file.is_file() or not file.exists()]  # a link to nothing is told
     if not images:
         kinds = ", ".join(sorted(suffixes))

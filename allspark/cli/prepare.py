@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from allspark.config import root_variable
+from allspark.data.base import usable_cores
 from allspark.data.prepare import PLANS
 from allspark.data.prepare.coco import OVERLAP
 from allspark.data.prepare.plan import Options, Plan, prepare
@@ -80,5 +81,4 @@ def download(plan: Plan, out: Path) -> list[Path]:
 def workers(asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise UserError(f"--workers: {asked}; give 1 or more")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked or min(cores, MOST_WORKERS)
+    return asked or min(usable_cores(), MOST_WORKERS)

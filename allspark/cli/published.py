@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +21,11 @@ from allspark.data.manifest import (
     list_hash,
     load_manifest,
 )
-from allspark.data.splits import Line, read_lines
+from allspark.data.splits import MAX_LIST, Line, read_lines
 from allspark.download import fetch
 from allspark.errors import UserError
+from allspark.whole import write_text
 
-MAX_LIST = 64 << 20  # bytes; COCO's unlabeled lists have 6 million
 Listed = tuple[Published, str, Facts]  # a list of the manifest: its split, its kind, what is known of it
 SAME = (Verdict.IDENTICAL, Verdict.REORDERED)
 UNRECORDED = {  # what is accepted of a list whose own hash nobody computed
@@ -262,16 +260,8 @@ def is_plain(images: Sequence[str]) -> bool:
 
 
 def write_list(path: Path, images: Sequence[str], layout: Layout) -> None:
-    """Lines `image mask`; the whole file or none."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(f"{i} {layout.mask_of(i)}\n" for i in images), encoding="utf-8", newline="\n")
-        beside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another --out") from None
+    """Lines `image mask`."""
+    write_text(path, "".join(f"{i} {layout.mask_of(i)}\n" for i in images), "make room or choose another --out")
 
 
 def build(args: argparse.Namespace, root: Path) -> None:

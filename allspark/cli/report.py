@@ -10,26 +10,25 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, write_text
+from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
 from allspark.cli.loading import load_for_inference, positive
-from allspark.config import RUN_KEYS, DataConfig, to_plain
+from allspark.config import DEVICES, RUN_KEYS, DataConfig, to_plain
 from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
-from allspark.data.splits import check_files, find_data, val_entries
+from allspark.data.base import DatasetSpec, worker_count
 from allspark.distributed import choose_device
-from allspark.engine.checkpoint import load_checkpoint
 from allspark.engine.log import METRICS
 from allspark.errors import UserError, shown
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.examples import Extremes, Scored, encoded
 from allspark.evaluation.metrics import Scores, finite
+from allspark.whole import write_text
 
 PARTS = Path(__file__).parent  # report.html, report.css and report.js lie beside this file
 LIMIT = 10 * 10**6  # bytes of a page; images are left out above it
@@ -53,12 +52,16 @@ class Evaluated:
 
 @dataclass
 class Entry:
-    """A run on the page under its name; evaluated: None with --no-images. split: as its checkpoint tells it."""
+    """A run on the page under its name; evaluated: None with --no-images."""
 
     name: str
     run: Run
-    split: Mapping[str, str] = field(default_factory=dict)
     evaluated: Evaluated | None = None
+
+    @property
+    def split(self) -> Mapping[str, str]:
+        """Its lists and their hashes, as what was evaluated tells it."""
+        return self.run.facts.get("split", {}) if self.evaluated is None else self.evaluated.meta["split"]
 
     @property
     def best(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-images", action="store_true", help="what the logs tell alone: no data, no checkpoint")
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="which one is evaluated")
     parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipes say")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
 
 
@@ -82,16 +85,11 @@ def main(args: argparse.Namespace) -> None:
     if args.images > MOST_IMAGES:
         raise UserError(f"--images {args.images}: give at most {MOST_IMAGES}, a page holds {LIMIT / 1e6:.0f} MB")
     entries = read_entries(args.runs)
-    for place, entry in enumerate(entries):
-        if args.no_images:
-            entry.split = split_of(entry.run.folder)
-        else:
-            count = 0 if place else args.images
-            entry.evaluated = evaluate_run(entry, args, count)
-            entry.split = entry.evaluated.meta["split"]
+    for place, entry in enumerate(() if args.no_images else entries):
+        entry.evaluated = evaluate_run(entry, args, 0 if place else args.images)
     notes = [*differing_lists({entry.name: entry.split for entry in entries}), *score_notes(entries)]
     text, left_out = page_below(LIMIT, entries, notes)
-    write_text(args.out, text)
+    write_text(args.out, text, "make room or choose another --out")
     for note in (*notes, *left_out):
         print(f"WARNING: {note}", file=sys.stderr)
     print(f"{args.out}: {len(entries)} run(s), {len(text) / 1e6:.1f} MB; open it in a browser")
@@ -148,18 +146,6 @@ def is_evaluation(line: Mapping[str, Any]) -> bool:
     return numbers and is_number(line["miou"]) and is_count(line.get("epoch"))
 
 
-def split_of(folder: Path) -> Mapping[str, str]:
-    """What the checkpoints there say of the lists; nothing where none is left."""
-    for name in CHECKPOINTS:
-        try:
-            split = load_checkpoint(folder / f"{name}.pth", ("split",))["split"]
-        except UserError:
-            continue
-        if isinstance(split, Mapping) and all(isinstance(value, str) for value in split.values()):
-            return split
-    return {}
-
-
 def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluated:
     """The checkpoint of the run on val, by the run's own mode; `count` best and worst images are kept."""
     path = entry.run.folder / f"{args.checkpoint}.pth"
@@ -185,16 +171,6 @@ def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluate
     except UserError as error:
         raise UserError(f"{error}{WITHOUT}") from None
     return Evaluated(scores, extremes, inference.mode, loaded.meta)
-
-
-def val_images(data: DataConfig, spec: DatasetSpec) -> SegmentationDataset:
-    """The images of val, each with its mask, every file known to exist."""
-    entries = val_entries(data, spec, find_data(data, spec))
-    for entry in entries:
-        if entry.sample.mask is None:
-            raise UserError(f"{entry.source}: {entry.sample.image} has no mask; write `image mask`")
-    check_files(entries)
-    return SegmentationDataset([entry.sample for entry in entries], spec)
 
 
 def score_notes(entries: Sequence[Entry]) -> Iterator[str]:
@@ -298,7 +274,7 @@ def facts(entry: Entry) -> dict[str, str]:
         "crop, optimizer": f"{recipe.data.crop_size}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
         "mIoU, last epoch": f"{last['miou']:.2f}",
         "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch']}; selected on val)",
-        "device": device_of(run.folder / "train.log"),
+        "device": device_words(run.facts),
         "time": f"{timedelta(seconds=round(60 * training_minutes(run)))} by its logged speed, without evaluations",
         "evaluated here": evaluated,
     }
@@ -312,14 +288,12 @@ def split_words(data: DataConfig, split: Mapping[str, str]) -> str:
     return f"{name}, lists sha256 {split['sha256'][:12]}" if "sha256" in split else f"{name}, hash not known"
 
 
-def device_of(log: Path) -> str:
-    """What the last start said in train.log."""
-    try:
-        text = log.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "not known, no train.log"
-    starts = re.findall(r"^\S+ \S+  (\d+ process\(es\) on .*)$", text, re.MULTILINE)
-    return starts[-1].strip() if starts else "not known"
+def device_words(facts: Mapping[str, Any]) -> str:
+    """What the last start ran on."""
+    if not {"processes", "device", "torch", "revision"} <= facts.keys():
+        return "not known: the run is older than run.json"
+    processes, device, torch, revision = (facts[key] for key in ("processes", "device", "torch", "revision"))
+    return f"{processes} process(es) on {device}, torch {torch}, revision {revision}"
 
 
 def differing_keys(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:

@@ -182,7 +182,7 @@ def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in entries:
             yield Path(entry.path)
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # not entry.is_dir(): that fails at a link that leads to itself
                 yield from all_below(Path(entry.path), (*above, here))
 
 
@@ -205,6 +205,8 @@ def read_image(path: Path) -> np.ndarray:
             raise BadSample(f"{path}: floating-point values have no fixed range; save it with 8 bits per channel")
         if image.mode.startswith("I"):
             values = np.asarray(image).astype(np.int64)
+            if values.max() >= 1 << 16:
+                raise BadSample(f"{path}: 32-bit values have no fixed range; save it with 8 or 16 bits per channel")
             grey = values >> 8 if values.max() > 255 else values
             return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
         if image.has_transparency_data:  # below it may be what somebody erased
@@ -346,8 +348,11 @@ def worker_count(asked: int | None) -> int:
     """
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, cores // from_environment("LOCAL_WORLD_SIZE", 1, least=1)))
+    return max(1, min(MAX_WORKERS, usable_cores() // from_environment("LOCAL_WORLD_SIZE", 1, least=1)))
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def attempts(tasks: Sequence[Callable]) -> list:

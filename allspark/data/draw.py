@@ -12,6 +12,7 @@ import numpy as np
 from allspark.data.base import DatasetSpec, Sample, at_once, read_mask
 from allspark.data.splits import Entry, check_files
 from allspark.errors import UserError
+from allspark.whole import write_text
 
 
 def make_splits(
@@ -130,11 +131,7 @@ def write_splits(
         raise UserError(f"{there[0]} is there already ({len(there)} of {len(files)} lists); --force overwrites")
     for path, entries in files.items():
         text = "".join(f"{list_line(entry.sample, data_root)}\n" for entry in entries)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+        write_text(path, text, "make room or choose another --out")
     return list(files)
 
 

@@ -83,7 +83,7 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
             raise  # permissions, a server that is away: nothing is said of what the file holds
         raise UserError(
             f"{path}: not a readable checkpoint, truncated or of another program ({reason_of(error)}); "
-            f"use another one, or train with --fresh to start over"
+            f"copy it again, or use another one: best.pth, latest.pth and previous.pth of a run are each whole"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
@@ -113,7 +113,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | No
             if (folder / name).exists() or name == LATEST:
                 errors[name] = error
     if len(errors) == 1:
-        raise errors[LATEST]
+        raise UserError(f"{errors[LATEST]} (--fresh starts over)")
     raise UserError(
         f"{folder}: none of {', '.join(errors)} can be read; bring one of them back, or --fresh to start over. "
         f"{errors[LATEST]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from allspark.config import Recipe
 from allspark.errors import UserError
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # as the recipe knows them
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,10 +25,17 @@ def set_precision(precision: str, device: torch.device) -> None:
     if precision in ("tf32", "fp16") and device.type != "cuda":
         what = "is arithmetic of NVIDIA GPUs" if precision == "tf32" else "needs a GPU: float16 is slow on a CPU"
         raise UserError(f"precision={precision} {what}, and this is a {device.type}; choose fp32 or bf16")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError("precision=bf16 needs a GPU of the Ampere generation or younger; choose fp16 or fp32")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16; a CPU without such instructions only emulates it, and is slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def set_deterministic(deterministic: bool) -> None:
@@ -60,11 +66,9 @@ def pass_size(recipe: Recipe, processes: int) -> int:
     return size
 
 
-@contextlib.contextmanager
-def accumulating(network: nn.Module, last: bool) -> Iterator[None]:
+def accumulating(network: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Passes of a step in here: their gradients are exchanged between processes once, with the last of them."""
-    with contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync():
-        yield
+    return contextlib.nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync()
 
 
 def mean_losses(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

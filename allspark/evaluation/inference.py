@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allspark.config import MODES
 from allspark.data.base import MIN_SIDE, DatasetSpec
 from allspark.errors import UserError
-
-MODES = ("whole", "center_crop", "sliding_window")
 
 
 @dataclass(frozen=True)

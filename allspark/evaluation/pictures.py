@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from allspark.errors import UserError
+from allspark.whole import whole
 
 if TYPE_CHECKING:  # loaded only where a figure is drawn
     from matplotlib.axes import Axes
@@ -28,6 +27,7 @@ Points = Sequence[tuple[int, float]]  # (step, value), each step once
 
 UNKNOWN = (255, 255, 255)  # ignored pixels and values without a class; black would be read as background
 MARGIN = 20  # pixels around a page
+SOFTWARE = "AllSpark"  # in every PNG, so that only such a one is ever replaced
 INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
 COLORS = tuple(f"C{index}" for index in range(10))  # matplotlib's ten; behind them the same in the next kind of line
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
@@ -89,26 +89,20 @@ def save_pixels(pixels: Picture, path: Path) -> None:
 
 
 def save_image(picture: Image.Image, path: Path) -> None:
-    """The whole file, of the kind that the suffix names, or none: written beside and renamed. UserError if it fails."""
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Of the kind that the suffix names; a PNG says who made it. UserError where it cannot be written."""
+    written_by = PngInfo()
+    written_by.add_text("Software", SOFTWARE)
+    with whole(path, "free space or choose another place") as beside:
+        picture.save(beside, Image.registered_extensions()[path.suffix.lower()], pnginfo=written_by)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether save_image wrote this file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(beside, kind)
-        beside.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):  # as a rule it is gone, renamed
-            beside.unlink()
-
-
-def triptych(image: Picture, truth: Picture, prediction: Picture, palette: Palette, gap: int = 6) -> np.ndarray:
-    """Image, truth and prediction side by side: (H, 3 W + 2 gap, 3) uint8."""
-    panels = [to_rgb(image), colorize(truth, palette), colorize(prediction, palette)]
-    space = np.full((panels[0].shape[0], gap, 3), PAPER, dtype=np.uint8)
-    return np.concatenate([panels[0], space, panels[1], space, panels[2]], axis=1)
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 @dataclass(frozen=True)

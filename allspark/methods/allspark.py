@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.errors import UserError
-from allspark.methods.base import Criterion, Progress, TeacherMethod, check_threshold, joint_forward, pseudo_loss
+from allspark.methods.base import Criterion, Progress, TeacherMethod, joint_forward, pseudo_loss
 from allspark.models.segmentor import unwrap
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 from allspark.thresholds import ClassThresholds
@@ -43,8 +43,7 @@ class AllSpark(TeacherMethod):
         teacher: Literal["none", "ema"] = "none",
         teacher_momentum: float = 0.996,
     ) -> None:
-        super().__init__(criterion, teacher_momentum if teacher == "ema" else None)
-        check_threshold(threshold)
+        super().__init__(criterion, teacher_momentum if teacher == "ema" else None, threshold)
         if class_thresholds and not threshold:
             raise UserError("method.class_thresholds=true needs the one that they begin at: set method.threshold=0.95")
         strong = (unlabeled_view,) if cutmix or unlabeled_view != "weak" else ()
@@ -52,7 +51,6 @@ class AllSpark(TeacherMethod):
         self.warmup_epochs = warmup_epochs
         self.share_keys = pseudo_context == "batch"
         self.ignore_padding = ignore_padding
-        self.threshold = threshold
         self.class_wise, self.class_thresholds = class_thresholds, None
 
     def attach(self, model: nn.Module) -> None:

@@ -33,17 +33,20 @@ class Method(nn.Module, ABC):
     """Batches -> losses. A module, so that its state (teachers, thresholds) is checkpointed and moved like any other.
 
     The keyword-only arguments of a subclass are its options, `method.*` in a recipe. `criterion(logits, mask)` is the
-    labeled loss of the recipe. A method sees no loader, optimizer, writer, rank or checkpoint.
+    labeled loss of the recipe, `threshold` the least confidence of a pseudo-label that is learned from. A method sees
+    no loader, optimizer, writer, rank or checkpoint.
     """
 
     views = Views()
-    threshold: float | None = None  # least confidence of a pseudo-label that is learned from
+    mixes = False  # whether it pastes images into each other where the loader has no box for them
     takes_bottleneck = True  # False: a model with one is refused
     facts: tuple[str, ...] = ()  # fields of DatasetSpec that the constructor takes beside its options
 
-    def __init__(self, criterion: Criterion) -> None:
+    def __init__(self, criterion: Criterion, threshold: float | None = None) -> None:
         super().__init__()
-        self.criterion = criterion
+        if threshold is not None and not 0 <= threshold <= 1:  # 95 would keep no pixel, and say nothing
+            raise UserError(f"method.threshold={threshold} is a probability and must be in 0..1")
+        self.criterion, self.threshold = criterion, threshold
 
     def attach(self, model: nn.Module) -> None:
         """Once, before a checkpoint is loaded, the optimizer is built and DDP wraps the model (a Segmentor).
@@ -58,7 +61,7 @@ class Method(nn.Module, ABC):
         """One training step: "loss" to descend on, and its parts to log."""
 
     def after_step(self, model: nn.Module, progress: Progress) -> None:
-        """Once per optimizer step."""
+        """Once per optimizer step, also after one that was skipped, which left the network as it was."""
 
     def predictor(self, model: nn.Module) -> nn.Module:
         """The network that is evaluated and saved as the result."""
@@ -89,8 +92,8 @@ class TeacherMethod(Method):
     pseudo_context=batch: with those of its batch mates). With teacher_momentum=None the student stands for it.
     """
 
-    def __init__(self, criterion: Criterion, teacher_momentum: float | None) -> None:
-        super().__init__(criterion)
+    def __init__(self, criterion: Criterion, teacher_momentum: float | None, threshold: float | None = None) -> None:
+        super().__init__(criterion, threshold)
         if teacher_momentum is not None and not 0 <= teacher_momentum < 1:  # one that keeps all of itself never learns
             raise UserError(f"method.teacher_momentum={teacher_momentum} must be at least 0 and below 1")
         self.teacher_momentum = teacher_momentum
@@ -108,10 +111,10 @@ class TeacherMethod(Method):
         return unwrap(model) if self.teacher is None else self.teacher.model
 
 
-def check_threshold(threshold: float | None) -> None:
-    """A threshold is a probability: 95 would keep no pixel, and say nothing."""
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"method.threshold={threshold} is a probability and must be in 0..1")
+def check_weight(unlabeled_weight: float) -> None:
+    """Of the unlabeled loss: a negative one would train away from the labels, and say nothing."""
+    if not unlabeled_weight >= 0:  # nan, too
+        raise UserError(f"method.unlabeled_weight={unlabeled_weight} must be at least 0")
 
 
 def pseudo_loss(

@@ -9,7 +9,6 @@ from allspark.methods.base import (
     Criterion,
     Method,
     Progress,
-    check_threshold,
     joint_forward,
     pseudo_loss,
     unlabeled_forward,
@@ -35,10 +34,8 @@ class FixMatch(Method):
         warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
-        super().__init__(criterion)
-        check_threshold(threshold)
+        super().__init__(criterion, threshold)
         self.views = Views(labeled=labeled_view, strong=(unlabeled_view,), cutmix=cutmix)
-        self.threshold = threshold
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding
 

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.errors import UserError
 from allspark.hardness import clipped_boxes, easiness, opposite_ranks
 from allspark.methods.base import (
     Criterion,
     Progress,
     TeacherMethod,
-    check_threshold,
+    check_weight,
     joint_forward,
     unlabeled_forward,
 )
@@ -30,6 +29,7 @@ class IMAS(TeacherMethod):
     """
 
     facts = ("background",)
+    mixes = True
 
     def __init__(
         self,
@@ -44,13 +44,10 @@ class IMAS(TeacherMethod):
         warmup_epochs: int = 5,
         ignore_padding: bool = False,
     ) -> None:
-        super().__init__(criterion, teacher_momentum)
-        check_threshold(threshold)
-        if not unlabeled_weight >= 0:  # nan, too
-            raise UserError(f"method.unlabeled_weight={unlabeled_weight} must be at least 0")
+        super().__init__(criterion, teacher_momentum, threshold)
+        check_weight(unlabeled_weight)
         self.views = Views(labeled=labeled_view, strong=(unlabeled_view,))
         self.background = background
-        self.threshold = threshold
         self.unlabeled_weight = unlabeled_weight
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding

@@ -11,7 +11,6 @@ from allspark.methods.base import (
     Criterion,
     Progress,
     TeacherMethod,
-    check_threshold,
     joint_forward,
     pseudo_loss,
     unlabeled_forward,
@@ -40,8 +39,7 @@ class MaskMatch(TeacherMethod):
         warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
-        super().__init__(criterion, teacher_momentum)
-        check_threshold(threshold)
+        super().__init__(criterion, teacher_momentum, threshold)
         if not 0 <= masked <= 1:
             raise UserError(f"method.masked={masked} is a share of the patches and must be in 0..1")
         if patch_size < 1:
@@ -49,7 +47,6 @@ class MaskMatch(TeacherMethod):
         if not scales or not all(0 < scale <= 16 for scale in scales):
             raise UserError(f"method.scales={list(scales)}: give one or more factors above 0 and at most 16")
         self.views = Views(labeled="weak", strong=("strong",), cutmix=cutmix)
-        self.threshold = threshold
         self.masked, self.patch_size = masked, patch_size
         self.scales = scales
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck

@@ -9,7 +9,7 @@ from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.errors import UserError
 from allspark.losses import consistency_loss
 from allspark.masking import cut_out
-from allspark.methods.base import Criterion, Method, Progress, joint_output
+from allspark.methods.base import Criterion, Method, Progress, check_weight, joint_output
 from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
 from allspark.models.segmentor import unwrap
 from allspark.pseudo import Pseudo, fuse, labeling
@@ -43,6 +43,7 @@ class PseudoSeg(Method):
             raise UserError(f"method.gamma={gamma} is a share and must be in 0..1")
         if not temperature > 0:
             raise UserError(f"method.temperature={temperature} must be above 0; 1 sharpens nothing")
+        check_weight(unlabeled_weight)
         self.views = Views(labeled=labeled_view, strong=(unlabeled_view,))
         self.background = background
         self.gamma, self.temperature = gamma, temperature
@@ -53,6 +54,11 @@ class PseudoSeg(Method):
         network = unwrap(model)
         channels, classes = network.encoder.channels[-2:], network.decoder.classifier
         num_classes, has_background = classes.out_channels, self.background is not None
+        if num_classes == has_background:
+            raise UserError(
+                "pseudoseg's image classifier tells which classes an image has, and this data set has the background "
+                "alone: set data.custom.background to none, or choose another method"
+            )
         network.heads["classifier"] = ImageClassifier(channels[-1], num_classes - has_background)
         network.heads["sgc"] = SelfAttentionCAM(
             channels, num_classes, has_background, multiple=network.multiple, resize=network.decoder.resize

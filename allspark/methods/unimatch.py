@@ -10,7 +10,6 @@ from allspark.methods.base import (
     Criterion,
     Method,
     Progress,
-    check_threshold,
     joint_output,
     pseudo_loss,
     unlabeled_forward,
@@ -37,10 +36,8 @@ class UniMatch(Method):
         warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
-        super().__init__(criterion)
-        check_threshold(threshold)
+        super().__init__(criterion, threshold)
         self.views = Views(labeled="weak", strong=("strong", "strong"), cutmix=cutmix)
-        self.threshold = threshold
         self.perturb = FeatureDropout(feature_dropout)
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding

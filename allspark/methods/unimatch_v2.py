@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.methods.base import Criterion, Progress, TeacherMethod, check_threshold, joint_output, pseudo_loss
+from allspark.methods.base import Criterion, Progress, TeacherMethod, joint_output, pseudo_loss
 from allspark.models.segmentor import unwrap
 from allspark.perturb import ComplementaryDropout
 from allspark.pseudo import Pseudo, cutmix, predict_pseudo
@@ -33,10 +33,8 @@ class UniMatchV2(TeacherMethod):
         warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
-        super().__init__(criterion, teacher_momentum)
-        check_threshold(threshold)
+        super().__init__(criterion, teacher_momentum, threshold)
         self.views = Views(labeled="weak", strong=("strong", "strong"), cutmix=cutmix)
-        self.threshold = threshold
         self.perturb = ComplementaryDropout(feature_dropout)
         self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding

@@ -18,7 +18,7 @@ class CrossBatch:
     """What a training batch of labeled images followed by unlabeled ones carries into the bottleneck.
 
     num_labeled: how many images at the front are labeled; 0: the unlabeled branch alone, nothing is written. All of
-    them: the memory is read, and nothing is written.
+    them: nothing is written, and the memory, of which something must be there, is read.
     pseudo_logits (B_u, K, H, W): evaluation logits of the unlabeled images, they decide the class of each channel.
     read_memory: keys and values come from the memory (after warm-up) instead of the unlabeled images of the batch.
     """
@@ -153,6 +153,7 @@ class AllSparkBottleneck(nn.Module):
         attended_u = self.self_branch(unlabeled) if both else torch.zeros_like(unlabeled) + idle(self.self_branch)
         if cross.num_labeled == 0:
             return attended_u
+        assert len(unlabeled) or cross.read_memory, "labeled images alone have nothing but the memory to attend to"
         if len(unlabeled):
             self.remember(unlabeled.detach(), cross.pseudo_logits, size)
         context, present = unlabeled, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import shutil
@@ -12,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from allspark.errors import UserError
+from allspark.whole import whole
 
 TEMPORARY = ".preparing"  # suffix of files that are being written
 QUEUED = 4  # tasks per worker that wait with their content in memory
-NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -121,23 +120,10 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
+def beside(target: Path) -> AbstractContextManager[Path]:
     """A temporary path in the target's folder, renamed to it at the end. UserError: it cannot be written."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        why = "the disk is full" if error.errno in NO_SPACE else error.strerror
-        raise UserError(
-            f"{target}: cannot be written ({why}); make room or choose another --out, then run the same command again: "
-            "what is done already stays"
-        ) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    remedy = "make room or choose another --out, then run the same command again: what is done already stays"
+    return whole(target, remedy, TEMPORARY)
 
 
 def remove_temporaries(folders: Iterable[Path]) -> None:
