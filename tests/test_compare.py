@@ -211,6 +211,15 @@ def test_twenty_rows_are_told_apart(tmp_path):
         assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
 
 
+def test_a_method_and_its_variants_have_one_colour():
+    names = ["a", "a+allspark", "b", "b+none", "a+more", *(f"row {index}" for index in range(10)), "row 1+allspark"]
+    found = pictures.looks(names)
+    kinds = {(look["color"], look["linestyle"]) for look in found.values()}
+    assert len(kinds) == len(names)
+    assert len({found[name]["color"] for name in ("a", "a+allspark", "a+more")}) == 1
+    assert found["b+none"]["color"] == found["b"]["color"] != found["a"]["color"]
+
+
 def test_panels_of_many_rows_share_a_legend(tmp_path):
     """As wide as with few rows, and with room below the panels for every name."""
     few, many = ({f"row {i}": [[(1, 20.0 + i), (2, 25.0)]] for i in range(count)} for count in (3, 20))

@@ -339,10 +339,18 @@ def losses(run: Run) -> dict[str, Points]:
 
 
 def pseudo_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:
-    return {
-        f"{PSEUDO[key]} (%)": {row.name: [run.points(key) for run in row.runs] for row in rows}
-        for key in pseudo_keys(rows)
-    }
+    """Accuracy, coverage, and what both come to: the share of all pixels that are learned from and right."""
+    keys = pseudo_keys(rows)
+    panels = {f"{PSEUDO[key]} (%)": {row.name: [run.points(key) for run in row.runs] for row in rows} for key in keys}
+    if len(keys) == len(PSEUDO):
+        panels["confident and right, of all pixels (%)"] = {row.name: list(map(right, row.runs)) for row in rows}
+    return panels
+
+
+def right(run: Run) -> Points:
+    """(step, accuracy times coverage of the pseudo-labels, in percent)."""
+    accuracy = dict(run.points("pseudo_accuracy"))
+    return [(step, accuracy[step] * share / 100) for step, share in run.points("pseudo_coverage") if step in accuracy]
 
 
 def class_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ UNKNOWN = (255, 255, 255)  # ignored pixels and values without a class; black wo
 MARGIN = 20  # pixels around a page
 SOFTWARE = "AllSpark"  # in every PNG, so that only such a one is ever replaced
 INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
-COLORS = tuple(f"C{index}" for index in range(10))  # matplotlib's ten; behind them the same in the next kind of line
+COLORS = (*(f"C{index}" for index in range(10)), "black")  # behind them the same in the next kind of line
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 LOSS_COLUMNS = 4  # panels of losses side by side
 FEW = 6  # rows that a panel shows with their legend inside, from zero on; more take its whole height
@@ -278,17 +278,27 @@ def draw_rows(axes: Axes, rows: Mapping[str, Sequence[Points]], title: str, lege
 
     -> the line of each row that has points.
     """
-    lines = {}
-    for index, (name, seeds) in enumerate(rows.items()):
+    lines, look_of = {}, looks(rows)
+    for name, seeds in rows.items():
         steps, values = over_seeds(seeds)
         if not steps:
             continue
-        mean, turn = values.mean(0), index // len(COLORS) % len(LINES)
-        look = dict(color=COLORS[index % len(COLORS)], linestyle=LINES[turn][0], marker=LINES[turn][1])
+        mean, look = values.mean(0), look_of[name]
         (lines[name],) = axes.plot(steps, mean, markersize=3.5, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}", **look)
         shade(axes, steps, values, look["color"], alpha=0.15 if len(rows) <= FEW else 0.06)
     style_axes(axes, title, legend=legend, outside=len(rows) > FEW)
     return lines
+
+
+def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour, line and marker of each row, no two alike as long as there are enough. NAME+MORE has NAME's colour."""
+    colors: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        color = colors.setdefault(name.partition("+")[0], COLORS[len(colors) % len(COLORS)])
+        kinds = (dict(color=color, linestyle=line, marker=marker) for line, marker in LINES)
+        found[name] = next((look for look in kinds if look not in found.values()), dict(color=color))
+    return found
 
 
 def draw_losses(axes: Axes, seeds: Sequence[Mapping[str, Points]], title: str) -> None:
