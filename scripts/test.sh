@@ -11,7 +11,7 @@ report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 status=0
 # One thread each, however many cores: sums, and so the bit-identical runs, do not depend on the machine
-OMP_NUM_THREADS=1 python -m pytest -q -rs -n "${workers:-auto}" --maxprocesses=8 --dist worksteal --junitxml="$report" "$@" || status=$?
+OMP_NUM_THREADS=1 python -m pytest -q -rs --durations=15 -n "${workers:-auto}" --maxprocesses=8 --dist worksteal --junitxml="$report" "$@" || status=$?
 python - "$report" <<'EOF' || true
 import sys
 from collections import Counter

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -155,17 +156,41 @@ def finished(tiny_root, tmp_path_factory, one_thread):
         file.unlink()
 
 
+def environment(more: dict[str, object]) -> dict[str, str]:
+    """Of the tests' processes: one thread, no GPU."""
+    return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | {key: str(more[key]) for key in more}
+
+
+@pytest.fixture(scope="session")
+def fork_process(tmp_path_factory):
+    """(train.py|eval.py|-m allspark, words) -> a real process where its code and messages are the point.
+
+    It is forked from one that has imported everything, which start_process's take four seconds for. What is about the
+    start itself, signals, launchers or memory takes start_process.
+    """
+    folder, started = tmp_path_factory.mktemp("forked"), []
+    forks.serve()
+
+    def fork(words: Sequence[object], **more_env: object) -> forks.Command:
+        started.append(forks.Command(words, environment(more_env), folder / str(len(started))))
+        return started[-1]
+
+    yield fork
+    for process in started:
+        process.kill()
+        process.join()
+
+
 @pytest.fixture(scope="session")
 def start_process():
     """(words after python) -> a real process in the repository, one thread, no GPU; ended with the session."""
     started: list[subprocess.Popen] = []
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
     def start(words: Sequence[object], **more_env: object) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, *map(str, words)],
             cwd=REPO,
-            env=env | {name: str(value) for name, value in more_env.items()},
+            env=environment(more_env),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

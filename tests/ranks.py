@@ -1,9 +1,9 @@
-"""Real gloo processes that stand ready for the session's tests: each is started, and imports torch, once."""
+"""Real gloo processes that stand ready for the session's tests: each is started once."""
 
-import multiprocessing
 import os
 import socket
 
+import forks
 import torch
 
 from allspark import distributed
@@ -30,11 +30,12 @@ class Ranks:
     """ranks(function, *args) -> what it returned in each process, in rank order."""
 
     def __init__(self, world):
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        port = free_port()
+        forks.serve()
         self.pipes, self.processes = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, world, port, theirs), daemon=True)
+            ours, theirs = forks.context.Pipe()
+            process = forks.context.Process(target=serve, args=(rank, world, port, theirs), daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is seen
             self.pipes.append(ours)

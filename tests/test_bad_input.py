@@ -243,7 +243,7 @@ FOUND_BY_CHECK = ("mask value", "no class in any mask of val", "empty val list",
 def test_check_finds_the_same_before_a_run(damage, place, refused):
     damage.do(place.root)
     words = place.lists("--method", "selftrain") if damage.lists else ["--config", place.config]
-    refused(verbs.main, ["check", *words], *damage.told)
+    refused(verbs.main, ["check", "--data-only", *words], *damage.told)
 
 
 def test_damage_that_the_start_did_not_open_is_told_no_worse(place, refused):
@@ -406,7 +406,7 @@ def test_save_path_of_a_run_with_another_recipe(finished, refused):
 
 
 @pytest.fixture(scope="module")
-def processes(tiny_root, finished, start_process, tmp_path_factory):
+def processes(tiny_root, finished, start_process, fork_process, tmp_path_factory):
     """One of each kind, started with the module's first test: name -> (process, what its message holds)."""
     root = tmp_path_factory.mktemp("damaged") / "data"
     roots = {}
@@ -419,7 +419,7 @@ def processes(tiny_root, finished, start_process, tmp_path_factory):
     half_written.write_bytes((finished.run / "best.pth").read_bytes()[:100_000])
     (root / "half.zip").write_bytes(b"PK\x03\x04" + bytes(100))
     prepare = ["-m", "allspark", "prepare", "camvid", "--from", root / "half.zip", "--out", root / "out"]
-    check = ["-m", "allspark", "check", "--config", finished.config]
+    check = ["-m", "allspark", "check", "--data-only", "--config", finished.config]
     commands = {
         "config": ([*run, "optim.learning_rate=3"], ("optim.learning_rate: unknown key",)),
         "split": ([*check, "--split", "1_3"], ("tiny/1_3/labeled.txt", "splits make")),
@@ -427,10 +427,11 @@ def processes(tiny_root, finished, start_process, tmp_path_factory):
         "mask": ([*check, roots["mask"][0]], roots["mask"][1]),
         "weights": ([*run, f"model.pretrained={half_written}"], ("half.pth", "not a readable weight file")),
         "archive": (prepare, ("half.zip", "truncated, damaged or not readable")),
-        "checkpoint": (["eval.py", "--checkpoint", half_written], ("half.pth", "not a readable checkpoint")),
     }
-    started = {name: (start_process(words), told) for name, (words, told) in commands.items()}
-    return started | {"environment": (start_process(run, WORLD_SIZE="two", RANK=0), ("WORLD_SIZE='two'",))}
+    started = {name: (fork_process(words), told) for name, (words, told) in commands.items()}
+    started["environment"] = fork_process(run, WORLD_SIZE="two", RANK=0), ("WORLD_SIZE='two'",)
+    evaluation = ["eval.py", "--checkpoint", half_written]  # by a Python that has imported nothing: by no other test
+    return started | {"checkpoint": (start_process(evaluation), ("half.pth", "not a readable checkpoint"))}
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 import eval as eval_script
-from allspark import distributed
 from allspark.batch import normalize
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
 from allspark.data import DATASETS, cityscapes, splits
@@ -124,27 +119,20 @@ def test_save_gets_every_image_once(dataset):
     assert sorted(names) == [f"image{index}" for index in range(5)]
 
 
-def one_process(rank, world, port, samples, root):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    with distributed.process_group("cpu") as device:
-        names = []
-        dataset = SegmentationDataset(samples, SPEC)
-        options = {"batch_size": 2, "save": lambda name, *tensors: names.append(name)}
-        scores = evaluate(Pointwise(), dataset, SPEC, device, Inference(), **options)
-        (root / f"rank{rank}.json").write_text(json.dumps([vars(scores), names]))
+def share(samples):
+    """In a process of a group: the scores, and the names of the images that were its own."""
+    names = []
+    options = {"batch_size": 2, "save": lambda name, *tensors: names.append(name)}
+    return vars(run(SegmentationDataset(samples, SPEC), **options)), names
 
 
-def test_two_processes_equal_one(dataset, tmp_path):
+def test_two_processes_equal_one(dataset, pair):
     """Five images on two processes: none is counted twice to make the set divide."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_process, (2, port, dataset.samples, tmp_path), nprocs=2)
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    for scores, _ in ranks:
-        np.testing.assert_equal(scores, vars(run(dataset)) | {"iou": list(run(dataset).iou)})
-    assert sorted(name for _, names in ranks for name in names) == [f"image{index}" for index in range(5)]
+    shares = pair(share, dataset.samples)
+    for scores, _ in shares:
+        np.testing.assert_equal(scores, vars(run(dataset)))
+    assert sorted(name for _, names in shares for name in names) == [f"image{index}" for index in range(5)]
+    assert all(names for _, names in shares)
 
 
 def test_bad_input_is_told(dataset, tmp_path):
@@ -436,9 +424,3 @@ def test_eval_tells_what_to_mend(checkpoint, tmp_path, capsys, more, told):
     assert run_main(eval_script.main, arguments(checkpoint, *more)) == 2
     message = capsys.readouterr().err
     assert re.search(told, message) and message.count("\n") == 1
-
-
-def test_eval_as_a_process(checkpoint):
-    command = [sys.executable, "eval.py", *arguments(checkpoint, "--list", "/nowhere.txt")]
-    done = subprocess.run(command, cwd=Path(eval_script.__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 2 and "/nowhere.txt" in done.stderr and "Traceback" not in done.stderr

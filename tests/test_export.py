@@ -13,7 +13,7 @@ from PIL import Image
 import train
 from allspark.__main__ import main
 from allspark.batch import normalize
-from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, open_torch, verified
+from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, verified
 from allspark.cli.loading import load_for_inference
 from allspark.config import ModelConfig
 from allspark.errors import UserError, run_main
@@ -51,7 +51,7 @@ def differences(run, model):
 
 
 def run_script_of_docs(mark, folder, monkeypatch, classes):
-    """The script as it stands in the docs, beside a photo -> (the mask that it wrote, the photo)."""
+    """The script as it stands in the docs, beside a photo -> (the mask that it wrote, the photo, its names)."""
     (code,) = (
         text for text in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S) if mark in text
     )
@@ -59,10 +59,11 @@ def run_script_of_docs(mark, folder, monkeypatch, classes):
     photo = np.random.default_rng(0).integers(0, 256, (90, 121, 3)).astype(np.uint8)
     Image.fromarray(photo).save(folder / "photo.jpg")
     monkeypatch.chdir(folder)
-    exec(compile(code, "docs/export.md", "exec"), {})
+    names = {}
+    exec(compile(code, "docs/export.md", "exec"), names)
     mask = Image.open(folder / "mask.png")
     assert mask.mode == "P" and mask.size == (121, 90) and np.asarray(mask).max() < classes
-    return np.asarray(mask), np.array(Image.open(folder / "photo.jpg"))
+    return np.asarray(mask), np.array(Image.open(folder / "photo.jpg")), names
 
 
 def agrees(mask, photo, model):
@@ -77,13 +78,13 @@ def test_torch_program(trained, tmp_path, monkeypatch, capsys):
     (checkpoint, loaded), file = trained, tmp_path / "model.pt2"
     assert export(checkpoint, "torch", file) == 0
     assert re.search(r"checked: logits differ by at most \d.\de[-+]\d\d", capsys.readouterr().out)
-    run = open_torch(file)
+    mask, photo, names = run_script_of_docs("torch.export", tmp_path, monkeypatch, 3)
+    assert agrees(mask, photo, loaded.model) > 0.999
+    run = names["network"]  # to load the file takes seconds
     assert max(differences(run, loaded.model)) < 1e-4
     student = build_model(loaded.recipe.model, 3, loaded.crop_size)
     student.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
     assert max(differences(run, student.eval())) > 1e-3
-    mask, photo = run_script_of_docs("torch.export", tmp_path, monkeypatch, 3)
-    assert agrees(mask, photo, loaded.model) > 0.999
     before = file.read_bytes()
     assert export(checkpoint, "torch", file) == 2 and file.read_bytes() == before  # without --force
     assert "overwrite it with --force" in capsys.readouterr().err
@@ -104,7 +105,7 @@ def test_onnx(trained, tmp_path, monkeypatch):
     about = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(about["classes"]) == ["ground", "left", "right"]
     assert json.loads(about["evaluated"]) == {"mode": "whole", "window": 65}
-    mask, photo = run_script_of_docs("onnxruntime", tmp_path, monkeypatch, 3)
+    mask, photo, _ = run_script_of_docs("onnxruntime", tmp_path, monkeypatch, 3)
     assert agrees(mask, photo, loaded.model) > 0.999
 
 

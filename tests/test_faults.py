@@ -2,7 +2,6 @@
 as the one that nobody disturbed; and the harness sees what differs.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -18,25 +18,31 @@ HARNESS = Path(__file__).parent.parent / "scripts" / "faults.py"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks, which this system does not")
 
 
-def test_a_run_with_every_fault_ends_as_the_undisturbed_one(tmp_path):
-    words = ["--kills", "3", "--terms", "1", "--flips", "1", "--methods", "allspark", "--out", tmp_path / "runs"]
-    words += ["--json", tmp_path / "found.json", "epochs=2", "evaluation.interval=2", "evaluation.pseudo_labels=0"]
-    done = subprocess.run([sys.executable, HARNESS, *words], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def faults():
+    """The harness; its folder is on the path of the processes that it has forked, too."""
+    forks.serve()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(HARNESS.parent)])
+        environment = dict(os.environ)
+        import faults
+
+        os.environ.clear()
+        os.environ.update(environment)
+        yield faults
+
+
+def test_a_run_with_every_fault_ends_as_the_undisturbed_one(faults, tmp_path):
+    words = ["--kills", "3", "--terms", "1", "--flips", "1", "--methods", "allspark", "--out", str(tmp_path / "runs")]
+    words += ["--json", str(tmp_path / "found.json")]
+    assert faults.main([*words, "epochs=2", "evaluation.interval=2", "evaluation.pseudo_labels=0"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert sorted(fault["kind"] for fault in found["faults"]) == ["flip", "kill", "kill", "term", "write"]
     assert all(fault["run"] and not fault["problem"] for fault in found["faults"])
     assert found["runs"] and not any(run["different"] for run in found["runs"])
 
 
-def test_the_harness_sees_what_differs(tmp_path):
-    spec = importlib.util.spec_from_file_location("faults", HARNESS)
-    faults = importlib.util.module_from_spec(spec)
-    sys.modules["faults"] = faults  # dataclasses look there
-    environment = dict(os.environ)
-    spec.loader.exec_module(faults)
-    os.environ.clear()
-    os.environ.update(environment)
+def test_the_harness_sees_what_differs(faults, tmp_path):
     content = {"model": {"w": torch.arange(3.0)}, "best": {"miou": 1.0}, "log": [{"loss": torch.ones(())}]}
     changes = {
         "same": {},

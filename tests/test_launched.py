@@ -47,14 +47,14 @@ def test_torchrun_gives_one_log_and_one_checkpoint(two_processes, read_metrics):
     assert not [name for name in load(run / "latest.pth")["model"] if name.startswith("module.")]
 
 
-def test_one_process_and_two_give_the_same_scores(two_processes, read_metrics, start_process, tmp_path):
+def test_one_process_and_two_give_the_same_scores(two_processes, read_metrics, fork_process, tmp_path):
     run, _ = two_processes
     words = ["--checkpoint", run / "latest.pth", "--device", "cpu", "--json"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what a launcher sets
-    pair = [start_process(["eval.py", *words, tmp_path / "2.json"], RANK=r, LOCAL_RANK=r, **group) for r in (0, 1)]
+    pair = [fork_process(["eval.py", *words, tmp_path / "2.json"], RANK=r, LOCAL_RANK=r, **group) for r in (0, 1)]
     assert run_main(eval_script.main, [*map(str, words), str(tmp_path / "1.json")]) == 0
     printed = []
     for process in pair:

@@ -242,9 +242,9 @@ def test_a_recipe_that_the_words_make_whole(check, place):
 
 def test_allspark_without_its_bottleneck_is_told(check):
     told = "method allspark without its bottleneck is self-training; with it: --method allspark"
-    assert told in check("method=allspark")[1]
-    assert told not in check("--method", "selftrain")[1] and told not in check()[1]
-    code, _, err = check("method=allspark_revised")
+    assert told in check("--data-only", "method=allspark")[1]
+    assert told not in check("--data-only", "--method", "selftrain")[1] and told not in check("--data-only")[1]
+    code, _, err = check("--data-only", "method=allspark_revised")
     assert code == 2 and "unknown method; one of supervised" in err
     assert "--method allspark_revised, behind --config FILE, too, takes the recipe of that name" in err
 

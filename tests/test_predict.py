@@ -411,9 +411,9 @@ def test_what_a_whole_pass_takes_is_foreseen(finished):
     assert abs(foreseen / ledger.peak - 1) < 0.2
 
 
-def test_a_real_process(start_process, finished, photos, tmp_path):
+def test_a_real_process(fork_process, finished, photos, tmp_path):
     words = ["--checkpoint", finished.run / "best.pth", "--out", tmp_path / "out", "--index-only", photos / "*.png"]
-    process = start_process(["-m", "allspark", "predict", *words])
+    process = fork_process(["-m", "allspark", "predict", *words])
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "3 of 3 images predicted" in out and not err  # no progress bar where nobody watches

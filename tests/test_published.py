@@ -108,10 +108,10 @@ def test_no_lists_no_verdict(tmp_path):
         splits("verify", "--dataset", "nope")
 
 
-def test_verify_through_a_real_process(own, start_process):
+def test_verify_through_a_real_process(own, fork_process):
     change(own / "shapes" / "val.txt", swapped)
-    process = start_process(["-m", "allspark", "splits", "verify", "--from", own])
-    out, error = process.communicate(timeout=60)
+    process = fork_process(["-m", "allspark", "splits", "verify", "--from", own])
+    out, error = process.communicate(timeout=240)
     assert process.returncode == 2 and "same images in another order" in out and error.count("\n") == 1
 
 

@@ -148,10 +148,10 @@ def test_every_recipe_resolves_and_reads_back(dataset, method, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
-def printing(start_process):
+def printing(fork_process):
     """A real process that prints a recipe, started with the module's first test: (its words, the process)."""
     words = ["--dataset", "cityscapes", "--method", "imas", "--print-config", "optim.lr=6e-4"]
-    return words, start_process(["train.py", *words])
+    return words, fork_process(["train.py", *words])
 
 
 def test_a_real_process_prints_the_same(printing, capsys):

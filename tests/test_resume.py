@@ -133,7 +133,8 @@ def test_a_run_from_before_a_key_existed_goes_on(finished, place, capsys):
 
 def test_a_finished_run_is_left_as_it_is(resumed, finished):
     def results():
-        return {path.name: path.read_bytes() for path in resumed.iterdir() if path.suffix in (".pth", ".jsonl")}
+        files = [path for path in resumed.iterdir() if path.suffix in (".pth", ".jsonl")]
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
     before = results()
     words = ["--config", str(finished.config), "--save-path", str(resumed)]

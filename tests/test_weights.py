@@ -412,8 +412,8 @@ def test_inspect_own(finished, call, tmp_path):
     assert "stub.pth" in call("inspect", tmp_path / "stub.pth", code=2)
 
 
-def test_real_process(source, start_process, tmp_path):
-    process = start_process(["-m", "allspark", "weights", "import", source, "--out", tmp_path / "ours.pth"])
+def test_real_process(source, fork_process, tmp_path):
+    process = fork_process(["-m", "allspark", "weights", "import", source, "--out", tmp_path / "ours.pth"])
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "0 missing" in out and (tmp_path / "ours.pth").is_file()
