@@ -21,7 +21,7 @@ from allspark.data.base import read_image, to_tensor
 from allspark.errors import UserError, run_main
 from allspark.evaluation import video
 from allspark.evaluation.inference import Inference, class_prob
-from allspark.evaluation.pictures import colorize, overlay, save_image, save_pixels
+from allspark.evaluation.pictures import colorize, is_ours, overlay, save_image, save_pixels
 
 KINDS = ("", "_color", "_overlay", "_confidence")
 SIZES = {"a": (64, 80), "b": (70, 45), "c": (64, 80), "d": (33, 96), "e": (64, 80)}  # height, width
@@ -205,6 +205,8 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match=r"picture\.png: cannot be written.*CMYK"):
         save_image(Image.new("CMYK", (4, 4)), path)  # which PNG cannot hold: the write dies behind the file's opening
     assert files(tmp_path) == ["new/picture.png"] and (stored(path) == 7).all()
+    save_image(Image.new("1", (18000, 10000)), path)  # more than Pillow opens unasked
+    assert is_ours(path)
 
 
 def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_path, capsys, finished):

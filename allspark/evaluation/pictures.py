@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from allspark.data.base import bounded
 from allspark.whole import whole
 
 if TYPE_CHECKING:  # loaded only where a figure is drawn
@@ -99,9 +100,9 @@ def save_image(picture: Image.Image, path: Path) -> None:
 def is_ours(path: Path) -> bool:
     """Whether save_image wrote this file."""
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        with bounded(path) as picture:
             return picture.info.get("Software") == SOFTWARE
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
