@@ -335,9 +335,9 @@ def curves(run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rounded(value: float | None, digits: int = 6) -> float | None:
-    """To so many digits that count: a page of many numbers stays small."""
-    return None if value is None else float(f"{value:.{digits}g}")
+def rounded(value: float | None) -> float | None:
+    """To six digits that count: a page of many numbers stays small."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def example(scored: Scored) -> dict[str, Any]:

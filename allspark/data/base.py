@@ -240,11 +240,11 @@ def stored_mask(path: Path) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def counted(values: np.ndarray, at_most: int = 8) -> str:
-    """'7 (3 pixels), 9 (1 pixel)'."""
+def counted(values: np.ndarray) -> str:
+    """'7 (3 pixels), 9 (1 pixel)', and of more than eight values how many more."""
     pairs = zip(*np.unique(values, return_counts=True), strict=True)
     found = [f"{value} ({count} pixel{'s' if count > 1 else ''})" for value, count in pairs]
-    return ", ".join(found[:at_most]) + (f" and {len(found) - at_most} more" if len(found) > at_most else "")
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
 def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:

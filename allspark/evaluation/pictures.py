@@ -359,9 +359,9 @@ def style_axes(axes: Axes, title: str, legend: bool = True, outside: bool = Fals
         axes.legend(fontsize=8.5, frameon=False, **place)
 
 
-def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
-    """Exponential moving average without the pull towards the first value (bias-corrected)."""
-    smoothed, mean, weight = [], 0.0, 0.0
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, which keeps 0.8, without the pull towards the first value (bias-corrected)."""
+    keep, smoothed, mean, weight = 0.8, [], 0.0, 0.0
     for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         smoothed.append(mean / weight)

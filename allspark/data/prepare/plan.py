@@ -156,14 +156,14 @@ def as_published(plan: Plan, splits: Mapping[str, Sequence[Sample]]) -> bool:
     return all(len(splits.get(split, ())) == plan.counts[split] for split in required)
 
 
-def names(index: Index, key: Key, pattern: str = r"\w+") -> list[str]:
+def names(index: Index, key: Key) -> list[str]:
     """The names in a list of the archives, one a line; [] where there is none. UserError: no such list."""
     if key not in index.texts:
         return []
     found = index.files[key]
     lines = index.texts[key].decode("utf-8", errors="replace").split()
     for line in lines:
-        if not re.fullmatch(pattern, line, re.ASCII):
+        if not re.fullmatch(r"\w+", line, re.ASCII):
             raise UserError(f"{found.source}: {found.name} names {line!r}, which is no image of this data set")
     return lines
 
