@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from allspark import distributed
-from allspark.cli import loading
-from allspark.cli.loading import Loaded
+from allspark import inference as loading
 from allspark.config import INSTALLED, Recipe
 from allspark.data import splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor, worker_count
-from allspark.data.manifest import other_images
-from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import Scores, finite, format_table
-from allspark.evaluation.outputs import PredictionFolder, unique_names
-from allspark.whole import write_text
+from allspark.evaluation.sliding_window import Inference
+from allspark.inference import Loaded
+from allspark.split_lists.manifest import other_images
+from allspark.utils.atomic import write_text
+from allspark.utils.errors import UserError, run_main
+from allspark.visualization.prediction_writer import PredictionFolder, unique_names
 
 SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, 1..150 for ADE20K,
 else class indices with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
-from allspark.batch import passes
 from allspark.cli import recipe as recipe_words
 from allspark.config import INSTALLED, Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
+from allspark.data.batch import passes
 from allspark.data.preflight import check_data, hidden_sample
 from allspark.data.splits import Lists, provenance, resolve
 from allspark.engine.checkpoint import (
@@ -41,12 +41,13 @@ from allspark.engine.checkpoint import (
     load_own_buffers,
     load_state,
 )
-from allspark.engine.facts import revision, write_facts
+from allspark.engine.checkpointer import Keeper
 from allspark.engine.files import Hold, write_text
-from allspark.engine.keeper import Keeper
 from allspark.engine.log import METRICS, RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, scaled, set_lr
-from allspark.engine.step import (
+from allspark.engine.provenance import revision, write_facts
+from allspark.engine.signals import Stop
+from allspark.engine.stepper import (
     Stepper,
     accumulating,
     autocast,
@@ -56,16 +57,15 @@ from allspark.engine.step import (
     set_deterministic,
     set_precision,
 )
-from allspark.engine.stop import Stop
-from allspark.errors import UserError, run_main
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.inference import Inference, inference_for
-from allspark.evaluation.labels import CenterCrops, LabelQuality, label_quality
 from allspark.evaluation.metrics import Scores
-from allspark.evaluation.snapshots import Snapshots
+from allspark.evaluation.pseudo_label_quality import CenterCrops, LabelQuality, label_quality
+from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
-from allspark.models.weights import load_pretrained
+from allspark.utils.errors import UserError, run_main
+from allspark.visualization.tensorboard_images import Snapshots
+from allspark.weights.loading import load_pretrained
 
 
 def train(

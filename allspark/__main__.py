@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from allspark.config import CONFIG_ROOT, INSTALLED
-from allspark.errors import UserError, run_main
+from allspark.utils.errors import UserError, run_main
 
 SCRIPTS = {
     "train": "one method on one split: train.py",

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from allspark.errors import UserError, shown
 from allspark.ranges import check_ranges
-from allspark.untrusted import parse_yaml
+from allspark.utils.errors import UserError, shown
+from allspark.utils.safe_load import parse_yaml
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel holds configs, splits, train.py and eval.py inside the package

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from allspark.errors import INTERRUPTED, STOPPED, Stopped, UserError, from_environment, mendable, reason_of
+from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, from_environment, mendable, reason_of
 
 JOIN = timedelta(minutes=10)  # within which all processes must have started
 # Of a collective. Not for processes that end, which launcher and peers see at once, but for one that hangs; until then

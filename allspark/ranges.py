@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 if TYPE_CHECKING:
     from allspark.config import Recipe

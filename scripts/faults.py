@@ -93,7 +93,7 @@ def train_here(words: list[str], log: str) -> None:
         os.dup2(file.fileno(), 2)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where nobody has chosen
     import train
-    from allspark.errors import run_main
+    from allspark.utils.errors import run_main
 
     torch.set_num_threads(1)
     code = run_main(train.main, words)

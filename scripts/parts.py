@@ -29,18 +29,18 @@ from torch import Tensor, nn
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from allspark.cli import loading  # noqa: E402
+from allspark import inference as loading  # noqa: E402
 from allspark.data import splits  # noqa: E402
 from allspark.data.base import SegmentationDataset  # noqa: E402
 from allspark.distributed import choose_device  # noqa: E402
 from allspark.engine.checkpoint import load_checkpoint  # noqa: E402
-from allspark.errors import UserError, run_main  # noqa: E402
 from allspark.evaluation.evaluate import evaluate  # noqa: E402
-from allspark.evaluation.inference import inference_for  # noqa: E402
-from allspark.evaluation.pictures import plot_curves  # noqa: E402
+from allspark.evaluation.sliding_window import inference_for  # noqa: E402
 from allspark.models.bottleneck import CrossBatch  # noqa: E402
 from allspark.models.memory import SemanticMemory  # noqa: E402
 from allspark.models.segmentor import Segmentor, SegOutput  # noqa: E402
+from allspark.utils.errors import UserError, run_main  # noqa: E402
+from allspark.visualization.pictures import plot_curves  # noqa: E402
 
 
 class ReadsMemory(nn.Module):

@@ -98,7 +98,7 @@ def slopes(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, float | b
 
 
 def draw(samples: Sequence[dict[str, float]], found: dict, path: Path) -> None:
-    from allspark.evaluation.pictures import new_figure, save_figure, style_axes
+    from allspark.visualization.pictures import new_figure, save_figure, style_axes
 
     titles = {"memory": "memory of all processes, MiB", "files": "open files", "disk": "folder of the run, MiB"}
     titles["gpu"] = "GPU memory, MiB"

@@ -8,7 +8,7 @@ import time
 import torch
 
 from allspark import distributed
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 with distributed.process_group("cpu"):
     for step in range(2000):

@@ -15,13 +15,13 @@ from allspark.__main__ import main
 from allspark.config import load_recipe
 from allspark.data import DATASETS
 from allspark.data.base import read_mask, read_pair
-from allspark.data.layouts import LAYOUTS
-from allspark.data.manifest import list_hash, load_manifest
-from allspark.data.prepare import PLANS
-from allspark.data.prepare.plan import Archive
 from allspark.data.splits import resolve
-from allspark.download import file_digest
-from allspark.errors import UserError
+from allspark.prepare import PLANS
+from allspark.prepare.plan import Archive
+from allspark.split_lists.layouts import LAYOUTS
+from allspark.split_lists.manifest import list_hash, load_manifest
+from allspark.utils.download import file_digest
+from allspark.utils.errors import UserError
 
 SPEC, PLAN = DATASETS["ade20k"], PLANS["ade20k"]
 NAMES = {

@@ -19,7 +19,7 @@ from allspark import __main__ as verbs
 from allspark.config import load_config
 from allspark.data.preflight import some
 from allspark.data.splits import resolve
-from allspark.errors import run_main
+from allspark.utils.errors import run_main
 
 ABSENT_DEVICE = "mps" if torch.cuda.is_available() else "cuda"
 

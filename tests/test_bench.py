@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from allspark.__main__ import main
-from allspark.batch import IMAGENET_STD, LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.bench import measure, scale
 from allspark.bench.loader import Stream
 from allspark.bench.photos import Likeness, write_photos
@@ -26,17 +25,18 @@ from allspark.cli import bench
 from allspark.config import BottleneckConfig, DataConfig, ModelConfig, OptimConfig
 from allspark.data import spec_for
 from allspark.data.base import IGNORE_INDEX, Sample
+from allspark.data.batch import IMAGENET_STD, LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.data.loaders import LABELED, UNLABELED, TrainPairs
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
-from allspark.engine.step import Stepper
-from allspark.errors import UserError
+from allspark.engine.stepper import Stepper
 from allspark.evaluation.evaluate import predict
-from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import ConfusionMatrix
+from allspark.evaluation.sliding_window import Inference
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
+from allspark.utils.errors import UserError
 
 CLASSES, CROP = 5, 65
 POINT = {"vary": "crop", "value": 64}

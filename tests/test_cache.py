@@ -17,8 +17,8 @@ from PIL import Image
 from allspark.config import CustomDataConfig
 from allspark.data.base import Sample, read_image, read_pair
 from allspark.data.cache import check_space, locked, open_files
-from allspark.data.custom import make_spec
-from allspark.errors import UserError
+from allspark.data.datasets.custom import make_spec
+from allspark.utils.errors import UserError
 
 SPEC = make_spec("mine", CustomDataConfig(classes=("a", "b", "c"), value_map={0: 0, 7: 1, 9: 2, 255: 255}))
 fork = multiprocessing.get_context("fork")

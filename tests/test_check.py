@@ -4,12 +4,12 @@ import pytest
 import torch
 from test_methods import ENCODERS
 
+from allspark import memory_estimate as memory
 from allspark.__main__ import main
-from allspark.bench import memory
 from allspark.cli.recipe import build_method, complete
 from allspark.config import load_recipe
 from allspark.data import DATASETS
-from allspark.errors import run_main
+from allspark.utils.errors import run_main
 
 SPEC = DATASETS["shapes"]
 assert "tiny" in ENCODERS  # of test_methods

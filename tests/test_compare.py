@@ -18,9 +18,9 @@ import train
 from allspark.__main__ import main
 from allspark.cli.compare import differing_lists, origin_table, paired_table, read_rows, score_table, unfinished
 from allspark.config import merge
-from allspark.data.manifest import load_manifest
-from allspark.errors import UserError
-from allspark.evaluation import pictures
+from allspark.split_lists.manifest import load_manifest
+from allspark.utils.errors import UserError
+from allspark.visualization import pictures
 
 REPO = Path(train.__file__).parent
 CLASSES = ["ground", "left", "right"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from allspark.batch import LabeledBatch, UnlabeledBatch
 from allspark.config import BottleneckConfig, ModelConfig
+from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model

@@ -14,7 +14,7 @@ from allspark.config import (
     parse_overrides,
     to_plain,
 )
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 MINIMAL = {
     "data": {"dataset": "x", "data_root": "x", "crop_size": 65},

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data import DATASETS, cityscapes, spec_for
+from allspark.data import DATASETS, spec_for
 from allspark.data.base import Sample, SegmentationDataset, read_image, read_mask, read_pair
-from allspark.data.custom import make_spec
-from allspark.errors import UserError
+from allspark.data.datasets import cityscapes
+from allspark.data.datasets.custom import make_spec
+from allspark.utils.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared"))
 CUSTOM = CustomDataConfig(classes=("sky", "road", "car"))

@@ -10,18 +10,18 @@ from timm.layers import DropPath
 
 import train
 from allspark.__main__ import main
-from allspark.batch import LabeledBatch, UnlabeledBatch
 from allspark.cli.recipe import complete
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig, load_recipe
+from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.optim import build_optimizer
-from allspark.errors import UserError, run_main
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models import resnet
-from allspark.models.decoder import DECODERS, MLPDecoder
 from allspark.models.deeplab import DeepLabV3Plus
+from allspark.models.mlp_decoder import DECODERS, MLPDecoder
 from allspark.models.segmentor import ENCODERS, build_model
-from allspark.models.weights import variant
+from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import variant
 
 CLASSES, CROP = 4, 64
 FIRST = Progress(step=0, epoch=0, total_steps=10)

@@ -13,11 +13,11 @@ from torch import nn
 
 from allspark import distributed
 from allspark.engine.checkpoint import Position
-from allspark.engine.keeper import Keeper
+from allspark.engine.checkpointer import Keeper
 from allspark.engine.log import RunLog
-from allspark.engine.stop import Stop
-from allspark.errors import UserError, mendable
+from allspark.engine.signals import Stop
 from allspark.models.memory import SemanticMemory
+from allspark.utils.errors import UserError, mendable
 
 POLICIES = ("rank0", "gather", "local")
 

@@ -19,9 +19,9 @@ import train
 from allspark.__main__ import main as allspark_main
 from allspark.cli import recipe as recipe_words
 from allspark.config import bind_options, load_recipe
-from allspark.data.manifest import load_manifest
-from allspark.errors import run_main
 from allspark.methods import METHODS
+from allspark.split_lists.manifest import load_manifest
+from allspark.utils.errors import run_main
 
 ROOT = Path(train.__file__).parent
 BESIDE = ("splits", "pretrained_weights")  # folders with a README of their own

@@ -9,9 +9,9 @@ from urllib.request import pathname2url
 import numpy as np
 import pytest
 
-from allspark import download
-from allspark.download import fetch, file_digest, is_loopback, refused
-from allspark.errors import UserError
+from allspark.utils import download
+from allspark.utils.download import fetch, file_digest, is_loopback, refused
+from allspark.utils.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)

@@ -7,10 +7,10 @@ import torch
 from test_methods import FIRST, make_method, make_model, random_batches
 from torch import nn
 
-from allspark.ema import EMATeacher
-from allspark.errors import UserError
 from allspark.methods import Progress
-from allspark.pseudo import predict_pseudo
+from allspark.methods.ema import EMATeacher
+from allspark.methods.pseudo_labels import predict_pseudo
+from allspark.utils.errors import UserError
 
 
 def test_update_equals_a_loop_with_its_ramp():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark.models.weights import VARIANTS, WeightFile, read_weights, recognize
+from allspark.weights.loading import VARIANTS, WeightFile, read_weights, recognize
 
 TOLERANCE = 1e-5  # of the largest value
 

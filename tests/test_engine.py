@@ -26,11 +26,11 @@ from allspark.engine.checkpoint import (
 from allspark.engine.files import Hold
 from allspark.engine.log import RunLog, drop_lines_after
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
-from allspark.engine.step import Stepper
-from allspark.engine.stop import SAVE, Stop
-from allspark.errors import Stopped, UserError
+from allspark.engine.signals import SAVE, Stop
+from allspark.engine.stepper import Stepper
 from allspark.models.memory import SemanticMemory
 from allspark.models.segmentor import build_model
+from allspark.utils.errors import Stopped, UserError
 
 
 def test_poly_schedule():

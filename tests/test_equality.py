@@ -16,18 +16,18 @@ from test_methods import CASES, CLASSES, make_method, quiet_model, takes
 from torch import nn
 
 import train
-from allspark import distributed, masking, thresholds
+from allspark import distributed
 from allspark.config import DataConfig, OptimConfig
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
 from allspark.data.loaders import TrainLoader
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.inference import Inference
-from allspark.evaluation.labels import CenterCrops, label_quality
+from allspark.evaluation.pseudo_label_quality import CenterCrops, label_quality
+from allspark.evaluation.sliding_window import Inference
 from allspark.losses import CrossEntropy
-from allspark.methods import Progress, imas
-from allspark.pseudo import predict_pseudo
+from allspark.methods import Progress, imas, masking, thresholds
+from allspark.methods.pseudo_labels import predict_pseudo
 
 CROP, STEPS, BATCH = 65, 6, 4
 SPEC = DatasetSpec("blocks", tuple("abcde"), tuple((k, k, k) for k in range(CLASSES)), background=0)

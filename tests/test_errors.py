@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark.errors import UserError, reason_of, run_main
+from allspark.utils.errors import UserError, reason_of, run_main
 
 REPO = Path(__file__).parent.parent
-RUN = "import sys; from allspark.errors import UserError, run_main\ndef main(argv):\n    {}\nsys.exit(run_main(main))"
+RUN = (
+    "import sys; from allspark.utils.errors import UserError, run_main\n"
+    "def main(argv):\n    {}\nsys.exit(run_main(main))"
+)
 PROGRAMS = {
     "more than a buffer": [["-c", RUN.format("[print(number) for number in range(100_000)]")], 141],
     "less": [["-c", RUN.format("print(1)")], 141],

@@ -14,17 +14,18 @@ from PIL import Image
 from torch import nn
 
 import eval as eval_script
-from allspark.batch import normalize
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
-from allspark.data import DATASETS, cityscapes, splits
+from allspark.data import DATASETS, splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, read_mask, to_tensor
+from allspark.data.batch import normalize
+from allspark.data.datasets import cityscapes
 from allspark.engine.checkpoint import save_checkpoint
-from allspark.errors import UserError, run_main
-from allspark.evaluation import pictures
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import ConfusionMatrix
+from allspark.evaluation.sliding_window import Inference
 from allspark.models.segmentor import build_model
+from allspark.utils.errors import UserError, run_main
+from allspark.visualization import pictures
 
 PALETTE = ((0, 0, 0), (200, 30, 30), (30, 200, 30), (30, 30, 200))
 SPEC = DatasetSpec("tiny", ("ground", "red", "green", "blue"), PALETTE)

@@ -12,12 +12,12 @@ from PIL import Image
 
 import train
 from allspark.__main__ import main
-from allspark.batch import normalize
 from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, verified
-from allspark.cli.loading import load_for_inference
 from allspark.config import ModelConfig
-from allspark.errors import UserError, run_main
+from allspark.data.batch import normalize
+from allspark.inference import load_for_inference
 from allspark.models.segmentor import build_model
+from allspark.utils.errors import UserError, run_main
 
 DOCS = Path(train.__file__).parent / "docs" / "export.md"
 SIZES = ((1, 64, 64), (4, 65, 80), (1, 170, 96))  # batch, height, width

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from allspark.engine import facts
+from allspark.engine import provenance as facts
 
 
 def git(folder, *words):

@@ -8,16 +8,16 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from test_methods import CLASSES, CROP, FIRST, make_method, make_model, random_batches
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.cli.recipe import build_method, complete
 from allspark.config import CustomDataConfig, load_recipe
 from allspark.data import DATASETS, spec_for
-from allspark.data.custom import make_spec
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
+from allspark.data.datasets.custom import make_spec
 from allspark.data.transforms import IMAS_OPERATIONS, PHOTOMETRIC
-from allspark.errors import UserError
-from allspark.hardness import clipped_boxes, easiness, opposite_ranks
 from allspark.methods import METHODS, Progress
-from allspark.pseudo import Pseudo
+from allspark.methods.hardness import clipped_boxes, easiness, opposite_ranks
+from allspark.methods.pseudo_labels import Pseudo
+from allspark.utils.errors import UserError
 
 NOTHING_SURE = 1.0  # a threshold that no softmax reaches here
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from allspark.errors import UserError
-from allspark.evaluation.inference import (
+from allspark.evaluation.sliding_window import (
     Inference,
     best_class,
     class_prob,
@@ -15,6 +14,7 @@ from allspark.evaluation.inference import (
     predict_sliding,
     window_positions,
 )
+from allspark.utils.errors import UserError
 
 
 class Pointwise(nn.Module):

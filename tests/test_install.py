@@ -17,19 +17,20 @@ from torch.utils.data import DataLoader
 import eval as eval_script
 import train
 from allspark import __main__ as command
-from allspark.batch import Views
-from allspark.bench import machine, memory, scale
+from allspark import memory_estimate as memory
+from allspark.bench import machine, scale
 from allspark.config import CONFIG_ROOT, load_config
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import SegmentationDataset, read_image
+from allspark.data.batch import Views
 from allspark.data.cache import open_files
 from allspark.data.loaders import TrainPairs, collate
-from allspark.data.manifest import SHIPPED_SPLITS, SPLITS_ROOT, roots
-from allspark.data.prepare import PLANS
 from allspark.data.splits import resolve
-from allspark.errors import UserError, run_main
+from allspark.data.worker_pool import begin
 from allspark.evaluation.evaluate import Shard
-from allspark.workers import begin
+from allspark.prepare import PLANS
+from allspark.split_lists.manifest import SHIPPED_SPLITS, SPLITS_ROOT, roots
+from allspark.utils.errors import UserError, run_main
 
 REPO = Path(train.__file__).parent
 TOP = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "requirements.txt", "train.py", "eval.py")
@@ -41,7 +42,7 @@ from allspark.__main__ import main
 from allspark.config import load_recipe
 from allspark.data import spec_for
 from allspark.data.splits import find_split, val_entries
-from allspark.data.manifest import SPLITS_ROOT
+from allspark.split_lists.manifest import SPLITS_ROOT
 
 assert Path.cwd() == Path(sys.argv[1]) and "site" in sys.modules["allspark"].__file__
 main(["train", "--dataset", "camvid", "--method", "fixmatch", "--split", "1_8", "lr=0.5", "--print-config"])

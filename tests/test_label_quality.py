@@ -17,19 +17,19 @@ from torch.multiprocessing import start_processes
 
 import train
 from allspark import distributed
-from allspark.batch import normalize
 from allspark.cli import recipe as recipe_words
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
 from allspark.data import spec_for
 from allspark.data.base import Sample, read_image, read_mask
+from allspark.data.batch import normalize
 from allspark.data.preflight import hidden_sample
 from allspark.data.splits import Lists, resolve
 from allspark.engine.log import RunLog
-from allspark.errors import run_main
-from allspark.evaluation.labels import CenterCrops, LabelQuality, label_quality
-from allspark.evaluation.snapshots import Snapshots
+from allspark.evaluation.pseudo_label_quality import CenterCrops, LabelQuality, label_quality
 from allspark.methods import METHODS
 from allspark.models.segmentor import build_model
+from allspark.utils.errors import run_main
+from allspark.visualization.tensorboard_images import Snapshots
 
 SIZES = [(40, 33), (33, 40), (40, 33), (64, 48), (40, 33), (90, 70)]  # height, width; the crops have three sizes
 CROP = 36

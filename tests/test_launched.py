@@ -11,7 +11,7 @@ from runs import FILES, At, assert_finite_losses, assert_same_run, load, sending
 import eval as eval_script
 import train
 from allspark import distributed
-from allspark.errors import run_main
+from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data import spec_for
 from allspark.data.base import Sample, worker_count
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.data.loaders import REPLACEMENTS, StepSampler, TrainLoader
 from allspark.data.splits import Lists
-from allspark.errors import UserError
-from allspark.workers import make_loader
+from allspark.data.worker_pool import make_loader
+from allspark.utils.errors import UserError
 
 VIEWS = Views(labeled="strong", strong=("strong", "strong"), cutmix=0.5)
 DATA = DataConfig(

@@ -13,16 +13,16 @@ from PIL import Image
 import eval as eval_script
 import train
 from allspark import __main__ as verbs
-from allspark.batch import normalize
-from allspark.cli.loading import load_for_inference, training_crop
 from allspark.cli.recipe import build_method, complete
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe, load_config, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import bit_palette, read_image, to_tensor
-from allspark.download import file_digest
+from allspark.data.batch import normalize
 from allspark.engine.checkpoint import save_checkpoint
-from allspark.errors import UserError, run_main
+from allspark.inference import load_for_inference, training_crop
 from allspark.models.segmentor import build_model
+from allspark.utils.download import file_digest
+from allspark.utils.errors import UserError, run_main
 
 CPU = torch.device("cpu")
 SOURCE = {"format": "released", "file": "allspark.pth", "sha256": "1" * 64}

@@ -8,7 +8,7 @@ import yaml
 
 import train
 from allspark.config import Recipe, _hints
-from allspark.errors import run_main
+from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

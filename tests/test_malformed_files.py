@@ -20,8 +20,8 @@ from allspark.config import load_config
 from allspark.data import spec_for
 from allspark.data.base import read_image, read_mask
 from allspark.engine.checkpoint import load_checkpoint
-from allspark.errors import UserError, run_main
-from allspark.models.weights import read_weights
+from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import read_weights
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning:PIL")]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from allspark.data import manifest
-from allspark.data.layouts import LAYOUTS, complement
-from allspark.data.manifest import (
+from allspark.data.splits import columns_of, read_list
+from allspark.split_lists import manifest
+from allspark.split_lists.layouts import LAYOUTS, complement
+from allspark.split_lists.manifest import (
     MANIFEST,
     SPLITS_ROOT,
     Facts,
@@ -21,8 +22,7 @@ from allspark.data.manifest import (
     load_manifest,
     other_images,
 )
-from allspark.data.splits import columns_of, read_list
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared")) / "splits"
 VOC_TRAIN, CITYSCAPES_TRAIN, COCO_TRAIN = 10582, 2975, 118287

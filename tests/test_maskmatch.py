@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from test_methods import CROP, FIRST, make_method, make_model, quiet_model, random_batches
 
-from allspark.errors import UserError
-from allspark.masking import hide_patches
 from allspark.methods import Progress
+from allspark.methods.masking import hide_patches
+from allspark.methods.pseudo_labels import predict_multi_scale
 from allspark.models.bottleneck import CrossBatch
-from allspark.pseudo import predict_multi_scale
+from allspark.utils.errors import UserError
 
 THRESHOLD = 0.3  # of an untrained network on 5 classes: some pixels are confident, some are not
 

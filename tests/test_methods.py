@@ -8,19 +8,20 @@ from functools import partial
 import pytest
 import torch
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.cli.recipe import build_loader, build_method, complete
 from allspark.config import BottleneckConfig, ModelConfig, load_recipe
-from allspark.data import DATASETS, shapes
+from allspark.data import DATASETS
 from allspark.data.base import Sample
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
+from allspark.data.datasets import shapes
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.methods.base import joint_forward
+from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
 from allspark.models.mit import MiT, MiTSize
 from allspark.models.segmentor import ENCODERS, build_model
-from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 
 CROP, CLASSES = 65, 5
 FIRST = Progress(step=0, epoch=0, total_steps=10)

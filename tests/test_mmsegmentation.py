@@ -14,11 +14,11 @@ from torch import nn
 
 from allspark.__main__ import main
 from allspark.config import ModelConfig
-from allspark.errors import UserError, run_main
 from allspark.models import mit
-from allspark.models.decoder import MLPBNDecoder
+from allspark.models.mlp_decoder import MLPBNDecoder
 from allspark.models.segmentor import build_model
-from allspark.models.weights import init_from
+from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import init_from
 
 CLASSES, WIDTH = 5, 48
 

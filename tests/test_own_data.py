@@ -16,9 +16,9 @@ from allspark.__main__ import main
 from allspark.config import CustomDataConfig, load_config
 from allspark.data import spec_for, survey
 from allspark.data.base import read_mask
-from allspark.data.custom import make_spec
+from allspark.data.datasets.custom import make_spec
 from allspark.data.splits import read_list, resolve
-from allspark.errors import UserError, run_main
+from allspark.utils.errors import UserError, run_main
 
 assert "tiny" in ENCODERS  # of test_methods
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,9 @@ from PIL import Image
 
 import train
 from allspark.config import BottleneckConfig, ModelConfig
-from allspark.errors import run_main
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import build_model
+from allspark.utils.errors import run_main
 
 sys.path.insert(0, "scripts")
 import parts

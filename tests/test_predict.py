@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 
 from allspark import __main__ as verbs
-from allspark.batch import normalize
 from allspark.bench.measure import Ledger
 from allspark.cli import predict as verb
-from allspark.cli.loading import load_for_inference
 from allspark.cli.predict import batches, find_images
 from allspark.data.base import read_image, to_tensor
-from allspark.errors import UserError, run_main
-from allspark.evaluation import video
-from allspark.evaluation.inference import Inference, class_prob
-from allspark.evaluation.pictures import colorize, is_ours, overlay, save_image, save_pixels
+from allspark.data.batch import normalize
+from allspark.evaluation.sliding_window import Inference, class_prob
+from allspark.inference import load_for_inference
+from allspark.utils.errors import UserError, run_main
+from allspark.visualization import video
+from allspark.visualization.pictures import colorize, is_ours, overlay, save_image, save_pixels
 
 KINDS = ("", "_color", "_overlay", "_confidence")
 SIZES = {"a": (64, 80), "b": (70, 45), "c": (64, 80), "d": (33, 96), "e": (64, 80)}  # height, width

@@ -14,9 +14,9 @@ from PIL import Image
 from allspark.__main__ import main
 from allspark.data import DATASETS
 from allspark.data.base import read_pair
-from allspark.data.prepare.jobs import TEMPORARY, Task, remove_temporaries, run
 from allspark.data.splits import read_list
-from allspark.errors import UserError, run_main
+from allspark.prepare.jobs import TEMPORARY, Task, remove_temporaries, run
+from allspark.utils.errors import UserError, run_main
 
 REPO = Path(__file__).parent.parent
 

@@ -8,8 +8,8 @@ import miniatures as mini
 import pytest
 
 from allspark.__main__ import main
-from allspark.data.prepare.archives import entries
-from allspark.errors import UserError, run_main
+from allspark.prepare.archives import entries
+from allspark.utils.errors import UserError, run_main
 
 
 def prepare(name, *words):

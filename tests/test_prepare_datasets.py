@@ -14,16 +14,17 @@ import scipy.io
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.data import DATASETS, camvid
+from allspark.data import DATASETS
 from allspark.data.base import IGNORE_INDEX, SegmentationDataset, read_mask, read_pair, stored_mask
-from allspark.data.layouts import voc_lists
-from allspark.data.prepare import PLANS
-from allspark.data.prepare.archives import Found, Index
-from allspark.data.prepare.camvid import split_of
-from allspark.data.prepare.coco import classes
-from allspark.data.prepare.voc import sbd_mask
+from allspark.data.datasets import camvid
 from allspark.data.splits import read_list
-from allspark.errors import UserError
+from allspark.prepare import PLANS
+from allspark.prepare.archives import Found, Index
+from allspark.prepare.camvid import split_of
+from allspark.prepare.coco import classes
+from allspark.prepare.voc import sbd_mask
+from allspark.split_lists.layouts import voc_lists
+from allspark.utils.errors import UserError
 
 REPO = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", REPO.parent / "shared"))
@@ -341,7 +342,7 @@ def test_coco_without_pycocotools_says_what_to_install(tmp_path):
     source = write_coco(tmp_path / "in", ([(25, 40, 32)], []))
     code = (
         "import sys; sys.modules['pycocotools'] = None\n"  # as if it were not installed
-        "from allspark.__main__ import main; from allspark.errors import run_main; sys.exit(run_main(main))"
+        "from allspark.__main__ import main; from allspark.utils.errors import run_main; sys.exit(run_main(main))"
     )
     words = [sys.executable, "-c", code, "prepare", "coco", "--from", source, "--out", tmp_path / "out"]
     result = subprocess.run(words, cwd=REPO, capture_output=True, text=True)

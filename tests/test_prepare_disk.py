@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from allspark.__main__ import main
-from allspark.data.prepare.jobs import TEMPORARY
-from allspark.errors import run_main
+from allspark.prepare.jobs import TEMPORARY
+from allspark.utils.errors import run_main
 
 REPO = Path(__file__).parent.parent
 PREPARE = [sys.executable, "-m", "allspark", "prepare"]

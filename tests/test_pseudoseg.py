@@ -9,20 +9,21 @@ import torch.nn.functional as F
 from PIL import Image
 from test_methods import CLASSES, CROP, FIRST, make_model, quiet_model, random_batches
 
-from allspark.batch import LabeledBatch
 from allspark.cli.recipe import build_method, complete
 from allspark.config import ModelConfig, load_recipe
 from allspark.data import spec_for
+from allspark.data.batch import LabeledBatch
 from allspark.data.transforms import PHOTOMETRIC
-from allspark.errors import UserError
 from allspark.losses import CrossEntropy, consistency_loss
-from allspark.masking import cut_out
+from allspark.methods.masking import cut_out
+from allspark.methods.pseudo_labels import fuse
 from allspark.methods.pseudoseg import PseudoSeg
-from allspark.models import decoder, deeplab
+from allspark.models import deeplab
+from allspark.models import mlp_decoder as decoder
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
 from allspark.models.segmentor import build_model
-from allspark.pseudo import fuse
+from allspark.utils.errors import UserError
 
 BOTTLENECKS = pytest.mark.parametrize("bottleneck", ["none", "allspark"])
 BACKGROUNDS = pytest.mark.parametrize("background", [None, 0, 2])

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from allspark.__main__ import main
-from allspark.cli import published
-from allspark.data.layouts import LAYOUTS
-from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest
 from allspark.data.splits import read_list
-from allspark.errors import UserError
+from allspark.split_lists import published
+from allspark.split_lists.layouts import LAYOUTS
+from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest
+from allspark.utils.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared")) / "splits"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent: no published lists here")

@@ -9,8 +9,8 @@ import train
 from allspark.cli.recipe import build_method, complete
 from allspark.config import CONFIG_ROOT, load_config, load_recipe, to_plain
 from allspark.data import spec_for
-from allspark.errors import run_main
 from allspark.methods import METHODS
+from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("printing")  # it works beside the tests
 

@@ -18,8 +18,8 @@ from allspark.cli import report
 from allspark.cli.compare import named_folders, read_run
 from allspark.config import merge
 from allspark.data.base import DatasetSpec, bit_palette
-from allspark.errors import UserError
-from allspark.evaluation.examples import Extremes, encoded
+from allspark.utils.errors import UserError
+from allspark.visualization.best_worst import Extremes, encoded
 
 CLASSES = ["ground", "left", "right"]
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

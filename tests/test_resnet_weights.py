@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from test_deeplab import CLASSES, filled, make_model
 
 from allspark.__main__ import main
-from allspark.cli.loading import load_for_inference, training_crop
-from allspark.errors import UserError, run_main
+from allspark.inference import load_for_inference, training_crop
 from allspark.models import resnet
-from allspark.models.mirrors import LICENCE, licence, mirrors
 from allspark.models.segmentor import ENCODERS
-from allspark.models.weights import WeightFile, load_pretrained, read_shapes, recognize, translated
+from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import WeightFile, load_pretrained, read_shapes, recognize, translated
+from allspark.weights.mirrors import LICENCE, licence, mirrors
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import torch
 from runs import At, assert_same_run, assert_same_tensors, load, sending, without_speed
 
 import train
-from allspark.engine import files, keeper
-from allspark.errors import run_main
+from allspark.engine import checkpointer as keeper
+from allspark.engine import files
+from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,16 +21,16 @@ import pytest
 import torch
 from PIL import Image
 
-from allspark import download
 from allspark.__main__ import main
 from allspark.config import load_config, parse_overrides
 from allspark.data.base import BadSample, read_image
-from allspark.data.prepare.archives import entries
-from allspark.download import fetch
 from allspark.engine.checkpoint import load_checkpoint
-from allspark.errors import UserError
-from allspark.models.weights import read_weights
-from allspark.untrusted import check_tensors, load_tensors, parse_yaml
+from allspark.prepare.archives import entries
+from allspark.utils import download
+from allspark.utils.download import fetch
+from allspark.utils.errors import UserError
+from allspark.utils.safe_load import check_tensors, load_tensors, parse_yaml
+from allspark.weights.loading import read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

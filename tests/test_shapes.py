@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark.data import shapes
 from allspark.data.base import IGNORE_INDEX
-from allspark.errors import UserError
+from allspark.data.datasets import shapes
+from allspark.utils.errors import UserError
 
 # As first written: sha256 of the mask, every 32nd pixel, mean per channel. A change here voids recorded results.
 GOLDEN = {

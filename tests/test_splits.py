@@ -14,9 +14,9 @@ from PIL import Image
 
 from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data import DATASETS, shapes, spec_for
+from allspark.data import DATASETS, spec_for
 from allspark.data.base import Sample
-from allspark.data.draw import balanced_order, list_line, make_splits, parse_sizes
+from allspark.data.datasets import shapes
 from allspark.data.preflight import check_data
 from allspark.data.splits import (
     SPLITS_ROOT,
@@ -28,7 +28,8 @@ from allspark.data.splits import (
     resolve,
     samples_hash,
 )
-from allspark.errors import UserError
+from allspark.split_lists.make_splits import balanced_order, list_line, make_splits, parse_sizes
+from allspark.utils.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared"))
 CUSTOM = CustomDataConfig(classes=("a", "b", "c"))

@@ -7,11 +7,11 @@ import torch
 from test_methods import FIRST, make_method, make_model, random_batches
 from torch import nn
 
-from allspark.batch import passes
 from allspark.config import OptimConfig
+from allspark.data.batch import passes
 from allspark.engine.optim import build_optimizer
-from allspark.engine.step import Stepper, accumulating, autocast, mean_losses, set_precision
-from allspark.errors import UserError
+from allspark.engine.stepper import Stepper, accumulating, autocast, mean_losses, set_precision
+from allspark.utils.errors import UserError
 
 CPU = torch.device("cpu")
 OPTIMS = [OptimConfig(name="sgd", lr=0.1), OptimConfig(name="adamw", lr=0.1)]

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from PIL import Image
 from test_inference import Blurred, Pointwise, image, sliding
 
-from allspark.batch import normalize
 from allspark.bench.measure import Ledger
 from allspark.data.base import DatasetSpec, bit_palette
-from allspark.errors import UserError
-from allspark.evaluation import outputs, strips
+from allspark.data.batch import normalize
+from allspark.evaluation import tiled as strips
 from allspark.evaluation.evaluate import predict, predict_with_confidence
-from allspark.evaluation.inference import Inference, class_scores, evaluating
-from allspark.evaluation.pictures import overlay
+from allspark.evaluation.sliding_window import Inference, class_scores, evaluating
+from allspark.utils.errors import UserError
+from allspark.visualization import prediction_writer as outputs
+from allspark.visualization.pictures import overlay
 
 CPU = torch.device("cpu")
 SPEC = DatasetSpec("five", tuple("abcde"), bit_palette(5))

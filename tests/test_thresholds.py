@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_methods import CLASSES, FIRST, attached, make_method, make_model, random_batches
 
-from allspark.errors import UserError
 from allspark.methods.base import pseudo_loss
-from allspark.pseudo import Pseudo
-from allspark.thresholds import BINS, ClassThresholds
+from allspark.methods.pseudo_labels import Pseudo
+from allspark.methods.thresholds import BINS, ClassThresholds
+from allspark.utils.errors import UserError
 
 
 def some_labels(confidence, label):

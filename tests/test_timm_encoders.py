@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 
 import train
 from allspark import __main__ as verbs
-from allspark.batch import normalize
-from allspark.cli.loading import load_for_inference
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.data.batch import normalize
 from allspark.engine.optim import build_optimizer
-from allspark.errors import UserError, run_main
+from allspark.inference import load_for_inference
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import build_model
-from allspark.models.timm_encoders import TimmEncoder
-from allspark.models.weights import load_pretrained
+from allspark.models.timm_encoder import TimmEncoder
+from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import load_pretrained
 
 CLASSES, CROP = 3, 65
 PYRAMIDS = ("test_convnext", "test_resnet", "test_mambaout")  # maps of 4 levels, of 5 levels, channels last

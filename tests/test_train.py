@@ -12,8 +12,8 @@ from test_methods import CASES, learning
 
 import train
 from allspark.config import load_recipe
-from allspark.errors import run_main
-from allspark.models.weights import from_released
+from allspark.utils.errors import run_main
+from allspark.weights.loading import from_released
 
 NAMES = Path(__file__).parent / "golden" / "names.json"
 NO_STEP = "optim.lr=1e-30"  # a run whose weights stay where they were to the last bit

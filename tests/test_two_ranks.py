@@ -18,8 +18,8 @@ from allspark.config import OptimConfig
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
+from allspark.methods.pseudo_labels import predict_pseudo
 from allspark.models.memory import group_channels
-from allspark.pseudo import predict_pseudo
 
 POLICIES = ("rank0", "gather", "local")
 STEPS = 3  # the memory is written in all of them and read from the second on

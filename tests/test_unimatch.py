@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from test_methods import CROP, FIRST, WIDTHS, make_method, make_model, quiet_model, random_batches
 
-from allspark.errors import UserError
 from allspark.methods import Progress
+from allspark.methods.perturb import ComplementaryDropout, FeatureDropout
 from allspark.models.bottleneck import CrossBatch
-from allspark.perturb import ComplementaryDropout, FeatureDropout
+from allspark.utils.errors import UserError
 
 THRESHOLD = 0.3  # of an untrained network on 5 classes: some pixels are confident, some are not
 CASES = [(name, bottleneck) for name in ("unimatch", "unimatch_v2") for bottleneck in ("none", "allspark")]

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, NAMES, close, formula, image
 
 from allspark.__main__ import main
-from allspark.cli.loading import build_method, load_for_inference
 from allspark.config import ModelConfig, build_recipe
 from allspark.data import spec_for
-from allspark.errors import run_main
+from allspark.inference import build_method, load_for_inference
+from allspark.methods.pseudo_labels import predict_pseudo
 from allspark.models.segmentor import build_model
-from allspark.models.weights import VARIANTS, from_released, init_from, load_encoder
-from allspark.pseudo import predict_pseudo
+from allspark.utils.errors import run_main
+from allspark.weights.loading import VARIANTS, from_released, init_from, load_encoder
 
 CPU = torch.device("cpu")
 

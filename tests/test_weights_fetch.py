@@ -12,10 +12,10 @@ from test_golden import NAMES, formula
 
 from allspark.__main__ import main
 from allspark.config import ModelConfig
-from allspark.errors import run_main
-from allspark.models.mirrors import NVIDIA, mirrors
 from allspark.models.segmentor import build_model
-from allspark.models.weights import VARIANTS, load_encoder
+from allspark.utils.errors import run_main
+from allspark.weights.loading import VARIANTS, load_encoder
+from allspark.weights.mirrors import NVIDIA, mirrors
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from allspark.errors import UserError
-from allspark.workers import WorkerDied, batches, make_loader
+from allspark.data.worker_pool import WorkerDied, batches, make_loader
+from allspark.utils.errors import UserError
 
 
 class Obeys(Dataset):

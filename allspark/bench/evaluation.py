@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allspark.batch import normalize
 from allspark.bench.measure import Row, Side, measure
 from allspark.bench.plain import PlainSegmentor, plain_copy, plain_counts, plain_label, plain_sliding
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
-from allspark.engine.step import autocast
+from allspark.data.batch import normalize
+from allspark.engine.stepper import autocast
 from allspark.evaluation.evaluate import predict
-from allspark.evaluation.inference import Inference
 from allspark.evaluation.metrics import ConfusionMatrix
+from allspark.evaluation.sliding_window import Inference
 from allspark.models.segmentor import build_model
 
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.bench.measure import Row, Run, Side, measure
 from allspark.bench.photos import LIKENESSES, write_photos
 from allspark.bench.plain import PlainStream
 from allspark.config import DataConfig
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, Sample
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.data.loaders import LABELED, UNLABELED, TrainLoader, TrainPairs
 from allspark.data.splits import Lists
-from allspark.workers import make_loader
+from allspark.data.worker_pool import make_loader
 
 VIEWS = Views(labeled="strong")  # of the released recipe: labeled strong, unlabeled weak
 SEED = 0

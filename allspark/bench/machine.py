@@ -11,7 +11,7 @@ import torch
 
 from allspark.bench.measure import Run, timed
 from allspark.data.base import usable_cores
-from allspark.engine.step import AUTOCAST, has_bf16, set_precision
+from allspark.engine.stepper import AUTOCAST, has_bf16, set_precision
 
 # Variables that begin so decide on speed
 ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from allspark.engine.step import set_precision
+from allspark.engine.stepper import set_precision
 
 Run = Callable[[], object]
 aten = torch.ops.aten

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
-from allspark.batch import IMAGENET_MEAN, IMAGENET_STD
 from allspark.config import DataConfig, ModelConfig, OptimConfig
 from allspark.data.base import DatasetSpec, Sample
+from allspark.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from allspark.data.transforms import draw_geometry
-from allspark.evaluation.inference import window_positions
+from allspark.evaluation.sliding_window import window_positions
 from allspark.models.mit import HEADS, MLP_RATIO, REDUCTIONS, MiTSize
 from allspark.models.segmentor import ENCODERS, Segmentor
 

@@ -13,7 +13,7 @@ import torch
 
 from allspark.bench.machine import describe, floor
 from allspark.bench.measure import Row
-from allspark.evaluation.pictures import new_figure, save_figure
+from allspark.visualization.pictures import new_figure, save_figure
 
 Values = Mapping[str, Any]
 

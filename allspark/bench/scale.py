@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from allspark.bench.measure import Row, Work
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 BASE = {"encoder": "mit_b0", "crop": 257, "batch": 2, "classes": 21}
 SWEEPS: dict[str, tuple] = {

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
-from allspark.batch import LabeledBatch, UnlabeledBatch
 from allspark.bench.measure import Row, Side, Work, measure
 from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
-from allspark.engine.step import Stepper, autocast
+from allspark.engine.stepper import Stepper, autocast
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.mit import MiTSize

@@ -22,14 +22,14 @@ from allspark.bench.photos import LIKENESSES
 from allspark.bench.scale import SWEEPS, bench_scale
 from allspark.bench.step import StepCase, bench_step
 from allspark.cli.compare import markdown
-from allspark.cli.loading import positive
 from allspark.config import PRECISIONS
 from allspark.data.base import IGNORE_INDEX
-from allspark.engine.step import has_bf16, set_precision
-from allspark.errors import UserError
+from allspark.engine.stepper import has_bf16, set_precision
+from allspark.inference import positive
 from allspark.models.mit import MiT
 from allspark.models.segmentor import ENCODERS
-from allspark.whole import write_text
+from allspark.utils.atomic import write_text
+from allspark.utils.errors import UserError
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 MITS = [name for name, make in ENCODERS.items() if make.func is MiT]

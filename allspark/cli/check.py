@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from allspark.bench.memory import GB, StepMemory, measure_step, predict_step, resident_peak, room
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe
 from allspark.data import spec_for
@@ -20,12 +19,13 @@ from allspark.data.splits import Lists, provenance, resolve
 from allspark.data.survey import Findings, survey
 from allspark.distributed import choose_device
 from allspark.engine.optim import scaled
-from allspark.engine.step import pass_size, set_precision
-from allspark.errors import UserError
-from allspark.evaluation.inference import inference_for
+from allspark.engine.stepper import pass_size, set_precision
+from allspark.evaluation.sliding_window import inference_for
+from allspark.memory_estimate import GB, StepMemory, measure_step, predict_step, resident_peak, room
 from allspark.models.segmentor import build_model
-from allspark.models.timm_encoders import TimmEncoder
-from allspark.models.weights import load_pretrained
+from allspark.models.timm_encoder import TimmEncoder
+from allspark.utils.errors import UserError
+from allspark.weights.loading import load_pretrained
 
 REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true takes less"
 QUICK = 200  # files of each list

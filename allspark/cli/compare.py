@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allspark.cli.loading import load_for_inference, naming, positive
 from allspark.cli.recipe import complete
 from allspark.config import DataConfig, Recipe, differences, load_config, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset
-from allspark.data.manifest import known_as
 from allspark.data.splits import check_files, find_data, val_entries
 from allspark.distributed import choose_device
 from allspark.engine.checkpoint import LATEST
-from allspark.engine.facts import read_facts
 from allspark.engine.log import METRICS, read_metrics
-from allspark.errors import UserError
+from allspark.engine.provenance import read_facts
 from allspark.evaluation.evaluate import predict
-from allspark.evaluation.pictures import (
+from allspark.inference import load_for_inference, naming, positive
+from allspark.split_lists.manifest import known_as
+from allspark.utils.atomic import write_text
+from allspark.utils.errors import UserError
+from allspark.visualization.pictures import (
     Example,
     Points,
     draw_grid,
@@ -35,7 +36,6 @@ from allspark.evaluation.pictures import (
     plot_seeds,
     save_image,
 )
-from allspark.whole import write_text
 
 MOST_CLASSES = 32  # of which each gets a panel
 PSEUDO = {"pseudo_accuracy": "pseudo-label accuracy", "pseudo_coverage": "pseudo-label coverage"}  # key -> head

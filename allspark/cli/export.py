@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from allspark.batch import normalize
-from allspark.cli import loading
+from allspark import inference as loading
 from allspark.cli.weights import written_whole
 from allspark.config import to_plain
-from allspark.errors import UserError, reason_of
-from allspark.evaluation.inference import predict_sliding
+from allspark.data.batch import normalize
+from allspark.evaluation.sliding_window import predict_sliding
 from allspark.models.segmentor import Segmentor, SegOutput
+from allspark.utils.errors import UserError, reason_of
 
 Run = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 -> logits (B, K, H, W)
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from allspark.bench.memory import GB, Hollow, room
-from allspark.cli import loading
+from allspark import inference as loading
 from allspark.data.base import Sample, all_below, read_image, to_tensor
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
 from allspark.distributed import choose_device
-from allspark.errors import UserError
 from allspark.evaluation.evaluate import check_size, equal_sizes, predict_with_confidence
-from allspark.evaluation.inference import Inference
-from allspark.evaluation.outputs import PredictionFolder, real, unique_names
-from allspark.evaluation.video import VIDEO_SUFFIXES, frame_count, frames, is_video
+from allspark.evaluation.sliding_window import Inference
+from allspark.memory_estimate import GB, Hollow, room
+from allspark.utils.errors import UserError
+from allspark.visualization.prediction_writer import PredictionFolder, real, unique_names
+from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, frames, is_video
 
 LARGE = 4_000_000  # pixels, from which on it is asked whether an image fits into memory: half a second for each size
 Check = Callable[[Tensor, Path], None]  # image (3, H, W), its file: UserError where it cannot be predicted

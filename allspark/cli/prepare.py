@@ -8,18 +8,18 @@ from pathlib import Path
 
 from allspark.config import root_variable
 from allspark.data.base import usable_cores
-from allspark.data.prepare import PLANS
-from allspark.data.prepare.coco import OVERLAP
-from allspark.data.prepare.plan import Options, Plan, prepare
-from allspark.download import fetch
-from allspark.errors import UserError
+from allspark.prepare import PLANS
+from allspark.prepare.coco import OVERLAP
+from allspark.prepare.plan import Options, Plan, prepare
+from allspark.utils.download import fetch
+from allspark.utils.errors import UserError
 
 NOTES = {
     "voc": "The masks of VOC and SBD together: SegmentationClassAug, train_aug of 10,582 images.",
     "cityscapes": "Of all that gtFine holds the labelIds are taken, and labelTrainIds made from them.",
     "coco": OVERLAP,
     "camvid": "Either the SegNet tutorial, 11 classes at 480 x 360, or both original archives: their frames halved, "
-    "their labels of 32 colours grouped to the same classes (allspark/data/camvid.py says how, and by whom).",
+    "their labels of 32 colours grouped to the same classes (allspark/data/datasets/camvid.py says how, and by whom).",
     "ade20k": "The 150 classes of the Scene Parsing Challenge 2016, images and masks as they are; not the full ADE20K.",
 }
 MORE = "Goes on where a stopped run ended; checks the counts; overwrites nothing without --force."

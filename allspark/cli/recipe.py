@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from allspark import distributed
-from allspark.batch import Views
 from allspark.config import (
     CONFIG_ROOT,
     CriterionConfig,
@@ -22,13 +21,14 @@ from allspark.config import (
     to_plain,
 )
 from allspark.data.base import DatasetSpec
+from allspark.data.batch import Views
 from allspark.data.loaders import TrainLoader
 from allspark.data.splits import Lists
 from allspark.engine.optim import scaled
-from allspark.engine.step import pass_size
-from allspark.errors import UserError
+from allspark.engine.stepper import pass_size
 from allspark.losses import build_criterion
 from allspark.methods import METHODS, Method
+from allspark.utils.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,17 +18,17 @@ from typing import Any
 import yaml
 
 from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
-from allspark.cli.loading import load_for_inference, positive
 from allspark.config import DEVICES, RUN_KEYS, DataConfig, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, worker_count
 from allspark.distributed import choose_device
 from allspark.engine.log import METRICS
-from allspark.errors import UserError, shown
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.examples import Extremes, Scored, encoded
 from allspark.evaluation.metrics import Scores, finite
-from allspark.whole import write_text
+from allspark.inference import load_for_inference, positive
+from allspark.utils.atomic import write_text
+from allspark.utils.errors import UserError, shown
+from allspark.visualization.best_worst import Extremes, Scored, encoded
 
 PARTS = Path(__file__).parent  # report.html, report.css and report.js lie beside this file
 LIMIT = 10 * 10**6  # bytes of a page; images are left out above it

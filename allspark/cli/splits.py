@@ -9,13 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allspark.cli import published
 from allspark.config import DataConfig, load_config, root_variable
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import Sample
-from allspark.data.draw import hold_out, make_splits, parse_sizes, write_splits
-from allspark.data.layouts import LAYOUTS, layout_of
-from allspark.data.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images, roots
 from allspark.data.splits import (
     Entry,
     each_once,
@@ -27,7 +23,11 @@ from allspark.data.splits import (
     read_list,
     samples_hash,
 )
-from allspark.errors import UserError
+from allspark.split_lists import published
+from allspark.split_lists.layouts import LAYOUTS, layout_of
+from allspark.split_lists.make_splits import hold_out, make_splits, parse_sizes, write_splits
+from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images, roots
+from allspark.utils.errors import UserError
 
 OUTCOMES = (
     "identical: the published images in the published order; unrecorded: as many lines, or the same images, where "

@@ -18,24 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allspark.cli.loading import load_for_inference, texts
 from allspark.config import build_recipe, to_plain
-from allspark.download import DIGEST, fetch, file_digest
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
 from allspark.engine.files import writing
-from allspark.errors import UserError, reason_of
-from allspark.models.mirrors import LICENCE, licence, mirrors
-from allspark.models.naming import OURS
-from allspark.models.timm_encoders import PREFIX
-from allspark.models.weights import (
-    KNOWN,
-    Recognized,
-    WeightFile,
-    check_finite,
-    read_weights,
-    recognize,
-    shortened,
-)
+from allspark.inference import load_for_inference, texts
+from allspark.models.timm_encoder import PREFIX
+from allspark.utils.download import DIGEST, fetch, file_digest
+from allspark.utils.errors import UserError, reason_of
+from allspark.weights.key_maps import OURS
+from allspark.weights.loading import KNOWN, Recognized, WeightFile, check_finite, read_weights, recognize, shortened
+from allspark.weights.mirrors import LICENCE, licence, mirrors
 
 TORCH = (".pth", ".pt")
 FORMATS = "The format is told by the names of the tensors; pretrained_weights/README.md lists those that are known."
@@ -208,7 +200,7 @@ def fetch_weights(args: argparse.Namespace) -> None:
         try:
             bring(url, digest, args.name, folder, out)
         except UserError as error:
-            tried = [line for line in str(error).splitlines() if line.startswith("  ")]  # of allspark.download
+            tried = [line for line in str(error).splitlines() if line.startswith("  ")]  # of allspark.utils.download
             reasons += tried or [f"  {url}: {error}"]
         else:
             print(f"from {place}{terms and f', which says of the licence: {terms}'}")

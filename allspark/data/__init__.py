@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from allspark.config import DataConfig
-from allspark.data import ade20k, camvid, cityscapes, coco, custom, shapes, voc
 from allspark.data.base import DatasetSpec
-from allspark.errors import UserError
+from allspark.data.datasets import ade20k, camvid, cityscapes, coco, custom, shapes, voc
+from allspark.utils.errors import UserError
 
 DATASETS: dict[str, DatasetSpec] = {
     "pascal": voc.SPEC,

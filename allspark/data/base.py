@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from allspark.errors import UserError, from_environment, reason_of
+from allspark.utils.errors import UserError, from_environment, reason_of
 
 IGNORE_INDEX = 255  # of every decoded mask, whatever the files hold
 

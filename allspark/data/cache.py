@@ -37,7 +37,7 @@ from allspark.data.base import (
     read_image,
     read_mask,
 )
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 REMEDY = "name a folder on another disk, or data.cache=none"
 ONE_AT_A_TIME = threading.Lock()

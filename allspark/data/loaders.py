@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data import default_collate as stack  # into memory that a worker shares, where torch.stack is copied
 
 from allspark import distributed
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.config import DataConfig
 from allspark.data.base import BadSample, DatasetSpec, Sample, to_tensor, worker_count
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.data.cache import Files, open_files
 from allspark.data.splits import Lists
 from allspark.data.transforms import OPERATIONS, PHOTOMETRIC, Geometry, cutmix_box, draw_geometry
-from allspark.errors import UserError
-from allspark.workers import batches, end_workers, make_loader
+from allspark.data.worker_pool import batches, end_workers, make_loader
+from allspark.utils.errors import UserError
 
 LABELED, UNLABELED = 0, 1  # streams of random numbers
 IN_PLACE = 1_000_000  # of the stream that draws what stands in for a sample

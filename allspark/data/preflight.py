@@ -10,7 +10,7 @@ import numpy as np
 from allspark.config import DataConfig
 from allspark.data.base import MIN_SIDE, BadSample, DatasetSpec, Sample, attempts, one_message, read_image, read_pair
 from allspark.data.splits import Lists
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 NAMED = 20  # bad samples, at most
 

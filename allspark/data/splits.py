@@ -12,8 +12,8 @@ from allspark import distributed
 from allspark.config import CustomDataConfig, DataConfig, root_variable
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, Sample, all_below, same_path
-from allspark.data.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images, roots
-from allspark.errors import UserError
+from allspark.split_lists.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images, roots
+from allspark.utils.errors import UserError
 
 MAX_LIST = 256 << 20  # bytes; the longest published one has 6 MB
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")  # of what keeps the values; the first is the usual one

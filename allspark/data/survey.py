@@ -31,7 +31,7 @@ from allspark.data.base import (
 )
 from allspark.data.preflight import NAMED, overlaps
 from allspark.data.splits import Lists, folder_reader, hint
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 KINDS = ("labeled", "val", "unlabeled")
 MANY = 40  # different values in masks, from which on no map is worth printing

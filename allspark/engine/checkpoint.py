@@ -20,8 +20,8 @@ from torch import Tensor
 
 from allspark import distributed
 from allspark.engine.files import replace_file
-from allspark.errors import UserError, reason_of
-from allspark.untrusted import load_tensors
+from allspark.utils.errors import UserError, reason_of
+from allspark.utils.safe_load import load_tensors
 
 LATEST, PREVIOUS = "latest.pth", "previous.pth"  # in a run's folder: to resume from, and the one before it
 BEST = "best.pth"  # of the epoch with the best mIoU on val

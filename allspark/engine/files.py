@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from allspark.errors import UserError
+from allspark.utils.errors import UserError
 
 LOCK = ".lock"
 PATIENCE = 20.0  # seconds: workers of a run that was killed hold its lock until they notice, up to 5 s

@@ -20,8 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from allspark.engine.files import write_text, writing
-from allspark.engine.step import Stepper, mean_losses
-from allspark.errors import Stopped, UserError
+from allspark.engine.stepper import Stepper, mean_losses
+from allspark.utils.errors import Stopped, UserError
 
 METRICS = "metrics.jsonl"
 

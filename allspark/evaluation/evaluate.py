@@ -10,13 +10,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from allspark import distributed
-from allspark.batch import normalize
 from allspark.data.base import MIN_SIDE, DatasetSpec
-from allspark.errors import UserError
-from allspark.evaluation.inference import Inference, best_class, class_scores, evaluating
+from allspark.data.batch import normalize
+from allspark.data.worker_pool import TIMEOUT, batches, make_loader
 from allspark.evaluation.metrics import ConfusionMatrix, Scores
-from allspark.evaluation.strips import strip_scores, too_many
-from allspark.workers import TIMEOUT, batches, make_loader
+from allspark.evaluation.sliding_window import Inference, best_class, class_scores, evaluating
+from allspark.evaluation.tiled import strip_scores, too_many
+from allspark.utils.errors import UserError
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
 Save = Callable[[str, Tensor, Tensor, Tensor], None]  # name, image, mask, prediction: uint8 on the CPU, of one size

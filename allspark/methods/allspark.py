@@ -6,12 +6,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.errors import UserError
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import Criterion, Progress, TeacherMethod, joint_forward, pseudo_loss
+from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
+from allspark.methods.thresholds import ClassThresholds
 from allspark.models.segmentor import unwrap
-from allspark.pseudo import Pseudo, cutmix, predict_pseudo
-from allspark.thresholds import ClassThresholds
+from allspark.utils.errors import UserError
 
 
 class AllSpark(TeacherMethod):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.ema import EMATeacher
-from allspark.errors import UserError
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.losses import consistency_loss
+from allspark.methods.ema import EMATeacher
+from allspark.methods.pseudo_labels import Pseudo, predict_pseudo
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import Perturb, SegOutput, unwrap
-from allspark.pseudo import Pseudo, predict_pseudo
+from allspark.utils.errors import UserError
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

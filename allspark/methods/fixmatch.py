@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import (
     Criterion,
     Method,
@@ -13,7 +13,7 @@ from allspark.methods.base import (
     pseudo_loss,
     unlabeled_forward,
 )
-from allspark.pseudo import Pseudo, cutmix, predict_pseudo
+from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
 
 
 class FixMatch(Method):

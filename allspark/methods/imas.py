@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.hardness import clipped_boxes, easiness, opposite_ranks
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import (
     Criterion,
     Progress,
@@ -16,8 +15,9 @@ from allspark.methods.base import (
     joint_forward,
     unlabeled_forward,
 )
+from allspark.methods.hardness import clipped_boxes, easiness, opposite_ranks
+from allspark.methods.pseudo_labels import Pseudo, paste, predict_pseudo
 from allspark.models.segmentor import unwrap
-from allspark.pseudo import Pseudo, paste, predict_pseudo
 
 
 class IMAS(TeacherMethod):

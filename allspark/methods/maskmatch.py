@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.errors import UserError
-from allspark.masking import hide_patches
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import (
     Criterion,
     Progress,
@@ -15,7 +13,9 @@ from allspark.methods.base import (
     pseudo_loss,
     unlabeled_forward,
 )
-from allspark.pseudo import Pseudo, cutmix, predict_multi_scale
+from allspark.methods.masking import hide_patches
+from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_multi_scale
+from allspark.utils.errors import UserError
 
 
 class MaskMatch(TeacherMethod):

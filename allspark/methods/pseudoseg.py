@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.errors import UserError
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.losses import consistency_loss
-from allspark.masking import cut_out
 from allspark.methods.base import Criterion, Method, Progress, check_weight, joint_output
+from allspark.methods.masking import cut_out
+from allspark.methods.pseudo_labels import Pseudo, fuse, labeling
 from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
 from allspark.models.segmentor import unwrap
-from allspark.pseudo import Pseudo, fuse, labeling
+from allspark.utils.errors import UserError
 
 
 class PseudoSeg(Method):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import Criterion, Method, Progress
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import (
     Criterion,
     Method,
@@ -14,8 +14,8 @@ from allspark.methods.base import (
     pseudo_loss,
     unlabeled_forward,
 )
-from allspark.perturb import FeatureDropout
-from allspark.pseudo import Pseudo, cutmix, predict_pseudo
+from allspark.methods.perturb import FeatureDropout
+from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
 
 
 class UniMatch(Method):

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from allspark.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import Criterion, Progress, TeacherMethod, joint_output, pseudo_loss
+from allspark.methods.perturb import ComplementaryDropout
+from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
 from allspark.models.segmentor import unwrap
-from allspark.perturb import ComplementaryDropout
-from allspark.pseudo import Pseudo, cutmix, predict_pseudo
 
 
 class UniMatchV2(TeacherMethod):

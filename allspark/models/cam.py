@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allspark.models.decoder import cover, resize, uncover
+from allspark.models.mlp_decoder import cover, resize, uncover
 
 
 def present_classes(mask: Tensor, num_classes: int, background: int | None) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from allspark.config import ModelConfig
-from allspark.errors import UserError
 from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
-from allspark.models.decoder import build_decoder, cover, uncover
 from allspark.models.memory import SemanticMemory
-from allspark.models.timm_encoders import PREFIX, TimmEncoder
+from allspark.models.mlp_decoder import build_decoder, cover, uncover
+from allspark.models.timm_encoder import PREFIX, TimmEncoder
+from allspark.utils.errors import UserError
 
 # drop-path rate -> a module that takes (B, 3, H, W) to four maps, finest first. Its attributes `channels` and `strides`
 # hold their widths and strides, `decoder_channels` the width of the decoder unless the recipe says otherwise, and its

@@ -1,0 +1,114 @@
+"""The tensors of a training step, and the names of the views that a method asks for. Making them is data's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allspark.utils.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(image: Tensor) -> Tensor:
+    """uint8 RGB (..., 3, H, W) in 0..255 -> float32 with ImageNet mean and standard deviation, on the same device."""
+    mean, std = (of_channels(values, image.device) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return image.to(torch.float32, copy=True).sub_(mean).div_(std)
+
+
+def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32, made on the device: for a copy from here the host would wait until a GPU has done all else."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which photometric views of an image a method trains on; each names a policy in data.transforms.PHOTOMETRIC.
+
+    The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view, of
+    which labels are made; `strong` are those that are learned from, which may be weak ones with CutMix.
+    """
+
+    labeled: str = "weak"
+    strong: tuple[str, ...] = ()
+    cutmix: float = 0.0  # probability that a strong view gets a CutMix box
+    unlabeled: bool = True  # False: the method uses no unlabeled images and none is read
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cutmix <= 1:
+            raise UserError(f"method.cutmix={self.cutmix} is a probability and must be in 0..1")
+
+
+@dataclass(frozen=True)
+class LabeledBatch:
+    """image (B, 3, H, W), uint8 from the loader, normalized float32 after `to`; mask (B, H, W) int64."""
+
+    image: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> LabeledBatch:
+        """Move and normalize there: a uint8 image is a quarter of the bytes."""
+        return LabeledBatch(
+            normalize(self.image.to(device, non_blocking=True)), self.mask.to(device, non_blocking=True)
+        )
+
+    def __getitem__(self, part: slice) -> LabeledBatch:
+        return LabeledBatch(self.image[part], self.mask[part])
+
+    def pin_memory(self) -> LabeledBatch:
+        return LabeledBatch(self.image.pin_memory(), self.mask.pin_memory())
+
+
+@dataclass(frozen=True)
+class UnlabeledBatch:
+    """weak (B, 3, H, W) and strong views of the same crops, uint8 from the loader, normalized float32 after `to`;
+
+    valid (B, H, W) bool is False where the crop reaches beyond the image (padding); cutmix holds one bool mask
+    (B, H, W) per strong view, True inside the box that is pasted from the partner image (all False: no box).
+    """
+
+    weak: Tensor
+    strong: tuple[Tensor, ...]
+    valid: Tensor
+    cutmix: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> UnlabeledBatch:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return UnlabeledBatch(
+            normalize(move(self.weak)),
+            tuple(normalize(move(view)) for view in self.strong),
+            move(self.valid),
+            tuple(move(box) for box in self.cutmix),
+        )
+
+    def pin_memory(self) -> UnlabeledBatch:
+        return UnlabeledBatch(
+            self.weak.pin_memory(),
+            tuple(view.pin_memory() for view in self.strong),
+            self.valid.pin_memory(),
+            tuple(box.pin_memory() for box in self.cutmix),
+        )
+
+    def __getitem__(self, part: slice) -> UnlabeledBatch:
+        strong, boxes = (tuple(view[part] for view in views) for views in (self.strong, self.cutmix))
+        return UnlabeledBatch(self.weak[part], strong, self.valid[part], boxes)
+
+
+def passes(
+    labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, size: int | None
+) -> list[tuple[LabeledBatch, UnlabeledBatch | None]]:
+    """A step's batch in parts that go through the network at once: `size` labeled and as many unlabeled images.
+
+    None: all of it.
+    """
+    count = len(labeled.image)
+    assert unlabeled is None or size is None or len(unlabeled.weak) == count, "passes are of equally many of both"
+    if size is None:
+        return [(labeled, unlabeled)]
+    parts = [slice(first, first + size) for first in range(0, count, size)]
+    return [(labeled[part], None if unlabeled is None else unlabeled[part]) for part in parts]

@@ -1,0 +1,120 @@
+"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), the one that mmsegmentation made of it, and which
+decoder goes with which encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+
+from allspark.config import ModelConfig
+from allspark.models.deeplab import DeepLabV3Plus
+from allspark.utils.errors import UserError
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=False; x itself if it has the size."""
+    size = tuple(size)
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def cover(maps: Tensor, multiple: int, mode: str = "constant") -> Tensor:
+    """Maps (B, K, H, W) of an image, padded to what the cells of its feature maps cover: a multiple of the pixels."""
+    rows, columns = (-side % multiple for side in maps.shape[-2:])
+    return F.pad(maps, (0, columns, 0, rows), mode) if rows or columns else maps
+
+
+def uncover(logits: Tensor, size: Sequence[int], multiple: int, resize: Callable = resize) -> Tensor:
+    """Logits of such cells -> (B, K, *size), those of the image. resize: the decoder's."""
+    covered = [side + -side % multiple for side in size]
+    return resize(logits, covered)[..., : size[0], : size[1]]
+
+
+class MLPDecoder(nn.Module):
+    """Four maps (B, C_i, H_i, W_i), finest first -> logits (B, K, H_1, W_1).
+
+    Per level a linear layer to `channels`; resize to the finest level, concatenate from deepest to finest, 1x1 fuse
+    convolution with batch norm and ReLU, dropout, 1x1 classifier. The maps may have any strides.
+    """
+
+    resize = staticmethod(resize)
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        channels: int,
+        dropout: float = 0.1,
+        strides: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.add_levels(in_channels, channels)
+        self.fuse = ConvModule(len(in_channels) * channels, channels, 1, norm_cfg={"type": "BN"})
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+
+    @staticmethod
+    def refuses(strides: Sequence[int]) -> str | None:
+        return None
+
+    def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
+        self.linears = nn.ModuleList(nn.Linear(size, channels) for size in in_channels)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        fused = self.fuse.activate(self.fuse.norm(self.fused_sum(features)))
+        return self.classifier(self.dropout(fused))
+
+    def fused_sum(self, features: Sequence[Tensor]) -> Tensor:
+        """fuse.conv(concat_i(up(W_i c_i + b_i))), computed as sum_i up((F_i W_i) c_i + F_i b_i).
+
+        A 1x1 convolution commutes with bilinear resizing, so each level is fused at its own resolution: the same
+        numbers up to the order of the sums, at a fraction of the work. F_i: the columns of the fuse weight for level i.
+        """
+        columns = self.fuse.conv.weight.flatten(1).chunk(len(features), 1)[::-1]  # concatenated deepest first
+        with torch.autocast(features[0].device.type, enabled=False):  # a product of weights is not for bf16
+            weights = [part @ linear.weight for linear, part in zip(self.linears, columns, strict=True)]
+            bias = sum(part @ linear.bias for linear, part in zip(self.linears, columns, strict=True))
+        kernels = [weight[..., None, None] for weight in weights]
+        return resized_sum(features, kernels, bias)
+
+
+def resized_sum(features: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """sum_i up(kernel_i * feature_i) + bias at the size of the first, added up in place."""
+    total = F.conv2d(features[0], kernels[0], bias)
+    for feature, kernel in zip(features[1:], kernels[1:], strict=True):
+        total += resize(F.conv2d(feature, kernel), total.shape[-2:])
+    return total
+
+
+class MLPBNDecoder(MLPDecoder):
+    """mmsegmentation's SegformerHead: each level has batch norm and ReLU, and the finest is concatenated first."""
+
+    def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
+        self.convs = nn.ModuleList(ConvModule(size, channels, 1, norm_cfg={"type": "BN"}) for size in in_channels)
+
+    def fused_sum(self, features: Sequence[Tensor]) -> Tensor:
+        """fuse.conv(concat_i(up(level_i))), computed as sum_i up(F_i level_i)."""
+        columns = self.fuse.conv.weight.chunk(len(features), 1)
+        return resized_sum([conv(feature) for feature, conv in zip(features, self.convs, strict=True)], columns)
+
+
+# Each takes channels of the maps, class count, its own width, dropout and strides of the maps, says by `refuses` which
+# strides it cannot decode, and by `resize` how its logits go to the size of the image; `classifier` is its last layer.
+DECODERS = {"mlp": MLPDecoder, "mlp_bn": MLPBNDecoder, "deeplab": DeepLabV3Plus}
+
+
+def build_decoder(cfg: ModelConfig, encoder: nn.Module, num_classes: int) -> nn.Module:
+    """The decoder of a recipe on this encoder's maps; UserError where they are not what it needs."""
+    kind = DECODERS[cfg.decoder]
+    if reason := kind.refuses(encoder.strides):
+        takers = [name for name, other in DECODERS.items() if not other.refuses(encoder.strides)]
+        raise UserError(
+            f"model.decoder={cfg.decoder} with model.encoder={cfg.encoder}: the decoder {reason}; this encoder's maps "
+            f"have strides {'/'.join(map(str, encoder.strides))}. Set model.decoder={' or '.join(takers)}, or an "
+            f"encoder that fits, such as model.encoder=resnet101"
+        )
+    width = cfg.decoder_channels or encoder.decoder_channels
+    return kind(encoder.channels, num_classes, width, cfg.dropout, encoder.strides)

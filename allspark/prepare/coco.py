@@ -1,0 +1,157 @@
+"""COCO 2017: masks of 81 classes drawn from the instances, 0 where there is none. See OVERLAP for what lies on top."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from allspark.data.base import IGNORE_INDEX, max_megapixels
+from allspark.data.datasets.coco import CLASSES
+from allspark.prepare.archives import Index, Kind
+from allspark.prepare.images import png
+from allspark.prepare.plan import Archive, Output, Plan, Sample
+from allspark.utils.errors import UserError
+
+# Ours: how the masks behind the published results were drawn is not documented.
+OVERLAP = (
+    "Where instances overlap, the smaller one is on top. Crowd regions become 255 (ignored), except where an instance "
+    "of its own covers them. Things stand 1..80 in the order of their category ids; the rest is 0."
+)
+NEEDS_PYCOCOTOOLS = "coco: its masks are decoded by pycocotools, which is not installed: pip install pycocotools"
+
+
+def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
+    try:
+        import pycocotools.mask  # noqa: F401  (told before anything is written)
+    except ImportError:
+        raise UserError(NEEDS_PYCOCOTOOLS) from None
+    splits = [split for split in ("train", "val") if ("instances", split) in index.texts]
+    return {split: split_samples(index, split, ignore_unknown) for split in splits}
+
+
+def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample]:
+    """A sample for every image that the annotations name; one without instances gets a mask of 0."""
+    found = index.files["instances", split]
+    where = f"{found.source}: {found.name}"
+    try:
+        content = json.loads(index.texts.pop(("instances", split)))
+        class_of = classes(content["categories"], where)
+        if not ignore_unknown:
+            check_categories(content["annotations"], class_of, where)
+        instances: dict[int, list] = defaultdict(list)
+        for annotation in content["annotations"]:
+            known = class_of.get(annotation["category_id"], IGNORE_INDEX)
+            value = IGNORE_INDEX if annotation.get("iscrowd") else known
+            instances[annotation["image_id"]].append((annotation["id"], value, annotation["segmentation"]))
+        images = {image["id"]: image for image in content["images"]}
+        if lost := instances.keys() - images.keys():
+            raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {AGAIN}")
+        return [sample(split, image, instances[key], where) for key, image in images.items()]
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: not the instances of COCO ({error!r}); {AGAIN}") from None
+
+
+AGAIN = "get annotations_trainval2017.zip again"
+
+
+def classes(categories: list[Mapping[str, Any]], where: str) -> dict[int, int]:
+    """Category id -> class. The 80 ids lie between 1 and 90, with gaps."""
+    listed = sorted((category["id"], category["name"]) for category in categories)
+    for number in range(max(len(listed), len(CLASSES) - 1)):
+        there = listed[number][1] if number < len(listed) else "none"
+        expected = CLASSES[number + 1] if number + 1 < len(CLASSES) else "none"
+        if there != expected:
+            raise UserError(f"{where}: category number {number + 1} is {there!r}, of COCO it is {expected!r}; {AGAIN}")
+    return {category_id: number for number, (category_id, _) in enumerate(listed, start=1)}
+
+
+def check_categories(annotations: list[Mapping[str, Any]], class_of: Mapping[int, int], where: str) -> None:
+    unknown = [annotation for annotation in annotations if annotation["category_id"] not in class_of]
+    if unknown:
+        counts = Counter(annotation["category_id"] for annotation in unknown)
+        told = ", ".join(f"{category!r} ({count} annotations)" for category, count in counts.most_common(5))
+        remedy = f"{AGAIN}, or use --ignore-unknown, which makes their pixels ignored ones"
+        raise UserError(f"{where}: unknown category {told}, first in annotation {unknown[0]['id']}; {remedy}")
+
+
+def sample(split: str, image: Mapping[str, Any], instances: list, where: str) -> Sample:
+    name, height, width = image["file_name"], image["height"], image["width"]
+    if not re.fullmatch(r"\d+\.jpg", name, re.ASCII):
+        raise UserError(f"{where}: image {image['id']} has the file name {name!r}; {AGAIN}")
+    if not (
+        type(height) is type(width) is int and min(height, width) > 0 and height * width <= max_megapixels() * 10**6
+    ):
+        raise UserError(f"{where}: image {image['id']} has width {width!r} and height {height!r}; {AGAIN}")
+    stem = name.removesuffix(".jpg")
+    mask = Output(f"masks/{stem}.png", None, draw, (where, height, width, instances))
+    return Output(f"{split}2017/{name}", ("image", split, stem)), mask
+
+
+def draw(content: None, name: str, where: str, height: int, width: int, instances: list) -> bytes:
+    """PNG of the mask. instances: (annotation id, class or IGNORE_INDEX, segmentation) each."""
+    from pycocotools import mask as coder
+
+    regions = []
+    for annotation, value, segmentation in instances:
+        region = encode(segmentation, height, width, f"{where}: annotation {annotation}")
+        regions.append((value != IGNORE_INDEX, -int(coder.area(region)), value, region))
+    mask = np.zeros((height, width), np.uint8, order="F")  # column by column, as pycocotools has it
+    for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):  # crowds, then the largest first
+        np.copyto(mask, value, where=coder.decode(region).view(bool))
+    return png(mask)
+
+
+def encode(segmentation: Any, height: int, width: int, where: str) -> Mapping[str, Any]:
+    """pycocotools' own run lengths, of polygons [[x, y, x, y, ...], ...] or of plain run lengths."""
+    from pycocotools import mask as coder
+
+    try:
+        if not isinstance(segmentation, list):
+            return run_lengths(segmentation, height, width)
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # fewer enclose nothing
+        check_polygons(polygons, max(height, width))
+        return coder.merge(coder.frPyObjects(polygons or [[0] * 6], height, width))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{where}: not a segmentation of a {width} x {height} image ({error}); {AGAIN}") from None
+
+
+def check_polygons(polygons: list[list[float]], side: int) -> None:
+    """What pycocotools takes without looking: coordinates far off cost it memory without bounds."""
+    for polygon in polygons:
+        points = np.asarray(polygon, float)
+        if points.ndim != 1 or len(points) % 2 or not (np.abs(points) <= 4 * side).all():
+            raise ValueError("odd or far-off coordinates")
+
+
+def run_lengths(segmentation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
+    """Plain ones, which is what the official file has. pycocotools' C code trusts them to fill the image."""
+    from pycocotools import mask as coder
+
+    counts = segmentation["counts"]
+    if list(segmentation["size"]) != [height, width] or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("run lengths of another size, or no plain ones")
+    if sum(counts) != height * width:
+        raise ValueError(f"run lengths of {sum(counts)} pixels")
+    return coder.frPyObjects(segmentation, height, width)
+
+
+COCO = Plan(
+    dataset="coco",
+    archives=(
+        Archive("train2017.zip", "images.cocodataset.org/zips/train2017.zip"),
+        Archive("val2017.zip", "images.cocodataset.org/zips/val2017.zip"),
+        Archive("annotations_trainval2017.zip", "images.cocodataset.org/annotations/annotations_trainval2017.zip"),
+    ),
+    kinds=(
+        Kind("image", r"(train|val)2017/(\d+)\.jpg"),
+        Kind("instances", r"instances_(train|val)2017\.json", text=True, limit=2 << 30),
+    ),
+    counts={"train": 118287, "val": 5000},
+    samples=samples,
+    split="1_512",
+)
