@@ -15,13 +15,14 @@ from torch import Tensor
 
 from allspark import distributed
 from allspark import inference as loading
+from allspark.cli.arguments import add_inference_arguments, precision_context
 from allspark.config import INSTALLED, Recipe
 from allspark.data import splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor, worker_count
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores, finite, format_table
 from allspark.evaluation.sliding_window import Inference
-from allspark.inference import Loaded
+from allspark.inference import InferenceModel
 from allspark.split_lists.manifest import other_images
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, run_main
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         val = {"name": val_name(recipe, args), "sha256": splits.samples_hash(dataset.samples, root)}
         folder = prepare_outputs(args, dataset)
         warn(changed_lists(loaded, val, args))
-        with loading.computing(args, device):
+        with precision_context(args, device):
             scores = evaluate(
                 loaded.model,
                 dataset,
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="allspark eval" if INSTALLED else "eval.py", description=__doc__)
-    loading.add_arguments(parser)
+    add_inference_arguments(parser)
     parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipe says")
     parser.add_argument("--list", type=Path, metavar="FILE", help="evaluate these `image mask` lines instead of val")
     parser.add_argument("--absent-as-zero", action="store_true", help="a class that is nowhere counts as IoU 0")
@@ -85,11 +86,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def recipe_for(loaded: Loaded, args: argparse.Namespace) -> Recipe:
+def recipe_for(loaded: InferenceModel, args: argparse.Namespace) -> Recipe:
     """The recipe of the checkpoint or, for imported weights, of --dataset; with --data-root put in."""
     recipe = loaded.recipe
     if recipe is None:
-        fitting = loading.of_so_many_classes(loaded.spec.num_classes)
+        fitting = loading.datasets_with(loaded.spec.num_classes)
         raise UserError(
             f"{args.checkpoint}: imported weights; name their data set with --dataset ({fitting}). On data of "
             "your own train from them (--config FILE model.init_from=FILE) and evaluate that run"
@@ -158,7 +159,7 @@ def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> Predictio
     return folder
 
 
-def changed_lists(loaded: Loaded, val: dict[str, str], args: argparse.Namespace) -> list[str]:
+def changed_lists(loaded: InferenceModel, val: dict[str, str], args: argparse.Namespace) -> list[str]:
     """Where a name of the checkpoint's lists stands for other images, among published lists or here today, in words."""
     split, folder = loaded.meta.get("split") or {}, loaded.spec.splits
     name, labeled = str(split.get("name")), split.get("labeled")
@@ -191,7 +192,7 @@ def how(inference: Inference, args: argparse.Namespace) -> dict:
     return {"mode": inference.mode, **options, **more}
 
 
-def summary(scores: Scores, spec: DatasetSpec, loaded: Loaded, val: dict[str, str]) -> dict:
+def summary(scores: Scores, spec: DatasetSpec, loaded: InferenceModel, val: dict[str, str]) -> dict:
     """What --json holds; `split` is the one that the checkpoint was trained on, not known of imported weights."""
     result = {
         "miou": finite(scores.miou),

@@ -10,12 +10,13 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from allspark.ranges import check_ranges
+from allspark.translations import rename_keys, rename_method
 from allspark.utils.errors import UserError, shown
 from allspark.utils.safe_load import parse_yaml
 
@@ -69,6 +70,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
     name: Literal["none", "allspark"] = "none"
+    warmup_epochs: int = 5  # epochs before the memory is read; it is written from the first step after the burn-in
     num_heads: int = 2
     dropout: float = 0.1
     grouping_input: Literal["logits", "probabilities"] = "logits"  # Released: logits, never softmaxed
@@ -208,12 +210,15 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, me
 
     method: that of configs/methods/<method>.yaml, with all the file sets, in place of the recipe's own and bottleneck.
     """
-    content = read_yaml(Path(path))
+    content = rename_keys(read_yaml(Path(path)), str(path))
     if method is not None:
         data, model = content.get("data"), content.get("model")
         content = {key: value for key, value in content.items() if key != "method"}
         if isinstance(model, Mapping):
             content["model"] = {key: value for key, value in model.items() if key != "bottleneck"}
+            bottleneck = model.get("bottleneck")
+            if isinstance(bottleneck, Mapping) and "warmup_epochs" in bottleneck:  # belongs to the data set
+                content["model"]["bottleneck"] = {"warmup_epochs": bottleneck["warmup_epochs"]}
         content = _with_method(content, str(data.get("dataset")) if isinstance(data, Mapping) else "", method)
     return build_recipe(content, overrides, str(path))
 
@@ -222,8 +227,11 @@ def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
     """Fill the dataclasses; every unknown key, missing key or wrong type is an error that names the key's full path."""
     given = {full_key(key): value for key, value in (overrides or {}).items()}
     stated = content.get("batch_size") if isinstance(content, Mapping) else None
-    for key, value in given.items():
-        content = merge(content, _nest(key, value))
+    if isinstance(content, Mapping):
+        content = rename_keys(content, source)
+        for key, value in given.items():
+            content = merge(content, rename_keys(_nest(key, value), "command line"))
+        content = rename_method(content, source)
     recipe = _with_lr_batch(_convert(content, Recipe, "", source), stated)
     root = os.environ.get(root_variable(recipe.data.dataset))
     if root and "data.data_root" not in given:
@@ -326,17 +334,26 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     for key in sorted({*old, *new}, key=str):  # those of a value_map are numbers
         path, a, b = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if path == "model.bottleneck" and a.get("name") == b.get("name") == "none":
+                continue  # without a bottleneck its options have no effect
             found += differences(a, b, f"{path}.")
         elif a != b and path not in RUN_KEYS:
             found.append(f"{path}: {a} -> {b}")
     return found
 
 
-def bind_options(function: Callable[..., Any], options: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """All keyword-only arguments of a constructor: those given, checked against their type hints, and the defaults."""
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
-    known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+def bind_options(kind: type, options: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """All keyword-only arguments of a constructor: those given, checked against their type hints, and the defaults.
+
+    A constructor with **options passes them on to its base class, whose arguments are then options, too.
+    """
+    hints, known = {}, {}
+    for constructor in (base.__init__ for base in kind.__mro__):
+        parameters = inspect.signature(constructor).parameters.values()
+        known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} | known
+        hints = typing.get_type_hints(constructor) | hints
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
     for key in options:
         if key not in known:
             raise UserError(f"{path}.{key}: unknown option; there is {', '.join(known) or 'none'}")

@@ -1,11 +1,10 @@
-"""From a checkpoint file to a network that predicts, and the words that name both: what eval.py and the verbs share."""
+"""Load a checkpoint for inference."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from allspark.cli.recipe import build_method, complete
-from allspark.config import DEVICES, MODES, PRECISIONS, Recipe, build_recipe, load_recipe, to_plain
+from allspark.build import build_method, complete
+from allspark.config import Recipe, build_recipe, load_recipe, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
-from allspark.engine.stepper import autocast, set_precision
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.models.segmentor import build_model
 from allspark.utils.download import file_digest
 from allspark.utils.errors import UserError
 
-ANY_CROP = 64  # to build a model with, where nothing tells the crop: a model without a memory has no use for it
+ANY_CROP = 64  # to build a model whose crop size is unknown; only the memory depends on it
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """The network that predicts, in evaluation mode, and what is known of it.
+class InferenceModel:
+    """A network for inference, in evaluation mode, and what is known about it.
 
-    recipe: that of the training; of imported weights the data set's, or None where no data set was named.
-    crop_size: the training crop, None where nothing tells it.
-    meta: sha256 of the file, and step, epoch, split of a training or source of imported weights.
+    Args:
+        model: image (B, 3, H, W), normalized, -> SegOutput.
+        spec: data set whose classes it predicts.
+        recipe: of its training; of imported weights that of the data set, or None if no data set was given.
+        crop_size: side of the training crops; None if unknown.
+        meta: sha256 of the file, and step, epoch and split of a run or the source of imported weights.
     """
 
     model: nn.Module
@@ -43,105 +44,81 @@ class Loaded:
     meta: dict[str, Any]
 
     def inference(self, mode: str | None = None, **options: Any) -> Inference:
-        """How it takes an image: `mode`, else the recipe's, else the data set's; the window is the training crop."""
+        """How images are predicted.
+
+        Args:
+            mode: whole, center_crop or sliding_window; default: the recipe's, else the data set's.
+            **options: further fields of Inference, such as scales and flip.
+        """
         if self.recipe is not None:
             evaluation = self.recipe.evaluation
             return inference_for(self.spec, self.crop_size, mode or evaluation.mode, evaluation.window, **options)
         if mode not in (None, "whole") and self.crop_size is None:
-            raise UserError(f"--mode {mode}: these imported weights do not tell the window; name their --dataset")
+            raise UserError(
+                f"--mode {mode}: the window size of these imported weights is unknown; give their --dataset"
+            )
         return inference_for(self.spec, self.crop_size, mode, **options)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words for a checkpoint and how an image is put to it."""
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="of train.py or `weights import`"
-    )
-    parser.add_argument("--dataset", help="whose classes imported weights predict; of a run of train.py: a check")
-    parser.add_argument("--mode", choices=MODES, help="default: the recipe's, else the data set's own")
-    parser.add_argument("--scales", type=scale_list, default=(1.0,), metavar="S,S", help="such as 0.75,1,1.25")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    parser.add_argument("--device", default="auto", choices=DEVICES)
-    parser.add_argument(
-        "--precision", default="fp32", choices=PRECISIONS, help="of the network; its logits are float32"
-    )
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
+def load_for_inference(path: str | Path, device: torch.device, dataset: str | None = None) -> InferenceModel:
+    """Load the network of a checkpoint.
 
+    Args:
+        path: a checkpoint of train.py or `weights import`.
+        device: of the network.
+        dataset: data set whose classes imported weights predict; a checkpoint of train.py only accepts its own.
 
-def computing(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
-    """Forward passes in here are of --precision; UserError for one that the device does not have."""
-    set_precision(args.precision, device)
-    return autocast(args.precision, device)
-
-
-def scale_list(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of factors such as 0.75,1,1.25") from None
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a count of 1 or more")
-    return int(text)
-
-
-def load_for_inference(path: str | Path, device: torch.device, dataset: str | None = None) -> Loaded:
-    """The network of a checkpoint, of train.py or imported. UserError: missing, truncated, foreign, not fitting.
-
-    dataset: whose classes imported weights predict; a checkpoint of train.py knows, and refuses another.
+    Raises:
+        UserError: the file is missing, damaged, of another program, or does not match.
     """
     content = load_checkpoint(path)
     loaded = (load_imported if is_imported(content) else load_trained)(content, path, dataset)
     if not all(tensor.isfinite().all() for tensor in loaded.model.state_dict().values()):
-        raise UserError(f"{path}: weights in it are NaN or infinite, it predicts nothing; use another checkpoint")
+        raise UserError(f"{path}: contains weights that are NaN or infinite; use another checkpoint")
     return replace(loaded, model=loaded.model.to(device).eval(), meta={**loaded.meta, "sha256": file_digest(path)})
 
 
-def load_trained(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> Loaded:
-    """What the method of the run evaluates: the model, or a teacher that lives in the method's own state."""
-    with naming(path):
+def load_trained(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> InferenceModel:
+    """The network that the method of the run evaluates: the model, or a teacher from the method's state."""
+    with prefix_errors(path):
         recipe = complete(build_recipe(content["recipe"], None, "its recipe"))
         spec = spec_for(recipe.data)
         model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
         method = build_method(recipe, spec)
     if dataset not in (None, recipe.data.dataset):
-        raise UserError(
-            f"--dataset {dataset}: {path} was trained on {recipe.data.dataset}, and knows it; leave --dataset out"
-        )
+        raise UserError(f"--dataset {dataset}: {path} was trained on {recipe.data.dataset}; omit --dataset")
     method.attach(model)
     load_state(model, content["model"], path)
     load_state(method, content["method"], path)
-    meta = {"step": content["step"], "epoch": content["epoch"], "split": texts(content, "split", path)}
-    return Loaded(method.predictor(model), spec, recipe, recipe.data.crop_size, meta)
+    meta = {"step": content["step"], "epoch": content["epoch"], "split": string_section(content, "split", path)}
+    return InferenceModel(method.predictor(model), spec, recipe, recipe.data.crop_size, meta)
 
 
-def load_imported(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> Loaded:
-    """The model of the file's architecture. `pretrained` and `init_from` in it are never looked at."""
-    plan, num_classes, stated = read_architecture(content["architecture"], path)
+def load_imported(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> InferenceModel:
+    """The model of an imported checkpoint; `pretrained` and `init_from` of its architecture are ignored."""
+    architecture, num_classes, stated = read_architecture(content["architecture"], path)
     if dataset is None:
-        spec, of_recipe = unnamed_spec(num_classes), ANY_CROP
+        spec, recipe_crop = unnamed_spec(num_classes), ANY_CROP
         base = {"data": {"dataset": spec.name, "data_root": ""}, "method": "supervised", "epochs": 1}
     else:
-        spec = spec_of(dataset, num_classes, path)
-        # a spec that shares another's lists shares its recipe; the method plays no part in predicting
+        spec = spec_by_name(dataset, num_classes, path)
+        # A spec that shares another's lists shares its recipe; the method does not matter for inference
         base = to_plain(load_recipe(spec.splits, "supervised", {"data.dataset": dataset}))
-        of_recipe = base["data"]["crop_size"]
-    base["data"]["crop_size"] = stated or of_recipe
-    with naming(path):
-        recipe = build_recipe({**base, "model": plan}, None, "architecture")  # strict: a wrong key or value is told
+        recipe_crop = base["data"]["crop_size"]
+    base["data"]["crop_size"] = stated or recipe_crop
+    with prefix_errors(path):
+        recipe = build_recipe({**base, "model": architecture}, None, "architecture")  # refuses unknown keys and values
         model = build_model(recipe.model, num_classes, recipe.data.crop_size)
     load_state(model, content["model"], path)
-    meta = {"source": texts(content, "source", path)}
+    meta = {"source": string_section(content, "source", path)}
     if dataset is None:
-        return Loaded(model, spec, None, stated, meta)
-    crop = training_crop(stated, of_recipe, model.encoder.strides[-1])
-    return Loaded(model, spec, replace(recipe, data=replace(recipe.data, crop_size=crop)), crop, meta)
+        return InferenceModel(model, spec, None, stated, meta)
+    crop = training_crop(stated, recipe_crop, model.encoder.strides[-1])
+    return InferenceModel(model, spec, replace(recipe, data=replace(recipe.data, crop_size=crop)), crop, meta)
 
 
-def texts(content: Mapping[str, Any], key: str, path: str | Path) -> dict[str, str]:
-    """A section of names and hashes alone."""
+def string_section(content: Mapping[str, Any], key: str, path: str | Path) -> dict[str, str]:
+    """A section of a checkpoint that contains names and hashes only."""
     section = content[key]
     if not isinstance(section, Mapping) or not all(isinstance(value, str) for value in section.values()):
         raise UserError(f"{path}: its '{key}' does not hold names and hashes; use another checkpoint")
@@ -149,8 +126,8 @@ def texts(content: Mapping[str, Any], key: str, path: str | Path) -> dict[str, s
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """A UserError inside says whose content it is about."""
+def prefix_errors(path: str | Path) -> Iterator[None]:
+    """Context that adds the path of the file to a UserError."""
     try:
         yield
     except UserError as error:
@@ -158,7 +135,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def read_architecture(content: Any, path: str | Path) -> tuple[Mapping[str, Any], int, int | None]:
-    """architecture of an imported checkpoint -> the plain model section of a recipe, class count, crop or None."""
+    """The model section of a recipe, the number of classes and the crop size (or None) of an imported checkpoint."""
     content = content if isinstance(content, Mapping) else {}
     if missing := [key for key in ("model", "num_classes", "crop_size") if key not in content]:
         raise UserError(f"{path}: its 'architecture' has no '{missing[0]}'; import the weights again")
@@ -170,37 +147,40 @@ def read_architecture(content: Any, path: str | Path) -> tuple[Mapping[str, Any]
     return content["model"], num_classes, crop
 
 
-def spec_of(dataset: str, num_classes: int, path: str | Path) -> DatasetSpec:
-    """The spec that --dataset names, of as many classes as the weights have."""
+def spec_by_name(dataset: str, num_classes: int, path: str | Path) -> DatasetSpec:
+    """The spec of --dataset; UserError unless it has as many classes as the weights."""
     if dataset not in DATASETS:
-        raise UserError(f"--dataset {dataset}: there is no such data set; there are {', '.join(DATASETS)}")
+        raise UserError(f"--dataset {dataset}: no such data set; choose one of {', '.join(DATASETS)}")
     spec = DATASETS[dataset]
     if spec.num_classes != num_classes:
         raise UserError(
             f"--dataset {dataset} has {spec.num_classes} classes, {path} predicts {num_classes}: "
-            f"{of_so_many_classes(num_classes)}"
+            f"{datasets_with(num_classes)}"
         )
     return spec
 
 
-def of_so_many_classes(num_classes: int) -> str:
-    """The data sets that weights with so many classes may belong to, in words."""
+def datasets_with(num_classes: int) -> str:
+    """For a message: the data sets with this number of classes."""
     names = [name for name, spec in DATASETS.items() if spec.num_classes == num_classes]
     return f"data sets of {num_classes} classes: {', '.join(names) or 'none'}"
 
 
 def unnamed_spec(num_classes: int) -> DatasetSpec:
-    """Classes by number, in PASCAL VOC's colours."""
+    """Numbered classes in the colors of PASCAL VOC."""
     classes = tuple(f"class {index}" for index in range(num_classes))
     return DatasetSpec("unnamed", classes, bit_palette(num_classes))
 
 
-def training_crop(stated: int | None, of_recipe: int, stride: int = 32) -> int:
-    """The crop that imported weights were trained with, which is the side of the sliding window.
+def training_crop(stated: int | None, recipe_crop: int, stride: int = 32) -> int:
+    """The crop size that imported weights were trained with, which is the side of the sliding window.
 
-    What they state was read off the side of their memory, which is of cells of `stride` pixels, so the recipe's crop
-    stands where it means the same side.
+    Args:
+        stated: derived from the side of their memory, in cells of `stride` pixels, and exact only to a cell; None if
+            unknown.
+        recipe_crop: that of the data set's recipe, which is preferred if it gives the same number of cells.
+        stride: of the deepest feature map.
     """
-    if stated is None or math.ceil(stated / stride) == math.ceil(of_recipe / stride):
-        return of_recipe
+    if stated is None or math.ceil(stated / stride) == math.ceil(recipe_crop / stride):
+        return recipe_crop
     return stated

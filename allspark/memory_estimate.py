@@ -1,10 +1,13 @@
-"""What memory a training step takes: predicted by a step on tensors without content, and measured by real ones."""
+"""Memory of a training step: predicted with fake tensors, which have sizes but no data, or measured by real steps."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,136 +16,184 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from allspark.bench.machine import memory_bytes
-from allspark.bench.measure import Ledger, allocator_peak, aten
 from allspark.config import Recipe
 from allspark.data.base import DatasetSpec
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
+from allspark.engine.checkpoint import Position
 from allspark.engine.optim import build_optimizer
-from allspark.engine.stepper import AUTOCAST, Stepper, autocast, pass_size
-from allspark.methods import Method, Progress
+from allspark.engine.stepper import AUTOCAST, Stepper, micro_batch_size
+from allspark.methods import Method
 from allspark.models.segmentor import Segmentor, build_model
+from allspark.train_step import TrainState, train_step
 
 GB = 1e9
-STEPS = 2  # that are measured: from the second on all are alike
+STEPS = 2  # to measure: all steps from the second on take the same memory
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes. peak: of all tensors at their most; held: what stays from step to step, by name."""
+    """Memory of a training step, in bytes.
+
+    Args:
+        peak: maximum of all tensors together.
+        persistent: what remains between two steps, by name.
+    """
 
     peak: int
-    held: dict[str, int] = field(default_factory=dict)
+    persistent: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.held.items() if size)
-        rest = self.peak - sum(self.held.values())
+        parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.persistent.items() if size)
+        rest = self.peak - sum(self.persistent.values())
         return f"{self.peak / GB:.2f} GB at its peak ({parts}, activations and the rest {rest / GB:.2f})"
 
 
 class TrainingStep:
-    """Steps of a recipe as train.py takes them in its last epoch, on random images.
+    """Steps of a recipe in its last epoch, as train.py makes them, on random images.
 
-    share: labeled images of a pass. passes: of a step; the later ones are alike, so two are the most that are taken.
+    Args:
+        recipe: see `recipe_per_process`.
+        spec: data set.
+        method: attached to the model.
+        model: on the device.
     """
 
-    def __init__(
-        self, recipe: Recipe, spec: DatasetSpec, method: Method, model: Segmentor, share: int, passes: int = 1
-    ) -> None:
-        self.recipe, self.method, self.model, self.passes = recipe, method, model, min(passes, 2)
-        self.size = (share, recipe.data.crop_size, recipe.data.crop_size)
-        self.classes = spec.num_classes
-        self.device = next(model.parameters()).device
+    def __init__(self, recipe: Recipe, spec: DatasetSpec, method: Method, model: Segmentor) -> None:
         model.train()
-        self.stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
-
-    def image(self) -> Tensor:
-        batch, height, width = self.size
-        return torch.randint(256, (batch, 3, height, width), dtype=torch.uint8, device=self.device)
+        stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
+        self.state = TrainState(recipe, model, method, stepper, total_steps=STEPS)
+        self.size = (recipe.batch_size, recipe.data.crop_size, recipe.data.crop_size)
+        self.num_classes = spec.num_classes
 
     def batches(self) -> tuple[LabeledBatch, UnlabeledBatch | None]:
-        views = self.method.views
-        mask = torch.randint(self.classes, self.size, device=self.device)
-        labeled = LabeledBatch(self.image(), mask).to(self.device)
+        views, device = self.state.method.views, self.state.device
+
+        def image() -> Tensor:
+            batch, height, width = self.size
+            return torch.randint(256, (batch, 3, height, width), dtype=torch.uint8, device=device)
+
+        mask = torch.randint(self.num_classes, self.size, device=device)
+        labeled = LabeledBatch(image(), mask).to(device)
         if not views.unlabeled:
             return labeled, None
-        box = torch.zeros(self.size, dtype=torch.bool, device=self.device)
-        strong, boxes = tuple(self.image() for _ in views.strong), tuple(box.clone() for _ in views.strong)
-        return labeled, UnlabeledBatch(self.image(), strong, ~box, boxes).to(self.device)
+        box = torch.zeros(self.size, dtype=torch.bool, device=device)
+        strong, boxes = tuple(image() for _ in views.strong), tuple(box.clone() for _ in views.strong)
+        return labeled, UnlabeledBatch(image(), strong, ~box, boxes).to(device)
 
-    def settle(self) -> None:
-        """What a first step leaves: the optimizer's state."""
-        for weight in self.model.parameters():
+    def init_optimizer(self) -> None:
+        """Create the optimizer's state, as the first step does."""
+        for weight in self.state.model.parameters():
             weight.grad = torch.empty_like(weight)
-        self.stepper.optimizer.step()
-        self.stepper.optimizer.zero_grad()
+        self.state.stepper.optimizer.step()
+        self.state.stepper.optimizer.zero_grad()
 
     def run(self, step: int) -> None:
-        progress = Progress(step, self.recipe.epochs - 1, STEPS)
-        for _ in range(self.passes):
-            labeled, unlabeled = self.batches()
-            with autocast(self.recipe.precision, self.device):
-                losses = self.method.losses(self.model, labeled, unlabeled, progress)
-            self.stepper.backward(losses["loss"])
-        self.stepper.step()
-        self.method.after_step(self.model, progress)
+        recipe = self.state.recipe
+        train_step(self.state, *self.batches(), Position(recipe.epochs - 1, step), recipe.optim.lr)
 
-    def held(self) -> dict[str, int]:
-        state = [value for values in self.stepper.optimizer.state.values() for value in values.values()]
+    def persistent(self) -> dict[str, int]:
+        stepper, model = self.state.stepper, self.state.model
+        optimizer = [value for values in stepper.optimizer.state.values() for value in values.values()]
         return {
-            "weights": size(self.model.parameters()),
-            "optimizer": size(value for value in state if isinstance(value, Tensor)),
-            "buffers, kept twice": size(self.model.buffers()) + size(self.stepper.kept),
-            "teacher": size(self.method.state_dict().values()),
+            "weights": total_bytes(model.parameters()),
+            "optimizer": total_bytes(value for value in optimizer if isinstance(value, Tensor)),
+            "buffers and their copies": total_bytes(model.buffers()) + total_bytes(stepper.saved_buffers),
+            "teacher": total_bytes(self.state.method.state_dict().values()),
         }
 
 
-def pass_and_passes(recipe: Recipe, processes: int) -> tuple[int, int]:
-    """Labeled images of a pass, and the passes of a step."""
-    images = pass_size(recipe, processes)
-    return images, recipe.batch_size // processes // images
+def recipe_per_process(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe with the share of one process as its batch; of equal micro-batches two are enough to see the peak."""
+    size = micro_batch_size(recipe, world_size)
+    count = recipe.batch_size // world_size // size
+    return replace(recipe, batch_size=size * min(count, 2), micro_batch=size)
 
 
-def size(tensors: Any) -> int:
+def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def predict_step(
-    recipe: Recipe, spec: DatasetSpec, method: Method, device_type: str = "cpu", processes: int = 1
+    recipe: Recipe, spec: DatasetSpec, method: Method, device_type: str = "cpu", world_size: int = 1
 ) -> StepMemory:
-    """Of each of `processes`, in seconds, on any machine: fake tensors have sizes, and nothing is computed.
+    """Predict the memory of a step in one process; takes seconds on any machine.
 
-    device_type cuda: with the kernels that a GPU takes. What these keep to themselves, the CUDA context and the
-    allocator's gaps come on top.
+    Args:
+        recipe: complete.
+        spec: data set.
+        method: not attached yet.
+        device_type: "cuda": with the kernels of a GPU. Their workspaces, the CUDA context and the gaps of the allocator
+            are not included.
+        world_size: number of processes that share the batch.
     """
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
     method.attach(model)
-    ledger = Hollow()
+    counter = FakeMemoryCounter()
     gpu = GPUKernels(recipe.precision in AUTOCAST) if device_type == "cuda" else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger, gpu:
+    with FakeTensorMode(allow_non_fake_inputs=True), counter, gpu:
         for module in (model, method):
             module.to_empty(device="cpu")
-        step = TrainingStep(recipe, spec, method, model, *pass_and_passes(recipe, processes))
-        buckets = [torch.empty_like(weight) for weight in model.parameters()] if processes > 1 else []  # of DDP
-        step.settle()
+        step = TrainingStep(recipe_per_process(recipe, world_size), spec, method, model)
+        buckets = [torch.empty_like(weight) for weight in model.parameters()] if world_size > 1 else []  # of DDP
+        step.init_optimizer()
         step.run(1)
-        held = step.held() | {"DDP's buckets": size(buckets)}
-    return StepMemory(ledger.peak, held)
+        persistent = step.persistent() | {"DDP's buckets": total_bytes(buckets)}
+    return StepMemory(counter.peak, persistent)
 
 
-class Hollow(Ledger):
-    """The ledger of tensors without content: whatever number is asked for is 0, whatever condition False."""
+class MemoryCounter(TorchDispatchMode):
+    """Counts the memory of tensors; workspaces inside of kernels are not seen.
+
+    Attributes:
+        moved: bytes of the inputs and outputs of all operations, without views.
+        peak: maximum of the bytes of all storages that were created in this context and exist at the same time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = self.peak = self.alive = 0
+        self.storages: dict[int, int] = {}  # address of the object (a fake tensor has no data) -> bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is aten._local_scalar_dense.default:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        result = func(*args, **(kwargs or {}))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not func.is_view:
+            self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in inputs + outputs)
+        for storage in (tensor.untyped_storage() for tensor in outputs):
+            if storage._cdata not in known:
+                self.add(storage)
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self.storages:  # two outputs share it
+            return
+        self.storages[address] = size
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self.remove, address)
+
+    def remove(self, address: int) -> None:
+        self.alive -= self.storages.pop(address)
+
+
+class FakeMemoryCounter(MemoryCounter):
+    """MemoryCounter for fake tensors, where reading a number gives 0 and a condition False."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
             return False
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class GPUKernels(TorchFunctionMode):
-    """What differs on a GPU, on tensors that say they are on a CPU: attention in one kernel, which keeps no map, and
-    under autocast LayerNorm and softmax in float32.
+    """Emulates on CPU tensors what differs on a GPU: fused attention, which stores no attention map, and float32 in
+    LayerNorm and softmax under autocast.
     """
 
     def __init__(self, mixed: bool) -> None:
@@ -162,7 +213,7 @@ class GPUKernels(TorchFunctionMode):
 
 
 class KernelAttention(torch.autograd.Function):
-    """The tensors of a fused attention: out and the rows' logsumexp; the backward pass has three gradients."""
+    """Allocates the tensors of a fused attention: the output, the logsumexp of the rows, and three gradients."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -176,25 +227,35 @@ class KernelAttention(torch.autograd.Function):
 
 
 def measure_step(recipe: Recipe, spec: DatasetSpec, method: Method, device: torch.device) -> StepMemory:
-    """Of this process, by two real steps; on a GPU of torch's allocator, else of the tensors."""
-    ledger, made = Ledger(), []
+    """Measure this process in two real steps, by torch's allocator on a GPU, else by counting tensors."""
+    counter, steps = MemoryCounter(), []
 
     def run() -> None:
         model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
         method.attach(model)
-        made.append(TrainingStep(recipe, spec, method, model, *pass_and_passes(recipe, 1)))
+        steps.append(TrainingStep(recipe_per_process(recipe, 1), spec, method, model))
         for number in range(STEPS):
-            made[0].run(number)
+            steps[0].run(number)
 
     if device.type == "cuda":
-        return StepMemory(allocator_peak(run, device), made[0].held())
-    with ledger:
+        return StepMemory(allocator_peak(run, device), steps[0].persistent())
+    with counter:
         run()
-    return StepMemory(ledger.peak, made[0].held())
+    return StepMemory(counter.peak, steps[0].persistent())
+
+
+def allocator_peak(run: Callable[[], object], device: torch.device) -> int:
+    """Peak of torch's allocator during run(), in bytes beyond what was allocated before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def resident_peak() -> int | None:
-    """Bytes of main memory that this process had at its most; None where the system does not tell."""
+    """Peak of this process's main memory in bytes; None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -202,8 +263,13 @@ def resident_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def room(device_type: str) -> int | None:
-    """Bytes that are free on this machine's first GPU, or its main memory; None where there is no such device."""
+def free_memory(device_type: str) -> int | None:
+    """Free bytes of the first GPU, or the main memory of this machine; None if there is no such device."""
     if device_type == "cuda":
         return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
-    return memory_bytes() or None
+    return main_memory() or None
+
+
+def main_memory() -> int:
+    """Main memory of this machine in bytes; 0 if the system does not report it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0

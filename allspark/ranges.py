@@ -30,6 +30,7 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
     "model.dropout": (0, 0.99),
     "model.bottleneck.dropout": (0, 0.99),
     "model.bottleneck.num_heads": (1, 64),
+    "model.bottleneck.warmup_epochs": (0, INF),
     "optim.lr_multi": (0, 1e6),
     "optim.lr_batch": (1, INF),
     "optim.clip_norm": (1e-6, 1e9),

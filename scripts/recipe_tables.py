@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from allspark.bench.measure import aten, convolution_backward_flops  # noqa: E402
-from allspark.cli.recipe import build_method, complete  # noqa: E402
+from allspark.build import build_method, complete  # noqa: E402
 from allspark.config import CONFIG_ROOT, Recipe, load_recipe  # noqa: E402
 from allspark.data import DATASETS  # noqa: E402
 from allspark.data.base import DatasetSpec  # noqa: E402
-from allspark.memory_estimate import GB, Hollow, TrainingStep, predict_step  # noqa: E402
+from allspark.memory_estimate import GB, FakeMemoryCounter, TrainingStep, predict_step  # noqa: E402
 from allspark.models.segmentor import build_model  # noqa: E402
 from allspark.split_lists.manifest import load_manifest  # noqa: E402
 
@@ -87,11 +88,11 @@ def work(recipe: Recipe, spec: DatasetSpec) -> int:
     model, method = build_model(recipe.model, spec.num_classes, recipe.data.crop_size), build_method(recipe, spec)
     method.attach(model)
     counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: convolution_backward_flops})
-    with FakeTensorMode(allow_non_fake_inputs=True), Hollow():
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeMemoryCounter():
         for module in (model, method):
             module.to_empty(device="cpu")
-        step = TrainingStep(recipe, spec, method, model, recipe.batch_size)
-        step.settle()
+        step = TrainingStep(replace(recipe, micro_batch=None), spec, method, model)
+        step.init_optimizer()
         with counter:
             step.run(1)
     return counter.get_total_flops()

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from allspark.methods.pseudo_labels import predict_pseudo
 from test_methods import FIRST, make_method, make_model, random_batches
 from torch import nn
 
 from allspark.methods import Progress
 from allspark.methods.ema import EMATeacher
-from allspark.methods.pseudo_labels import predict_pseudo
 from allspark.utils.errors import UserError
 
 

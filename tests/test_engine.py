@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allspark.engine.files import Hold
 from torch import nn
 
 from allspark import distributed
@@ -23,7 +24,6 @@ from allspark.engine.checkpoint import (
     load_state,
     save_checkpoint,
 )
-from allspark.engine.files import Hold
 from allspark.engine.log import RunLog, drop_lines_after
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.engine.signals import SAVE, Stop

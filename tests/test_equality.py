@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from allspark.methods.pseudo_labels import predict_pseudo
 from PIL import Image
 from test_methods import CASES, CLASSES, make_method, quiet_model, takes
 from torch import nn
@@ -27,7 +28,6 @@ from allspark.evaluation.pseudo_label_quality import CenterCrops, label_quality
 from allspark.evaluation.sliding_window import Inference
 from allspark.losses import CrossEntropy
 from allspark.methods import Progress, imas, masking, thresholds
-from allspark.methods.pseudo_labels import predict_pseudo
 
 CROP, STEPS, BATCH = 65, 6, 4
 SPEC = DatasetSpec("blocks", tuple("abcde"), tuple((k, k, k) for k in range(CLASSES)), background=0)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from allspark.methods.pseudo_labels import predict_pseudo
 
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.losses import OHEM, CrossEntropy
 from allspark.methods import METHODS, Progress
-from allspark.methods.pseudo_labels import predict_pseudo
 from allspark.models.segmentor import build_model
 from allspark.weights.loading import from_released
 

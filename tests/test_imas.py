@@ -5,6 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from allspark.methods.hardness import clipped_boxes, easiness, opposite_ranks
+from allspark.methods.pseudo_labels import Pseudo
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from test_methods import CLASSES, CROP, FIRST, make_method, make_model, random_batches
 
@@ -15,8 +17,6 @@ from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.data.datasets.custom import make_spec
 from allspark.data.transforms import IMAS_OPERATIONS, PHOTOMETRIC
 from allspark.methods import METHODS, Progress
-from allspark.methods.hardness import clipped_boxes, easiness, opposite_ranks
-from allspark.methods.pseudo_labels import Pseudo
 from allspark.utils.errors import UserError
 
 NOTHING_SURE = 1.0  # a threshold that no softmax reaches here

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from allspark.methods.masking import hide_patches
+from allspark.methods.pseudo_labels import predict_multi_scale
 from test_methods import CROP, FIRST, make_method, make_model, quiet_model, random_batches
 
 from allspark.methods import Progress
-from allspark.methods.masking import hide_patches
-from allspark.methods.pseudo_labels import predict_multi_scale
 from allspark.models.bottleneck import CrossBatch
 from allspark.utils.errors import UserError
 

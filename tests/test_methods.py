@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
 
 from allspark.cli.recipe import build_loader, build_method, complete
 from allspark.config import BottleneckConfig, ModelConfig, load_recipe
@@ -19,7 +20,6 @@ from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.methods.base import joint_forward
-from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
 from allspark.models.mit import MiT, MiTSize
 from allspark.models.segmentor import ENCODERS, build_model
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from allspark.methods.masking import cut_out
+from allspark.methods.pseudo_labels import fuse
+from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
 from PIL import Image
 from test_methods import CLASSES, CROP, FIRST, make_model, quiet_model, random_batches
 
@@ -15,13 +18,10 @@ from allspark.data import spec_for
 from allspark.data.batch import LabeledBatch
 from allspark.data.transforms import PHOTOMETRIC
 from allspark.losses import CrossEntropy, consistency_loss
-from allspark.methods.masking import cut_out
-from allspark.methods.pseudo_labels import fuse
 from allspark.methods.pseudoseg import PseudoSeg
 from allspark.models import deeplab
 from allspark.models import mlp_decoder as decoder
 from allspark.models.bottleneck import CrossBatch
-from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import UserError
 

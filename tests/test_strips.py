@@ -12,7 +12,8 @@ from allspark.data.base import DatasetSpec, bit_palette
 from allspark.data.batch import normalize
 from allspark.evaluation import tiled as strips
 from allspark.evaluation.evaluate import predict, predict_with_confidence
-from allspark.evaluation.sliding_window import Inference, class_scores, evaluating
+from allspark.evaluation.sliding_window import Inference, class_scores
+from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
 from allspark.visualization import prediction_writer as outputs
 from allspark.visualization.pictures import overlay
@@ -29,7 +30,7 @@ def pixels(*shape):
 
 def in_strips(model, picture, inference):
     """All rows of strip_scores, one below the other."""
-    with evaluating(model):
+    with eval_mode(model):
         found = list(strips.strip_scores(model, picture, inference, CPU))
     assert [rows.start for rows, _ in found] == list(range(0, picture.shape[-2], strips.ROWS))
     return torch.cat([scores for _, scores in found], 2)
@@ -69,7 +70,7 @@ def test_memory_is_that_of_a_strip():
 
     def peak(height):
         picture, ledger = pixels(1, 3, height, 64), Ledger()
-        with evaluating(model), ledger:
+        with eval_mode(model), ledger:
             for _ in strips.strip_scores(model, picture, inference, CPU):
                 pass
         return ledger.peak

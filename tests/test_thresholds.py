@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from allspark.methods.pseudo_labels import Pseudo
+from allspark.methods.thresholds import BINS, ClassThresholds
 from test_methods import CLASSES, FIRST, attached, make_method, make_model, random_batches
 
 from allspark.methods.base import pseudo_loss
-from allspark.methods.pseudo_labels import Pseudo
-from allspark.methods.thresholds import BINS, ClassThresholds
 from allspark.utils.errors import UserError
 
 

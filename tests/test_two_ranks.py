@@ -9,6 +9,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from allspark.methods.pseudo_labels import predict_pseudo
 from test_memory import loop_enqueue
 from test_methods import WIDTHS, quiet_model, random_batches
 
@@ -18,7 +19,6 @@ from allspark.config import OptimConfig
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
-from allspark.methods.pseudo_labels import predict_pseudo
 from allspark.models.memory import group_channels
 
 POLICIES = ("rank0", "gather", "local")

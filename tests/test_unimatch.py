@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from allspark.methods.perturb import ComplementaryDropout, FeatureDropout
 from test_methods import CROP, FIRST, WIDTHS, make_method, make_model, quiet_model, random_batches
 
 from allspark.methods import Progress
-from allspark.methods.perturb import ComplementaryDropout, FeatureDropout
 from allspark.models.bottleneck import CrossBatch
 from allspark.utils.errors import UserError
 

@@ -13,6 +13,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from allspark.methods.pseudo_labels import predict_pseudo
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, NAMES, close, formula, image
 
@@ -20,7 +21,6 @@ from allspark.__main__ import main
 from allspark.config import ModelConfig, build_recipe
 from allspark.data import spec_for
 from allspark.inference import build_method, load_for_inference
-from allspark.methods.pseudo_labels import predict_pseudo
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import run_main
 from allspark.weights.loading import VARIANTS, from_released, init_from, load_encoder

@@ -12,6 +12,7 @@ import torch
 from allspark.bench.measure import Run, timed
 from allspark.data.base import usable_cores
 from allspark.engine.stepper import AUTOCAST, has_bf16, set_precision
+from allspark.memory_estimate import main_memory
 
 # Variables that begin so decide on speed
 ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")
@@ -24,7 +25,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "ram_gb": round(memory_bytes() / 1e9, 1),
+        "ram_gb": round(main_memory() / 1e9, 1),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16": has_bf16(device),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
@@ -38,11 +39,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name(device)
         found["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
     return found
-
-
-def memory_bytes() -> int:
-    """Main memory of this machine; 0 where the system does not tell."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def cpu_name() -> str:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from allspark.engine.stepper import set_precision
+from allspark.memory_estimate import MemoryCounter, allocator_peak
 
 Run = Callable[[], object]
 aten = torch.ops.aten
@@ -109,41 +106,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Ledger(TorchDispatchMode):
-    """moved: bytes of the tensors that operations take and give, views left out; peak: of the storages made in here
-    and alive at the same time, at their most. What a kernel keeps to itself or reads twice is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved = self.peak = self.alive = 0
-        self.storages: dict[int, int] = {}  # address (of the object: a fake tensor's has no data) -> bytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = {tensor.untyped_storage()._cdata for tensor in taken}
-        result = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not func.is_view:
-            self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in taken + given)
-        for storage in (tensor.untyped_storage() for tensor in given):
-            if storage._cdata not in known:
-                self.add(storage)
-        return result
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address in self.storages:  # given twice
-            return
-        self.storages[address] = size
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self.remove, address)
-
-    def remove(self, address: int) -> None:
-        self.alive -= self.storages.pop(address)
-
-
 def convolution_backward_flops(
     grad_shape: Sequence[int],
     x_shape: Sequence[int],
@@ -170,17 +132,8 @@ def count_work(side: Side, device: torch.device) -> Work:
     if side.clear is not None:
         side.clear()
     peak = allocator_peak(side.run, device) if device.type == "cuda" else None
-    ledger = Ledger()
+    memory = MemoryCounter()
     counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: convolution_backward_flops})
-    with counter, ledger:
+    with counter, memory:
         side.run()
-    return Work(counter.get_total_flops(), ledger.moved, ledger.peak if peak is None else peak)
-
-
-def allocator_peak(run: Run, device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return Work(counter.get_total_flops(), memory.moved, memory.peak if peak is None else peak)

@@ -14,14 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from allspark import distributed
 from allspark.bench.measure import Row, Side, Work, measure
 from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
-from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, Recipe
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
-from allspark.engine.optim import build_optimizer, poly_lr, set_lr
-from allspark.engine.stepper import Stepper, autocast
+from allspark.engine.checkpoint import Position
+from allspark.engine.optim import build_optimizer, poly_lr
+from allspark.engine.stepper import Stepper
 from allspark.losses import CrossEntropy
-from allspark.methods import METHODS, Progress
+from allspark.methods import METHODS
 from allspark.models.mit import MiTSize
 from allspark.models.segmentor import ENCODERS, Segmentor, build_model
+from allspark.train_step import TrainState, train_step
 
 TOTAL_STEPS = 1000  # of the run that the step belongs to; it only sets the learning rate
 
@@ -42,7 +44,7 @@ class StepCase:
 
     @property
     def model(self) -> ModelConfig:
-        bottleneck = BottleneckConfig(name="allspark")
+        bottleneck = BottleneckConfig(name="allspark", warmup_epochs=0)
         return ModelConfig(encoder=self.encoder, checkpointing=self.checkpointing, bottleneck=bottleneck)
 
 
@@ -87,30 +89,29 @@ def bench_step(
 
 
 def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch) -> Side:
-    """The step as train.py takes it, on a copy of the weights."""
+    """The step of train.py, on a copy of the weights."""
     device = batch.image_x.device
     model = build_model(case.model, case.classes, case.crop).to(device).train()
     model.load_state_dict(source.state_dict())
-    method, cfg = METHODS["allspark"](CrossEntropy(), warmup_epochs=0), OptimConfig()
+    data = DataConfig(dataset="bench", data_root="", crop_size=case.crop)
+    method_config = MethodConfig(name="allspark")
+    recipe = Recipe(
+        data=data, model=case.model, method=method_config, batch_size=case.batch, epochs=1, precision=precision
+    )
+    method = METHODS["allspark"](CrossEntropy())
     method.attach(model)
-    stepper = Stepper(model, build_optimizer(cfg, model), precision)
+    stepper = Stepper(model, build_optimizer(recipe.optim, model), precision)
     network: nn.Module = model
     if distributed.world_size() > 1:
         network = DistributedDataParallel(model, broadcast_buffers=False)
     if case.compile:
         model.compile_parts()
+    state = TrainState(recipe, network, method, stepper, TOTAL_STEPS)
     labeled = LabeledBatch(batch.image_x, batch.mask)
-    valid = torch.ones_like(batch.mask, dtype=torch.bool)
-    unlabeled = UnlabeledBatch(batch.image_u, (), valid, ())
-    progress = Progress(step=0, epoch=0, total_steps=TOTAL_STEPS)
+    unlabeled = UnlabeledBatch(batch.image_u, (), torch.ones_like(batch.mask, dtype=torch.bool), ())
 
     def run() -> None:
-        set_lr(stepper.optimizer, poly_lr(cfg, progress.step, TOTAL_STEPS))
-        with autocast(precision, device):
-            losses = method.losses(network, labeled, unlabeled, progress)
-        stepper.backward(losses["loss"])
-        stepper.step()
-        method.after_step(network, progress)
+        train_step(state, labeled, unlabeled, Position(), poly_lr(recipe.optim, 0, TOTAL_STEPS))
 
     return Side("ours", run, precision)
 

@@ -21,11 +21,11 @@ from allspark.bench.measure import Row
 from allspark.bench.photos import LIKENESSES
 from allspark.bench.scale import SWEEPS, bench_scale
 from allspark.bench.step import StepCase, bench_step
+from allspark.cli.arguments import positive
 from allspark.cli.compare import markdown
 from allspark.config import PRECISIONS
 from allspark.data.base import IGNORE_INDEX
 from allspark.engine.stepper import has_bf16, set_precision
-from allspark.inference import positive
 from allspark.models.mit import MiT
 from allspark.models.segmentor import ENCODERS
 from allspark.utils.atomic import write_text

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from allspark.build import build_loader, build_method
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe
 from allspark.data import spec_for
@@ -19,11 +20,12 @@ from allspark.data.splits import Lists, provenance, resolve
 from allspark.data.survey import Findings, survey
 from allspark.distributed import choose_device
 from allspark.engine.optim import scaled
-from allspark.engine.stepper import pass_size, set_precision
+from allspark.engine.stepper import micro_batch_size, set_precision
 from allspark.evaluation.sliding_window import inference_for
-from allspark.memory_estimate import GB, StepMemory, measure_step, predict_step, resident_peak, room
+from allspark.memory_estimate import GB, StepMemory, free_memory, measure_step, predict_step, resident_peak
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import TimmEncoder
+from allspark.run import describe_batch
 from allspark.utils.errors import UserError
 from allspark.weights.loading import load_pretrained
 
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     recipe = recipe_words.recipe_of(args)
     spec = spec_for(recipe.data)
-    method = recipe_words.build_method(recipe, spec)
+    method = build_method(recipe, spec)
     if args.processes < 1 or recipe.batch_size % args.processes:
         raise UserError(f"--processes {args.processes}: give a number that divides batch_size={recipe.batch_size}")
     found = Findings()
@@ -52,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         lists = resolve(recipe.data, problems=found.problems)
         found.add(data_findings(recipe, spec, lists, args.quick))
         if not found.problems or recipe.data.cache == "none":  # a cache would be built now, and find the same
-            loader = recipe_words.build_loader(recipe, lists, spec, method.views)
+            loader = build_loader(recipe, lists, spec, method.views)
             found.notes += batch_notes(recipe, published(args), loader.steps_per_epoch, args.processes)
             found.notes += recipe_words.changes(args, recipe)
     if args.data_only:
@@ -105,7 +107,7 @@ def batch_notes(recipe: Recipe, plain: Recipe, steps: int, processes: int) -> li
     """The global batch, and where it is another than the recipe's what that means for the learning rate."""
     lr = scaled(recipe.optim, recipe.batch_size).lr
     notes = [
-        f"a step takes {recipe_words.batch_in_words(recipe, processes)}; {steps} steps per epoch, "
+        f"a step takes {describe_batch(recipe, processes)}; {steps} steps per epoch, "
         f"{steps * recipe.epochs} in {recipe.epochs} epochs; learning rate {lr:g}, times {recipe.optim.lr_multi:g} "
         "outside of the encoder"
     ]
@@ -128,7 +130,7 @@ def model_findings(recipe: Recipe, spec: DatasetSpec) -> Findings:
     if recipe.model.pretrained == recipe.model.init_from == "none":
         way = "model.pretrained=FILE, see `python -m allspark weights fetch`"
         if isinstance(model.encoder, TimmEncoder):
-            way = model.encoder.way_to_weights() or "model.pretrained=FILE"
+            way = model.encoder.download_hint() or "model.pretrained=FILE"
         found.notes.append(f"weights: none, {recipe.model.encoder} starts from random numbers ({way})")
     return found
 
@@ -137,17 +139,17 @@ def predicted(recipe: Recipe, spec: DatasetSpec, processes: int) -> tuple[StepMe
     """The memory of a step on the device that the recipe names, and which that is; auto: a GPU where there is one."""
     gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     kind = "cuda" if gpu else "cpu"
-    return predict_step(recipe, spec, recipe_words.build_method(recipe, spec), kind, processes), kind
+    return predict_step(recipe, spec, build_method(recipe, spec), kind, processes), kind
 
 
 def told_memory(memory: StepMemory, kind: str, recipe: Recipe, processes: int) -> str:
-    share = f"{pass_size(recipe, processes)} labeled images at once, one of {processes} process(es)"
+    share = f"{micro_batch_size(recipe, processes)} labeled images at once, one of {processes} process(es)"
     context = "; the CUDA context and the allocator's gaps come on top" if kind == "cuda" else ""
     return f"memory of a training step on {kind}, {share}: predicted {memory}{context}"
 
 
 def too_little(memory: StepMemory, kind: str) -> list[str]:
-    free = room(kind)
+    free = free_memory(kind)
     if free is None or memory.peak < free:
         return []
     return [f"a training step takes more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"]
@@ -158,7 +160,7 @@ def disk_findings(memory: StepMemory, save_path: Path) -> Findings:
     place = Path(os.path.abspath(save_path))
     while not place.exists():
         place = place.parent
-    needed, free = CHECKPOINTS * sum(memory.held.values()), shutil.disk_usage(place).free
+    needed, free = CHECKPOINTS * sum(memory.persistent.values()), shutil.disk_usage(place).free
     told = f"{save_path}: {CHECKPOINTS} checkpoints take up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
     if needed > free:
         return Findings(problems=[f"{told}; make room, or choose another --save-path"])
@@ -169,7 +171,7 @@ def measured(recipe: Recipe, spec: DatasetSpec) -> list[str]:
     device = choose_device(recipe.device)
     set_precision(recipe.precision, device)
     try:
-        memory = measure_step(recipe, spec, recipe_words.build_method(recipe, spec), device)
+        memory = measure_step(recipe, spec, build_method(recipe, spec), device)
     except RuntimeError as error:
         if "allocate" not in str(error):  # as both GPUs and main memory say it
             raise

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allspark.cli.recipe import complete
+from allspark.build import complete
+from allspark.cli.arguments import positive
 from allspark.config import DataConfig, Recipe, differences, load_config, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset
@@ -20,9 +21,9 @@ from allspark.data.splits import check_files, find_data, val_entries
 from allspark.distributed import choose_device
 from allspark.engine.checkpoint import LATEST
 from allspark.engine.log import METRICS, read_metrics
-from allspark.engine.provenance import read_facts
+from allspark.engine.provenance import read_provenance
 from allspark.evaluation.evaluate import predict
-from allspark.inference import load_for_inference, naming, positive
+from allspark.inference import load_for_inference, prefix_errors
 from allspark.split_lists.manifest import known_as
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
@@ -179,9 +180,9 @@ def read_runs(words: Sequence[str]) -> list[tuple[str, Run]]:
 def read_run(folder: Path) -> Run:
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: not the folder of a run, there is no {METRICS}; train.py writes it")
-    with naming(folder / "config.yaml"):
+    with prefix_errors(folder / "config.yaml"):
         recipe = complete(load_config(folder / "config.yaml"))
-    return Run(folder, recipe, read_metrics(folder / METRICS), read_facts(folder))
+    return Run(folder, recipe, read_metrics(folder / METRICS), read_provenance(folder))
 
 
 def check_seeds(name: str, one: Run, other: Run) -> None:

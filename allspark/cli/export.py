@@ -116,7 +116,7 @@ def followed(network: Exported) -> ExportedProgram:
     return program
 
 
-def metadata(loaded: loading.Loaded) -> dict[str, Any]:
+def metadata(loaded: loading.InferenceModel) -> dict[str, Any]:
     """What a user of the file needs to know, in plain values."""
     inference = {"mode": loaded.spec.eval_mode, "window": loaded.crop_size}
     if loaded.recipe is not None:

@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from allspark import inference as loading
+from allspark.cli.arguments import add_inference_arguments, positive, precision_context
 from allspark.data.base import Sample, all_below, read_image, to_tensor
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
 from allspark.distributed import choose_device
 from allspark.evaluation.evaluate import check_size, equal_sizes, predict_with_confidence
 from allspark.evaluation.sliding_window import Inference
-from allspark.memory_estimate import GB, Hollow, room
+from allspark.memory_estimate import GB, FakeMemoryCounter, free_memory
 from allspark.utils.errors import UserError
 from allspark.visualization.prediction_writer import PredictionFolder, real, unique_names
 from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, frames, is_video
@@ -32,11 +33,11 @@ Check = Callable[[Tensor, Path], None]  # image (3, H, W), its file: UserError w
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    loading.add_arguments(parser)
+    add_inference_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where <name>.png goes: class indices")
     parser.add_argument("--index-only", action="store_true", help="without _color, _overlay and _confidence.png")
     parser.add_argument(
-        "--every", type=loading.positive, default=1, metavar="N", help="of a video, each N-th frame: 0, N, 2 N, ..."
+        "--every", type=positive, default=1, metavar="N", help="of a video, each N-th frame: 0, N, 2 N, ..."
     )
     parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="where the paths of a list start; default: beside it"
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     predicted = 0
     check = fitting(loaded.model, inference, device)
     for image, names in batches(named, args.batch_size, unreadable, args.every, check):
-        with loading.computing(args, device):
+        with precision_context(args, device):
             masks, prob = predict_with_confidence(loaded.model, image, loaded.spec, device, inference, names)
         for name, *tensors in zip(names, image, masks.cpu(), prob.cpu(), strict=True):
             folder.write(name, *tensors)
@@ -132,7 +133,7 @@ def fitting(model: nn.Module, inference: Inference, device: torch.device) -> Che
             return
         if image.shape not in known:
             known[image.shape] = whole_pass(model, image.shape, max(1.0, *inference.scales), device)
-        there = room(device.type)
+        there = free_memory(device.type)
         if there is not None and known[image.shape] > there:
             raise UserError(
                 f"{path}: {width} x {height} pixels; as a whole they take {known[image.shape] / GB:.1f} GB, this "
@@ -145,7 +146,7 @@ def fitting(model: nn.Module, inference: Inference, device: torch.device) -> Che
 def whole_pass(model: nn.Module, shape: torch.Size, scale: float, device: torch.device) -> int:
     """Bytes of the tensors of a forward pass at their most, by one on tensors without content."""
     _, height, width = shape
-    ledger = Hollow()
+    ledger = FakeMemoryCounter()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger:
         scores = model(torch.empty((1, 3, round(height * scale), round(width * scale)), device=device)).logits
         del scores

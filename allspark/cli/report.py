@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from allspark.cli.arguments import positive
 from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
 from allspark.config import DEVICES, RUN_KEYS, DataConfig, to_plain
 from allspark.data import spec_for
@@ -25,7 +26,7 @@ from allspark.distributed import choose_device
 from allspark.engine.log import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores, finite
-from allspark.inference import load_for_inference, positive
+from allspark.inference import load_for_inference
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, shown
 from allspark.visualization.best_worst import Extremes, Scored, encoded

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from allspark.config import build_recipe, to_plain
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
-from allspark.engine.files import writing
-from allspark.inference import load_for_inference, texts
+from allspark.inference import load_for_inference, string_section
 from allspark.models.timm_encoder import PREFIX
+from allspark.utils.atomic import writing
 from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError, reason_of
 from allspark.weights.key_maps import OURS
@@ -176,7 +176,9 @@ def inspect_weights(args: argparse.Namespace) -> None:
 
 def origin_of(content: Mapping[str, Any], path: Path) -> str:
     if is_imported(content):
-        return f"imported: {', '.join(f'{key} {value}' for key, value in texts(content, 'source', path).items())}"
+        return (
+            f"imported: {', '.join(f'{key} {value}' for key, value in string_section(content, 'source', path).items())}"
+        )
     return f"trained on {build_recipe(content['recipe'], None, str(path)).data.dataset}, step {content['step']}"
 
 

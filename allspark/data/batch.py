@@ -99,15 +99,14 @@ class UnlabeledBatch:
         return UnlabeledBatch(self.weak[part], strong, self.valid[part], boxes)
 
 
-def passes(
+def split_micro_batches(
     labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, size: int | None
 ) -> list[tuple[LabeledBatch, UnlabeledBatch | None]]:
-    """A step's batch in parts that go through the network at once: `size` labeled and as many unlabeled images.
-
-    None: all of it.
-    """
+    """Split a batch into micro-batches of `size` labeled and as many unlabeled images; size None: do not split."""
     count = len(labeled.image)
-    assert unlabeled is None or size is None or len(unlabeled.weak) == count, "passes are of equally many of both"
+    assert unlabeled is None or size is None or len(unlabeled.weak) == count, (
+        "micro-batches have as many unlabeled as labeled images"
+    )
     if size is None:
         return [(labeled, unlabeled)]
     parts = [slice(first, first + size) for first in range(0, count, size)]

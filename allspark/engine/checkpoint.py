@@ -1,7 +1,8 @@
-"""Checkpoints: written atomically, tensors and plain values only, so that they load with weights_only=True.
+"""Checkpoints: written atomically, and only tensors and plain values, so that they load with weights_only=True.
 
-Of train.py they hold a run: its recipe, the state of model, method and optimizer, where it stands. Imported ones hold
-a model, {"model", "architecture": {"model", "num_classes", "crop_size"}, "source": {"format", "file", "sha256"}}.
+A checkpoint of train.py holds a run: its recipe, the state of model, method and optimizer, and its position. An
+imported one holds a model: {"model", "architecture": {"model", "num_classes", "crop_size"}, "source": {"format",
+"file", "sha256"}}.
 """
 
 from __future__ import annotations
@@ -19,43 +20,70 @@ import torch
 from torch import Tensor
 
 from allspark import distributed
-from allspark.engine.files import replace_file
+from allspark.utils.atomic import durable_write
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.safe_load import load_tensors
 
-LATEST, PREVIOUS = "latest.pth", "previous.pth"  # in a run's folder: to resume from, and the one before it
-BEST = "best.pth"  # of the epoch with the best mIoU on val
-IN_ORDER = (LATEST, PREVIOUS, BEST)  # in which they are tried
+LATEST, PREVIOUS = "latest.pth", "previous.pth"  # to resume from, and the one before it
+BEST = "best.pth"  # after the epoch with the best mIoU on val
+IN_ORDER = (LATEST, PREVIOUS, BEST)  # the order in which they are tried
 FORMAT = "allspark-1"
-TO_PREDICT = ("model", "method", "epoch", "step", "recipe", "split")  # what one of train.py must hold to be evaluated
+TO_PREDICT = ("model", "method", "epoch", "step", "recipe", "split")  # what evaluation needs
 TO_RESUME = (*TO_PREDICT, "optimizer", "best")
-IMPORTED = ("model", "architecture", "source")  # what an imported one holds
+IMPORTED = ("model", "architecture", "source")  # content of an imported checkpoint
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: behind `step` steps in all, in this epoch. Behind the last step of its epoch the evaluation
-    is to come; after that the same step is the next epoch's first.
+    """Training position: `step` optimizer steps done, in `epoch`.
+
+    After the last step of an epoch the evaluation comes first; after it, the same step belongs to the next epoch.
+
+    Args:
+        epoch: current epoch, from 0.
+        step: optimizer steps done in all epochs.
+        best: mIoU and epoch of the best evaluation so far.
+        world_size: number of processes of the run so far; None for a new run.
     """
 
     epoch: int = 0
     step: int = 0
     best: dict[str, float] = dataclasses.field(default_factory=lambda: {"miou": -1.0, "epoch": -1})
-    world_size: int | None = None  # with which it went so far
+    world_size: int | None = None
+
+    def next_step(self) -> Position:
+        return dataclasses.replace(self, step=self.step + 1)
+
+    def next_epoch(self) -> Position:
+        return dataclasses.replace(self, epoch=self.epoch + 1)
+
+    def with_score(self, miou: float) -> Position:
+        """After an evaluation of this epoch."""
+        improved = miou > self.best["miou"]
+        return dataclasses.replace(self, best={"miou": miou, "epoch": self.epoch}) if improved else self
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
-    """Durable, verified, at once; previous: where the file that it replaces is kept. UserError where it cannot be."""
-    replace_file(
+    """Write a checkpoint atomically and verify it.
+
+    Args:
+        path: file to write.
+        content: tensors and plain values.
+        previous: where the replaced file is kept; None: nowhere.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    durable_write(
         path,
         lambda file: torch.save({"format": FORMAT, **content}, file),
-        verify=check_sums,
+        verify=verify_checksums,
         previous=previous,
     )
 
 
-def check_sums(path: Path) -> None:
-    """OSError unless a file of torch.save, a zip, is what its checksums say: torch itself does not look at them."""
+def verify_checksums(path: Path) -> None:
+    """OSError if a file of torch.save, a zip, does not match its checksums, which torch itself does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
@@ -66,38 +94,48 @@ def check_sums(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> dict[str, Any]:
-    """What save_checkpoint wrote, on the CPU. No code in the file can run.
+    """Load a checkpoint to the CPU. Code in the file cannot run.
 
-    needed: what must be in it; None: what its kind, of train.py or imported, needs to predict. UserError: it is
-    damaged, or something else; OSError: the system does not let it be read.
+    Args:
+        path: a file of save_checkpoint.
+        needed: required entries; None: those that its kind, of train.py or imported, needs for prediction.
+
+    Raises:
+        UserError: the file is damaged or no checkpoint of this program.
+        OSError: the system does not allow to read it.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the path of a best.pth or latest.pth")
     try:
         content = load_tensors(path)
-        if zipfile.is_zipfile(path):  # else torch's older pickle, which holds none of ours
-            check_sums(path)
-    except Exception as error:  # truncated, bit-flipped, foreign, or holding code: torch raises many kinds
+        if zipfile.is_zipfile(path):  # else torch's legacy format, which has no checksums
+            verify_checksums(path)
+    except Exception as error:  # truncated, damaged, foreign or with code in it: torch raises many types
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
-            raise  # permissions, a server that is away: nothing is said of what the file holds
+            raise  # permissions, an unavailable server: not a statement about the content
         raise UserError(
             f"{path}: not a readable checkpoint, truncated or of another program ({reason_of(error)}); "
-            f"copy it again, or use another one: best.pth, latest.pth and previous.pth of a run are each whole"
+            f"copy it again, or use another one: best.pth, latest.pth and previous.pth of a run are each complete"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
-            f"{path}: no checkpoint of this program (format '{FORMAT}'); give one that train.py wrote, "
-            f"or bring the weights in: python -m allspark weights import {path} --out FILE"
+            f"{path}: not a checkpoint of this program (format '{FORMAT}'); give one of train.py, "
+            f"or import the weights: python -m allspark weights import {path} --out FILE"
         )
     check_content(content, needed, path)
     return content
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """What a run in this folder goes on from, and what there is to say: latest.pth; if it cannot be read the one before
-    it; else best.pth. None: nothing was saved. UserError: there is something, and nothing of it can be read. OSError:
-    the system does not let it be read now, which is no reason to go on from an older one.
+    """The checkpoint to resume from: latest.pth, if it is damaged previous.pth, else best.pth.
+
+    Returns:
+        Path, content and notes for the log; None if nothing was saved.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+        OSError: the system does not allow to read a file now, which is no reason to resume from an older one.
     """
     if not any((folder / name).exists() for name in (LATEST, PREVIOUS)):
         return None
@@ -107,55 +145,61 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | No
             content = load_checkpoint(folder / name, TO_RESUME)
             check_position(content, folder / name)
             why = ", ".join(map(str, errors.values()))
-            told = f"WARNING: going on from {name}, step {content['step']}, because of {why}"
-            return folder / name, content, [told] * bool(errors)
+            note = f"WARNING: resuming from {name}, step {content['step']}, because of {why}"
+            return folder / name, content, [note] * bool(errors)
         except UserError as error:
             if (folder / name).exists() or name == LATEST:
                 errors[name] = error
     if len(errors) == 1:
         raise UserError(f"{errors[LATEST]} (--fresh starts over)")
     raise UserError(
-        f"{folder}: none of {', '.join(errors)} can be read; bring one of them back, or --fresh to start over. "
+        f"{folder}: none of {', '.join(errors)} can be read; restore one of them, or use --fresh to start over. "
         f"{errors[LATEST]}"
     )
 
 
-def choice_of_first(name: str | None, device: torch.device) -> str | None:
-    """What process 0 found, on all of them: no two may go on from different steps."""
+def broadcast_choice(name: str | None, device: torch.device) -> str | None:
+    """The checkpoint name that process 0 found, on all processes."""
     index = distributed.broadcast(torch.tensor(-1 if name is None else IN_ORDER.index(name), device=device))
     return None if index < 0 else IN_ORDER[index]
 
 
 def check_position(content: Mapping[str, Any], path: Path) -> None:
-    """UserError unless it says where its run stands."""
+    """UserError if the position of the run in a checkpoint is missing or malformed."""
     best, log = content["best"], content.get("log", [])
-    right = all(isinstance(content[name], int) and content[name] >= 0 for name in ("epoch", "step"))
-    right &= isinstance(best, dict) and all(isinstance(best.get(key), int | float) for key in ("miou", "epoch"))
-    right &= isinstance(log, list) and all(isinstance(one, dict) for one in log)
-    right &= isinstance(content["split"], dict) and {"name", "sha256"} <= content["split"].keys()
-    if not (right and all(isinstance(value, Tensor) for one in log for value in one.values())):
-        raise UserError(f"{path}: does not say where its run stands; use another checkpoint, or --fresh to start over")
+    valid = all(isinstance(content[name], int) and content[name] >= 0 for name in ("epoch", "step"))
+    valid &= isinstance(best, dict) and all(isinstance(best.get(key), int | float) for key in ("miou", "epoch"))
+    valid &= isinstance(log, list) and all(isinstance(one, dict) for one in log)
+    valid &= isinstance(content["split"], dict) and {"name", "sha256"} <= content["split"].keys()
+    if not (valid and all(isinstance(value, Tensor) for one in log for value in one.values())):
+        raise UserError(f"{path}: the position of its run is missing; use another checkpoint, or --fresh to start over")
 
 
 @contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """What else a checkpoint holds is loaded in here: whatever torch raises, it is another program's or made up."""
+def explain_mismatch(path: Path) -> Iterator[None]:
+    """Context for loading optimizer, counters and buffers: turn any exception into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{path}: its optimizer, counters or buffers are not those of this recipe ({reason_of(error)}); use "
+            f"{path}: its optimizer, counters or buffers do not match this recipe ({reason_of(error)}); use "
             f"another checkpoint, or --fresh to start over"
         ) from error
 
 
 def buffers_by_rank(modules: Mapping[str, torch.nn.Module], shared: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The buffers that differ between processes, stacked by rank: prefix.name -> (P, ...); called by all of them.
+    """The buffers that differ between processes; a collective call.
 
-    Batch norm statistics on CPUs, and a memory that each process has for itself. shared: prefixes of buffers of which
-    that of process 0 counts anyway.
+    These are batch norm statistics on CPUs, and the memory if each process has its own.
+
+    Args:
+        modules: prefix -> module.
+        shared: prefixes of buffers for which those of process 0 are saved anyway.
+
+    Returns:
+        prefix.name -> (P, ...), stacked by rank.
     """
     if distributed.world_size() == 1:
         return {}
@@ -163,15 +207,15 @@ def buffers_by_rank(modules: Mapping[str, torch.nn.Module], shared: Sequence[str
     for prefix, module in modules.items():
         for name, buffer in module.named_buffers(prefix):
             if not name.startswith(tuple(shared)):
-                every = distributed.all_gather(buffer.detach()[None])
-                if not all(torch.equal(every[0], one) for one in every[1:]):
-                    found[name] = every
+                stacked = distributed.all_gather(buffer.detach()[None])
+                if not all(torch.equal(stacked[0], other) for other in stacked[1:]):
+                    found[name] = stacked
     return found
 
 
 @torch.no_grad()
-def load_own_buffers(modules: Mapping[str, torch.nn.Module], ranks: Mapping[str, Tensor]) -> None:
-    """This process's share of buffers_by_rank, where as many processes saved it; else all keep those of process 0."""
+def load_buffers_of_rank(modules: Mapping[str, torch.nn.Module], ranks: Mapping[str, Tensor]) -> None:
+    """Load this process's entries of buffers_by_rank; with another number of processes all keep those of process 0."""
     for prefix, module in modules.items():
         for name, buffer in module.named_buffers(prefix):
             if name in ranks and ranks[name].shape == (distributed.world_size(), *buffer.shape):
@@ -187,31 +231,31 @@ def check_content(content: Mapping[str, Any], needed: Sequence[str] | None, path
     missing = [key for key in needed or (IMPORTED if imported else TO_PREDICT) if key not in content]
     if missing and imported and needed:
         raise UserError(
-            f"{path}: imported weights, no run that could be resumed; "
-            f"keep the file elsewhere and start from it with model.init_from=FILE"
+            f"{path}: imported weights, not a run that could be resumed; "
+            f"move the file elsewhere and start from it with model.init_from=FILE"
         )
     if missing:
-        kind = "whole imported checkpoint" if imported else "checkpoint of train.py"
-        raise UserError(f"{path}: not a {kind}, it has no '{missing[0]}'; use another one")
+        kind = "complete imported checkpoint" if imported else "checkpoint of train.py"
+        raise UserError(f"{path}: not a {kind}: it has no '{missing[0]}'; use another one")
 
 
 def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
-    """load_state_dict with a mismatch told in one sentence (another class count, crop or encoder).
+    """load_state_dict with a short message for a mismatch (another class count, crop or encoder).
 
-    Strict but for what a module fills in for itself, such as the count of a memory that was saved without one.
+    Strict, except for entries that a module fills in itself, such as the count of a memory saved without one.
     """
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds something else than tensors by name; use another checkpoint")
+        raise UserError(f"{path}: does not hold tensors by name; use another checkpoint")
     own = module.state_dict()
-    alike = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    missing = module.load_state_dict(alike, strict=False).missing_keys
-    wrong = list(dict.fromkeys([*missing, *(name for name in state if name not in alike)]))
+    matching = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    missing = module.load_state_dict(matching, strict=False).missing_keys
+    wrong = list(dict.fromkeys([*missing, *(name for name in state if name not in matching)]))
     if wrong:
         name = wrong[0]
-        there = tuple(state[name].shape) if name in state else "absent"
-        here = tuple(own[name].shape) if name in own else "absent"
+        in_file = tuple(state[name].shape) if name in state else "absent"
+        in_model = tuple(own[name].shape) if name in own else "absent"
         raise UserError(
-            f"{path}: does not fit the model of this recipe: {len(wrong)} tensors differ, first {name}: {there} in the "
-            f"file, {here} in the model; it was trained with other classes, crop_size or model.* "
+            f"{path}: does not match the model of this recipe: {len(wrong)} tensors differ, first {name}: {in_file} in "
+            f"the file, {in_model} in the model; it was trained with other classes, crop_size or model.* "
             f"(to fine-tune from it: model.init_from)"
         )

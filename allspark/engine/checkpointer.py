@@ -1,4 +1,4 @@
-"""What keeps a run's work: when a checkpoint is written, when the run stops for a signal, or for numbers gone bad."""
+"""When checkpoints are written, and when a run stops because of a signal or of diverging numbers."""
 
 from __future__ import annotations
 
@@ -12,101 +12,118 @@ from typing import Any
 from torch import nn
 
 from allspark import distributed
+from allspark.config import Recipe
 from allspark.engine.checkpoint import BEST, LATEST, PREVIOUS, Position, save_checkpoint
 from allspark.engine.log import RunLog
-from allspark.engine.signals import SAVE, Stop, name_of
+from allspark.engine.signals import SAVE, Stop, signal_name
+from allspark.engine.stepper import Stepper
 from allspark.utils.errors import Stopped, UserError
 
-DIVERGED = "stopped.pth"  # the state of a run that was stopped because of its numbers, to look into
+DIVERGED = "stopped.pth"  # the state of a run that diverged, for inspection
 
 
-class Keeper:
-    """Saves every `interval` steps and `minutes` minutes (0: not), at the ends of epochs, and when a signal asks.
+class Checkpointer:
+    """Saves every `checkpoint_interval` steps and `checkpoint_minutes` minutes, at the ends of epochs, and on signals.
 
-    content(position): a checkpoint, made by all processes together. images(position): those of the step before it.
-    max_skipped: so many steps in a row without a finite gradient end the run.
+    Args:
+        folder: of the run.
+        recipe: its checkpoint_interval, checkpoint_minutes and optim.max_skipped; 0: not.
+        model: a model that is not finite is not saved.
+        stepper: counts skipped steps.
+        log: flushed to the disk before each checkpoint.
+        stop: receives signals.
+        content: position -> content of a checkpoint; a collective call.
+        images: position -> names of the images of the step before it.
     """
 
     def __init__(
         self,
         folder: Path,
+        recipe: Recipe,
         model: nn.Module,
+        stepper: Stepper,
         log: RunLog,
         stop: Stop,
+        *,
         content: Callable[[Position], Mapping[str, Any]],
         images: Callable[[Position], Sequence[str]],
-        *,
-        interval: int,
-        minutes: float,
-        max_skipped: int,
     ) -> None:
-        self.folder, self.model, self.log, self.stop = folder, model, log, stop
-        self.device = next(model.parameters()).device
+        self.folder, self.model, self.stepper, self.log, self.stop = folder, model, stepper, log, stop
         self.content, self.images = content, images
-        self.interval, self.seconds, self.max_skipped = interval, 60 * minutes, max_skipped
+        self.interval, self.seconds = recipe.checkpoint_interval, 60 * recipe.checkpoint_minutes
+        self.max_skipped = recipe.optim.max_skipped
         self.saved_at = time.monotonic()
 
-    def after_step(self, reached: Position) -> None:
-        """Save if it is time, stop if somebody asks; all processes at the same step."""
-        if self.log.in_row >= self.max_skipped:
-            self.give_up(reached)
+    def after_step(self, position: Position) -> None:
+        """Save if it is time, and stop if requested; all processes at the same step."""
+        if self.stepper.poll_skipped() >= self.max_skipped:
+            self.abort_diverged(position)
         overdue = bool(self.seconds) and time.monotonic() - self.saved_at >= self.seconds
-        wish = self.stop.poll(self.device, save=overdue and distributed.is_main())
-        if wish or (self.interval and reached.step % self.interval == 0):
-            self.save(reached)
-        if wish > SAVE:
-            self.leave(wish, reached)
+        request = self.stop.poll(self.stepper.device, save=overdue and distributed.is_main())
+        if request or (self.interval and position.step % self.interval == 0):
+            self.save(position)
+        if request > SAVE:
+            self.leave(request, position)
 
-    def after_epoch(self, reached: Position, improved: bool = False, last: bool = False) -> None:
-        """Save, as best.pth too if it is; stop if somebody asks and there is more to come."""
-        self.save(reached, improved)
+    def after_epoch(self, position: Position, improved: bool = False, last: bool = False) -> None:
+        """Save, and stop if requested.
+
+        Args:
+            position: where a resumed run continues.
+            improved: save best.pth, too.
+            last: the run is finished.
+        """
+        self.save(position, improved)
         trim_heap()
         if last:
-            distributed.barrier()  # a launcher may end those that still write soon after the first is gone
-        elif (wish := self.stop.agree(self.device)) > SAVE:
-            self.leave(wish, reached)
+            distributed.barrier()  # a launcher may kill processes that still write when the first one has ended
+        elif (request := self.stop.sync(self.stepper.device)) > SAVE:
+            self.leave(request, position)
 
-    def save(self, reached: Position, improved: bool = False) -> None:
-        if self.log.in_row >= self.max_skipped:
-            self.give_up(reached)
+    def save(self, position: Position, improved: bool = False) -> None:
+        if int(self.stepper.in_row) >= self.max_skipped:
+            self.abort_diverged(position)
         if not distributed.all_finite(self.model):
             raise UserError(
-                f"step {reached.step}: a weight is not a number; nothing of it was saved. Lower optim.lr and start "
-                f"over with --fresh"
+                f"step {position.step}: a weight is not finite, so nothing was saved. Lower optim.lr and start over "
+                f"with --fresh"
             )
-        content = self.content(reached)
+        content = self.content(position)
         if distributed.is_main():
-            self.log.sync()  # what is logged up to here is on the disk before the checkpoint that counts on it
-            if improved:  # before latest.pth: a run killed in between evaluates once more, and finds its best again
+            self.log.sync()  # before the checkpoint, which relies on the log up to here
+            if improved:  # before latest.pth: a run that is killed in between evaluates again and finds its best again
                 save_checkpoint(self.folder / BEST, content)
             save_checkpoint(self.folder / LATEST, content, previous=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
         self.stop.pending.clear()
 
-    def leave(self, wish: int, reached: Position) -> None:
-        distributed.barrier()  # nobody goes, and takes the others with it, before process 0 has written
-        name = name_of(wish - 1)
-        raise Stopped(f"stopped by {name} behind step {reached.step}, saved; start the same command again to go on")
+    def leave(self, request: int, position: Position) -> None:
+        distributed.barrier()  # nobody leaves, which would end the others, before process 0 has written
+        name = signal_name(request - 1)
+        raise Stopped(f"stopped by {name} after step {position.step}, saved; run the same command again to continue")
 
-    def give_up(self, reached: Position) -> None:
-        """Too many steps in a row without a finite gradient: the same answer on all processes, since it is reduced."""
-        names = list(self.images(reached))
-        content = self.content(reached)
+    def abort_diverged(self, position: Position) -> None:
+        """Raise UserError after too many skipped steps; gradients are reduced, so all processes agree."""
+        names, skipped = list(self.images(position)), int(self.stepper.in_row)
+        content = self.content(position)
+        self.log.flush()
         if distributed.is_main():
             save_checkpoint(self.folder / DIVERGED, {**content, "images": names})
         distributed.barrier()
-        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise UserError(
-            f"step {reached.step}: the last {self.log.in_row} steps had no finite gradient and were skipped (last "
-            f"loss {self.log.last_loss}, lr {self.log.last[2]:.2e}); the last step's images: {shown}. The state is in "
-            f"{self.folder / DIVERGED}, {LATEST} is as it was. Look at these images, or lower optim.lr and start over "
-            f"with --fresh"
+            f"step {position.step}: the last {skipped} steps had no finite gradient and were skipped (last loss "
+            f"{self.log.last_loss}, lr {self.log.last[2]:.2e}); images of the last step: {listed}. The state was saved "
+            f"to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at these images, or lower optim.lr and start "
+            f"over with --fresh"
         )
 
 
 def trim_heap() -> None:
-    """Free pages back to the system, where malloc is glibc's. scripts/setup.sh has them kept from step to step; those
-    of evaluations and checkpoints, of other sizes, would leave holes, and the holes add up over hours.
+    """Return free pages to the system, where malloc is glibc's.
+
+    scripts/setup.sh makes malloc keep pages from step to step; without trimming, those of evaluations and checkpoints,
+    which have other sizes, would fragment the heap over hours.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from allspark.engine.files import write_text, writing
 from allspark.engine.stepper import Stepper, mean_losses
+from allspark.utils.atomic import durable_write_text, writing
 from allspark.utils.errors import Stopped, UserError
 
 METRICS = "metrics.jsonl"
@@ -222,7 +222,7 @@ def drop_lines_after(path: Path, step: int, epoch: int = 0) -> None:
     kept = [line for line in lines if line["step"] <= step and not ("miou" in line and line["epoch"] >= epoch)]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if text != text_of(path):
-        write_text(path, text)
+        durable_write_text(path, text)
 
 
 def end_line(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is to be known of a run beside its recipe: run.json, which lies beside config.yaml."""
+"""run.json, next to config.yaml: command, revision, lists and machine of a run."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ from typing import Any
 import torch
 
 from allspark import distributed
-from allspark.engine.files import write_text
+from allspark.utils.atomic import durable_write_text
 from allspark.utils.errors import UserError
 
-FACTS = "run.json"
+PROVENANCE = "run.json"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_facts(folder: Path, command: str, split: Mapping[str, str], device: torch.device, resumed: bool) -> None:
-    """command: the words of the recipe. split: the lists and their hashes, as in a checkpoint. resumed: the folder's
-    run goes on, maybe with other code: its revision then reads 'OLD, later NEW'.
+def write_provenance(folder: Path, command: str, split: Mapping[str, str], device: torch.device, resumed: bool) -> None:
+    """Write run.json.
+
+    Args:
+        folder: of the run.
+        command: arguments of the command line that reproduce the config.
+        split: the lists and their hashes, as in a checkpoint.
+        device: of the run.
+        resumed: whether the run in the folder is continued. If the code has changed, revision becomes
+            'OLD, later NEW'.
     """
-    went, now = read_facts(folder).get("revision") if resumed else None, revision()
-    if isinstance(went, str):
-        now = went if went.split(", later ")[-1] == now else f"{went}, later {now}"
-    facts = {
+    previous, now = read_provenance(folder).get("revision") if resumed else None, revision()
+    if isinstance(previous, str):
+        now = previous if previous.split(", later ")[-1] == now else f"{previous}, later {now}"
+    content = {
         "command": command,
         "revision": now,
         "split": dict(split),
@@ -34,26 +41,26 @@ def write_facts(folder: Path, command: str, split: Mapping[str, str], device: to
         "device": device.type,
         "processes": distributed.world_size(),
     }
-    write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+    durable_write_text(folder / PROVENANCE, json.dumps(content, indent=1) + "\n")
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Nothing of a run that is older than the file; UserError where it is damaged."""
-    path = folder / FACTS
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The content of run.json; empty for a run older than the file. UserError if the file is damaged."""
+    path = folder / PROVENANCE
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or remove it: it is not needed") from None
-    right = isinstance(facts, dict) and isinstance(facts.get("split"), dict)
-    if not right or not all(isinstance(value, str) for value in facts["split"].values()):
-        raise UserError(f"{path}: is not what train.py writes; restore it, or remove it: it is not needed")
-    return facts
+        raise UserError(f"{path}: cannot be read ({error}); restore it or remove it, it is not needed") from None
+    valid = isinstance(content, dict) and isinstance(content.get("split"), dict)
+    if not valid or not all(isinstance(value, str) for value in content["split"].values()):
+        raise UserError(f"{path}: not a file of train.py; restore it or remove it, it is not needed")
+    return content
 
 
 def revision() -> str:
-    """Of this code: '5182294', of a checkout with uncommitted changes '5182294, changed', else its version."""
+    """Revision of this code: '5182294', '5182294, changed' with uncommitted changes, or the version if installed."""
     try:
         if (ROOT / ".git").exists():
             changed = ", changed" if git("status", "--porcelain", "--untracked-files=no") else ""
@@ -63,8 +70,8 @@ def revision() -> str:
         return "unknown"
 
 
-def git(*words: str) -> str:
-    # No optional locks: nothing is written to a checkout, which may be another's
-    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    return done.stdout.strip()
+def git(*arguments: str) -> str:
+    # No optional locks: nothing is written to the repository, which may belong to somebody else
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return finished.stdout.strip()

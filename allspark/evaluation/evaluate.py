@@ -14,8 +14,9 @@ from allspark.data.base import MIN_SIDE, DatasetSpec
 from allspark.data.batch import normalize
 from allspark.data.worker_pool import TIMEOUT, batches, make_loader
 from allspark.evaluation.metrics import ConfusionMatrix, Scores
-from allspark.evaluation.sliding_window import Inference, best_class, class_scores, evaluating
+from allspark.evaluation.sliding_window import Inference, best_class, class_scores
 from allspark.evaluation.tiled import strip_scores, too_many
+from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
@@ -88,7 +89,7 @@ def predict_in_strips(
     check_size(image, names[0])
     label = torch.empty(image[:, 0].shape, dtype=torch.uint8, device=device)
     prob = torch.empty(label.shape, device=device)
-    with evaluating(model):
+    with eval_mode(model):
         for rows, scores in strip_scores(model, image, inference, device):
             check_classes(scores, spec)
             prob[:, rows], best = scores.max(1)

@@ -5,8 +5,6 @@ Nothing here reads files or counts pixels. Whatever the mode, an image's scores 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from allspark.config import MODES
 from allspark.data.base import MIN_SIDE, DatasetSpec
+from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
 
 
@@ -57,20 +56,6 @@ def inference_for(
     return Inference(mode or spec.eval_mode, window or crop_size, **options)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards every module has the training flag that it came with."""
-    # no_grad and not inference_mode: a tensor that a module caches meanwhile must stay usable in training
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 def class_scores(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
     """Scores to take the maximum of: image (B, 3, H, W) normalized -> (B, K, H, W), logits or mean probabilities.
 
@@ -78,7 +63,7 @@ def class_scores(model: nn.Module, image: Tensor, inference: Inference) -> Tenso
     """
     if inference.averaged:
         return class_prob(model, image, inference)
-    with evaluating(model):
+    with eval_mode(model):
         return predict_whole(model, image)  # the softmax would not move the maximum
 
 
@@ -91,12 +76,12 @@ def best_class(scores: Tensor, inference: Inference) -> tuple[Tensor, Tensor]:
 def class_prob(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
     """Probabilities, averaged over scales and flips: image (B, 3, H, W) normalized -> (B, K, H, W)."""
     total, views = None, 0
-    with evaluating(model):
+    with eval_mode(model):
         for scale in inference.scales:
             scaled = rescale(image, scale)
             for flipped in (False, True) if inference.flip else (False,):
                 prob = view_prob(model, scaled.flip(-1) if flipped else scaled, inference)
-                prob = resize(prob.flip(-1) if flipped else prob, image.shape[-2:])
+                prob = resize_antialiased(prob.flip(-1) if flipped else prob, image.shape[-2:])
                 total = prob if total is None else total + prob
                 views += 1
     return total / views
@@ -153,7 +138,7 @@ def window_positions(length: int, window: int, stride: int) -> list[int]:
 
 def rescale(image: Tensor, scale: float) -> Tensor:
     """The image at `scale` times its size, no side below MIN_SIDE: (B, C, H, W) -> (B, C, H', W')."""
-    return resize(image, scaled_size(image.shape[-2:], scale))
+    return resize_antialiased(image, scaled_size(image.shape[-2:], scale))
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -164,7 +149,7 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return height, width
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear and antialiased, as the training images are scaled: (B, C, H, W) -> (B, C, *size)."""
     if image.shape[-2:] == tuple(size):
         return image

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from allspark.data.batch import normalize
-from allspark.evaluation.sliding_window import Inference, resize, scaled_size, windows_of
+from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, windows_of
 
 MAX_SCORES = 2 * 10**8  # of a batch, held at once: 0.8 GB, and two or three times that while they are averaged
 ROWS = 64  # that are given away at a time
@@ -159,7 +159,9 @@ def resized(strips: Iterator[Tensor], size: Size, to: Size) -> Iterator[Tensor]:
     if size == to:
         yield from strips
         return
-    source = Rows(resize(strip, (strip.shape[-2], to[1])) for strip in strips)  # across, rows do not know each other
+    source = Rows(
+        resize_antialiased(strip, (strip.shape[-2], to[1])) for strip in strips
+    )  # across, rows do not know each other
     for first in range(0, to[0], ROWS):
         top, bottom, weights = resize_weights(size[0], to[0], first, min(first + ROWS, to[0]))
         part = source.read(top, bottom)

@@ -1,4 +1,4 @@
-"""Every method by name. Adding one: a file here, a line below, configs/methods/<name>.yaml."""
+"""All methods by name. To add one: a file here, a line in METHODS, a recipe configs/methods/<name>.yaml."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from allspark.methods.fixmatch import FixMatch
 from allspark.methods.imas import IMAS
 from allspark.methods.maskmatch import MaskMatch
 from allspark.methods.pseudoseg import PseudoSeg
+from allspark.methods.self_training import SelfTraining
 from allspark.methods.supervised import Supervised
 from allspark.methods.unimatch import UniMatch
 from allspark.methods.unimatch_v2 import UniMatchV2
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
+    "selftrain": SelfTraining,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
     "unimatch_v2": UniMatchV2,

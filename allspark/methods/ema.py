@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from allspark.models.student import predict
+from allspark.pseudo_labels import Pseudo
 
 
 class EMATeacher(nn.Module):
-    """model: the teacher's network, always in evaluation mode and never trained. It starts as what it is given.
+    """A network in evaluation mode that follows the student and is never trained itself.
 
-    momentum: what the teacher keeps of itself at each step, ramped up from 0 (Mean Teacher, NeurIPS 2017), so that the
-    teacher follows the first steps closely: min(1 - 1 / (step + 1), momentum).
+    Args:
+        model: the teacher's network, with the weights to start from.
+        momentum: share of itself that the teacher keeps per step. It is ramped up from 0, min(1 - 1 / (step + 1),
+            momentum), so that the teacher follows the first steps closely (Mean Teacher, NeurIPS 2017).
     """
 
     def __init__(self, model: nn.Module, momentum: float) -> None:
@@ -19,14 +24,19 @@ class EMATeacher(nn.Module):
         self.momentum = momentum
 
     def train(self, mode: bool = True) -> EMATeacher:
-        """Stays in evaluation mode, whatever the module that holds it is set to."""
+        """Stay in evaluation mode, whatever mode the surrounding module is set to."""
         return super().train(False)
+
+    def predict(self, image: Tensor, share_keys: bool = False) -> Pseudo:
+        """Pseudo-labels of image (B, 3, H, W); see `allspark.models.student.predict`."""
+        return predict(self.model, image, share_keys)
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
-        """After optimizer step `step`, counted from 0. Parameters and floating-point buffers follow, counts are copied.
+        """Follow the student after optimizer step `step`, counted from 0.
 
-        The teacher's entries decide: what the student has beyond them (its memory) is not looked at.
+        Parameters and floating-point buffers are averaged, counters are copied. Entries of the student that the teacher
+        does not have are ignored.
         """
         keep = min(1 - 1 / (step + 1), self.momentum)
         theirs = dict(student.named_parameters()) | dict(student.named_buffers())

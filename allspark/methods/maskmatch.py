@@ -1,29 +1,36 @@
-"""MaskMatch (arXiv 2312.08631): a student that sees parts of an image learns what a teacher makes of all of it."""
+"""MaskMatch (arXiv 2312.08631): a student that sees parts of an image learns the teacher's labels of all of it."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import math
 
+import torch
+from torch import Tensor
+
+from allspark.data.base import MIN_SIDE
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.methods.base import (
-    Criterion,
-    Progress,
-    TeacherMethod,
-    joint_forward,
-    pseudo_loss,
-    unlabeled_forward,
-)
-from allspark.methods.masking import hide_patches
-from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_multi_scale
+from allspark.methods.base import Criterion, Progress, TeacherMethod, pseudo_loss
+from allspark.methods.ema import EMATeacher
+from allspark.models.resize import resize
+from allspark.models.student import Student
+from allspark.pseudo_labels import Pseudo, cutmix
 from allspark.utils.errors import UserError
 
 
 class MaskMatch(TeacherMethod):
-    """The teacher labels the weak view at several scales (MS); strong view and masked strong view (LCR) learn from it.
+    """The teacher's multi-scale labels of the weak view supervise a strong view and a masked strong view (LCR).
 
-    No code is public, and the abstract has no numbers but "only 30 %" of an image visible: all others are ours.
-    masked: share of the patches that LCR hides. patch_size: their side in pixels.
-    scales: of the weak view, whose predictions are averaged to the pseudo-label.
+    No code is public, and the abstract gives no number but "only 30 %" of an image visible: all other values are ours.
+
+    Args:
+        criterion: labeled loss.
+        threshold: minimum confidence of a pseudo-label.
+        masked: share of the patches that are hidden.
+        patch_size: side of a patch, in pixels.
+        scales: scales of the weak view whose predictions are averaged to the pseudo-label.
+        cutmix: probability of a CutMix box in the strong view that is not masked.
+        teacher_momentum: of the moving average.
+        ignore_padding: leave padded pixels out of the unlabeled loss.
     """
 
     def __init__(
@@ -36,7 +43,6 @@ class MaskMatch(TeacherMethod):
         scales: tuple[float, ...] = (0.5, 1.0, 1.5),
         cutmix: float = 0.5,
         teacher_momentum: float = 0.996,
-        warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
         super().__init__(criterion, teacher_momentum, threshold)
@@ -49,28 +55,57 @@ class MaskMatch(TeacherMethod):
         self.views = Views(labeled="weak", strong=("strong",), cutmix=cutmix)
         self.masked, self.patch_size = masked, patch_size
         self.scales = scales
-        self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding
 
     def losses(
-        self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
+        self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        (strong,), (box,), valid = unlabeled.strong, unlabeled.cutmix, unlabeled.valid | (not self.ignore_padding)
-        pseudo = self.pseudo_labels(model, unlabeled.weak, valid)
+        (strong,), (box,), counted = unlabeled.strong, unlabeled.cutmix, self.counted(unlabeled)
+        pseudo = self.pseudo_labels(student, unlabeled.weak, counted)
         mixed = pseudo.cutmix(box)
-        logits_x, logits_s = joint_forward(
-            model,
-            labeled.image,
-            cutmix(strong, box),
-            pseudo_logits=mixed.logits,
-            read_memory=progress.epoch >= self.warmup_epochs,
-        )
-        logits_m = unlabeled_forward(model, hide_patches(strong, self.patch_size, self.masked))
+        logits_x, logits_s = student.joint(labeled.image, cutmix(strong, box), mixed)
+        logits_m = student.unlabeled(hide_patches(strong, self.patch_size, self.masked))
         loss_x = self.criterion(logits_x, labeled.mask)
-        loss_s, mask_ratio = pseudo_loss(logits_s, mixed, self.threshold, cutmix(valid, box))
-        loss_lcr, _ = pseudo_loss(logits_m, pseudo, self.threshold, valid)  # of the entire image, hidden or not
+        loss_s, mask_ratio = pseudo_loss(logits_s, mixed, self.threshold, cutmix(counted, box))
+        loss_lcr, _ = pseudo_loss(logits_m, pseudo, self.threshold, counted)  # of the whole image, visible or not
         parts = {"loss_x": loss_x, "loss_u_s": loss_s, "loss_u_lcr": loss_lcr, "mask_ratio": mask_ratio}
         return {"loss": (loss_x + 0.5 * loss_s + 0.5 * loss_lcr) / 2, **parts}
 
-    def pseudo_labels(self, model: nn.Module, image: Tensor, valid: Tensor) -> Pseudo:
-        return predict_multi_scale(self.predictor(model), image, self.scales)
+    def pseudo_labels(self, student: Student, image: Tensor, valid: Tensor) -> Pseudo:
+        return predict_multi_scale(self.teacher, image, self.scales)
+
+
+def predict_multi_scale(teacher: EMATeacher | Student, image: Tensor, scales: tuple[float, ...]) -> Pseudo:
+    """Pseudo-labels from the mean of the probabilities at several scales.
+
+    Args:
+        teacher: network that predicts.
+        image: (B, 3, H, W).
+        scales: factors of the sides of the image; no side gets smaller than MIN_SIDE.
+
+    Returns:
+        Pseudo-labels whose logits are the logarithms of the mean, so that their softmax is the mean.
+    """
+    total, size = 0.0, image.shape[-2:]
+    for scale in scales:
+        scaled = [max(MIN_SIDE, round(side * scale)) for side in size]
+        prob = teacher.predict(resize(image, scaled)).logits.softmax(1)
+        total = total + resize(prob, size)
+    prob = total / len(scales)
+    return Pseudo.of(prob.clamp(min=torch.finfo(prob.dtype).tiny).log())
+
+
+def hide_patches(image: Tensor, patch_size: int, masked: float) -> Tensor:
+    """Random patch sampling: set patches of each image to 0, which is the mean color of normalized images.
+
+    Args:
+        image: (B, 3, H, W), normalized.
+        patch_size: b, side of a patch in pixels.
+        masked: round(masked n) of the n = ceil(H / b) ceil(W / b) patches are hidden, chosen uniformly per image.
+    """
+    batch, _, height, width = image.shape
+    rows, columns = math.ceil(height / patch_size), math.ceil(width / patch_size)
+    rank = torch.rand(batch, rows * columns, device=image.device).argsort(1)  # a random permutation
+    visible = (rank >= round(masked * rows * columns)).view(batch, 1, rows, columns)
+    visible = visible.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)  # nearest, to whole patches
+    return image * visible[..., :height, :width]

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.methods.base import (
-    Criterion,
-    Method,
-    Progress,
-    joint_output,
-    pseudo_loss,
-    unlabeled_forward,
-)
-from allspark.methods.perturb import FeatureDropout
-from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
+from allspark.methods.base import Criterion, Method, Progress, pseudo_loss
+from allspark.models.student import Student
+from allspark.pseudo_labels import Pseudo, cutmix
+from allspark.utils.errors import UserError
 
 
 class UniMatch(Method):
-    """Confident labels of the weak view supervise two strong, CutMixed views and the weak view with dropped channels.
+    """Confident pseudo-labels of the weak view supervise two strong, CutMixed views and the weak view's perturbed
+    features.
 
-    Labels come from the train-mode pass over the weak view, the pasted regions' from the evaluation-mode pass, as
-    released; the partner is another image of the batch. The labels of the perturbed features are not pasted.
-    feature_dropout: rate at which channels are dropped.
+    Pseudo-labels and CutMix are those of FixMatch. The pseudo-labels of the perturbed features are not CutMixed.
+
+    Args:
+        criterion: labeled loss.
+        threshold: minimum confidence of a pseudo-label.
+        cutmix: probability of a CutMix box, for each strong view.
+        feature_dropout: probability of a channel to be dropped.
+        ignore_padding: leave padded pixels out of the unlabeled loss.
     """
 
     def __init__(
@@ -33,38 +37,31 @@ class UniMatch(Method):
         threshold: float = 0.95,
         cutmix: float = 0.5,
         feature_dropout: float = 0.5,
-        warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
         super().__init__(criterion, threshold)
         self.views = Views(labeled="weak", strong=("strong", "strong"), cutmix=cutmix)
         self.perturb = FeatureDropout(feature_dropout)
-        self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding
 
     def losses(
-        self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
+        self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        num_labeled, boxes = len(labeled.image), unlabeled.cutmix
-        partner = predict_pseudo(model, unlabeled.weak)
-        joint = joint_output(
-            model,
-            labeled.image,
-            unlabeled.weak,
-            pseudo_logits=partner.logits,
-            read_memory=progress.epoch >= self.warmup_epochs,
-            perturb=self.perturb,
-        )
+        boxes, counted = unlabeled.cutmix, self.counted(unlabeled)
+        partner = student.predict(unlabeled.weak)  # evaluation mode, no gradient
+        out = student.joint_output(labeled.image, unlabeled.weak, partner, perturb=self.perturb)
+        sizes = len(labeled.image), len(unlabeled.weak)
+        (logits_x, logits_w), (_, logits_fp) = out.logits.split(sizes), out.perturbed.split(sizes)
         strong = [cutmix(view, box) for view, box in zip(unlabeled.strong, boxes, strict=True)]
-        logits_s1, logits_s2 = unlabeled_forward(model, torch.cat(strong)).chunk(2)
+        logits_s1, logits_s2 = student.unlabeled(torch.cat(strong)).chunk(2)
 
-        pseudo, valid = Pseudo.of(joint.logits[num_labeled:]), unlabeled.valid | (not self.ignore_padding)
-        loss_x = self.criterion(joint.logits[:num_labeled], labeled.mask)
+        pseudo = Pseudo.of(logits_w)
+        loss_x = self.criterion(logits_x, labeled.mask)
         loss_s1, loss_s2 = (
-            pseudo_loss(logits, pseudo.cutmix(box, partner), self.threshold, cutmix(valid, box))[0]
+            pseudo_loss(logits, pseudo.cutmix(box, partner), self.threshold, cutmix(counted, box))[0]
             for logits, box in zip((logits_s1, logits_s2), boxes, strict=True)
         )
-        loss_fp, mask_ratio = pseudo_loss(joint.perturbed[num_labeled:], pseudo, self.threshold, valid)
+        loss_fp, mask_ratio = pseudo_loss(logits_fp, pseudo, self.threshold, counted)
         return {
             "loss": (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2,
             "loss_x": loss_x,
@@ -73,3 +70,23 @@ class UniMatch(Method):
             "loss_u_fp": loss_fp,
             "mask_ratio": mask_ratio,
         }
+
+
+@dataclass(frozen=True)
+class FeatureDropout:
+    """Channel dropout on the finest and the deepest feature map, the two inputs of UniMatch's decoder.
+
+    Args:
+        rate: probability of a channel to be 0 in one image; the remaining channels are divided by 1 - rate.
+    """
+
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise UserError(f"method.feature_dropout={self.rate} is a rate and must be at least 0 and below 1")
+
+    def __call__(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Four maps (B, C_i, h_i, w_i), finest first -> four maps of the same shapes."""
+        finest, *others, deepest = features
+        return [F.dropout2d(finest, self.rate), *others, F.dropout2d(deepest, self.rate)]

@@ -1,25 +1,35 @@
-"""UniMatch V2 (arXiv 2410.10777): two strong views, the channels of their features split between them; EMA teacher."""
+"""UniMatch V2 (arXiv 2410.10777): two strong views with complementary channel dropout, labeled by an EMA teacher."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.methods.base import Criterion, Progress, TeacherMethod, joint_output, pseudo_loss
-from allspark.methods.perturb import ComplementaryDropout
-from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
-from allspark.models.segmentor import unwrap
+from allspark.methods.base import Criterion, Progress, TeacherMethod, pseudo_loss
+from allspark.models.student import Student
+from allspark.pseudo_labels import Pseudo, cutmix
+from allspark.utils.errors import UserError
 
 
 class UniMatchV2(TeacherMethod):
-    """The teacher's confident labels of the weak view supervise two strong, CutMixed views with complementary channels.
+    """The teacher's confident pseudo-labels of the weak view supervise two strong, CutMixed views.
 
-    The partner is another image of the batch. Released: the reversed batch, whose middle image is pasted on itself.
-    With a bottleneck both strong views write the memory, in the one pass that has the labeled images, too.
-    feature_dropout: share of the images whose features are perturbed.
+    CutMix pastes from another image of the batch. Released: from the reversed batch, whose middle image is pasted on
+    itself.
+
+    Args:
+        criterion: labeled loss.
+        threshold: minimum confidence of a pseudo-label.
+        cutmix: probability of a CutMix box, for each strong view.
+        feature_dropout: share of the images whose features are perturbed.
+        teacher_momentum: of the moving average.
+        ignore_padding: leave padded pixels out of the unlabeled loss.
     """
 
     def __init__(
@@ -30,27 +40,24 @@ class UniMatchV2(TeacherMethod):
         cutmix: float = 0.5,
         feature_dropout: float = 0.5,
         teacher_momentum: float = 0.996,
-        warmup_epochs: int = 5,
         ignore_padding: bool = True,
     ) -> None:
         super().__init__(criterion, teacher_momentum, threshold)
         self.views = Views(labeled="weak", strong=("strong", "strong"), cutmix=cutmix)
         self.perturb = ComplementaryDropout(feature_dropout)
-        self.warmup_epochs = warmup_epochs  # of the memory, where the model has a bottleneck
         self.ignore_padding = ignore_padding
 
     def losses(
-        self, model: nn.Module, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
+        self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        boxes, valid = unlabeled.cutmix, unlabeled.valid | (not self.ignore_padding)
-        pseudo = predict_pseudo(self.teacher.model, unlabeled.weak)
+        boxes, counted = unlabeled.cutmix, self.counted(unlabeled)
+        pseudo = self.teacher.predict(unlabeled.weak)
         mixed = [pseudo.cutmix(box) for box in boxes]
         strong = torch.cat([cutmix(view, box) for view, box in zip(unlabeled.strong, boxes, strict=True)])
-        read_memory = progress.epoch >= self.warmup_epochs
-        logits_x, logits_s1, logits_s2 = self.student(model, labeled.image, strong, mixed, read_memory)
+        logits_x, logits_s1, logits_s2 = self.student_logits(student, labeled.image, strong, Pseudo.cat(mixed))
         loss_x = self.criterion(logits_x, labeled.mask)
-        loss_s1, ratio1 = pseudo_loss(logits_s1, mixed[0], self.threshold, cutmix(valid, boxes[0]))
-        loss_s2, ratio2 = pseudo_loss(logits_s2, mixed[1], self.threshold, cutmix(valid, boxes[1]))
+        loss_s1, ratio1 = pseudo_loss(logits_s1, mixed[0], self.threshold, cutmix(counted, boxes[0]))
+        loss_s2, ratio2 = pseudo_loss(logits_s2, mixed[1], self.threshold, cutmix(counted, boxes[1]))
         return {
             "loss": (loss_x + (loss_s1 + loss_s2) / 2) / 2,
             "loss_x": loss_x,
@@ -59,22 +66,46 @@ class UniMatchV2(TeacherMethod):
             "mask_ratio": (ratio1 + ratio2) / 2,
         }
 
-    def student(
-        self, model: nn.Module, labeled: Tensor, strong: Tensor, mixed: list[Pseudo], read_memory: bool
-    ) -> tuple[Tensor, ...]:
-        """Logits of the labeled images and of the strong views 1 and 2; the views alone are perturbed.
-
-        Without a bottleneck in two passes, as released: batch norm sees labeled and unlabeled images apart.
-        """
-        if unwrap(model).bottleneck is None:
-            return model(labeled).logits, *model(strong, perturb=self.perturb, clean=False).logits.chunk(2)
-        logits = joint_output(
-            model,
-            labeled,
-            strong,
-            pseudo_logits=torch.cat([pseudo.logits for pseudo in mixed]),
-            read_memory=read_memory,
-            perturb=partial(self.perturb, num_labeled=len(labeled)),
-            clean=False,
-        ).logits
+    def student_logits(self, student: Student, labeled: Tensor, strong: Tensor, pseudo: Pseudo) -> tuple[Tensor, ...]:
+        """Logits of the labeled images and of the two strong views; only the features of the views are perturbed."""
+        if not student.couples_images:  # Released: two passes, batch norm sees labeled and unlabeled images separately
+            return student.labeled(labeled).logits, *student.unlabeled(strong, self.perturb).chunk(2)
+        perturb = partial(self.perturb, num_labeled=len(labeled))
+        logits = student.joint_output(labeled, strong, pseudo, perturb=perturb, clean=False).logits
         return logits.split((len(labeled), len(strong) // 2, len(strong) // 2))
+
+
+@dataclass(frozen=True)
+class ComplementaryDropout:
+    """Of each image, one view keeps a random half of the channels and the other view the other half.
+
+    m1 ~ 2 * Bernoulli(0.5) per image and channel, m2 = 2 - m1. Released (dpt.py:149-165): the four maps of a plain
+    transformer, equally wide, share one mask; here each map of the pyramid has its own.
+
+    Args:
+        share: share of the images that are perturbed, rounded up. The others, chosen at random, are left unchanged in
+            both views and all maps.
+    """
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UserError(f"method.feature_dropout={self.share} is a share of the images and must be in 0..1")
+
+    def __call__(self, features: Sequence[Tensor], num_labeled: int = 0) -> list[Tensor]:
+        """Perturb the two views in each feature map.
+
+        Args:
+            features: four maps (num_labeled + 2 B, C_i, h_i, w_i): labeled images, view 1 and view 2 of B images.
+            num_labeled: number of labeled images, which are left unchanged.
+        """
+        batch = (len(features[0]) - num_labeled) // 2
+        perturbed = torch.randperm(batch, device=features[0].device) < math.ceil(batch * self.share)
+        result = []
+        for feature in features:
+            mask = 2 * feature.new_empty(batch, feature.shape[1]).bernoulli_(0.5)
+            mask = torch.where(perturbed[:, None], mask, 1)
+            labeled = mask.new_ones(num_labeled, feature.shape[1])
+            result.append(feature * torch.cat((labeled, mask, 2 - mask))[..., None, None])
+        return result

@@ -1,4 +1,4 @@
-"""The AllSpark bottleneck (CVPR 2024, section 3): labeled channels rebuilt from unlabeled ones by channel attention."""
+"""The AllSpark bottleneck (CVPR 2024, section 3): labeled channels reconstructed from unlabeled ones by attention."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from allspark.models.memory import SemanticMemory, group_channels
 
 @dataclass(frozen=True)
 class CrossBatch:
-    """What a training batch of labeled images followed by unlabeled ones carries into the bottleneck.
+    """Describes a training batch of labeled images followed by unlabeled ones.
 
-    num_labeled: how many images at the front are labeled; 0: the unlabeled branch alone, nothing is written. All of
-    them: nothing is written, and the memory, of which something must be there, is read.
-    pseudo_logits (B_u, K, H, W): evaluation logits of the unlabeled images, they decide the class of each channel.
-    read_memory: keys and values come from the memory (after warm-up) instead of the unlabeled images of the batch.
+    Args:
+        num_labeled: number of labeled images, which come first. With 0 only the unlabeled branch runs and nothing is
+            written to the memory. If all images are labeled, nothing is written either, and read_memory is required.
+        pseudo_logits: (B_u, K, H, W), evaluation-mode logits of the unlabeled images; they decide the class of each
+            channel that is written.
+        read_memory: keys and values come from the memory (after its warm-up) instead of the unlabeled images of the
+            batch.
     """
 
     num_labeled: int
@@ -29,7 +32,7 @@ class CrossBatch:
 
 
 class ChannelAttention(nn.Module):
-    """Projections of one branch. C -> heads * C and back, without bias, Xavier uniform."""
+    """Projections of one branch, C -> heads * C and back, without bias, Xavier uniform."""
 
     def __init__(self, channels: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -43,12 +46,12 @@ class ChannelAttention(nn.Module):
     def rate(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def finish(self, tokens: Tensor) -> Tensor:
+    def project_out(self, tokens: Tensor) -> Tensor:
         return F.dropout(self.out(tokens), self.rate)
 
 
 class SelfBranch(ChannelAttention):
-    """Unlabeled stream: every image attends to its own channels, head by head."""
+    """Unlabeled branch: multi-head attention of each image to its own channels."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -57,46 +60,58 @@ class SelfBranch(ChannelAttention):
             for projection in (self.q, self.k, self.v)
         )
         attended = channel_attention(q, k, v, self.rate)
-        return self.finish(rearrange(attended, "b head n c -> b n (c head)"))  # split head-major, merged channel-major
+        return self.project_out(
+            rearrange(attended, "b head n c -> b n (c head)")
+        )  # Released: split head-major, merged channel-major
 
 
 class CrossBranch(ChannelAttention):
-    """Labeled stream: the channels of an image look for themselves among the channels of `context`.
+    """Labeled branch: the channels of an image attend to the channels of `context`.
 
-    Released: not multi-head, one map over all heads * C query and M * heads * C key channels.
+    Released: not multi-head, one attention map of all heads * C query and M * heads * C key channels.
     """
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, present: Tensor | None = None) -> Tensor:
-        """tokens (B, N, C); context (M, N, C) for all images, None: each image is its own context -> (B, N, C).
+        """Channel attention.
 
-        present (M,) bool: which of the M take part.
+        Args:
+            tokens: (B, N, C).
+            context: (M, N, C), shared by all images; None: each image attends to its own channels.
+            present: (M,) bool, which of the M are attended to; None: all.
+
+        Returns:
+            (B, N, C).
         """
         if context is None:
-            return self.finish(channel_attention(self.q(tokens), self.k(tokens), self.v(tokens), self.rate))
+            return self.project_out(channel_attention(self.q(tokens), self.k(tokens), self.v(tokens), self.rate))
         k, v = (rearrange(projection(context), "m n hc -> (m hc) n") for projection in (self.k, self.v))
         if present is not None:
             present = present.repeat_interleave(self.k.out_features)  # (M,) -> (M * hC,)
-        return self.finish(shared_channel_attention(self.q(tokens), k, v, self.rate, present))
+        return self.project_out(shared_channel_attention(self.q(tokens), k, v, self.rate, present))
 
 
-def idle(*modules: nn.Module) -> Tensor:
-    """0, with a gradient: DDP wants one, if only 0, for every parameter."""
+def zero_grad_anchor(*modules: nn.Module) -> Tensor:
+    """0, but with a (zero) gradient for each parameter of unused modules: DDP needs a gradient for every parameter."""
     return 0.0 * sum(weight.sum() for module in modules for weight in module.parameters())
 
 
 class AllSparkBottleneck(nn.Module):
-    """Sits on the deepest feature map: (B, C, h, w) -> (B, C, h, w).
+    """Applied to the deepest feature map: (B, C, h, w) -> (B, C, h, w).
 
-    grouping_input: what decides the class of a channel, logits or probabilities. Released: the logits.
-    empty_slots: the noise in slots that were never written takes part (Released). False: such a slot is 0, and a class
-    without any written slot is left out of the attention.
-    own_channels: every second labeled image of a pass is rebuilt from its own channels, as inference does, which then
-    learns from true labels, too. Released: false, inference runs on weights that its pseudo-labels alone hold to the
-    truth.
-    attention: for ablations. cross: none in the unlabeled branch; none: nor in the labeled one, and none in inference,
-    which leaves convolutions and norms. Where there is none, 0 stands for what it gives.
-    skip: the map that comes in is added to the one that comes out, and the last convolution starts at 0: at first the
-    network is the one without a bottleneck. Released: all of the map goes through the bottleneck, trained from nothing.
+    Args:
+        channels: C.
+        memory: holds channels of unlabeled images by class.
+        num_heads: of the attention in both branches.
+        dropout: after the attention.
+        grouping_input: what decides the class of a channel, "logits" (Released) or "probabilities".
+        empty_slots: attend to slots that were never written, which hold noise (Released). False: such a slot is 0, and
+            a class without a written slot is left out.
+        own_channels: every second labeled image of a pass attends to its own channels, as in inference, so that the
+            inference path is trained on true labels, too. Released: False, it is trained by pseudo-labels only.
+        skip: add the input to the output, and start with an output of 0, so that the network starts as the one without
+            a bottleneck. Released: False.
+        attention: for ablations: "both" branches, "cross" (labeled branch and inference only), or "none", which leaves
+            convolutions and norms. A missing attention contributes 0.
     """
 
     def __init__(
@@ -130,16 +145,22 @@ class AllSparkBottleneck(nn.Module):
         self.attention = attention
 
     def forward(self, feature: Tensor, cross: CrossBatch | None = None, share_keys: bool = False) -> Tensor:
-        """cross=None: inference, each image attends to its own channels (share_keys: to those of the whole batch)."""
+        """Reconstruct the feature map.
+
+        Args:
+            feature: (B, C, h, w).
+            cross: describes a training batch; None: inference, each image attends to its own channels.
+            share_keys: in inference, each image attends to the channels of the whole batch.
+        """
         height, width = feature.shape[-2:]
         residual = F.gelu(self.map_in(feature)).flatten(2).transpose(1, 2)  # (B, N, C), N = h * w
         tokens = self.norm_in(residual)
         if self.attention == "none":
-            attended = idle(self.norm_in, self.cross_branch, self.self_branch)
+            attended = zero_grad_anchor(self.norm_in, self.cross_branch, self.self_branch)
         elif cross is None:
             attended = self.cross_branch(tokens, tokens if share_keys else None)
-            if self.training:  # a supervised start
-                attended = attended + idle(self.self_branch)
+            if self.training:  # burn-in epochs: labeled images alone
+                attended = attended + zero_grad_anchor(self.self_branch)
         else:
             attended = self.attend(tokens, cross, (height, width))
         out = self.norm_out(attended + residual).transpose(1, 2).unflatten(2, (height, width))
@@ -147,15 +168,27 @@ class AllSparkBottleneck(nn.Module):
         return feature + out if self.skip else out
 
     def attend(self, tokens: Tensor, cross: CrossBatch, size: tuple[int, int]) -> Tensor:
-        """Labeled tokens through the cross branch, unlabeled ones through the self branch; one write, then one read."""
+        """Attention of a training batch: write unlabeled channels to the memory, then read it for labeled images.
+
+        Args:
+            tokens: (B, N, C), labeled images first.
+            cross: describes the batch.
+            size: height and width of the feature map, N = height * width.
+
+        Returns:
+            (B, N, C).
+        """
         labeled, unlabeled = tokens[: cross.num_labeled], tokens[cross.num_labeled :]
         both = self.attention == "both"
-        attended_u = self.self_branch(unlabeled) if both else torch.zeros_like(unlabeled) + idle(self.self_branch)
+        if both:
+            attended_u = self.self_branch(unlabeled)
+        else:
+            attended_u = torch.zeros_like(unlabeled) + zero_grad_anchor(self.self_branch)
         if cross.num_labeled == 0:
             return attended_u
-        assert len(unlabeled) or cross.read_memory, "labeled images alone have nothing but the memory to attend to"
+        assert len(unlabeled) or cross.read_memory, "labeled images alone can only attend to the memory"
         if len(unlabeled):
-            self.remember(unlabeled.detach(), cross.pseudo_logits, size)
+            self.write_memory(unlabeled.detach(), cross.pseudo_logits, size)
         context, present = unlabeled, None
         if cross.read_memory:
             context = self.memory.read(self.empty_slots)
@@ -163,17 +196,25 @@ class AllSparkBottleneck(nn.Module):
         if not (self.own_channels and self.training):
             return torch.cat((self.cross_branch(labeled, context, present), attended_u))
         attended = torch.empty_like(labeled)
-        first = int(torch.randint(2, ())) if len(labeled) % 2 else 0  # of an odd number either half: one image is all
-        for places, keys in ((slice(first, None, 2), ()), (slice(1 - first, None, 2), (context, present))):
-            if len(labeled[places]):
-                attended[places] = self.cross_branch(labeled[places], *keys)
+        first = int(torch.randint(2, ())) if len(labeled) % 2 else 0  # of an odd number, either half may be larger
+        for half, keys in ((slice(first, None, 2), ()), (slice(1 - first, None, 2), (context, present))):
+            if len(labeled[half]):
+                attended[half] = self.cross_branch(labeled[half], *keys)
         return torch.cat((attended, attended_u))
 
     @torch.no_grad()
-    def remember(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:
-        """Put every channel of the unlabeled tokens (B_u, N, C) into the memory of its class."""
-        assert size == (self.memory.side,) * 2, f"feature map {size}, memory of side {self.memory.side}"
-        if self.grouping_input == "probabilities":  # Released: the raw logits, named probability map
+    def write_memory(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:
+        """Write each channel of the unlabeled images to the memory of its class.
+
+        Args:
+            unlabeled: (B_u, N, C), tokens.
+            class_maps: (B_u, K, H, W), logits.
+            size: height and width of the feature map.
+        """
+        assert size == (self.memory.side,) * 2, (
+            f"feature map {size} does not match the memory's side {self.memory.side}"
+        )
+        if self.grouping_input == "probabilities":  # Released: raw logits, called pseudo_prob_map
             class_maps = class_maps.softmax(1)
         channels = unlabeled.transpose(1, 2).to(self.memory.queue.dtype)  # (B_u, C, N)
         self.memory.sync()

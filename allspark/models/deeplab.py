@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allspark.models.resize import resize
+
 LOW_CHANNELS = 48  # of the finest map, "low-level features" (section 4.1)
 RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # stride of the deepest map -> dilations (arXiv 1706.05587, section 3.3)
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=True: so released by UniMatch and iMAS, in the decoder and behind it."""
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
 def conv(in_channels: int, channels: int, kernel: int = 1, rate: int = 1) -> nn.Sequential:
@@ -28,8 +25,10 @@ def conv(in_channels: int, channels: int, kernel: int = 1, rate: int = 1) -> nn.
 
 
 class PooledBatchNorm(nn.BatchNorm2d):
-    """Batch norm of one value per image and channel. A single image has no variance: the running statistics stand in,
-    and are not updated. SyncBatchNorm, which has the images of all processes, takes the place of this class.
+    """Batch norm of one value per image and channel.
+
+    A single image has no variance: the running statistics are used then, and not updated. SyncBatchNorm, which sees the
+    images of all processes, replaces this class.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ class PooledBatchNorm(nn.BatchNorm2d):
 
 
 class ASPP(nn.Module):
-    """(B, C_in, h, w) -> (B, C, h, w): 1x1, three dilated 3x3 and the image's mean side by side, joined by a 1x1."""
+    """(B, C_in, h, w) -> (B, C, h, w): 1x1, three dilated 3x3 and image pooling in parallel, projected by a 1x1."""
 
     def __init__(self, in_channels: int, channels: int, rates: Sequence[int]) -> None:
         super().__init__()
@@ -59,12 +58,17 @@ class ASPP(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """Maps (B, C_i, H_i, W_i), finest first, of which it takes the finest and the deepest -> logits (B, K, H_1, W_1).
+    """Maps (B, C_i, H_i, W_i), finest first -> logits (B, K, H_1, W_1); uses the finest and the deepest map.
 
-    strides: of the maps; that of the deepest one decides the dilations.
+    Args:
+        in_channels: C_i, widths of the maps.
+        num_classes: K.
+        channels: width of the decoder.
+        dropout: before the classifier.
+        strides: of the maps; the deepest one sets the dilations.
     """
 
-    resize = staticmethod(resize)
+    align_corners = True  # as released by UniMatch and iMAS, inside the decoder and for its logits
 
     def __init__(
         self,
@@ -82,13 +86,13 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     @staticmethod
-    def refuses(strides: Sequence[int]) -> str | None:
-        """Why maps of these strides cannot be decoded; None: they can."""
+    def unsupported(strides: Sequence[int]) -> str | None:
+        """Why maps of these strides cannot be decoded; None if they can."""
         if strides[0] == 4 and strides[-1] in RATES:
             return None
-        return "needs a finest map of stride 4, and a deepest one of stride 8 or 16, for which dilations are published"
+        return "needs a finest map of stride 4 and a deepest map of stride 8 or 16, for which dilations are published"
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         low = self.low(features[0])
-        deep = resize(self.aspp(features[-1]), low.shape[-2:])
+        deep = resize(self.aspp(features[-1]), low.shape[-2:], self.align_corners)
         return self.classifier(self.dropout(self.fuse(torch.cat((low, deep), 1))))

@@ -1,4 +1,4 @@
-"""Semantic Memory (S-Mem) and channel semantic grouping (CSG): the class of a channel map, and where it is kept."""
+"""Channel semantic grouping (CSG) of channels into classes, and the semantic memory (S-Mem) that holds them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,39 @@ from allspark import distributed
 
 
 def group_channels(features: Tensor, class_maps: Tensor) -> Tensor:
-    """Class of every channel (AllSpark, section 3.4): the class map with the largest cosine to the channel's map.
+    """Class of each channel (AllSpark, section 3.4): the class map with the largest cosine similarity to the channel.
 
-    features (B, C, h, w), class_maps (B, K, H, W) resized to (h, w) -> (B, C) int64; ties take the lowest class.
+    Args:
+        features: (B, C, h, w).
+        class_maps: (B, K, H, W), resized to (h, w).
+
+    Returns:
+        (B, C) int64; ties take the lowest class.
     """
-    with torch.autocast(features.device.type, enabled=False):  # in bf16 a fifth of the channels changes its class
+    with torch.autocast(features.device.type, enabled=False):  # bf16 would change the class of a fifth of the channels
         maps = F.interpolate(class_maps.to(features.dtype), features.shape[-2:], mode="bilinear", align_corners=False)
         similarity = F.normalize(maps.flatten(2), dim=2) @ F.normalize(features.flatten(2), dim=2).transpose(1, 2)
     return similarity.argmax(1)  # (B, K, C) -> (B, C)
 
 
 class SemanticMemory(nn.Module):
-    """A first-in-first-out ring of channel maps per class: queue (K, C, N), the next slot to write: pointer (K,).
+    """A first-in-first-out ring buffer of channels per class.
 
-    C slots per class, one slot is one channel's flattened spatial map of N = side * side values. Before anything is
-    written they hold noise (Released); filled (K,) counts the written ones, which are the first of the ring.
-    policy, what several processes hold: rank0 = each write starts from the memory of process 0, the others' own writes
-    last one step (Released: DDP's buffer broadcast does so); gather = the channels of all processes are written
-    everywhere, in rank order; local = each process keeps its own.
+    Each class has C slots; a slot holds one channel, flattened to N = side * side values. Slots that were never written
+    hold noise (Released).
+
+    Args:
+        num_classes: K.
+        channels: C, of the feature map and slots per class.
+        side: of the feature map.
+        policy: what the memories of several processes hold. "rank0": each write starts from the memory of process 0, so
+            the writes of the other processes last one step (Released, by DDP's buffer broadcast). "gather": the
+            channels of all processes are written everywhere, in rank order. "local": each process has its own.
+
+    Buffers:
+        queue: (K, C, N).
+        pointer: (K,), the next slot to write.
+        filled: (K,), the number of written slots, which are the first of the ring.
     """
 
     queue: Tensor
@@ -43,28 +58,33 @@ class SemanticMemory(nn.Module):
         self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.long))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
-        """The released code does not count what it writes: a memory from there counts as written all over."""
+        """A memory saved without `filled`, as by the released code, counts as full."""
         if f"{prefix}queue" in state_dict:
             state_dict.setdefault(f"{prefix}filled", torch.full_like(self.filled, self.queue.shape[1]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def sync(self) -> None:
-        """Make the memories of the processes what the policy says, before a write."""
+        """Synchronize the memories of all processes before a write, as the policy says."""
         if self.policy == "rank0":
             for buffer in self.buffers():
                 distributed.broadcast(buffer)
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, classes: Tensor) -> None:
-        """Write features (B, C, N) of classes (B, C), image by image, channels ascending, wrapping modulo C."""
+        """Write channels image by image, in ascending order, overwriting the oldest ones.
+
+        Args:
+            features: (B, C, N).
+            classes: (B, C) int64, the class of each channel.
+        """
         if self.policy == "gather":
             features, classes = distributed.all_gather(features), distributed.all_gather(classes)
         num_classes, slots, _ = self.queue.shape
         classes = classes.flatten()
-        order = classes.argsort(stable=True)  # rows of class 0 in order of arrival, then class 1, ...
+        order = classes.argsort(stable=True)  # channels of class 0 in order of arrival, then class 1, ...
         count = F.one_hot(classes, num_classes).sum(0)
         first = count.cumsum(0) - count
-        # For each slot: which arrival of its class wrote it last? No loop over classes, no size that depends on data.
+        # For each slot, the last arrival of its class that writes it; without a loop over classes or a dynamic shape
         arrival = (torch.arange(slots, device=classes.device) - self.pointer[:, None]) % slots  # (K, slots)
         written = arrival < count[:, None]
         last = arrival + (count[:, None] - 1 - arrival).clamp(min=0) // slots * slots
@@ -73,11 +93,17 @@ class SemanticMemory(nn.Module):
         self.pointer.copy_((self.pointer + count) % slots)
         self.filled.copy_((self.filled + count).clamp(max=slots))
 
-    def read(self, empty_slots: bool = True) -> Tensor:
-        """The memory as tokens (K, N, C): the slots of a class stand where an image has its channels.
+    def fill(self) -> Tensor:
+        """Share of the slots of each class that were ever written, in percent: (K,)."""
+        return 100 * self.filled / self.queue.shape[1]
 
-        A copy, since later writes must not change what the backward pass of this step sees. empty_slots=False: what was
-        never written is 0.
+    def read(self, empty_slots: bool = True) -> Tensor:
+        """The memory as tokens (K, N, C), with the slots of a class in place of the channels of an image.
+
+        A copy, because later writes must not change what the backward pass of this step uses.
+
+        Args:
+            empty_slots: True: slots that were never written hold noise; False: they are 0.
         """
         tokens = self.queue.transpose(1, 2)
         if empty_slots:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class MiTSize:
-    """What differs between B0 and B5, the width of the decoder included; all else is the same for all (table 6)."""
+    """What differs between B0 and B5, including the default width of the decoder (table 6)."""
 
     channels: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
@@ -46,7 +46,7 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class EfficientSelfAttention(nn.Module):
-    """Self-attention whose keys and values come from a map reduced `reduction` times in each direction (eq. 2)."""
+    """Self-attention with keys and values from a map that is reduced `reduction` times in each direction (eq. 2)."""
 
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class EfficientSelfAttention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """Feed-forward with a depthwise 3x3 convolution that replaces positional codes (eq. 3)."""
+    """Feed-forward network with a depthwise 3x3 convolution instead of positional encodings (eq. 3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and Mix-FFN on a (B, H, W, C) map, each with a residual."""
+    """Pre-norm attention and Mix-FFN on a (B, H, W, C) map, each with a residual connection."""
 
     def __init__(self, channels: int, heads: int, reduction: int, drop_path: float) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class MiT(nn.Module):
         self.apply(init_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep the inputs of blocks for the backward pass instead of all that is inside them (timm's name for it)."""
+        """Recompute the activations of the blocks in the backward pass (the name is timm's)."""
         for stage in self.stages:
             stage.checkpointing = enable
 

@@ -1,9 +1,8 @@
-"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), the one that mmsegmentation made of it, and which
-decoder goes with which encoder."""
+"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), mmsegmentation's variant, and build_decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,35 +11,25 @@ from torch import Tensor, nn
 
 from allspark.config import ModelConfig
 from allspark.models.deeplab import DeepLabV3Plus
+from allspark.models.resize import resize
 from allspark.utils.errors import UserError
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=False; x itself if it has the size."""
-    size = tuple(size)
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def cover(maps: Tensor, multiple: int, mode: str = "constant") -> Tensor:
-    """Maps (B, K, H, W) of an image, padded to what the cells of its feature maps cover: a multiple of the pixels."""
-    rows, columns = (-side % multiple for side in maps.shape[-2:])
-    return F.pad(maps, (0, columns, 0, rows), mode) if rows or columns else maps
-
-
-def uncover(logits: Tensor, size: Sequence[int], multiple: int, resize: Callable = resize) -> Tensor:
-    """Logits of such cells -> (B, K, *size), those of the image. resize: the decoder's."""
-    covered = [side + -side % multiple for side in size]
-    return resize(logits, covered)[..., : size[0], : size[1]]
 
 
 class MLPDecoder(nn.Module):
     """Four maps (B, C_i, H_i, W_i), finest first -> logits (B, K, H_1, W_1).
 
-    Per level a linear layer to `channels`; resize to the finest level, concatenate from deepest to finest, 1x1 fuse
-    convolution with batch norm and ReLU, dropout, 1x1 classifier. The maps may have any strides.
+    A linear layer per level; resize to the finest level, concatenate from deepest to finest, 1x1 fuse convolution with
+    batch norm and ReLU, dropout, 1x1 classifier.
+
+    Args:
+        in_channels: C_i, widths of the maps.
+        num_classes: K.
+        channels: width of the decoder.
+        dropout: before the classifier.
+        strides: of the maps; this decoder accepts any.
     """
 
-    resize = staticmethod(resize)
+    align_corners = False
 
     def __init__(
         self,
@@ -57,7 +46,7 @@ class MLPDecoder(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     @staticmethod
-    def refuses(strides: Sequence[int]) -> str | None:
+    def unsupported(strides: Sequence[int]) -> str | None:
         return None
 
     def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
@@ -71,10 +60,10 @@ class MLPDecoder(nn.Module):
         """fuse.conv(concat_i(up(W_i c_i + b_i))), computed as sum_i up((F_i W_i) c_i + F_i b_i).
 
         A 1x1 convolution commutes with bilinear resizing, so each level is fused at its own resolution: the same
-        numbers up to the order of the sums, at a fraction of the work. F_i: the columns of the fuse weight for level i.
+        result up to rounding, at a fraction of the cost. F_i: the columns of the fuse weight for level i.
         """
         columns = self.fuse.conv.weight.flatten(1).chunk(len(features), 1)[::-1]  # concatenated deepest first
-        with torch.autocast(features[0].device.type, enabled=False):  # a product of weights is not for bf16
+        with torch.autocast(features[0].device.type, enabled=False):  # bf16 is too coarse for a product of weights
             weights = [part @ linear.weight for linear, part in zip(self.linears, columns, strict=True)]
             bias = sum(part @ linear.bias for linear, part in zip(self.linears, columns, strict=True))
         kernels = [weight[..., None, None] for weight in weights]
@@ -82,7 +71,7 @@ class MLPDecoder(nn.Module):
 
 
 def resized_sum(features: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-    """sum_i up(kernel_i * feature_i) + bias at the size of the first, added up in place."""
+    """sum_i up(kernel_i * feature_i) + bias at the size of the first feature map, summed in place."""
     total = F.conv2d(features[0], kernels[0], bias)
     for feature, kernel in zip(features[1:], kernels[1:], strict=True):
         total += resize(F.conv2d(feature, kernel), total.shape[-2:])
@@ -90,7 +79,7 @@ def resized_sum(features: Sequence[Tensor], kernels: Sequence[Tensor], bias: Ten
 
 
 class MLPBNDecoder(MLPDecoder):
-    """mmsegmentation's SegformerHead: each level has batch norm and ReLU, and the finest is concatenated first."""
+    """mmsegmentation's SegformerHead: batch norm and ReLU in each level, and the finest level is concatenated first."""
 
     def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
         self.convs = nn.ModuleList(ConvModule(size, channels, 1, norm_cfg={"type": "BN"}) for size in in_channels)
@@ -101,20 +90,20 @@ class MLPBNDecoder(MLPDecoder):
         return resized_sum([conv(feature) for feature, conv in zip(features, self.convs, strict=True)], columns)
 
 
-# Each takes channels of the maps, class count, its own width, dropout and strides of the maps, says by `refuses` which
-# strides it cannot decode, and by `resize` how its logits go to the size of the image; `classifier` is its last layer.
+# A decoder has the arguments of MLPDecoder. `unsupported(strides)` says why it cannot decode maps of these strides,
+# `align_corners` how its logits are resized to the image, `classifier` is its last layer.
 DECODERS = {"mlp": MLPDecoder, "mlp_bn": MLPBNDecoder, "deeplab": DeepLabV3Plus}
 
 
 def build_decoder(cfg: ModelConfig, encoder: nn.Module, num_classes: int) -> nn.Module:
-    """The decoder of a recipe on this encoder's maps; UserError where they are not what it needs."""
+    """The decoder of a recipe for the maps of this encoder; UserError if it cannot decode them."""
     kind = DECODERS[cfg.decoder]
-    if reason := kind.refuses(encoder.strides):
-        takers = [name for name, other in DECODERS.items() if not other.refuses(encoder.strides)]
+    if reason := kind.unsupported(encoder.strides):
+        suitable = [name for name, other in DECODERS.items() if not other.unsupported(encoder.strides)]
         raise UserError(
             f"model.decoder={cfg.decoder} with model.encoder={cfg.encoder}: the decoder {reason}; this encoder's maps "
-            f"have strides {'/'.join(map(str, encoder.strides))}. Set model.decoder={' or '.join(takers)}, or an "
-            f"encoder that fits, such as model.encoder=resnet101"
+            f"have strides {'/'.join(map(str, encoder.strides))}. Set model.decoder={' or '.join(suitable)}, or a "
+            f"suitable encoder, such as model.encoder=resnet101"
         )
     width = cfg.decoder_channels or encoder.decoder_channels
     return kind(encoder.channels, num_classes, width, cfg.dropout, encoder.strides)

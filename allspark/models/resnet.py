@@ -1,4 +1,4 @@
-"""ResNet-50 and ResNet-101 of timm as encoders, dilated to output stride 16: what DeepLabV3+ is published on."""
+"""timm's ResNet-50 and ResNet-101 as encoders, dilated to output stride 16, as DeepLabV3+ is published."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class ResNetSize:
-    """What differs between them; blocks and widths are those of arXiv 1512.03385, table 1.
+    """Blocks and widths of arXiv 1512.03385, table 1.
 
-    stem: channels behind it, 64: one 7x7 convolution; 128: three of 3x3, as in the released UniMatch and iMAS.
+    Args:
+        depths: blocks per stage.
+        stem: output channels of the stem; 64: one 7x7 convolution; 128: three 3x3 convolutions, as in the released
+            UniMatch and iMAS.
     """
 
     depths: tuple[int, int, int, int]
@@ -38,8 +41,12 @@ SIZES = {  # by timm's names
 class ResNet(FeatureListNet):
     """image (B, 3, H, W) -> four maps (B, C_i, H_i, W_i) of strides 4, 8, 16, 16, rounded up.
 
-    The last stage has no stride but dilation 2, from its second block on. The state_dict has the names that timm and
-    torchvision share (conv1, bn1, layer1 ... layer4), without a classifier. drop_path: published is 0.
+    The last stage has dilation 2 instead of a stride, from its second block on. The state_dict has the names that timm
+    and torchvision share (conv1, bn1, layer1 ... layer4), without a classifier.
+
+    Args:
+        name: a key of SIZES.
+        drop_path: rate; 0 in the publications.
     """
 
     def __init__(self, name: str, drop_path: float = 0.0) -> None:
@@ -56,26 +63,26 @@ class ResNet(FeatureListNet):
                 x = module(x)
                 continue
             for block in module:
-                x = checkpointed(block, x) if self.grad_checkpointing else block(x)  # timm's set_grad_checkpointing
+                x = checkpoint_block(block, x) if self.grad_checkpointing else block(x)  # set_grad_checkpointing
             features.append(x)
         return features
 
 
-@torch.compiler.disable  # dynamo knows no context_fn; the blocks are not compiled then
-def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    """block(x), of which the backward pass finds only x kept and makes the rest again."""
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), uncounted(block)))
+@torch.compiler.disable  # dynamo does not support context_fn, so the blocks are not compiled then
+def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), whose activations are recomputed in the backward pass."""
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), freeze_statistics(block)))
 
 
 @contextmanager
-def uncounted(block: nn.Module) -> Iterator[None]:
-    """Batch norm leaves its running statistics as they are: the batch went into them when it came by first."""
+def freeze_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch norm does not update its running statistics: the first forward pass has already counted this batch."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
+        for norm, (momentum, count) in zip(norms, saved, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count

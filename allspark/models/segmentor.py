@@ -1,4 +1,4 @@
-"""The whole network: encoder -> bottleneck -> decoder, and build_model, the one place where its sizes meet."""
+"""The network, encoder -> bottleneck -> decoder, and build_model, which makes it from a recipe."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from allspark.config import ModelConfig
 from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.memory import SemanticMemory
-from allspark.models.mlp_decoder import build_decoder, cover, uncover
+from allspark.models.mlp_decoder import build_decoder
+from allspark.models.resize import pad_to_multiple, resize_to_image
 from allspark.models.timm_encoder import PREFIX, TimmEncoder
 from allspark.utils.errors import UserError
 
-# drop-path rate -> a module that takes (B, 3, H, W) to four maps, finest first. Its attributes `channels` and `strides`
-# hold their widths and strides, `decoder_channels` the width of the decoder unless the recipe says otherwise, and its
-# method `set_grad_checkpointing` makes it keep less for the backward pass.
+# name -> function of the drop-path rate that makes an encoder: (B, 3, H, W) -> four feature maps, finest first. It has
+# the attributes `channels` and `strides` of its maps and `decoder_channels`, the default width of the decoder, and the
+# method `set_grad_checkpointing`.
 ENCODERS: dict[str, Callable[[float], nn.Module]] = {
     "mit_b0": partial(mit.MiT, mit.B0),
     "mit_b1": partial(mit.MiT, mit.B1),
@@ -38,7 +39,13 @@ Perturb = Callable[[list[Tensor]], list[Tensor]]  # four feature maps, finest fi
 
 @dataclass(frozen=True)
 class SegOutput:
-    """logits (B, K, H, W) at the size of the input; perturbed: logits of the perturbed features, where asked for."""
+    """What the network returns.
+
+    Args:
+        logits: (B, K, H, W), at the size of the input.
+        perturbed: (B, K, H, W), logits of the perturbed features, if they were asked for besides the clean ones.
+        features: four feature maps (B, C_i, h_i, w_i), finest first, the last one after the bottleneck.
+    """
 
     logits: Tensor
     perturbed: Tensor | None = None
@@ -46,9 +53,16 @@ class SegOutput:
 
 
 class Segmentor(nn.Module):
-    """image (B, 3, H, W), normalized, H and W >= 32 -> SegOutput. Sizes and devices follow the input.
+    """Semantic segmentation network: normalized images (B, 3, H, W), H and W >= 32, -> SegOutput.
 
-    heads: what a method trains beside the decoder (Method.attach puts it there); it works on SegOutput.features.
+    Args:
+        encoder: images -> four feature maps, see ENCODERS.
+        bottleneck: applied to the deepest map; None: no bottleneck.
+        decoder: four feature maps -> logits, see DECODERS.
+
+    Attributes:
+        heads: modules that a method trains besides the decoder, added by Method.attach; they use SegOutput.features.
+        multiple: images are padded to a multiple of so many pixels (TimmEncoder), 1: not padded.
     """
 
     def __init__(self, encoder: nn.Module, bottleneck: AllSparkBottleneck | None, decoder: nn.Module) -> None:
@@ -57,7 +71,7 @@ class Segmentor(nn.Module):
         self.bottleneck = bottleneck
         self.decoder = decoder
         self.heads = nn.ModuleDict()
-        self.multiple = getattr(encoder, "multiple", 1)  # of pixels, to which a TimmEncoder pads an image
+        self.multiple = getattr(encoder, "multiple", 1)
 
     def forward(
         self,
@@ -68,16 +82,22 @@ class Segmentor(nn.Module):
         perturb: Perturb | None = None,
         clean: bool = True,
     ) -> SegOutput:
-        """cross: a training batch of labeled and unlabeled images; None: inference, no image depends on another.
+        """Predict the classes of all pixels.
 
-        share_keys: batch mates share the keys of the bottleneck (Released, pseudo-labels only).
-        perturb: features -> features; its logits are returned beside the clean ones, from the same encoder pass and
-        decoded as one batch with them (UniMatch: batch norm sees both), or with clean=False as the only ones.
+        Args:
+            image: (B, 3, H, W).
+            cross: describes a training batch of labeled and unlabeled images; None: inference, no image depends on
+                another.
+            share_keys: in inference, the images of the batch share the keys of the bottleneck (Released, for
+                pseudo-labels).
+            perturb: features -> features, from the same encoder pass. Clean and perturbed features are decoded as one
+                batch, so that batch norm sees both (UniMatch).
+            clean: False: decode only the perturbed features and return their logits as `logits`.
         """
         features = self.encoder(image)
         if self.bottleneck is not None:
-            if cross is not None and cross.pseudo_logits is not None:  # they are held against the cells' channels
-                cross = replace(cross, pseudo_logits=cover(cross.pseudo_logits, self.multiple, "replicate"))
+            if cross is not None and cross.pseudo_logits is not None:  # cover the same area as the feature map
+                cross = replace(cross, pseudo_logits=pad_to_multiple(cross.pseudo_logits, self.multiple, "replicate"))
             features = [*features[:-1], self.bottleneck(features[-1], cross, share_keys)]
         size = image.shape[-2:]
         if perturb is None:
@@ -88,27 +108,33 @@ class Segmentor(nn.Module):
         return SegOutput(*self.decode(both, size).chunk(2), features)
 
     def decode(self, features: list[Tensor], size: torch.Size) -> Tensor:
-        """Feature maps -> logits (B, K, *size), float32 whatever the precision of the rest."""
+        """Feature maps -> logits (B, K, *size), float32 (or float64) also under autocast."""
         logits = self.decoder(features)
-        # Contiguous while they are small: losses copy them otherwise
+        # Make them contiguous while they are small; losses would copy them later
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-        return uncover(logits, size, self.multiple, self.decoder.resize)
+        return resize_to_image(logits, size, self.multiple, self.decoder.align_corners)
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Encoder and decoder, each shape of a training step once; the bottleneck's blocks on a CPU are no graph."""
+        """torch.compile of encoder and decoder; the bottleneck's block-wise CPU kernel cannot be traced as a graph."""
         for part in (self.encoder, self.decoder):
             part.compile(dynamic=False, backend=backend)
 
     def inference_copy(self) -> Segmentor:
-        """A network of its own with the same weights, for inference, which never reads the memory: it has none."""
-        twin = copy.deepcopy(self)
-        if twin.bottleneck is not None:
-            twin.bottleneck.memory = None
-        return twin.eval().requires_grad_(False)
+        """A frozen copy for inference, without the memory, which only training reads."""
+        copied = copy.deepcopy(self)
+        if copied.bottleneck is not None:
+            copied.bottleneck.memory = None
+        return copied.eval().requires_grad_(False)
 
 
 def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor:
-    """The model of a recipe with fresh weights; crop_size decides the side of the memory: ceil(crop / stride)."""
+    """Build a model with fresh weights.
+
+    Args:
+        cfg: the model section of a recipe.
+        num_classes: K.
+        crop_size: side of the training crops, which sets the side of the memory, ceil(crop_size / stride).
+    """
     encoder = build_encoder(cfg)
     encoder.set_grad_checkpointing(cfg.checkpointing)
     decoder = build_decoder(cfg, encoder, num_classes)
@@ -136,7 +162,7 @@ def build_encoder(cfg: ModelConfig) -> nn.Module:
         return TimmEncoder(cfg.encoder.removeprefix(PREFIX), cfg.drop_path)
     if cfg.encoder not in ENCODERS:
         known = ", ".join((*ENCODERS, f"{PREFIX}NAME"))
-        raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; one of {known}, a model of timm")
+        raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; choose one of {known} (a model of timm)")
     return ENCODERS[cfg.encoder](cfg.drop_path)
 
 

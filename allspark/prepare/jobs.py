@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from allspark.utils.atomic import whole
+from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError
 
 TEMPORARY = ".preparing"  # suffix of files that are being written
@@ -123,7 +123,7 @@ def link(source: Path, target: Path) -> None:
 def beside(target: Path) -> AbstractContextManager[Path]:
     """A temporary path in the target's folder, renamed to it at the end. UserError: it cannot be written."""
     remedy = "make room or choose another --out, then run the same command again: what is done already stays"
-    return whole(target, remedy, TEMPORARY)
+    return atomic_path(target, remedy, TEMPORARY)
 
 
 def remove_temporaries(folders: Iterable[Path]) -> None:

@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all: tables, lists, pictures. (Those of a run are durable, too: engine.files.)"""
+"""Atomic writes: a reader sees the old file or the complete new one, never a part of it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from allspark.utils.errors import UserError
 
@@ -14,27 +17,147 @@ FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 
 
 @contextmanager
-def whole(path: Path, remedy: str, suffix: str = ".tmp") -> Iterator[Path]:
-    """A place beside `path` to write to, renamed to it at the end; nothing is left of it where that fails.
+def atomic_path(path: Path, remedy: str, suffix: str = ".tmp") -> Iterator[Path]:
+    """A temporary path next to `path`, renamed to it at the end and removed after an error.
 
-    UserError: the system does not let it be written, with the remedy.
+    Args:
+        path: file to write; its folder is created.
+        remedy: end of the error message.
+        suffix: of the temporary file.
+
+    Raises:
+        UserError: the system does not allow to write it.
     """
-    beside = path.with_name(f".{path.name[:50]}.{os.getpid()}{suffix}")  # no name is too long that path's is not
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{suffix}")  # not too long wherever path.name is not
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)}); {remedy}") from None
     finally:
-        with suppress(OSError):  # as a rule it is gone, renamed
-            beside.unlink()
+        with suppress(OSError):  # usually it was renamed
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str, remedy: str) -> None:
-    with whole(path, remedy) as beside:
-        beside.write_text(text, encoding="utf-8", newline="\n")
+    with atomic_path(path, remedy) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def reason(error: OSError) -> str:
     return "the disk is full" if error.errno in FULL else error.strerror or str(error)
+
+
+# The files of a run are also durable: on the disk before anything depends on them
+
+
+def durable_write(
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    *,
+    verify: Callable[[Path], None] = lambda path: None,
+    previous: Path | None = None,
+) -> None:
+    """Write next to the target, flush to the disk, verify, rename. After an error both files are as before.
+
+    Args:
+        path: file to write.
+        write: writes the content to an open file.
+        verify: raises OSError if the written file is damaged.
+        previous: where the replaced file is kept; None: nowhere.
+
+    Raises:
+        UserError: the system does not allow to write it.
+    """
+    temporary = path.with_suffix(".tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                recorder = ErrorRecorder(file)
+                try:
+                    write(recorder)
+                except Exception as error:
+                    raise recorder.error or error from None
+                file.flush()
+                os.fsync(file.fileno())
+            verify(temporary)
+            with keep_previous(path, previous) if previous is not None else contextlib.nullcontext():
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def durable_write_text(path: Path, text: str) -> None:
+    durable_write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, quota, size limit, permission) into a UserError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}; {free_space(path)}); files saved earlier are "
+            f"unchanged. Free some space, or fix the quota or permission, and run the same command again"
+        ) from error
+
+
+def free_space(path: Path) -> str:
+    with suppress(OSError):
+        return f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free there"
+    return "free space unknown"
+
+
+class ErrorRecorder:
+    """A file that remembers its OSError, which torch.save replaces by an exception of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextmanager
+def keep_previous(path: Path, previous: Path) -> Iterator[None]:
+    """Around the replacement of path: keep the old file as `previous`.
+
+    The two names never refer to the same file, so that one damage cannot affect both. Where the file system has no hard
+    links, path is renamed before.
+    """
+    link = previous.with_suffix(".link")
+    link.unlink(missing_ok=True)  # of a run that was killed at this point
+    try:
+        os.link(path, link)
+    except FileNotFoundError:
+        pass  # nothing was saved yet
+    except OSError:
+        os.replace(path, previous)
+    try:
+        yield
+    except BaseException:
+        link.unlink(missing_ok=True)
+        raise
+    if link.exists():
+        os.replace(link, previous)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the renaming to the disk, where a folder can be flushed."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

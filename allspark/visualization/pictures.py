@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from allspark.data.base import bounded
-from allspark.utils.atomic import whole
+from allspark.utils.atomic import atomic_path
 
 if TYPE_CHECKING:  # loaded only where a figure is drawn
     from matplotlib.axes import Axes
@@ -93,7 +93,7 @@ def save_image(picture: Image.Image, path: Path) -> None:
     """Of the kind that the suffix names; a PNG says who made it. UserError where it cannot be written."""
     written_by = PngInfo()
     written_by.add_text("Software", SOFTWARE)
-    with whole(path, "free space or choose another place") as beside:
+    with atomic_path(path, "free space or choose another place") as beside:
         picture.save(beside, Image.registered_extensions()[path.suffix.lower()], pnginfo=written_by)
 
 

@@ -1,0 +1,82 @@
+"""Make the method and the loader of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from allspark import distributed
+from allspark.config import CONFIG_ROOT, CriterionConfig, MethodConfig, Recipe, bind_options
+from allspark.data.base import DatasetSpec
+from allspark.data.batch import Views
+from allspark.data.loaders import TrainLoader
+from allspark.data.splits import Lists
+from allspark.losses import build_criterion
+from allspark.methods import METHODS, Method
+from allspark.utils.errors import UserError
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """The recipe with all options of its method, given or by default.
+
+    Raises:
+        UserError: unknown method or option.
+    """
+    name = recipe.method.name
+    if name not in METHODS:
+        is_recipe = (CONFIG_ROOT / "methods" / f"{name}.yaml").is_file()
+        hint = (
+            f"; --method {name} selects the recipe of that name, also together with --config FILE" if is_recipe else ""
+        )
+        raise UserError(f"method.name={name}: unknown method; choose one of {', '.join(METHODS)}{hint}")
+    options = bind_options(METHODS[name], recipe.method.options, "method")
+    return replace(recipe, method=MethodConfig(name=name, options=options))
+
+
+def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
+    """The method of a complete recipe.
+
+    Raises:
+        UserError: the method cannot train the model of the recipe, or its criterion does not match the data set.
+    """
+    kind = METHODS[recipe.method.name]
+    check_class_weights(recipe.criterion, spec)
+    criterion = build_criterion(ignore_index=spec.ignore_index, **vars(recipe.criterion))
+    method = kind(criterion, **{name: getattr(spec, name) for name in kind.spec_fields}, **recipe.method.options)
+    if not method.views.unlabeled and recipe.model.bottleneck.name != "none":
+        raise UserError(
+            f"method {recipe.method.name} with model.bottleneck={recipe.model.bottleneck.name}: without unlabeled "
+            f"images the bottleneck's unlabeled branch gets no gradient; set model.bottleneck=none or choose another "
+            f"method"
+        )
+    return method
+
+
+def check_class_weights(criterion: CriterionConfig, spec: DatasetSpec) -> None:
+    """UserError unless there is one weight per class, and a loss that uses them."""
+    weights = criterion.class_weights
+    if weights is None:
+        return
+    if criterion.name != "ce":
+        raise UserError(
+            f"criterion.class_weights with criterion={criterion.name}, which selects pixels itself; use criterion=ce"
+        )
+    if len(weights) != spec.num_classes or not all(0 <= weight <= 1e6 for weight in weights) or not any(weights):
+        raise UserError(
+            f"criterion.class_weights={list(weights)}: give {spec.num_classes} numbers of at least 0, not all 0, in "
+            f"the order {', '.join(spec.classes)}"
+        )
+
+
+def build_loader(recipe: Recipe, lists: Lists, spec: DatasetSpec, views: Views) -> TrainLoader:
+    """This process's share of the training batches; UserError if no batch can be made."""
+    return TrainLoader(
+        lists,
+        spec,
+        recipe.data,
+        views,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        epoch_of=recipe.epoch_of,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )

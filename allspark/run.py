@@ -1,0 +1,309 @@
+"""A run: everything that training one recipe needs, built from scratch or resumed from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from allspark import distributed
+from allspark.build import build_loader, build_method, complete
+from allspark.config import OptimConfig, Recipe, build_recipe, differences, to_plain
+from allspark.data import spec_for
+from allspark.data.base import DatasetSpec, SegmentationDataset
+from allspark.data.loaders import TrainLoader
+from allspark.data.preflight import check_data, hidden_sample
+from allspark.data.splits import Lists, provenance, resolve
+from allspark.engine.checkpoint import (
+    LATEST,
+    PREVIOUS,
+    TO_RESUME,
+    Position,
+    broadcast_choice,
+    buffers_by_rank,
+    explain_mismatch,
+    find_checkpoint,
+    load_buffers_of_rank,
+    load_checkpoint,
+    load_state,
+)
+from allspark.engine.checkpointer import Checkpointer
+from allspark.engine.log import METRICS, RunLog
+from allspark.engine.optim import build_optimizer, scaled
+from allspark.engine.provenance import revision, write_provenance
+from allspark.engine.run_lock import RunLock
+from allspark.engine.signals import Stop
+from allspark.engine.stepper import Stepper, has_bf16, micro_batch_size, set_deterministic, set_precision
+from allspark.evaluation.pseudo_label_quality import CenterCrops
+from allspark.evaluation.sliding_window import Inference, inference_for
+from allspark.methods import Method
+from allspark.models.segmentor import Segmentor, build_model
+from allspark.train_step import TrainState
+from allspark.utils.atomic import durable_write_text
+from allspark.utils.errors import UserError
+from allspark.weights.loading import load_pretrained
+
+
+@dataclass(frozen=True)
+class Run(TrainState):
+    """References to the parts of a run.
+
+    Args:
+        optim: the recipe's, with the learning rate of its batch size.
+        spec: data set.
+        loader: training batches of this process.
+        val: images that the model is evaluated on.
+        crops: unlabeled images with known labels, to measure the quality of pseudo-labels.
+        inference: how val images are predicted.
+        log: metrics and messages.
+        checkpointer: writes checkpoints.
+    """
+
+    optim: OptimConfig
+    spec: DatasetSpec
+    loader: TrainLoader
+    val: SegmentationDataset
+    crops: CenterCrops
+    inference: Inference
+    log: RunLog
+    checkpointer: Checkpointer
+
+
+def build_run(
+    recipe: Recipe,
+    save_path: Path,
+    device: torch.device,
+    stop: Stop,
+    stack: contextlib.ExitStack,
+    *,
+    fresh: bool = False,
+    command: str = "",
+    notes: Sequence[str] = (),
+) -> tuple[Run, Position] | None:
+    """Check the data, build model, method, optimizer and loader, and resume the run of save_path if there is one.
+
+    Args:
+        recipe: complete.
+        save_path: folder of the run; it is locked until the stack is closed.
+        device: of this process.
+        stop: receives signals.
+        stack: closes lock and log.
+        fresh: move an existing run aside and start over.
+        command: command line that reproduces this config.
+        notes: messages to log at start-up.
+
+    Returns:
+        The run and its position, or None if the run of save_path is already finished.
+    """
+    set_precision(recipe.precision, device)
+    set_deterministic(recipe.deterministic)
+    spec = spec_for(recipe.data)
+    lists = resolve(recipe.data)
+    check_same_start(recipe, lists)
+    optim = scaled(recipe.optim, recipe.batch_size)
+    micro_batch_size(recipe, distributed.world_size())  # refuses one that does not fit, before a file is touched
+    data_notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
+    hidden, hidden_notes = hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)
+    data_notes += hidden_notes
+
+    lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
+    if fresh or not has_checkpoint(save_path):
+        data_notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
+    method = build_method(recipe, spec).to(device)
+    method.attach(model)
+    stepper = Stepper(model, build_optimizer(optim, model), recipe.precision, optim.clip_norm)
+    loader = build_loader(recipe, lists, spec, method.views)
+    val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
+    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+
+    if fresh:
+        move_aside(lock)
+    position, unlogged, resume_notes = resume(save_path, recipe, lists, model, method, stepper)
+    if position.epoch == recipe.epochs:
+        if distributed.is_main():
+            print(
+                f"{save_path}: this run is finished, best mIoU {position.best['miou']:.2f}; use --fresh to start over"
+            )
+        return None
+    network = wrap_ddp(model, device)
+    if recipe.compile:
+        model.compile_parts()
+    total_steps = recipe.epochs * loader.steps_per_epoch
+    if distributed.is_main():
+        durable_write_text(save_path / "config.yaml", yaml.safe_dump(to_plain(recipe), sort_keys=False))
+        write_provenance(save_path, command, lists.split, device, resumed=position.step > 0)
+    log = RunLog(
+        save_path,
+        active=distributed.is_main(),
+        interval=recipe.log_interval,
+        start_step=position.step,
+        start_epoch=position.epoch,
+        total_steps=total_steps,
+        stepper=stepper,
+    )
+    stack.enter_context(log)
+    log.load_state_dict(unlogged, device)
+    start_notes = describe_run(recipe, model, method, device, total_steps, position)
+    for note in (*start_notes, *notes, *resume_notes, *data_notes):
+        log.info(note)
+    checkpointer = Checkpointer(
+        save_path,
+        recipe,
+        model,
+        stepper,
+        log,
+        stop,
+        content=partial(checkpoint_content, recipe, lists, model, method, stepper, log),
+        images=lambda position: loader.images((position.step - 1) % loader.steps_per_epoch),
+    )
+    state = (recipe, network, method, stepper, total_steps)
+    return Run(*state, optim, spec, loader, val, crops, inference, log, checkpointer), position
+
+
+def check_same_start(recipe: Recipe, lists: Lists) -> None:
+    """Fail early if ranks disagree on code, config or file lists; a mismatch would deadlock the first collective."""
+    same = replace(recipe, device="auto", data=replace(recipe.data, data_root="", num_workers=None, cache="none"))
+    distributed.check_same(code=distributed.code_version(), recipe=repr(same), lists=lists.hash)
+
+
+def has_checkpoint(save_path: Path) -> bool:
+    return any((save_path / name).exists() for name in (LATEST, PREVIOUS))
+
+
+def move_aside(lock: RunLock) -> None:
+    """Rename the folder of an existing run (--fresh); a folder that is not a run is left as it is."""
+    folder = lock.folder
+    if distributed.is_main() and (has_checkpoint(folder) or (folder / METRICS).exists()):
+        target = folder.with_name(f"{folder.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+        lock.move_aside(target)
+        print(f"{folder} was moved to {target}")
+    distributed.barrier()
+
+
+def resume(
+    save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper
+) -> tuple[Position, list[dict[str, Tensor]], list[str]]:
+    """Load the newest readable checkpoint of save_path into model, method and stepper.
+
+    Returns:
+        Its position (the start, if there is no checkpoint), losses that were not logged yet, and notes for the log.
+
+    Raises:
+        UserError: the checkpoint belongs to another recipe or other file lists.
+    """
+    found = find_checkpoint(save_path) if distributed.is_main() else None
+    name = broadcast_choice(found and found[0].name, stepper.device)
+    if name is None:
+        return Position(), [], []
+    path = save_path / name
+    content, notes = found[1:] if found else (load_checkpoint(path, TO_RESUME), [])
+    distributed.check_same(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may return an old file
+    saved_recipe = complete(build_recipe(content["recipe"], None, str(path)))  # adds keys that are newer than the run
+    if changed := differences(to_plain(saved_recipe), to_plain(recipe)):
+        raise UserError(
+            f"{save_path}: contains a run with another recipe ({'; '.join(changed[:5])}); choose another --save-path, "
+            f"or use --fresh to move the old run aside"
+        )
+    if content["split"]["sha256"] != lists.hash:
+        raise UserError(
+            f"{path}: this run was started with other images in its lists (split {content['split']['name']}); restore "
+            f"them, or use --fresh to move the old run aside"
+        )
+    load_state(model, content["model"], path)
+    load_state(method, content["method"], path)
+    with explain_mismatch(path):
+        load_buffers_of_rank({"model": model, "method": method}, content.get("ranks", {}))
+        stepper.load_state_dict(content)
+    if name != LATEST and distributed.is_main() and (save_path / LATEST).exists():
+        (save_path / LATEST).rename(save_path / "damaged.pth")  # or it would replace previous.pth, which is intact
+    position = Position(content["epoch"], content["step"], content["best"], content.get("world_size"))
+    return position, content.get("log", []), notes
+
+
+def checkpoint_content(
+    recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper, log: RunLog, position: Position
+) -> dict[str, Any]:
+    """The content of a checkpoint; a collective call, because some buffers differ between processes."""
+    shared = () if recipe.model.bottleneck.memory_policy == "local" else ("model.bottleneck.memory.",)
+    return {
+        "model": model.state_dict(),
+        "method": method.state_dict(),
+        "ranks": buffers_by_rank({"model": model, "method": method}, shared),
+        **stepper.state_dict(),
+        "log": log.state_dict(),
+        "epoch": position.epoch,
+        "step": position.step,
+        "best": position.best,
+        "recipe": to_plain(recipe),
+        "split": lists.split,
+        "world_size": distributed.world_size(),
+    }
+
+
+def wrap_ddp(model: Segmentor, device: torch.device) -> nn.Module:
+    """DistributedDataParallel if there are several processes, with SyncBatchNorm on GPUs."""
+    if distributed.world_size() == 1:
+        return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    device_ids = [device] if device.type == "cuda" else None
+    # Depthwise weights (C, 1, 3, 3) get channels-last gradients: a copy of a few kB
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # No broadcast: the memory has its own policy, batch norm is shared at the end of an epoch, and all processes start
+    # equal, because each builds the model from the same seed
+    with warnings.catch_warnings():  # newer torch renames the argument, older torch only knows this name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def describe_run(
+    recipe: Recipe, model: Segmentor, method: Method, device: torch.device, total_steps: int, position: Position
+) -> list[str]:
+    """A few lines about the run that is about to start."""
+    world_size = distributed.world_size()
+    micro_batch = micro_batch_size(recipe, world_size)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    job = f", slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    lines = [
+        f"{recipe.method.name} on {recipe.data.dataset}, {recipe.model.encoder} ({parameters:.2f} M parameters), "
+        f"bottleneck {recipe.model.bottleneck.name}, seed {recipe.seed}",
+        f"{world_size} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}, "
+        f"revision {revision()}",
+        f"host {platform.node()}, process id {os.getpid()}{job}",
+        f"{recipe.epochs} epochs, {total_steps} steps of {describe_batch(recipe, world_size)}",
+    ]
+    if micro_batch * world_size < recipe.batch_size:
+        lines.append("gradient accumulation: batch norm, OHEM, CutMix and the memory see one micro-batch at a time")
+    if (method.views.cutmix or method.uses_cutmix_partner) and micro_batch == 1:
+        lines.append("micro-batches of one image: CutMix has no other image to paste from and is off")
+    if recipe.precision == "bf16" and device.type == "cpu" and not has_bf16(device):
+        lines.append("WARNING: precision=bf16 on a CPU without bf16 instructions is many times slower than fp32")
+    if position.step:
+        between_epochs = position.step * recipe.epochs == position.epoch * total_steps
+        where = f"after epoch {position.epoch - 1}" if between_epochs else f"in epoch {position.epoch}"
+        lines.append(f"resumed {where} (step {position.step})")
+        if position.world_size != world_size:
+            lines.append(f"world size changed from {position.world_size} to {world_size}")
+    return lines
+
+
+def describe_batch(recipe: Recipe, world_size: int) -> str:
+    """For example: 8 labeled images (2 processes x 2 micro-batches x 2 images)."""
+    size, share = micro_batch_size(recipe, world_size), recipe.batch_size // world_size
+    factors = [f"{world_size} processes"] * (world_size > 1) + [f"{share // size} micro-batches"] * (share > size)
+    inside = f" ({' x '.join((*factors, f'{size} images'))})" if factors else ""
+    return f"{recipe.batch_size} labeled images{inside}"

@@ -1,0 +1,84 @@
+"""One training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from allspark import distributed
+from allspark.config import Recipe
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, split_micro_batches
+from allspark.engine.checkpoint import Position
+from allspark.engine.optim import set_lr
+from allspark.engine.stepper import Stepper, autocast, mean_losses, micro_batch_size, sync_gradients
+from allspark.methods import Method, Progress
+from allspark.models.segmentor import Segmentor, unwrap
+from allspark.models.student import Student
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """References to what a training step changes.
+
+    Args:
+        recipe: the config.
+        network: the Segmentor, or its DistributedDataParallel wrapper.
+        method: attached to the model.
+        stepper: of the model.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    recipe: Recipe
+    network: nn.Module
+    method: Method
+    stepper: Stepper
+    total_steps: int
+
+    @property
+    def model(self) -> Segmentor:
+        return unwrap(self.network)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stepper.device
+
+
+def train_step(
+    state: TrainState, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, position: Position, lr: float
+) -> dict[str, Tensor]:
+    """One optimizer step; the training loop, the benchmark, the memory estimate and the tests call this function.
+
+    Args:
+        state: what is trained.
+        labeled, unlabeled: this process's share of the batch, on the device. It is split into micro-batches whose
+            gradients are accumulated.
+        position: steps and epochs done before this step.
+        lr: learning rate of the encoder.
+
+    Returns:
+        The losses, averaged over the micro-batches, as tensors on the device.
+    """
+    recipe, progress = state.recipe, Progress(position.step, position.epoch, state.total_steps)
+    seed_step(recipe.seed, position.step)
+    set_lr(state.stepper.optimizer, lr)
+    student = Student(state.network, read_memory=position.epoch >= recipe.model.bottleneck.warmup_epochs)
+    micro_batches = split_micro_batches(labeled, unlabeled, micro_batch_size(recipe, distributed.world_size()))
+    losses: list[dict[str, Tensor]] = []
+    for number, (x, u) in enumerate(micro_batches, start=1):
+        with sync_gradients(state.network, enabled=number == len(micro_batches)):
+            with autocast(recipe.precision, state.device):
+                if position.epoch < recipe.burn_in_epochs:
+                    losses.append(state.method.supervised_losses(student, x))
+                else:
+                    losses.append(state.method.losses(student, x, u, progress))
+            state.stepper.backward(losses[-1]["loss"] / len(micro_batches))
+    state.stepper.step()
+    state.method.after_step(student, progress)
+    return mean_losses(losses)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make dropout and drop path a function of (seed, step, rank), so that no generator state has to be saved."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4096 + distributed.rank())
