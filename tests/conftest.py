@@ -88,8 +88,12 @@ def write_recipe(path: Path, root: Path) -> Path:
         custom |= {f"{kind}_images": f"images/{kind}", f"{kind}_masks": f"masks/{kind}"}
     recipe = {
         "data": {"dataset": "tiny", "data_root": str(root), "crop_size": 65, "num_workers": 0, "custom": custom},
-        "model": {"encoder": "mit_b0", "decoder_channels": 32, "bottleneck": "allspark"},
-        "method": {"name": "allspark", "warmup_epochs": 1},
+        "model": {
+            "encoder": "mit_b0",
+            "decoder_channels": 32,
+            "bottleneck": {"name": "allspark", "warmup_epochs": 1},
+        },
+        "method": "allspark",
         "optim": {"name": "adamw", "lr": 1e-3, "lr_multi": 1.0, "weight_decay": 0.01},
         "epochs": 2,
         "batch_size": 2,

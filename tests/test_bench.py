@@ -36,6 +36,7 @@ from allspark.evaluation.sliding_window import Inference
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student
 from allspark.utils.errors import UserError
 
 CLASSES, CROP = 5, 65
@@ -69,7 +70,7 @@ def test_a_step_is_the_same(networks):
     model, plain = networks
     cfg = OptimConfig()
     optimizer, stepper = plain_optimizer(cfg, plain), Stepper(model, build_optimizer(cfg, model))
-    method = METHODS["allspark"](CrossEntropy(), warmup_epochs=0)
+    method = METHODS["allspark"](CrossEntropy())
     logits = []
     model.register_forward_hook(lambda module, args, output: logits.append(output.logits.detach()))
     plain.register_forward_hook(lambda module, args, output: logits.append(output.detach()))
@@ -83,7 +84,9 @@ def test_a_step_is_the_same(networks):
         mask[:, :9] = IGNORE_INDEX
         unlabeled = UnlabeledBatch(image_u, (), torch.ones_like(mask, dtype=torch.bool), ())
         model.train()
-        losses = method.losses(model, LabeledBatch(image_x, mask), unlabeled, Progress(step, 0, 2))
+        losses = method.losses(
+            Student(model, read_memory=True), LabeledBatch(image_x, mask), unlabeled, Progress(step, 0, 2)
+        )
         stepper.optimizer.param_groups[1]["lr"] = cfg.lr * cfg.lr_multi
         stepper.backward(losses["loss"])
         stepper.step()

@@ -9,6 +9,7 @@ from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student
 
 SIDE, CLASSES = 64, 5
 
@@ -30,10 +31,12 @@ def losses_of(backend):
     model = build_model(cfg, CLASSES, SIDE).train()
     if backend:
         model.compile_parts(backend)
-    method = METHODS["allspark"](CrossEntropy(), warmup_epochs=1)
+    method = METHODS["allspark"](CrossEntropy())
     losses, graphs = [], []
     for step in range(3):
-        loss = method.losses(model, *batches(step), Progress(step, epoch=step, total_steps=3))["loss"]
+        loss = method.losses(
+            Student(model, read_memory=step >= 1), *batches(step), Progress(step, epoch=step, total_steps=3)
+        )["loss"]
         loss.backward()
         losses.append(loss.item())
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # as train.py evaluates

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 
 import train
 from allspark.__main__ import main
-from allspark.cli.recipe import complete
+from allspark.build import complete
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig, load_recipe
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.optim import build_optimizer
@@ -20,6 +20,7 @@ from allspark.models import resnet
 from allspark.models.deeplab import DeepLabV3Plus
 from allspark.models.mlp_decoder import DECODERS, MLPDecoder
 from allspark.models.segmentor import ENCODERS, build_model
+from allspark.models.student import Student
 from allspark.utils.errors import UserError, run_main
 from allspark.weights.loading import variant
 
@@ -171,7 +172,7 @@ def step(name, batch, bottleneck="none"):
     model = make_model(bottleneck=bottleneck, decoder_channels=16)
     method = METHODS[name](CrossEntropy(), **({"threshold": 0.0} if name != "pseudoseg" else {}))
     method.attach(model)
-    losses = method.losses(model, *random_batches(method, batch), FIRST)
+    losses = method.losses(Student(model), *random_batches(method, batch), FIRST)
     losses["loss"].backward()
     assert all(torch.isfinite(value) for value in losses.values())
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -200,7 +201,7 @@ def test_the_loss_falls():
     labeled = LabeledBatch(torch.randn(2, 3, CROP, CROP) / 4 + mask[:, None], mask)
     losses = []
     for _ in range(4):
-        loss = method.supervised_losses(model, labeled)["loss"]
+        loss = method.supervised_losses(Student(model), labeled)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -228,8 +229,8 @@ def test_which_fit_together(encoder, decoder):
 
 @pytest.mark.parametrize("strides", [(2, 4, 8, 16), (4, 8, 16, 32), (8, 8, 8, 8)])
 def test_strides_without_published_dilations_are_refused(strides):
-    assert "stride 4" in DeepLabV3Plus.refuses(strides) and MLPDecoder.refuses(strides) is None
-    assert DeepLabV3Plus.refuses((4, 8, 8, 8)) is None
+    assert "stride 4" in DeepLabV3Plus.unsupported(strides) and MLPDecoder.unsupported(strides) is None
+    assert DeepLabV3Plus.unsupported((4, 8, 8, 8)) is None
 
 
 def test_the_refusal_comes_before_training(place, capsys):

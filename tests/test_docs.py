@@ -276,4 +276,4 @@ def test_the_options_of_every_method_stand_in_its_section():
         kind = METHODS[load_recipe("shapes", name).method.name]
         if "those of" not in options:
             told = set(re.findall(r"`(\w+)`", options))
-            assert told == set(bind_options(kind.__init__, {}, "method")), name
+            assert told == set(bind_options(kind, {}, "method")), name

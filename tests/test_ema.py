@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from allspark.methods.pseudo_labels import predict_pseudo
 from test_methods import FIRST, make_method, make_model, random_batches
 from torch import nn
 
 from allspark.methods import Progress
 from allspark.methods.ema import EMATeacher
+from allspark.models.student import Student, predict
 from allspark.utils.errors import UserError
 
 
@@ -50,12 +50,12 @@ def test_teacher_labels_follows_and_predicts():
         model.decoder.classifier.bias[0] += 1e3
     seen = []
     model.bottleneck.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    method.losses(model, labeled, unlabeled, FIRST)
-    expected = predict_pseudo(method.teacher.model, unlabeled.weak, share_keys=True).logits
+    method.losses(Student(model), labeled, unlabeled, FIRST)
+    expected = predict(method.teacher.model, unlabeled.weak, share_keys=True).logits
     torch.testing.assert_close(seen[-1].pseudo_logits, expected)
     assert method.predictor(model) is method.teacher.model
 
-    method.after_step(model, Progress(step=1, epoch=0, total_steps=10))  # keeps half
+    method.after_step(Student(model), Progress(step=1, epoch=0, total_steps=10))  # keeps half
     bias = method.teacher.model.decoder.classifier.bias
     torch.testing.assert_close(bias[0], model.decoder.classifier.bias[0] - 500)
 

@@ -11,12 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from allspark.methods.pseudo_labels import predict_pseudo
 from PIL import Image
 from test_methods import CASES, CLASSES, make_method, quiet_model, takes
 from torch import nn
 
-import train
 from allspark import distributed
 from allspark.config import DataConfig, OptimConfig
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
@@ -27,13 +25,16 @@ from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.pseudo_label_quality import CenterCrops, label_quality
 from allspark.evaluation.sliding_window import Inference
 from allspark.losses import CrossEntropy
-from allspark.methods import Progress, imas, masking, thresholds
+from allspark.methods import Progress, imas, pseudoseg, self_training
+from allspark.models.student import Student, predict
+from allspark.run import wrap_ddp
+from allspark.train_step import seed_step
 
 CROP, STEPS, BATCH = 65, 6, 4
 SPEC = DatasetSpec("blocks", tuple("abcde"), tuple((k, k, k) for k in range(CLASSES)), background=0)
 OPTIM = OptimConfig(name="sgd", lr=2e-3, lr_multi=5.0)
 STILL = {"cutmix": 0.0, "feature_dropout": 0.0, "masked": 0.0, "pseudo_context": "image", "background": 0}
-LEARNING = {"threshold": 0.3, "warmup_epochs": 0, "teacher": "ema", "teacher_momentum": 0.9, "class_thresholds": True}
+LEARNING = {"threshold": 0.3, "teacher": "ema", "teacher_momentum": 0.9, "class_thresholds": True}
 
 
 class Frozen(nn.BatchNorm2d):
@@ -96,20 +97,20 @@ def losses_of(name, bottleneck, root, alone):
     data = DataConfig(dataset="blocks", data_root="", crop_size=CROP, scale_range=(1.0, 2.0), num_workers=0)
     rank, world = (0, 1) if alone else (distributed.rank(), distributed.world_size())
     loader = TrainLoader(lists_of(root), SPEC, data, method.views, BATCH, seed=5, rank=rank, world_size=world)
-    network, optimizer = model if alone else train.wrap(model, torch.device("cpu")), build_optimizer(OPTIM, model)
+    network, optimizer = model if alone else wrap_ddp(model, torch.device("cpu")), build_optimizer(OPTIM, model)
     told, step = [], 0
     for epoch in range(2):
         loader.set_epoch(epoch)
         for labeled, unlabeled in loader.on("cpu"):
             assert (labeled.mask != 255).all() and (unlabeled is None or unlabeled.valid.all())
-            train.seed_step(0, step)
+            seed_step(0, step)
             progress = Progress(step, epoch, STEPS)
-            start = method.supervised_losses(network, labeled) if step < 2 else None
-            losses = start or method.losses(network, labeled, unlabeled, progress)
+            start = method.supervised_losses(Student(network, read_memory=True), labeled) if step < 2 else None
+            losses = start or method.losses(Student(network, read_memory=True), labeled, unlabeled, progress)
             optimizer.zero_grad()
             losses["loss"].backward()
             optimizer.step()
-            method.after_step(network, progress)
+            method.after_step(Student(network, read_memory=True), progress)
             told.append({key: value.item() for key, value in losses.items()})
             step += 1
     return told
@@ -121,9 +122,9 @@ def run_cases(root):
     PseudoSeg's squares, which each process draws for itself, have no size.
     """
     with pytest.MonkeyPatch.context() as still:
-        still.setattr(masking, "CUTOUT", 0.0)
+        still.setattr(pseudoseg, "CUTOUT", 0.0)
         shared = {case: losses_of(*case, root, alone=False) for case in CASES}
-        still.setattr(thresholds, "distributed", SimpleNamespace(all_reduce_sum=lambda counts: counts))  # alone
+        still.setattr(self_training, "distributed", SimpleNamespace(all_reduce_sum=lambda counts: counts))  # alone
         return shared, {case: losses_of(*case, root, alone=True) for case in CASES[distributed.rank() :: 2]}
 
 
@@ -168,7 +169,7 @@ def scores_of(root):
             found.append((scores.miou, *scores.iou, scores.pixel_accuracy, scores.num_images))
 
         def label(image, valid):
-            pseudo = predict_pseudo(model, image)
+            pseudo = predict(model, image)
             return pseudo.label, pseudo.confidence
 
         crops = CenterCrops(samples[:count], SPEC, CROP)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from allspark.methods.pseudo_labels import predict_pseudo
 
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
@@ -20,6 +19,7 @@ from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.losses import OHEM, CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student, predict
 from allspark.weights.loading import from_released
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -99,7 +99,7 @@ def test_encoder():
 )
 def test_evaluation(case, config, classes, crop, inputs, share_keys):
     golden = np.load(GOLDEN / f"{case}.npz")
-    logits = predict_pseudo(released_model(config, classes, crop), image(*inputs), share_keys).logits
+    logits = predict(released_model(config, classes, crop), image(*inputs), share_keys).logits
     close(logits.mean((2, 3)), golden["logits_mean"])
     close(logits[:, :, ::4, ::4], golden["logits_sub"])
 
@@ -126,14 +126,16 @@ def test_train_step(case):
     config, classes, batch, crop, heads, read, seeds, criterion = TRAIN_CASES[case]
     model = released_model(config, classes, crop, heads).train()
     labeled, unlabeled = batches(seeds, batch, crop, classes)
-    pseudo = predict_pseudo(model, unlabeled.weak, share_keys=True)
+    pseudo = predict(model, unlabeled.weak, share_keys=True)
     close(pseudo.logits[:, :, ::4, ::4], golden["pseudo_logits"])
     assert torch.equal(pseudo.label, torch.from_numpy(golden["pseudo_label"]).long())
 
     outputs = []
     model.register_forward_hook(lambda module, args, output: outputs.append(output.logits))
-    method = METHODS["allspark"](criterion, warmup_epochs=0 if read else 1)
-    losses = method.losses(model, labeled, unlabeled, Progress(step=0, epoch=0, total_steps=1))
+    method = METHODS["allspark"](criterion)
+    losses = method.losses(
+        Student(model, read_memory=read), labeled, unlabeled, Progress(step=0, epoch=0, total_steps=1)
+    )
     losses["loss"].backward()
     close(outputs[-1].detach()[:, :, ::4, ::4], golden["pred"])
     for name in ("loss", "loss_x", "loss_u"):
@@ -169,13 +171,15 @@ def test_trajectory():
     model = released_model("b0_pascal_crop65", 21, 65).train().double()
     cfg = OptimConfig(name="sgd", lr=0.001, lr_multi=10.0, weight_decay=1e-4, late=True)
     optimizer = build_optimizer(cfg, model)
-    method = METHODS["allspark"](CrossEntropy(), warmup_epochs=4)
+    method = METHODS["allspark"](CrossEntropy())
     for step in range(12):
         set_lr(optimizer, poly_lr(cfg, step, 12))
         labeled, unlabeled = batches([seed + 100 * step for seed in (1000, 1010, 1020)], 2, 65, 21)
         labeled = replace(labeled, image=labeled.image.double())
         unlabeled = replace(unlabeled, weak=unlabeled.weak.double())
-        losses = method.losses(model, labeled, unlabeled, Progress(step, epoch=step, total_steps=12))
+        losses = method.losses(
+            Student(model, read_memory=step >= 4), labeled, unlabeled, Progress(step, epoch=step, total_steps=12)
+        )
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()

@@ -5,18 +5,19 @@ import copy
 import numpy as np
 import pytest
 import torch
-from allspark.methods.hardness import clipped_boxes, easiness, opposite_ranks
-from allspark.methods.pseudo_labels import Pseudo
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from test_methods import CLASSES, CROP, FIRST, make_method, make_model, random_batches
 
-from allspark.cli.recipe import build_method, complete
+from allspark.build import build_method, complete
 from allspark.config import CustomDataConfig, load_recipe
 from allspark.data import DATASETS, spec_for
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.data.datasets.custom import make_spec
 from allspark.data.transforms import IMAS_OPERATIONS, PHOTOMETRIC
 from allspark.methods import METHODS, Progress
+from allspark.methods.imas import clipped_boxes, easiness, opposite_ranks
+from allspark.models.student import Student
+from allspark.pseudo_labels import Pseudo
 from allspark.utils.errors import UserError
 
 NOTHING_SURE = 1.0  # a threshold that no softmax reaches here
@@ -212,7 +213,7 @@ def test_losses_literal(batch, seed, mixes, ignore_padding):
     loss_u = (intensity + cutmix) / 2 if mixes else intensity
 
     torch.manual_seed(seed)
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model), labeled, unlabeled, FIRST)
     torch.testing.assert_close(losses["easiness"], easy.mean())
     torch.testing.assert_close(losses["loss_u"], loss_u)
     torch.testing.assert_close(losses["loss_x"], method.criterion(logits[:2], labeled.mask))
@@ -265,7 +266,7 @@ def test_a_crop_of_padding_alone(bottleneck, ignore_padding, batch):
     black = normalize(torch.zeros_like(unlabeled.weak))
     padding = UnlabeledBatch(black, (black,), torch.zeros_like(unlabeled.valid), unlabeled.cutmix)
     unlabeled_mask = LabeledBatch(labeled.image, torch.full_like(labeled.mask, 255))
-    losses = method.losses(model, unlabeled_mask, padding, FIRST)
+    losses = method.losses(Student(model), unlabeled_mask, padding, FIRST)
     losses["loss"].backward()
     assert all(torch.isfinite(value) for value in losses.values())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -276,7 +277,7 @@ def test_a_crop_of_padding_alone(bottleneck, ignore_padding, batch):
 def test_nothing_confident(bottleneck):
     model, method = make_model(bottleneck), make_method("imas", threshold=NOTHING_SURE)
     method.attach(model)
-    losses = method.losses(model, *random_batches(method, 2, 3), FIRST)
+    losses = method.losses(Student(model), *random_batches(method, 2, 3), FIRST)
     losses["loss"].backward()
     assert losses["loss_u"].item() == losses["mask_ratio"].item() == losses["easiness"].item() == 0
     assert losses["loss"].item() == losses["loss_x"].item()
@@ -287,14 +288,14 @@ def test_nothing_confident(bottleneck):
 def test_with_the_bottleneck_a_later_pass_has_the_perturbed_images(read_memory):
     """The joint pass holds labeled and weak images, its enqueue reads the teacher; the other one writes nothing."""
     model = make_model(dropout=0.0, drop_path=0.0)
-    method = make_method("imas", threshold=0.0, warmup_epochs=0 if read_memory else 1)
+    method = make_method("imas", threshold=0.0)
     method.attach(model)
     with torch.no_grad():
         method.teacher.model.decoder.classifier.bias.add_(1)  # other logits, the same labels and confidences
     labeled, unlabeled = random_batches(method, 2, 3)
     passes = []
     model.bottleneck.register_forward_pre_hook(lambda module, args: passes.append((len(args[0]), args[1])))
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model, read_memory), labeled, unlabeled, FIRST)
     assert losses["easiness"].item() == 1  # they agree, with a threshold of 0: always mixed
     (weak, none), (joint, cross), (later, alone) = passes
     assert (weak, none, joint, later, alone.num_labeled) == (3, None, 5, 6, 0)
@@ -308,11 +309,11 @@ def test_teacher_follows_and_is_evaluated():
     start = model.decoder.classifier.bias.detach().clone()
     with torch.no_grad():
         model.decoder.classifier.bias.add_(1)
-    method.after_step(model, Progress(step=1, epoch=0, total_steps=10**4))  # 1 - 1 / 2
+    method.after_step(Student(model), Progress(step=1, epoch=0, total_steps=10**4))  # 1 - 1 / 2
     torch.testing.assert_close(method.predictor(model).decoder.classifier.bias, start + 0.5)
     with torch.no_grad():
         model.decoder.classifier.bias.copy_(start)
-    method.after_step(model, Progress(step=9000, epoch=0, total_steps=10**4))
+    method.after_step(Student(model), Progress(step=9000, epoch=0, total_steps=10**4))
     torch.testing.assert_close(method.predictor(model).decoder.classifier.bias, start + 0.5 * 0.996)
 
 

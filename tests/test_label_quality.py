@@ -28,6 +28,7 @@ from allspark.engine.log import RunLog
 from allspark.evaluation.pseudo_label_quality import CenterCrops, LabelQuality, label_quality
 from allspark.methods import METHODS
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student
 from allspark.utils.errors import run_main
 from allspark.visualization.tensorboard_images import Snapshots
 
@@ -197,7 +198,9 @@ def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, sa
     threshold = getattr(method, "threshold", None)
     known = confident = right = 0
     for image, mask, _ in crops:
-        pseudo = method.pseudo_labels(model, normalize(image)[None], torch.ones(1, *mask.shape, dtype=torch.bool))
+        pseudo = method.pseudo_labels(
+            Student(model), normalize(image)[None], torch.ones(1, *mask.shape, dtype=torch.bool)
+        )
         assert not pseudo.confidence.requires_grad
         kept = (mask != 255) & (torch.ones_like(mask).bool() if threshold is None else pseudo.confidence[0] >= 0.4)
         known, confident = known + (mask != 255).sum().item(), confident + kept.sum().item()

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from test_methods import CLASSES, FIRST, make_method, make_model, quiet_model, random_batches
 
-from allspark.cli.recipe import complete
+from allspark.build import complete
 from allspark.config import load_recipe
 from allspark.models.bottleneck import CrossBatch
+from allspark.models.student import Student
 
 
 def test_fixmatch_literal():
@@ -16,7 +17,7 @@ def test_fixmatch_literal():
     method = make_method("fixmatch", threshold=0.3)
     labeled, unlabeled = random_batches(method)
     box, valid = unlabeled.cutmix[0], unlabeled.valid
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model), labeled, unlabeled, FIRST)
 
     model = make_model("none", dropout=0.0, drop_path=0.0)
     with torch.no_grad():
@@ -54,12 +55,12 @@ def literal_thresholds(prob, valid, common):
 @pytest.mark.parametrize("bottleneck", ["none", "allspark"])
 def test_allspark_revised_literal(bottleneck, class_wise):
     """Labels of the teacher, pasted with their confidence and their padding; denominator = valid; (x + u) / 2."""
-    given = {"threshold": 0.3, "warmup_epochs": 0, "class_thresholds": class_wise}
+    given = {"threshold": 0.3, "class_thresholds": class_wise}
     recipe = complete(load_recipe("shapes", "allspark_revised", {f"method.{key}": given[key] for key in given}))
     method = make_method("allspark", **recipe.method.options)
     method.attach(quiet_model(bottleneck))
     labeled, unlabeled = random_batches(method, 2, 3)
-    losses = method.losses(quiet_model(bottleneck, seed=3), labeled, unlabeled, FIRST)
+    losses = method.losses(Student(quiet_model(bottleneck, seed=3), read_memory=True), labeled, unlabeled, FIRST)
 
     box, valid = unlabeled.cutmix[0], unlabeled.valid
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from allspark.cli.recipe import build_method
+from allspark.build import build_method
 from allspark.config import load_recipe
 from allspark.data import spec_for
 from allspark.losses import OHEM, CrossEntropy, Dice, WithDice, build_criterion, consistency_loss

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from allspark.methods.masking import hide_patches
-from allspark.methods.pseudo_labels import predict_multi_scale
 from test_methods import CROP, FIRST, make_method, make_model, quiet_model, random_batches
 
 from allspark.methods import Progress
+from allspark.methods.maskmatch import hide_patches, predict_multi_scale
 from allspark.models.bottleneck import CrossBatch
+from allspark.models.student import Student
 from allspark.utils.errors import UserError
 
 THRESHOLD = 0.3  # of an untrained network on 5 classes: some pixels are confident, some are not
@@ -84,7 +84,7 @@ def bilinear(x, height, width):
 def test_labels_are_the_mean_over_scales(size, scales, sizes):
     model = quiet_model(seed=1)
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
-    pseudo = predict_multi_scale(model, image, scales)
+    pseudo = predict_multi_scale(Student(model), image, scales)
     assert model.training and not pseudo.logits.requires_grad
     model.eval()
     for index in range(2):
@@ -105,7 +105,7 @@ def test_a_probability_of_zero_stays_a_number():
     model = quiet_model().eval()
     with torch.no_grad():
         model.decoder.classifier.bias.copy_(torch.tensor([500.0, 0, 0, 0, 0]))
-    pseudo = predict_multi_scale(model, torch.randn(1, 3, 32, 32), (1.0,))
+    pseudo = predict_multi_scale(Student(model), torch.randn(1, 3, 32, 32), (1.0,))
     assert pseudo.logits.isfinite().all() and pseudo.confidence.eq(1).all() and pseudo.label.eq(0).all()
 
 
@@ -134,14 +134,14 @@ def loop_loss(logits, prob, source, valid):
 )
 def test_step_literal(bottleneck, batch_u, ignore_padding):
     """The teacher labels; the strong view gets CutMix and goes with the labeled images, the masked view gets none."""
-    method = make_method("maskmatch", threshold=THRESHOLD, warmup_epochs=0, ignore_padding=ignore_padding)
+    method = make_method("maskmatch", threshold=THRESHOLD, ignore_padding=ignore_padding)
     method.attach(quiet_model(bottleneck))
     labeled, unlabeled = random_batches(method, batch_u=batch_u)
     model = quiet_model(bottleneck, seed=3)
     torch.manual_seed(5)
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model, read_memory=True), labeled, unlabeled, FIRST)
 
-    prob = predict_multi_scale(quiet_model(bottleneck), unlabeled.weak, (0.5, 1.0, 1.5)).logits.softmax(1)
+    prob = predict_multi_scale(Student(quiet_model(bottleneck)), unlabeled.weak, (0.5, 1.0, 1.5)).logits.softmax(1)
     model, box, strong = quiet_model(bottleneck, seed=3), unlabeled.cutmix[0], unlabeled.strong[0]
     own = np.tile(np.arange(batch_u)[:, None, None], (1, CROP, CROP))
     source = np.where(box.numpy(), (own - 1) % batch_u, own)
@@ -171,18 +171,18 @@ def test_step_literal(bottleneck, batch_u, ignore_padding):
 @pytest.mark.parametrize(("batch_x", "batch_u"), [(1, 1), (2, 3)])
 def test_edges_of_a_batch(bottleneck, batch_x, batch_u):
     """One image, an odd number; an image that is all padding; nothing confident: the labeled loss is left."""
-    model, method = make_model(bottleneck), make_method("maskmatch", threshold=1.0, warmup_epochs=0)
+    model, method = make_model(bottleneck), make_method("maskmatch", threshold=1.0)
     method.attach(model)
     labeled, unlabeled = random_batches(method, batch_x, batch_u)
     unlabeled.valid[0] = False
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model, read_memory=True), labeled, unlabeled, FIRST)
     losses["loss"].backward()
     assert losses["loss_u_s"] == losses["loss_u_lcr"] == 0
     torch.testing.assert_close(losses["loss"], losses["loss_x"] / 2)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     padding = replace(unlabeled, valid=torch.zeros_like(unlabeled.valid))
     method.threshold = 0.0
-    losses = method.losses(model, labeled, padding, FIRST)
+    losses = method.losses(Student(model, read_memory=True), labeled, padding, FIRST)
     assert losses["loss_u_s"] == losses["loss_u_lcr"] == losses["mask_ratio"] == 0
 
 
@@ -195,7 +195,7 @@ def test_teacher_follows_without_a_memory_of_its_own():
     weight = model.encoder.stages[0].patch_embed.proj.weight
     with torch.no_grad():
         weight.add_(1.0)
-    method.after_step(model, Progress(99, 0, 100))
+    method.after_step(Student(model, read_memory=True), Progress(99, 0, 100))
     after = teacher.encoder.stages[0].patch_embed.proj.weight
     torch.testing.assert_close(after, 0.9 * before + 0.1 * weight)
 

@@ -99,7 +99,7 @@ def attend(empty_slots, noise=1, classes=None):
     tokens = torch.randn(2, 4, 6)
     if classes is not None:
         return bottleneck.cross_branch(tokens, memory.read(empty_slots=False)[classes])
-    bottleneck.remember = lambda *write: None
+    bottleneck.write_memory = lambda *write: None
     return bottleneck.attend(torch.cat((tokens, tokens)), CrossBatch(num_labeled=2, read_memory=True), (2, 2))[:2]
 
 
@@ -129,7 +129,7 @@ def test_grouping_input():
     assert not torch.equal(*classes.values())
     for grouping_input, expected in classes.items():
         memory = SemanticMemory(4, 6, 2)
-        AllSparkBottleneck(6, memory, grouping_input=grouping_input).remember(tokens, logits, (2, 2))
+        AllSparkBottleneck(6, memory, grouping_input=grouping_input).write_memory(tokens, logits, (2, 2))
         assert memory.filled.tolist() == torch.bincount(expected.flatten(), minlength=4).clamp(max=6).tolist()
 
 

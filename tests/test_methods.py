@@ -1,16 +1,14 @@
 """Every method, with and without the bottleneck: what the loop relies on, the edges of a batch, and that it learns."""
 
 import copy
-import inspect
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from allspark.methods.pseudo_labels import Pseudo, cutmix, predict_pseudo
 
-from allspark.cli.recipe import build_loader, build_method, complete
-from allspark.config import BottleneckConfig, ModelConfig, load_recipe
+from allspark.build import build_loader, build_method, complete
+from allspark.config import BottleneckConfig, ModelConfig, bind_options, load_recipe
 from allspark.data import DATASETS
 from allspark.data.base import Sample
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
@@ -19,17 +17,15 @@ from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
-from allspark.methods.base import joint_forward
 from allspark.models.mit import MiT, MiTSize
 from allspark.models.segmentor import ENCODERS, build_model
+from allspark.models.student import Student, predict
+from allspark.pseudo_labels import Pseudo, cutmix
 
 CROP, CLASSES = 65, 5
 FIRST = Progress(step=0, epoch=0, total_steps=10)
-CASES = [
-    (name, bottleneck)
-    for name, kind in METHODS.items()
-    for bottleneck in (("none", "allspark") if kind.takes_bottleneck else ("none",))
-]
+ONE = {"supervised": "none", "selftrain": "none", "allspark": "allspark"}  # methods of one network; others have both
+CASES = [(name, one) for name in METHODS for one in ([ONE[name]] if name in ONE else ("none", "allspark"))]
 everywhere = pytest.mark.parametrize(("name", "bottleneck"), CASES)
 WIDTHS = (8, 16, 40, 64)
 # One narrow block per stage: what the tests of methods ask for holds for any width, and many models are trained there
@@ -60,12 +56,12 @@ def make_method(name, **options):
 
 
 def takes(name, option):
-    return option in inspect.signature(METHODS[name].__init__).parameters
+    return option in bind_options(METHODS[name], {}, "method") or option in METHODS[name].spec_fields
 
 
 def learning(name, **options):
     """Options of a method by which each of its losses counts from the first step on, and the memory is read."""
-    wanted = {"threshold": 0.0, "warmup_epochs": 0, "background": 0, **options}
+    wanted = {"threshold": 0.0, "background": 0, **options}
     return {option: value for option, value in wanted.items() if takes(name, option)}
 
 
@@ -99,7 +95,7 @@ def assert_numbers(losses, model):
 def test_losses_and_gradients(name, bottleneck):
     """As its constructor makes it; train mode is kept."""
     model, method = attached(name, bottleneck)
-    losses = method.losses(model, *random_batches(method), FIRST)
+    losses = method.losses(Student(model), *random_batches(method), FIRST)
     losses["loss"].backward()
     assert_numbers(losses, model)
     assert all(module.training for module in model.modules())
@@ -109,7 +105,7 @@ def test_losses_and_gradients(name, bottleneck):
 def test_supervised_start_reaches_every_parameter(name, bottleneck):
     model, method = attached(name, bottleneck)
     labeled, _ = random_batches(method)
-    losses = method.supervised_losses(model, labeled)
+    losses = method.supervised_losses(Student(model), labeled)
     losses["loss"].backward()
     assert_numbers(losses, model)
 
@@ -118,7 +114,7 @@ def test_supervised_start_reaches_every_parameter(name, bottleneck):
 def test_pseudo_pass_changes_nothing(share_keys):
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pseudo = predict_pseudo(model, torch.randn(2, 3, CROP, CROP), share_keys)
+    pseudo = predict(model, torch.randn(2, 3, CROP, CROP), share_keys)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not pseudo.logits.requires_grad and all(module.training for module in model.modules())
     assert torch.equal(pseudo.label, pseudo.logits.argmax(1))
@@ -126,7 +122,7 @@ def test_pseudo_pass_changes_nothing(share_keys):
     frozen = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for module in frozen:
         module.eval()
-    predict_pseudo(model, torch.randn(2, 3, CROP, CROP))
+    predict(model, torch.randn(2, 3, CROP, CROP))
     assert frozen and not any(module.training for module in frozen)
 
 
@@ -147,10 +143,10 @@ def test_no_pseudo_pass_changes_a_buffer(name, bottleneck):
     for network in {model, method.predictor(model)}:
         network.register_forward_pre_hook(before)
         network.register_forward_hook(after)
-    method.losses(model, labeled, unlabeled, FIRST)
+    method.losses(Student(model, read_memory=True), labeled, unlabeled, FIRST)
     assert all(same) and (same or bottleneck == "none")
     state = {**copy.deepcopy(model.state_dict()), **copy.deepcopy(method.state_dict())}
-    pseudo = method.pseudo_labels(model, unlabeled.weak, unlabeled.valid)
+    pseudo = method.pseudo_labels(Student(model), unlabeled.weak, unlabeled.valid)
     assert pseudo.label.shape == unlabeled.valid.shape and not pseudo.logits.requires_grad
     assert all(torch.equal(state[key], value) for part in (model, method) for key, value in part.state_dict().items())
     assert all(module.training for module in model.modules())
@@ -158,13 +154,13 @@ def test_no_pseudo_pass_changes_a_buffer(name, bottleneck):
 
 def test_one_enqueue_per_step():
     """Every channel of every unlabeled image of the joint pass is written once, whichever method it is."""
-    for name, kind in METHODS.items():
-        if kind.takes_bottleneck:
+    for name in METHODS:
+        if name != "supervised":
             model, method = attached(name, "allspark")
             writes = []
             enqueue = model.bottleneck.memory.enqueue
             model.bottleneck.memory.enqueue = lambda f, c, w=writes, e=enqueue: (w.append(f.shape), e(f, c))
-            method.losses(model, *random_batches(method), FIRST)
+            method.losses(Student(model), *random_batches(method), FIRST)
             ((images, channels, _),) = writes
             assert channels == WIDTHS[-1] and images in (2, 2 * len(method.views.strong)), name
 
@@ -174,7 +170,7 @@ def test_one_enqueue_per_step():
 def test_batches_may_differ_in_size(name, bottleneck, batch_x, batch_u):
     """And be odd, or of one image."""
     model, method = attached(name, bottleneck, **learning(name))
-    losses = method.losses(model, *random_batches(method, batch_x, batch_u), FIRST)
+    losses = method.losses(Student(model, read_memory=True), *random_batches(method, batch_x, batch_u), FIRST)
     losses["loss"].backward()
     assert_numbers(losses, model)
 
@@ -188,7 +184,9 @@ def test_crops_of_padding_alone(name, bottleneck):
         black = normalize(torch.zeros_like(unlabeled.weak))
         nothing = torch.zeros_like(unlabeled.valid)
         padding = replace(unlabeled, weak=black, strong=(black,) * len(unlabeled.strong), valid=nothing)
-        losses = method.losses(model, LabeledBatch(black, torch.full_like(labeled.mask, 255)), padding, FIRST)
+        losses = method.losses(
+            Student(model, read_memory=True), LabeledBatch(black, torch.full_like(labeled.mask, 255)), padding, FIRST
+        )
         losses["loss"].backward()
         assert_numbers(losses, model)
         ignored = [value.item() for key, value in losses.items() if key.startswith("loss_u")]
@@ -199,7 +197,7 @@ def test_crops_of_padding_alone(name, bottleneck):
 @pytest.mark.parametrize(("name", "bottleneck"), [case for case in CASES if takes(case[0], "threshold")])
 def test_nothing_confident_leaves_the_labeled_loss(name, bottleneck):
     model, method = attached(name, bottleneck, **learning(name, threshold=1.0))
-    losses = method.losses(model, *random_batches(method), FIRST)
+    losses = method.losses(Student(model, read_memory=True), *random_batches(method), FIRST)
     losses["loss"].backward()
     assert_numbers(losses, model)
     assert losses["loss_x"].item() > 0
@@ -215,20 +213,20 @@ def test_a_box_shows_another_image(name, batch):
     labeled, unlabeled = random_batches(method, batch, batch)
     inputs = []
     model.register_forward_pre_hook(lambda network, args: inputs.extend(args[0]))
-    method.losses(model, labeled, unlabeled, FIRST)
+    method.losses(Student(model), labeled, unlabeled, FIRST)
     for view, box in zip(unlabeled.strong, unlabeled.cutmix, strict=True):
         for i in range(batch):
             others = [torch.where(box[i], view[j], view[i]) for j in range(batch) if j != i] or [view[i]]
             assert any(torch.equal(image, other) for image in inputs for other in others)
 
 
-def test_helper_makes_the_pseudo_pass_where_a_method_has_none():
+def test_joint_pass_makes_its_own_pseudo_labels_if_needed():
     model = make_model(dropout=0.0, drop_path=0.0)
     image = torch.randn(2, 3, CROP, CROP)
-    expected = predict_pseudo(model, image).logits
+    expected = predict(model, image).logits
     seen = []
     model.bottleneck.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    joint_forward(model, torch.randn(2, 3, CROP, CROP), image)
+    Student(model).joint(torch.randn(2, 3, CROP, CROP), image)
     torch.testing.assert_close(seen[-1].pseudo_logits, expected)
 
 
@@ -246,8 +244,8 @@ def test_inference_does_not_depend_on_batch_mates(bottleneck, size):
 
 def test_training_at_a_crop_that_is_no_multiple_of_32():
     for crop in (64, 70, 96):
-        model, method = make_model(crop=crop), make_method("allspark", warmup_epochs=0)
-        losses = method.losses(model, *random_batches(method, size=(crop, crop)), FIRST)
+        model, method = make_model(crop=crop), make_method("allspark")
+        losses = method.losses(Student(model, read_memory=True), *random_batches(method, size=(crop, crop)), FIRST)
         assert torch.isfinite(losses["loss"])
 
 
@@ -264,22 +262,22 @@ def test_allspark_options_change_what_they_say():
         "weak view, mixed": {"cutmix": 0.5},
     }
     for label, given in options.items():
-        method = make_method("allspark", warmup_epochs=9, **given)
+        method = make_method("allspark", **given)
         batches = random_batches(method)
         torch.manual_seed(2)
-        results[label] = method.losses(model, *batches, FIRST)["loss_u"].item()
+        results[label] = method.losses(Student(model), *batches, FIRST)["loss_u"].item()
     assert len(set(results.values())) == len(results), results
 
 
 def test_revised_recipe_reaches_every_parameter():
     """All its options at once, with the memory read; its threshold lowered, or an untrained network learns nothing."""
-    lowered = {"method.threshold": 0.01, "method.warmup_epochs": 0, "encoder": "tiny"}
+    lowered = {"method.threshold": 0.01, "encoder": "tiny"}
     recipe = complete(load_recipe("shapes", "allspark_revised", lowered))
     torch.manual_seed(0)
     model = build_model(recipe.model, CLASSES, CROP).train()
     method = METHODS[recipe.method.name](CrossEntropy(), **recipe.method.options)
     method.attach(model)
-    losses = method.losses(model, *random_batches(method), FIRST)
+    losses = method.losses(Student(model, read_memory=True), *random_batches(method), FIRST)
     losses["loss"].backward()
     assert_numbers(losses, model)
 
@@ -310,7 +308,7 @@ def shapes_lists(tmp_path_factory):
 @everywhere
 def test_learns_from_shapes(name, bottleneck, shapes_lists):
     """Its recipe by way of the loader, 36 steps, all losses at work: the labeled loss falls, and the predictor's."""
-    options = {f"method.{key}": value for key, value in learning(name, warmup_epochs=2).items() if key != "background"}
+    options = {f"method.{key}": value for key, value in learning(name).items() if key != "background"}
     small = {"encoder": "tiny", "crop_size": 64, "num_workers": 0, "batch_size": 2, "drop_path": 0.0, "lr": 3e-3}
     recipe = complete(load_recipe("shapes", name, {**small, "model.bottleneck": bottleneck, **options}))
     spec = DATASETS["shapes"]
@@ -322,7 +320,7 @@ def test_learns_from_shapes(name, bottleneck, shapes_lists):
     loader = build_loader(recipe, shapes_lists, spec, method.views)
 
     def predictors_loss():
-        pseudo = [(predict_pseudo(method.predictor(model), labeled.image), labeled.mask) for labeled in seen]
+        pseudo = [(predict(method.predictor(model), labeled.image), labeled.mask) for labeled in seen]
         return sum(method.criterion(prediction.logits, mask).item() for prediction, mask in pseudo)
 
     loader.set_epoch(0)
@@ -332,11 +330,11 @@ def test_learns_from_shapes(name, bottleneck, shapes_lists):
         loader.set_epoch(epoch)
         for labeled, unlabeled in loader.on("cpu"):
             progress = Progress(len(steps), epoch, 36)
-            losses = method.losses(model, labeled, unlabeled, progress)
+            losses = method.losses(Student(model, read_memory=epoch >= 2), labeled, unlabeled, progress)
             optimizer.zero_grad()
             losses["loss"].backward()
             optimizer.step()
-            method.after_step(model, progress)
+            method.after_step(Student(model), progress)
             steps.append({key: value.item() for key, value in losses.items()})
     first, last = (sum(step["loss_x"] for step in some) for some in (steps[:6], steps[-6:]))
     assert len(steps) == 36 and last < 0.9 * first
@@ -348,11 +346,11 @@ def test_learns_from_shapes(name, bottleneck, shapes_lists):
 def test_state_dict_round_trip(name, bottleneck):
     """Student and method after a step, into others that were made from another seed: they go on alike."""
     model, method = attached(name, bottleneck, **learning(name))
-    method.losses(model, *random_batches(method), FIRST)["loss"].backward()
+    method.losses(Student(model, read_memory=True), *random_batches(method), FIRST)["loss"].backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.sub_(0.1 * parameter.grad)
-    method.after_step(model, Progress(1, 0, 10))
+    method.after_step(Student(model), Progress(1, 0, 10))
     other, again = make_model(bottleneck), make_method(name, **learning(name))
     with torch.no_grad():
         for parameter in other.parameters():
@@ -363,6 +361,6 @@ def test_state_dict_round_trip(name, bottleneck):
     results = []
     for network, trained in ((model, method), (other, again)):
         torch.manual_seed(3)
-        losses = trained.losses(network, *random_batches(method, seed=2), FIRST)
+        losses = trained.losses(Student(network, read_memory=True), *random_batches(method, seed=2), FIRST)
         results.append({key: value.item() for key, value in losses.items()})
     assert results[0] == results[1]

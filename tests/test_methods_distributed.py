@@ -8,13 +8,15 @@ against a simulation, beyond what one process could equal.
 import torch
 from test_methods import CASES, learning, make_method, random_batches
 
-import train
 from allspark import distributed
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
 from allspark.engine.optim import build_optimizer
 from allspark.methods import METHODS, Progress
 from allspark.methods.base import TeacherMethod
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student
+from allspark.run import wrap_ddp
+from allspark.train_step import seed_step
 
 CROP, CLASSES = 64, 5
 STEPS, START, WARMUP = 4, 1, 2  # in all; supervised ones at the start; from then on the memory is read
@@ -38,23 +40,23 @@ def trained(name, bottleneck, policy):
     config = BottleneckConfig(name=bottleneck, memory_policy=policy)
     model = build_model(ModelConfig(encoder="tiny", bottleneck=config), CLASSES, CROP)
     start = [parameter.detach().clone() for parameter in model.parameters()]
-    options = {"warmup_epochs": 1, "teacher": "ema", "teacher_momentum": 0.9}  # the revised recipe has a teacher
+    options = {"teacher": "ema", "teacher_momentum": 0.9}  # the revised recipe has a teacher
     method = make_method(name, **learning(name, **options))
     method.attach(model)
-    optimizer, network = build_optimizer(OPTIM, model), train.wrap(model, device)
+    optimizer, network = build_optimizer(OPTIM, model), wrap_ddp(model, device)
     network.train()
     for step in range(STEPS):
         progress, batch = Progress(step, step // WARMUP, STEPS), 1 if step % 4 else 2
-        train.seed_step(0, step)
+        seed_step(0, step)
         labeled, unlabeled = random_batches(method, batch, batch, (CROP, CROP), CLASSES, seed=2 * step + rank)
         if step < START:
-            losses = method.supervised_losses(network, labeled)
+            losses = method.supervised_losses(Student(network), labeled)
         else:
-            losses = method.losses(network, labeled, unlabeled, progress)
+            losses = method.losses(Student(network, read_memory=step // WARMUP >= 1), labeled, unlabeled, progress)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
-        method.after_step(network, progress)
+        method.after_step(Student(network), progress)
     result = {"loss": losses["loss"].item(), "teacher": method.predictor(model) is not model}
     result["moved"] = all((a != b).any().item() for a, b in zip(start, model.parameters()))
     result["statistics"] = [n for part in (model, method) for n in part.state_dict() if ".running_" in n]

@@ -58,7 +58,7 @@ def test_a_flat_map_is_its_mean(level):
 
 
 def test_a_run_is_measured(finished, place, capsys):
-    assert run_main(train.main, place.train("crop_size=64", "epochs=1", "method.warmup_epochs=0")) == 0
+    assert run_main(train.main, place.train("crop_size=64", "epochs=1", "warmup_epochs=0")) == 0
     out, file = place.root / "parts.json", str(place.run / "latest.pth")
     assert run_main(parts.main, [file, "--only", "memory", "--json", str(out)]) == 0
     (found,) = json.loads(out.read_text()).values()

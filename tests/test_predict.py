@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from allspark import __main__ as verbs
-from allspark.bench.measure import Ledger
 from allspark.cli import predict as verb
 from allspark.cli.predict import batches, find_images
 from allspark.data.base import read_image, to_tensor
 from allspark.data.batch import normalize
 from allspark.evaluation.sliding_window import Inference, class_prob
 from allspark.inference import load_for_inference
+from allspark.memory_estimate import MemoryCounter
 from allspark.utils.errors import UserError, run_main
 from allspark.visualization import video
 from allspark.visualization.pictures import colorize, is_ours, overlay, save_image, save_pixels
@@ -408,7 +408,7 @@ def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkey
 
 def test_what_a_whole_pass_takes_is_foreseen(finished):
     model = load_for_inference(finished.run / "best.pth", torch.device("cpu")).model
-    with torch.no_grad(), Ledger() as ledger:
+    with torch.no_grad(), MemoryCounter() as ledger:
         model(torch.zeros(1, 3, 96, 128))
     foreseen = verb.whole_pass(model, torch.Size((3, 96, 128)), 1.0, torch.device("cpu"))
     assert abs(foreseen / ledger.peak - 1) < 0.2

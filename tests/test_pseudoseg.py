@@ -6,23 +6,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from allspark.methods.masking import cut_out
-from allspark.methods.pseudo_labels import fuse
-from allspark.models.cam import ImageClassifier, SelfAttentionCAM, present_classes
 from PIL import Image
 from test_methods import CLASSES, CROP, FIRST, make_model, quiet_model, random_batches
 
-from allspark.cli.recipe import build_method, complete
+from allspark.build import build_method, complete
 from allspark.config import ModelConfig, load_recipe
 from allspark.data import spec_for
 from allspark.data.batch import LabeledBatch
 from allspark.data.transforms import PHOTOMETRIC
 from allspark.losses import CrossEntropy, consistency_loss
-from allspark.methods.pseudoseg import PseudoSeg
-from allspark.models import deeplab
-from allspark.models import mlp_decoder as decoder
+from allspark.methods.pseudoseg import PseudoSeg, cut_out, fuse
+from allspark.methods.pseudoseg_cam import ImageClassifier, SelfAttentionCAM, present_classes
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student
 from allspark.utils.errors import UserError
 
 BOTTLENECKS = pytest.mark.parametrize("bottleneck", ["none", "allspark"])
@@ -119,15 +116,15 @@ def test_self_attention_equals_loops(background, training):
     torch.testing.assert_close(sgc(features, cam, valid), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("resize", [decoder.resize, deeplab.resize])
-def test_what_an_encoder_pads_is_cut_off(resize):
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_what_an_encoder_pads_is_cut_off(align_corners):
     """Cells of 8 pixels that cover an image of 27 x 21 as one of 32 x 24, of which the rest is padding."""
     torch.manual_seed(0)
-    sgc = SelfAttentionCAM((3, 6), 4, True, multiple=8, resize=resize).eval()
+    sgc = SelfAttentionCAM((3, 6), 4, True, multiple=8, align_corners=align_corners).eval()
     features, cam = [torch.randn(2, 3, 4, 3), torch.randn(2, 6, 4, 3)], torch.rand(2, 3, 4, 3)
     valid = torch.zeros(2, 32, 24, dtype=torch.bool)
     valid[0, :27, :16], valid[1, 24:27, :21] = True, True
-    whole = SelfAttentionCAM((3, 6), 4, True, resize=resize).eval()
+    whole = SelfAttentionCAM((3, 6), 4, True, align_corners=align_corners).eval()
     whole.load_state_dict(sgc.state_dict())
     expected = whole(features, cam, valid)[..., :27, :21]
     torch.testing.assert_close(sgc(features, cam, valid[:, :27, :21]), expected)
@@ -247,11 +244,11 @@ def test_soft_labels_in_the_consistency_loss():
 def test_step_literal(bottleneck, background):
     """Its whole step: evaluation pass of the weak view, joint pass, four losses of weight 1."""
     model = quiet_model(bottleneck)
-    method = attached(model, background, warmup_epochs=0)
+    method = attached(model, background)
     labeled, unlabeled = random_batches(method)
     labeled.mask[0, :40], labeled.mask[1] = 255, labeled.mask[1].clamp(min=1, max=3)
     torch.manual_seed(5)
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model, read_memory=True), labeled, unlabeled, FIRST)
 
     model = quiet_model(bottleneck)
     attached(model, background)
@@ -296,13 +293,13 @@ def test_soft_label_of_an_image_does_not_depend_on_its_batch(bottleneck):
     method = attached(model)
     _, unlabeled = random_batches(method, batch_u=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _, together = method.soft_labels(model, unlabeled.weak, unlabeled.valid)
+    _, together = method.soft_labels(Student(model), unlabeled.weak, unlabeled.valid)
     assert model.training and model.heads["sgc"].norm.training and not together.requires_grad
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     torch.testing.assert_close(together.sum(1), torch.ones(3, CROP, CROP))
     for i in range(3):
         one = replace(unlabeled, weak=unlabeled.weak[i : i + 1], valid=unlabeled.valid[i : i + 1])
-        _, alone = method.soft_labels(model, one.weak, one.valid)
+        _, alone = method.soft_labels(Student(model), one.weak, one.valid)
         torch.testing.assert_close(alone, together[i : i + 1], atol=2e-5, rtol=1e-4)
 
 
@@ -311,7 +308,7 @@ def test_who_learns_from_which_loss(bottleneck):
     """SGC trains itself alone, the image classifier the encoder, too; the losses of the decoder reach no head."""
     model = make_model(bottleneck)
     method = attached(model)
-    losses = method.losses(model, *random_batches(method), FIRST)
+    losses = method.losses(Student(model), *random_batches(method), FIRST)
     parameters = dict(model.named_parameters())
 
     def reached(name):
@@ -330,7 +327,7 @@ def test_supervised_start_reaches_every_parameter(bottleneck):
     model = make_model(bottleneck)
     method = attached(model)
     labeled, _ = random_batches(method)
-    losses = method.supervised_losses(model, labeled)
+    losses = method.supervised_losses(Student(model), labeled)
     losses["loss"].backward()
     torch.testing.assert_close(losses["loss"], losses["loss_x"] + losses["loss_sgc"] + losses["loss_cls"])
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -341,13 +338,13 @@ def test_supervised_start_reaches_every_parameter(bottleneck):
 def test_edges_of_a_batch(bottleneck, batch_x, batch_u):
     """One image, an odd number; all padding, a mask without a label, no class found: numbers, and gradients for all."""
     model = make_model(bottleneck, crop=64)
-    method = attached(model, warmup_epochs=0)
+    method = attached(model)
     labeled, unlabeled = random_batches(method, batch_x, batch_u, size=(64, 64))
     nowhere = replace(unlabeled, valid=torch.zeros_like(unlabeled.valid))
     with torch.no_grad():
         model.heads["classifier"].linear.bias.fill_(-100.0)
     for batch, mask in ((nowhere, torch.full_like(labeled.mask, 255)), (unlabeled, torch.zeros_like(labeled.mask))):
-        losses = method.losses(model, LabeledBatch(labeled.image, mask), batch, FIRST)
+        losses = method.losses(Student(model, read_memory=True), LabeledBatch(labeled.image, mask), batch, FIRST)
         model.zero_grad()
         losses["loss"].backward()
         assert all(torch.isfinite(value) for value in losses.values())
@@ -388,5 +385,5 @@ def test_options_out_of_range(options):
 
 def test_a_data_set_of_nothing_but_background():
     model = build_model(ModelConfig(encoder="tiny", pretrained="none"), num_classes=1, crop_size=64)
-    with pytest.raises(UserError, match="the background alone: set data.custom.background to none"):
+    with pytest.raises(UserError, match="only the background class; set data.custom.background to none"):
         PseudoSeg(CrossEntropy(), 0).attach(model)

@@ -8,9 +8,10 @@ from test_methods import FIRST, make_method, make_model, random_batches
 from torch import nn
 
 from allspark.config import OptimConfig
-from allspark.data.batch import passes
+from allspark.data.batch import split_micro_batches
 from allspark.engine.optim import build_optimizer
-from allspark.engine.stepper import Stepper, accumulating, autocast, mean_losses, set_precision
+from allspark.engine.stepper import Stepper, autocast, mean_losses, set_precision, sync_gradients
+from allspark.models.student import Student
 from allspark.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_what_was_changed_between_steps_is_kept_too():
     model = small_model()
     stepper = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")
     model[1].running_mean.fill_(5.0)
-    stepper.keep()
+    stepper.save_buffers()
     go(model, stepper, images(0, float("nan")))
     assert (model[1].running_mean == 5.0).all()
 
@@ -100,16 +101,16 @@ def test_passes_add_up_to_the_gradient_of_the_whole_batch(size):
     method = make_method("supervised")
     labeled, unlabeled = random_batches(method, 4, 4)
     found = []
-    for at_once in (size, 4):
+    for micro_batch in (size, 4):
         model = make_model("none", dropout=0.0, drop_path=0.0).eval()
         method.attach(model)
         stepper = Stepper(model, build_optimizer(OptimConfig(name="sgd", lr=0.1), model))
-        parts = passes(labeled, unlabeled, at_once)
-        assert len(parts) == 4 // (at_once or 4)
+        parts = split_micro_batches(labeled, unlabeled, micro_batch)
+        assert len(parts) == 4 // (micro_batch or 4)
         losses = []
         for number, (x, u) in enumerate(parts, 1):
-            with accumulating(model, last=number == len(parts)):
-                losses.append(method.losses(model, x, u, FIRST))
+            with sync_gradients(model, enabled=number == len(parts)):
+                losses.append(method.losses(Student(model), x, u, FIRST))
                 stepper.backward(losses[-1]["loss"] / len(parts))
         stepper.step()
         found.append((model.state_dict(), mean_losses(losses)))
@@ -119,14 +120,14 @@ def test_passes_add_up_to_the_gradient_of_the_whole_batch(size):
 def test_a_pass_is_a_slice_of_everything():
     method = make_method("unimatch")
     labeled, unlabeled = random_batches(method, 4, 4)
-    parts = passes(labeled, unlabeled, 2)
+    parts = split_micro_batches(labeled, unlabeled, 2)
     assert torch.equal(torch.cat([x.mask for x, _ in parts]), labeled.mask)
     for name in ("weak", "valid"):
         assert torch.equal(torch.cat([getattr(u, name) for _, u in parts]), getattr(unlabeled, name))
     for name in ("strong", "cutmix"):
         for number, view in enumerate(getattr(unlabeled, name)):
             assert torch.equal(torch.cat([getattr(u, name)[number] for _, u in parts]), view)
-    assert passes(labeled, None, None)[0][1] is None
+    assert split_micro_batches(labeled, None, None)[0][1] is None
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 1e6])
@@ -167,7 +168,7 @@ def test_bf16_is_close_and_leaves_float32_weights(name, bottleneck):
         stepper = Stepper(model, build_optimizer(OPTIMS[0], model), precision)
         torch.manual_seed(3)
         with autocast(precision, CPU):
-            losses = method.losses(model, labeled, unlabeled, FIRST)
+            losses = method.losses(Student(model), labeled, unlabeled, FIRST)
             assert model(unlabeled.weak).logits.dtype == torch.float32
         stepper.backward(losses["loss"])
         # A pass without gradients comes first; torch 2.8's autocast would give its casts to the pass that learns

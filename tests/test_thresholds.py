@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from allspark.methods.pseudo_labels import Pseudo
-from allspark.methods.thresholds import BINS, ClassThresholds
 from test_methods import CLASSES, FIRST, attached, make_method, make_model, random_batches
 
 from allspark.methods.base import pseudo_loss
+from allspark.methods.self_training import BINS, ClassThresholds
+from allspark.models.student import Student
+from allspark.pseudo_labels import Pseudo
 from allspark.utils.errors import UserError
 
 
@@ -68,9 +69,9 @@ def test_they_are_where_the_network_is():
 
 def test_the_method_lets_them_age():
     model, method = attached("allspark", threshold=0.5, class_thresholds=True)
-    method.losses(model, *random_batches(method), FIRST)
+    method.losses(Student(model), *random_batches(method), FIRST)
     counted = method.class_thresholds.histogram.sum().item()
-    method.after_step(model, FIRST)
+    method.after_step(Student(model), FIRST)
     assert method.class_thresholds.histogram.sum().item() == pytest.approx(0.99 * counted)
 
 
@@ -90,11 +91,11 @@ def test_a_method_learns_from_a_class_that_is_never_sure():
         labeled, unlabeled = random_batches(method)
         with torch.no_grad():
             model.decoder.classifier.weight.mul_(8)
-        losses = method.losses(model, labeled, unlabeled, FIRST)
+        losses = method.losses(Student(model), labeled, unlabeled, FIRST)
         ratios[wanted] = losses["mask_ratio"].item()
     assert ratios[True] > ratios[False] > 0
     state = {key: value.clone() for key, value in method.class_thresholds.state_dict().items()}
-    method.pseudo_labels(model, unlabeled.weak, unlabeled.valid)
+    method.pseudo_labels(Student(model), unlabeled.weak, unlabeled.valid)
     assert method.thresholds().shape == (CLASSES,) and method.thresholds().min() < 0.5
     assert all(torch.equal(state[key], value) for key, value in method.class_thresholds.state_dict().items())
     assert "class_thresholds.histogram" in method.state_dict()

@@ -9,17 +9,17 @@ import copy
 import numpy as np
 import pytest
 import torch
-from allspark.methods.pseudo_labels import predict_pseudo
 from test_memory import loop_enqueue
 from test_methods import WIDTHS, quiet_model, random_batches
 
-import train
 from allspark import distributed
 from allspark.config import OptimConfig
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.memory import group_channels
+from allspark.models.student import Student, predict
+from allspark.run import wrap_ddp
 
 POLICIES = ("rank0", "gather", "local")
 STEPS = 3  # the memory is written in all of them and read from the second on
@@ -38,17 +38,19 @@ def share(step, rank):
 
 
 def method():
-    return METHODS["allspark"](CrossEntropy(), warmup_epochs=1)
+    return METHODS["allspark"](CrossEntropy())
 
 
 def losses_and_state(policy):
     """Of this process after the last step, gradients averaged by DDP."""
     model = make_model(policy)
-    optimizer, network = build_optimizer(CFG, model), train.wrap(model, torch.device("cpu"))
+    optimizer, network = build_optimizer(CFG, model), wrap_ddp(model, torch.device("cpu"))
     losses = []
     for step in range(STEPS):
         batches = share(step, distributed.rank())
-        parts = method().losses(network, *batches, Progress(step, epoch=step, total_steps=STEPS))
+        parts = method().losses(
+            Student(network, read_memory=step >= 1), *batches, Progress(step, epoch=step, total_steps=STEPS)
+        )
         optimizer.zero_grad()
         parts["loss"].backward()
         optimizer.step()
@@ -90,7 +92,7 @@ def simulate(policy):
     losses = [[], []]
     for step in range(STEPS):
         halves = [share(step, rank) for rank in range(2)]
-        pseudo = [predict_pseudo(m, u.weak, share_keys=True) for m, (_, u) in zip(models, halves, strict=True)]
+        pseudo = [predict(m, u.weak, share_keys=True) for m, (_, u) in zip(models, halves, strict=True)]
         writes = [
             written_by(m, u.weak, p.logits) for m, (_, u), p in zip(copy.deepcopy(models), halves, pseudo, strict=True)
         ]
@@ -99,7 +101,9 @@ def simulate(policy):
             memory = model.bottleneck.memory
             memory.queue.copy_(memories[rank][0])
             memory.enqueue = lambda features, classes: None
-            parts = method().losses(model, *halves[rank], Progress(step, epoch=step, total_steps=STEPS))
+            parts = method().losses(
+                Student(model, read_memory=step >= 1), *halves[rank], Progress(step, epoch=step, total_steps=STEPS)
+            )
             parts["loss"].backward()
             losses[rank].append([parts[name].item() for name in ("loss_x", "loss_u")])
         for first, second in zip(*(model.parameters() for model in models), strict=True):

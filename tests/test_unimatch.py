@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from allspark.methods.perturb import ComplementaryDropout, FeatureDropout
 from test_methods import CROP, FIRST, WIDTHS, make_method, make_model, quiet_model, random_batches
 
 from allspark.methods import Progress
+from allspark.methods.unimatch import FeatureDropout
+from allspark.methods.unimatch_v2 import ComplementaryDropout
 from allspark.models.bottleneck import CrossBatch
+from allspark.models.student import Student
 from allspark.utils.errors import UserError
 
 THRESHOLD = 0.3  # of an untrained network on 5 classes: some pixels are confident, some are not
@@ -63,11 +65,11 @@ def close(found, expected):
 @steps
 def test_unimatch_literal(bottleneck, batch_u, ignore_padding):
     """Its whole step: evaluation pass, joint pass with perturbed maps decoded along, strong pass, the sum."""
-    method = make_method("unimatch", threshold=THRESHOLD, warmup_epochs=0, ignore_padding=ignore_padding)
+    method = make_method("unimatch", threshold=THRESHOLD, ignore_padding=ignore_padding)
     labeled, unlabeled = random_batches(method, batch_u=batch_u)
     model = quiet_model(bottleneck)
     torch.manual_seed(5)
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model, read_memory=True), labeled, unlabeled, FIRST)
 
     model = quiet_model(bottleneck)
     torch.manual_seed(5)
@@ -97,12 +99,12 @@ def test_unimatch_literal(bottleneck, batch_u, ignore_padding):
 @steps
 def test_unimatch_v2_literal(bottleneck, batch_u, ignore_padding):
     """Its whole step: the teacher labels; the student sees x, and both strong views with half of the channels each."""
-    method = make_method("unimatch_v2", threshold=THRESHOLD, warmup_epochs=0, ignore_padding=ignore_padding)
+    method = make_method("unimatch_v2", threshold=THRESHOLD, ignore_padding=ignore_padding)
     method.attach(quiet_model(bottleneck))
     labeled, unlabeled = random_batches(method, batch_u=batch_u)
     model = quiet_model(bottleneck, seed=3)
     torch.manual_seed(5)
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model, read_memory=True), labeled, unlabeled, FIRST)
 
     teacher, model = quiet_model(bottleneck).eval(), quiet_model(bottleneck, seed=3)
     torch.manual_seed(5)
@@ -138,8 +140,8 @@ def test_teacher_ramp():
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        method.losses(student, *random_batches(method), FIRST)  # moves the statistics of batch norm
-        method.after_step(student, Progress(step, 0, 4))
+        method.losses(Student(student), *random_batches(method), FIRST)  # moves the statistics of batch norm
+        method.after_step(Student(student), Progress(step, 0, 4))
         for name in expected:
             expected[name] = keep * expected[name] + (1 - keep) * student.state_dict()[name]
     assert method.predictor(student) is method.teacher.model
@@ -220,7 +222,7 @@ def test_streams_without_a_pixel(name, bottleneck, what):
         unlabeled = replace(unlabeled, valid=torch.zeros_like(unlabeled.valid))
     if what == "nothing labeled":
         labeled = replace(labeled, mask=torch.full_like(labeled.mask, 255))
-    losses = method.losses(model, labeled, unlabeled, FIRST)
+    losses = method.losses(Student(model), labeled, unlabeled, FIRST)
     losses["loss"].backward()
     streams = [value.item() for key, value in losses.items() if key.startswith("loss_u_")]
     if what == "nothing labeled":
@@ -240,7 +242,7 @@ def test_one_image_is_not_pasted_on_itself(name, bottleneck):
         labeled, unlabeled = random_batches(method, batch_x=1, batch_u=1)
         boxes = tuple(torch.full_like(box, filled) for box in unlabeled.cutmix)
         torch.manual_seed(0)
-        found.append(method.losses(model, labeled, replace(unlabeled, cutmix=boxes), FIRST))
+        found.append(method.losses(Student(model), labeled, replace(unlabeled, cutmix=boxes), FIRST))
     assert all(torch.isfinite(value) for value in found[0].values()) and found[0]["mask_ratio"] > 0
     for key in found[0]:
         torch.testing.assert_close(found[0][key], found[1][key])
@@ -257,7 +259,7 @@ def test_the_views_have_boxes_of_their_own():
         for boxes in ((~whole, ~whole), (whole, ~whole)):
             torch.manual_seed(0)
             student = copy.deepcopy(model)
-            results.append(method.losses(student, labeled, replace(unlabeled, cutmix=boxes), FIRST))
+            results.append(method.losses(Student(student), labeled, replace(unlabeled, cutmix=boxes), FIRST))
         changed = {key for key in results[0] if not torch.allclose(results[0][key], results[1][key], rtol=1e-6)}
         assert "loss_u_s1" in changed and not changed & kept, name
 

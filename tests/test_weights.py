@@ -13,7 +13,6 @@ import resource
 import numpy as np
 import pytest
 import torch
-from allspark.methods.pseudo_labels import predict_pseudo
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, NAMES, close, formula, image
 
@@ -22,6 +21,7 @@ from allspark.config import ModelConfig, build_recipe
 from allspark.data import spec_for
 from allspark.inference import build_method, load_for_inference
 from allspark.models.segmentor import build_model
+from allspark.models.student import predict
 from allspark.utils.errors import run_main
 from allspark.weights.loading import VARIANTS, from_released, init_from, load_encoder
 
@@ -117,7 +117,7 @@ def test_released_checkpoint(config, call, tmp_path):
         width = int(size.split("_")[0].split("x")[2])
         name = "baseline" if heads is None else config.split("_")[1]
         golden = np.load(GOLDEN / f"eval_b0_{name}_{size}.npz")
-        logits = predict_pseudo(model, image(*inputs, width), share_keys=size == BATCH).logits
+        logits = predict(model, image(*inputs, width), share_keys=size == BATCH).logits
         close(logits.mean((2, 3)), golden["logits_mean"])
         close(logits[:, :, ::4, ::4], golden["logits_sub"])
 
@@ -155,7 +155,7 @@ def test_released_checkpoint_of_b5(call, tmp_path):
     own = model.state_dict()
     assert len(own) == len(state) + 1  # the memory's count of what was written
     assert all(torch.equal(own[from_released(name)], tensor) for name, tensor in state.items())
-    logits = predict_pseudo(model, image(2, 1, 65, 65), share_keys=False).logits
+    logits = predict(model, image(2, 1, 65, 65), share_keys=False).logits
     assert logits.shape == (1, 21, 65, 65) and logits.isfinite().all() and logits.std() > 0.1
 
 
@@ -166,7 +166,7 @@ def test_original_segformer(call, tmp_path):
     torch.save({"state_dict": state}, tmp_path / "segformer.b0.pth")
     said = call("import", tmp_path / "segformer.b0.pth", "--out", tmp_path / "ours.pth")
     assert "SegFormer, original" in said and "conv_seg" in said and " 0 unexpected" in said
-    logits = predict_pseudo(model_of(tmp_path / "ours.pth")[0], image(2, 1, 65, 65), share_keys=False).logits
+    logits = predict(model_of(tmp_path / "ours.pth")[0], image(2, 1, 65, 65), share_keys=False).logits
     close(logits[:, :, ::4, ::4], np.load(GOLDEN / "eval_b0_baseline_1x65x65.npz")["logits_sub"])
 
 
