@@ -108,38 +108,41 @@ def validate(run: Run, snapshots: Snapshots) -> tuple[Scores, LabelQuality | Non
     Returns:
         Scores, and the quality, None if no unlabeled image has a known label.
     """
-    recipe, method = run.recipe, run.method
-    loading = dict(num_workers=worker_count(recipe.data.num_workers), timeout=recipe.data.timeout)
+    recipe = run.recipe
     # Images have any size in evaluation: compile nothing for them
     stance = torch.compiler.set_stance("force_eager") if recipe.compile else contextlib.nullcontext()
     with autocast(recipe.precision, run.device), stance:
         scores = evaluate(
-            method.predictor(run.model),
+            run.method.predictor(run.model),
             run.val,
             run.spec,
             run.device,
             run.inference,
+            num_workers=worker_count(recipe.data.num_workers),
+            timeout=recipe.data.timeout,
             progress=True,
             save=snapshots.prediction if snapshots.count else None,
-            **loading,
         )
-        if not recipe.evaluation.pseudo_labels:
-            return scores, None
+        return scores, measure_pseudo_labels(run, snapshots) if recipe.evaluation.pseudo_labels else None
 
-        def labeler(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-            pseudo = method.pseudo_labels(Student(run.model), image, valid)
-            return pseudo.label, pseudo.confidence
 
-        quality = label_quality(
-            labeler,
-            run.crops,
-            run.device,
-            threshold=method.thresholds(),
-            batch_size=micro_batch_size(recipe, distributed.world_size()),  # as large as in training
-            show=snapshots.pseudo_label if snapshots.count else None,
-            **loading,
-        )
-        return scores, quality
+def measure_pseudo_labels(run: Run, snapshots: Snapshots) -> LabelQuality | None:
+    """Quality of the method's pseudo-labels on unlabeled images; None if none of them has a known label."""
+
+    def labeler(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        pseudo = run.method.pseudo_labels(Student(run.model), image, valid)
+        return pseudo.label, pseudo.confidence
+
+    return label_quality(
+        labeler,
+        run.crops,
+        run.device,
+        threshold=run.method.thresholds(),
+        batch_size=micro_batch_size(run.recipe, distributed.world_size()),  # as large as in training
+        num_workers=worker_count(run.recipe.data.num_workers),
+        timeout=run.recipe.data.timeout,
+        show=snapshots.pseudo_label if snapshots.count else None,
+    )
 
 
 def log_evaluation(

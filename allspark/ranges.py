@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import Any
 
 from allspark.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from allspark.config import Recipe
 
 INF = 2**31 - 1  # of a count: no upper end that anybody meets
 RANGES = {  # key path -> smallest and largest value; None is left alone
@@ -47,7 +44,7 @@ RANGES = {  # key path -> smallest and largest value; None is left alone
 }
 
 
-def check_ranges(recipe: Recipe, source: str) -> None:
+def check_ranges(recipe: Any, source: str) -> None:
     """UserError for the first value that is out of its range."""
     for path, (least, most) in RANGES.items():
         value = functools.reduce(getattr, path.split("."), recipe)

@@ -37,7 +37,7 @@ START = 240.0  # seconds for a run to begin, on a busy machine
 PATIENCE = 600.0  # for it to end
 SIZES = {"labeled": 8, "unlabeled": 24, "val": 4}
 METHODS = {
-    "allspark": ["--method", "allspark", "method.teacher=ema", "method.teacher_momentum=0.9", "method.warmup_epochs=1"],
+    "allspark": ["--method", "allspark", "method.teacher=ema", "method.teacher_momentum=0.9", "warmup_epochs=1"],
     "fixmatch": ["--method", "fixmatch", "method.threshold=0.3"],
 }
 SMALL = (  # noqa: SIM905

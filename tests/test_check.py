@@ -37,24 +37,24 @@ def test_the_prediction_is_what_is_measured(method, options):
     found = predicted(recipe)
     real = memory.measure_step(recipe, SPEC, build_method(recipe, SPEC), torch.device("cpu"))
     assert abs(found.peak / real.peak - 1) < 0.15
-    assert found.held == {**real.held, "DDP's buckets": 0}
-    assert sum(found.held.values()) < found.peak
-    assert (found.held["teacher"] > 0) == (method == "allspark_revised")
+    assert found.persistent == {**real.persistent, "DDP's buckets": 0}
+    assert sum(found.persistent.values()) < found.peak
+    assert (found.persistent["teacher"] > 0) == (method == "allspark_revised")
 
 
 def test_what_a_step_takes_with_several_processes_and_on_a_gpu():
     """A share of the batch and DDP's copy of the gradients; half of the bytes in bf16, but for weights and norms."""
     recipe = recipe_of("supervised", batch_size=16)
     alone, shared = predicted(recipe), predicted(recipe, "cpu", 4)
-    activations = [each.peak - sum(each.held.values()) for each in (alone, shared)]
-    assert shared.held["DDP's buckets"] == alone.held["weights"]
+    activations = [each.peak - sum(each.persistent.values()) for each in (alone, shared)]
+    assert shared.persistent["DDP's buckets"] == alone.persistent["weights"]
     assert activations[1] < 0.3 * activations[0]
     assert predicted(recipe_of("supervised", batch_size=16, precision="bf16"), "cuda").peak < 0.9 * alone.peak
 
 
 def test_check_tells_the_memory(place, capsys, monkeypatch):
     place.edit(model={"bottleneck": "none", "encoder": "tiny"})
-    monkeypatch.setattr("allspark.cli.check.room", lambda kind: 1_000_000)
+    monkeypatch.setattr("allspark.cli.check.free_memory", lambda kind: 1_000_000)
     assert run_main(main, ["check", "--config", str(place.config), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "4 labeled, 6 unlabeled, 2 val images" in out and "nothing that would stop this run" in out
@@ -68,5 +68,5 @@ def test_check_tells_the_memory(place, capsys, monkeypatch):
 
 
 def test_the_machine_has_memory():
-    assert memory.room("cpu") > memory.resident_peak() > 10_000_000
-    assert (memory.room("cuda") is None) == (not torch.cuda.is_available())
+    assert memory.free_memory("cpu") > memory.resident_peak() > 10_000_000
+    assert (memory.free_memory("cuda") is None) == (not torch.cuda.is_available())

@@ -4,6 +4,7 @@ import errno
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 
 from allspark import distributed
 from allspark.engine.checkpoint import Position
-from allspark.engine.checkpointer import Keeper
+from allspark.engine.checkpointer import Checkpointer
 from allspark.engine.log import RunLog
 from allspark.engine.signals import Stop
+from allspark.engine.stepper import Stepper
 from allspark.models.memory import SemanticMemory
 from allspark.utils.errors import UserError, mendable
 
@@ -131,14 +133,18 @@ def saves_last(folder):
     """When this process is through with its last save; process 0 takes a second for it."""
     model = nn.Linear(1, 1)
 
-    def content(reached):
+    def content(position):
         time.sleep(distributed.is_main())
         return model.state_dict()
 
     log = RunLog(folder, active=distributed.is_main(), interval=1, start_step=0, total_steps=1)
     with log, Stop() as stop:
-        keeper = Keeper(folder, model, log, stop, content, lambda reached: (), interval=0, minutes=0, max_skipped=9)
-        keeper.after_epoch(Position(epoch=1, step=1), last=True)
+        never = SimpleNamespace(checkpoint_interval=0, checkpoint_minutes=0, optim=SimpleNamespace(max_skipped=9))
+        stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
+        checkpointer = Checkpointer(
+            folder, never, model, stepper, log, stop, content=content, images=lambda position: ()
+        )
+        checkpointer.after_epoch(Position(epoch=1, step=1), last=True)
     return time.time()
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from allspark.engine.files import Hold
 from torch import nn
 
 from allspark import distributed
@@ -19,13 +18,14 @@ from allspark.config import ModelConfig, OptimConfig
 from allspark.engine.checkpoint import (
     buffers_by_rank,
     find_checkpoint,
+    load_buffers_of_rank,
     load_checkpoint,
-    load_own_buffers,
     load_state,
     save_checkpoint,
 )
 from allspark.engine.log import RunLog, drop_lines_after
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
+from allspark.engine.run_lock import RunLock
 from allspark.engine.signals import SAVE, Stop
 from allspark.engine.stepper import Stepper
 from allspark.models.memory import SemanticMemory
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm):
     harm(saved / "latest.pth")
     path, content, notes = find_checkpoint(saved)
     assert (path.name, content["step"]) == ("previous.pth", 1)
-    assert "going on from previous.pth, step 1, because of" in notes[0] and "latest.pth: " in notes[0]
+    assert "resuming from previous.pth, step 1, because of" in notes[0] and "latest.pth: " in notes[0]
     harm(saved / "previous.pth")
     if harm is not Path.unlink:  # of best.pth alone nobody can say that it is of this run
         assert find_checkpoint(saved)[0].name == "best.pth"
@@ -300,16 +300,16 @@ def test_a_kill_at_any_moment_leaves_two_files_that_can_be_read(saved, monkeypat
 
 def test_a_folder_is_held_by_one_job(tmp_path):
     folder = tmp_path / "run"
-    with Hold(folder) as held:
-        with pytest.raises(UserError, match="in use by another job.*train.log"), Hold(folder, patience=0.1):
+    with RunLock(folder) as held:
+        with pytest.raises(UserError, match="in use by another job.*train.log"), RunLock(folder, timeout=0.1):
             pass
         (folder / "file").touch()
         held.move_aside(tmp_path / "aside")
         assert (tmp_path / "aside" / "file").exists() and folder.is_dir()
-        with pytest.raises(UserError, match="in use"), Hold(folder, patience=0.1):
+        with pytest.raises(UserError, match="in use"), RunLock(folder, timeout=0.1):
             pass
     assert not folder.exists()  # nothing was ever in the new one
-    with Hold(folder, patience=0.1):
+    with RunLock(folder, timeout=0.1):
         pass
 
 
@@ -343,7 +343,7 @@ def test_a_deferred_signal_is_a_wish_and_stops_where_all_is_saved():
         assert stop.poll(cpu, save=False) == 0 and stop.poll(cpu, save=True) == SAVE
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.poll(cpu, save=False) == 1 + signal.SIGUSR1
-        with pytest.raises(Stopped, match="stopped by SIGUSR1"), stop.at_once():
+        with pytest.raises(Stopped, match="stopped by SIGUSR1"), stop.immediately():
             pytest.fail("it was to stop before")
 
 
@@ -372,21 +372,21 @@ def test_a_worker_that_inherits_the_handlers_goes_by_sigterm_alone(number, statu
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
 
 
-def wishes(later):
+def requests(delay):
     """Process 1 alone is asked to stop, behind its third step."""
     stop, cpu = Stop(), torch.device("cpu")
     found = []
     for step in range(6):
         if step == 2 and distributed.rank() == 1:
             stop.signal = int(signal.SIGTERM)
-        found.append(stop.poll(cpu, save=False, later=later))
-    return found, stop.agree(cpu), len(stop.pending)
+        found.append(stop.poll(cpu, save=False, delay=delay))
+    return found, stop.sync(cpu), len(stop.pending)
 
 
 def test_processes_agree_on_the_step(pair):
     term = 1 + signal.SIGTERM
-    assert pair(wishes, 0) == [([0, 0, term, term, term, term], term, 0)] * 2
-    assert pair(wishes, 2) == [([0, 0, 0, 0, term, term], term, 0)] * 2
+    assert pair(requests, 0) == [([0, 0, term, term, term, term], term, 0)] * 2
+    assert pair(requests, 2) == [([0, 0, 0, 0, term, term], term, 0)] * 2
 
 
 def ranks_of_buffers():
@@ -395,7 +395,7 @@ def ranks_of_buffers():
     ranks = buffers_by_rank({"model": model}, ())
     shared = buffers_by_rank({"model": model}, ("model.running",))
     model.running_mean.fill_(7.0)
-    load_own_buffers({"model": model}, ranks)
+    load_buffers_of_rank({"model": model}, ranks)
     return ranks, shared, model.running_mean
 
 

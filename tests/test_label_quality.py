@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.multiprocessing import start_processes
 
 import train
 from allspark import distributed
-from allspark.cli import recipe as recipe_words
+from allspark.build import build_method, complete
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
 from allspark.data import spec_for
 from allspark.data.base import Sample, read_image, read_mask
@@ -178,11 +179,9 @@ def test_two_processes_equal_one(samples, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, samples):
     model_config = ModelConfig(encoder="mit_b0", decoder_channels=32)
-    recipe = recipe_words.complete(
-        Recipe(data=DATA, model=model_config, method=MethodConfig(name=name), epochs=1, batch_size=2)
-    )
+    recipe = complete(Recipe(data=DATA, model=model_config, method=MethodConfig(name=name), epochs=1, batch_size=2))
     torch.manual_seed(0)
-    model, method = build_model(model_config, 3, 64), recipe_words.build_method(recipe, SPEC)
+    model, method = build_model(model_config, 3, 64), build_method(recipe, SPEC)
     method.attach(model)
     if hasattr(method, "threshold"):
         method.threshold = 0.4  # of 3 classes, untrained
@@ -191,7 +190,8 @@ def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, sa
     before = {key: value.clone() for key, value in (model.state_dict() | method.state_dict()).items()}
     random = torch.get_rng_state()
     shown = Snapshots(SPEC.palette, 2)
-    found = train.measure_labels(recipe, method, model, crops, CPU, shown)
+    run = SimpleNamespace(recipe=recipe, method=method, model=model, crops=crops, device=CPU)
+    found = train.measure_pseudo_labels(run, shown)
     assert [name.partition("/")[0] for name in shown.strips] == ["unlabeled"] * 2
     assert all(strip.dtype == np.uint8 and strip.shape[1] > 2 * strip.shape[0] for strip in shown.strips.values())
 

@@ -72,7 +72,7 @@ def test_dice_counts_areas():
     [
         ({"criterion.class_weights": [1, 2]}, r"class_weights=\[1.0, 2.0\]: give 11 numbers.*sky"),
         ({"criterion.class_weights": [0] * 11}, "not all 0"),
-        ({"criterion.class_weights": [-1] + [1] * 10}, "from 0 on"),
+        ({"criterion.class_weights": [-1] + [1] * 10}, "at least 0"),
         ({"criterion.class_weights": [1] * 11, "criterion": "ohem"}, "use criterion=ce"),
         ({"criterion.dice": -1}, "criterion.dice=-1.0 must be at least 0"),
     ],

@@ -9,8 +9,9 @@ import torch
 from runs import At, assert_same_run, assert_same_tensors, load, sending, without_speed
 
 import train
-from allspark.engine import checkpointer as keeper
-from allspark.engine import files
+from allspark import train_step
+from allspark.engine import checkpointer
+from allspark.engine.run_lock import RunLock
 from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +42,7 @@ def test_a_killed_run_goes_on_bit_for_bit(resumed, finished):
     assert_same_tensors(straight["model"], again["model"])
     assert (straight["epoch"], straight["step"], straight["best"]) == (again["epoch"], again["step"], again["best"])
     log = (resumed / "train.log").read_text(encoding="utf-8")
-    assert "resumed in epoch 0, step 3" in log or "resumed behind epoch 0, step 3" in log
+    assert "resumed in epoch 0 (step 3)" in log or "resumed after epoch 0 (step 3)" in log
 
 
 def test_a_kill_between_two_checkpoints_does_not_lose_the_best(resumed, finished):
@@ -59,7 +60,7 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
     straight = place.train("method.teacher=ema", "method.teacher_momentum=0.5", "checkpoint_interval=2")
     train.main(straight)
     whole = load(place.run / "latest.pth")
-    save = keeper.save_checkpoint
+    save = checkpointer.save_checkpoint
 
     def save_and_stop(path, content, **options):
         save(path, content, **options)
@@ -68,7 +69,7 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
 
     broken = [str(tmp_path / "broken") if word == str(place.run) else word for word in straight]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(keeper, "save_checkpoint", save_and_stop)
+        patch.setattr(checkpointer, "save_checkpoint", save_and_stop)
         train.main(broken)
     assert load(tmp_path / "broken" / "latest.pth")["step"] == 4  # in the middle of an epoch
     train.main(broken)
@@ -83,7 +84,8 @@ def test_a_signal_stops_behind_the_step_and_nothing_is_lost(function, call, step
     """In the middle of an epoch, in its last step, and in the evaluation."""
     words = ["--config", str(finished.config), "--save-path", str(place.run)]
     with monkeypatch.context() as patch:
-        patch.setattr(train, function, At(getattr(train, function), call, sending(signal.SIGTERM)))
+        module = train_step if function == "seed_step" else train
+        patch.setattr(module, function, At(getattr(module, function), call, sending(signal.SIGTERM)))
         assert run_main(train.main, words) == 75
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert load(place.run / "latest.pth")["step"] == step
@@ -95,19 +97,19 @@ def test_a_signal_stops_behind_the_step_and_nothing_is_lost(function, call, step
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, place, monkeypatch):
     words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_interval=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "seed_step", At(train.seed_step, 5, sending(signal.SIGINT)))
+        patch.setattr(train_step, "seed_step", At(train_step.seed_step, 5, sending(signal.SIGINT)))
         assert run_main(train.main, words) == 75
     (place.run / "latest.pth").write_bytes((place.run / "latest.pth").read_bytes()[:-999])
     assert run_main(train.main, words) == 0
     log = (place.run / "train.log").read_text(encoding="utf-8")
-    assert "going on from previous.pth, step 5" in log or "going on from previous.pth, step 4" in log
+    assert "resuming from previous.pth, step 5" in log or "resuming from previous.pth, step 4" in log
     assert (place.run / "damaged.pth").is_file()
     assert_same_run(place.run, finished.run)
 
 
 def test_a_folder_in_use_is_refused(finished, place, capsys, monkeypatch):
-    monkeypatch.setattr(files.Hold.__init__, "__kwdefaults__", {"active": True, "patience": 0.2})
-    with files.Hold(place.run):
+    monkeypatch.setattr(RunLock.__init__, "__kwdefaults__", {"active": True, "timeout": 0.2})
+    with RunLock(place.run):
         assert run_main(train.main, ["--config", str(finished.config), "--save-path", str(place.run)]) == 2
     message = capsys.readouterr().err
     assert "in use by another job" in message and str(place.run) in message
@@ -115,10 +117,14 @@ def test_a_folder_in_use_is_refused(finished, place, capsys, monkeypatch):
 
 def test_minutes_between_checkpoints(finished, place):
     words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_minutes=1e-9", "epochs=1"]
-    saved = []
-    save = keeper.save_checkpoint
+    saved, save = [], checkpointer.save_checkpoint
+
+    def record(path, content, **options):
+        saved.append((path.name, content["step"]))
+        save(path, content, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeper, "save_checkpoint", lambda p, c, **o: (saved.append((p.name, c["step"])), save(p, c, **o)))
+        patch.setattr(checkpointer, "save_checkpoint", record)
         assert run_main(train.main, words) == 0
     assert [step for name, step in saved if name == "latest.pth"] == [1, 2, 3, 3]
 
@@ -170,7 +176,16 @@ def test_fresh_is_of_the_first_start_alone(finished, place, monkeypatch, capsys,
     assert "this run is finished" in capsys.readouterr().out and not list(place.run.parent.glob("run.*"))
     shutil.rmtree(place.run)  # nothing was begun: it says what becomes of the word
     assert run_main(train.main, place.train("--fresh", "epochs=1")) == 0
-    assert "--fresh is of a job's first start" in (place.run / "train.log").read_text(encoding="utf-8")
+    assert "--fresh ignored: the job was restarted" in (place.run / "train.log").read_text(encoding="utf-8")
+
+
+def test_skipped_steps_are_counted_whatever_the_log_interval(place, capsys):
+    """The first step leaves weights that give no finite loss; the second one is skipped, and one is too many."""
+    assert (
+        run_main(train.main, place.train("optim.max_skipped=1", "optim=sgd", "optim.lr=1e9", "log_interval=100")) == 2
+    )
+    assert "step 2: the last 1 steps had no finite gradient" in capsys.readouterr().err
+    assert load(place.run / "stopped.pth")["step"] == 2
 
 
 def test_a_diverged_run_saves_nothing_and_says_what_to_lower(place, capsys):

@@ -98,11 +98,11 @@ def test_pictures_do_not_fill_the_disk():
 # The batch
 
 
-def test_gradients_are_accumulated_over_passes(place, read_metrics):
+def test_gradients_are_accumulated_over_micro_batches(place, read_metrics):
     train.main(place.train("micro_batch=1", "epochs=1"))
     assert_finite_losses(read_metrics(place.run)[0])
     log = (place.run / "train.log").read_text(encoding="utf-8")
-    assert "3 steps of 2 labeled images (2 passes x 1 images)" in log and "one pass at a time" in log
+    assert "3 steps of 2 labeled images (2 micro-batches x 1 images)" in log and "one micro-batch at a time" in log
     assert "CutMix has no other image" not in log  # AllSpark has none
     assert [line["step"] for line in read_metrics(place.run)[1]] == [3]
 
@@ -112,7 +112,7 @@ def test_cutmix_that_has_no_other_image_is_told(name, place):
     words = ["model.encoder=tiny", "micro_batch=1"]
     train.main(place.lists("--method", name, "--save-path", place.run, *words))
     log = (place.run / "train.log").read_text(encoding="utf-8")
-    assert "one image in a pass: CutMix has no other image to paste from and is off" in log
+    assert "micro-batches of one image: CutMix has no other image to paste from and is off" in log
 
 
 def test_what_differs_from_the_recipe_is_a_table(place, capsys):

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from allspark.engine import provenance as facts
+from allspark.engine import provenance
 
 
 def git(folder, *words):
@@ -18,32 +18,34 @@ def git(folder, *words):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_revision_of_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     git(tmp_path, "init", "-q")
-    assert facts.revision() == "unknown"  # nothing is committed yet
+    assert provenance.revision() == "unknown"  # nothing is committed yet
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "one")
-    assert facts.revision() == git(tmp_path, "rev-parse", "HEAD")[:7]
+    assert provenance.revision() == git(tmp_path, "rev-parse", "HEAD")[:7]
     (tmp_path / "exp").write_text("not of the code")
-    assert "changed" not in facts.revision()
+    assert "changed" not in provenance.revision()
     (tmp_path / "code.py").write_text("2")
-    assert facts.revision().endswith(", changed")
+    assert provenance.revision().endswith(", changed")
 
 
 def test_where_there_is_no_checkout_and_no_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(facts, "ROOT", tmp_path)
-    assert facts.revision() == "unknown" or facts.revision().startswith("version ")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.revision() == "unknown" or provenance.revision().startswith("version ")
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert facts.revision() == "unknown"
+    assert provenance.revision() == "unknown"
 
 
 def test_what_is_written_is_read(tmp_path):
     split = {"name": "1_8", "sha256": "0" * 64, "labeled": "1" * 64}
-    assert facts.read_facts(tmp_path) == {}
-    facts.write_facts(tmp_path, "--dataset shapes 'data.data_root=a b'", split, torch.device("cpu"), resumed=False)
-    read = facts.read_facts(tmp_path)
+    assert provenance.read_provenance(tmp_path) == {}
+    provenance.write_provenance(
+        tmp_path, "--dataset shapes 'data.data_root=a b'", split, torch.device("cpu"), resumed=False
+    )
+    read = provenance.read_provenance(tmp_path)
     assert read == json.loads((tmp_path / "run.json").read_text()) and read["split"] == split
     assert (read["device"], read["processes"], read["torch"]) == ("cpu", 1, torch.__version__)
     assert read["command"] == "--dataset shapes 'data.data_root=a b'"
@@ -51,9 +53,9 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_a_run_that_goes_on_with_other_code_names_both(tmp_path, monkeypatch):
     def start(revision, resumed):
-        monkeypatch.setattr(facts, "revision", lambda: revision)
-        facts.write_facts(tmp_path, "--dataset shapes", {"name": "1_8"}, torch.device("cpu"), resumed=resumed)
-        return facts.read_facts(tmp_path)["revision"]
+        monkeypatch.setattr(provenance, "revision", lambda: revision)
+        provenance.write_provenance(tmp_path, "--dataset shapes", {"name": "1_8"}, torch.device("cpu"), resumed=resumed)
+        return provenance.read_provenance(tmp_path)["revision"]
 
     assert start("aaaaaaa", resumed=True) == "aaaaaaa"  # of a run that is older than the file
     assert start("aaaaaaa", resumed=True) == "aaaaaaa"
