@@ -210,7 +210,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, me
 
     method: that of configs/methods/<method>.yaml, with all the file sets, in place of the recipe's own and bottleneck.
     """
-    content = rename_keys(read_yaml(Path(path)), str(path))
+    content = rename_keys(read_yaml(Path(path)))
     if method is not None:
         data, model = content.get("data"), content.get("model")
         content = {key: value for key, value in content.items() if key != "method"}
@@ -228,10 +228,10 @@ def build_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
     given = {full_key(key): value for key, value in (overrides or {}).items()}
     stated = content.get("batch_size") if isinstance(content, Mapping) else None
     if isinstance(content, Mapping):
-        content = rename_keys(content, source)
+        content = rename_keys(content)
         for key, value in given.items():
-            content = merge(content, rename_keys(_nest(key, value), "command line"))
-        content = rename_method(content, source)
+            content = merge(content, rename_keys(_nest(key, value)))
+        content = rename_method(content)
     recipe = _with_lr_batch(_convert(content, Recipe, "", source), stated)
     root = os.environ.get(root_variable(recipe.data.dataset))
     if root and "data.data_root" not in given:

@@ -9,7 +9,7 @@ from typing import Any
 RENAMED = {"method.warmup_epochs": "model.bottleneck.warmup_epochs"}  # old key -> new key
 
 
-def rename_keys(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+def rename_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     """Move the keys of RENAMED in the plain content of a recipe, which may be incomplete; warn about each."""
     content = dict(content)
     for old, new in RENAMED.items():
@@ -19,11 +19,11 @@ def rename_keys(content: Mapping[str, Any], source: str) -> dict[str, Any]:
             value = options.pop(key)
             content[section] = options
             _set(content, new.split("."), value)
-            _warn(f"{source}: {old} is now called {new}")
+            _warn(f"{old} is now called {new}")
     return content
 
 
-def rename_method(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+def rename_method(content: Mapping[str, Any]) -> dict[str, Any]:
     """method=allspark without a bottleneck is now method=selftrain; content is that of a whole recipe."""
     method, model = content.get("method"), content.get("model")
     options = {"name": method} if isinstance(method, str) else method
@@ -31,7 +31,7 @@ def rename_method(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = bottleneck.get("name", "none") if isinstance(bottleneck, Mapping) else bottleneck
     if not isinstance(options, Mapping) or (options.get("name"), kind) != ("allspark", "none"):
         return dict(content)
-    _warn(f"{source}: method.name=allspark without a bottleneck is now called method.name=selftrain")
+    _warn("method.name=allspark without a bottleneck is now called method.name=selftrain")
     options = {key: value for key, value in options.items() if key != "pseudo_context"}  # an option of the bottleneck
     return {**content, "method": {**options, "name": "selftrain"}}
 
@@ -46,4 +46,4 @@ def _set(content: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, FutureWarning, stacklevel=4)
+    warnings.warn(message, FutureWarning, stacklevel=2)  # the same place and text: shown once for many old files

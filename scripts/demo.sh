@@ -21,7 +21,7 @@ mkdir -p "$out"
 rm -f "$out/supervised/done" "$out/allspark/done"
 set -- epochs=12 burn_in_epochs=6 evaluation.interval=3 seed="$seed" "$@" # half of the recipe's schedule
 train supervised --method supervised "$@" &
-train allspark --method allspark_revised method.warmup_epochs=7 "$@" &
+train allspark --method allspark_revised warmup_epochs=7 "$@" &
 wait
 if [ ! -e "$out/supervised/done" ] || [ ! -e "$out/allspark/done" ]; then
     echo "demo: a training did not finish, see above" >&2

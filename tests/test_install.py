@@ -18,7 +18,7 @@ import eval as eval_script
 import train
 from allspark import __main__ as command
 from allspark import memory_estimate as memory
-from allspark.bench import machine, scale
+from allspark.bench import scale
 from allspark.config import CONFIG_ROOT, load_config
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import SegmentationDataset, read_image
@@ -158,7 +158,7 @@ def test_what_windows_lacks_is_done_without(tiny_root, tmp_path, monkeypatch):
     masks = sorted((tiny_root / "masks/labeled").iterdir())
     files = open_files(str(tmp_path / "cache"), DATASETS["camvid"], images, masks)
     assert images and all(np.array_equal(files.image(path), read_image(path)) for path in images)
-    assert (memory.resident_peak(), memory.room("cpu"), machine.memory_bytes()) == (None, None, 0)
+    assert (memory.resident_peak(), memory.free_memory("cpu"), memory.main_memory()) == (None, None, 0)
     child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     scale.end(child)
     child.stdin.close()

@@ -179,8 +179,8 @@ DAMAGES = {
     "text-crop": (lambda c: change(c, crop_size="65"), "crop_size='65'"),
     "other-crop": (lambda c: change(c, crop_size=129), "bottleneck.memory.queue"),
     "other-classes": (lambda c: change(c, num_classes=12), "(12, "),
-    "no-tensors": (lambda c: c.update(model={"weight": 1}), "something else than tensors"),
-    "no-names": (lambda c: c.update(model=torch.zeros(2)), "something else than tensors"),
+    "no-tensors": (lambda c: c.update(model={"weight": 1}), "does not hold tensors by name"),
+    "no-names": (lambda c: c.update(model=torch.zeros(2)), "does not hold tensors by name"),
 }
 
 
@@ -201,7 +201,7 @@ def test_a_damaged_imported_checkpoint_is_one_message(damage, tmp_path, capsys):
     "dataset, words",
     [
         ("pascal", r"--dataset pascal has 21 classes, .*imported.pth predicts 11: .*camvid"),
-        ("pascl", r"--dataset pascl: there is no such data set; there are pascal"),
+        ("pascl", r"--dataset pascl: no such data set; choose one of pascal"),
     ],
 )
 def test_a_data_set_that_does_not_fit_imported_weights(imported, dataset, words, capsys):
@@ -271,7 +271,7 @@ def test_the_teacher_is_what_eval_and_predict_use(with_teacher, place, tmp_path)
     [
         (lambda c: c.pop("method"), "has no 'method'"),
         (lambda c: c["method"].popitem(), "tensors differ, first teacher.model"),
-        (lambda c: c["recipe"]["method"].update(teacher="none"), "does not fit"),
+        (lambda c: c["recipe"]["method"].update(teacher="none"), "does not match"),
         (lambda c: c["recipe"]["method"].update(name="gone"), "ema.pth: method.name=gone: unknown method"),
         (lambda c: c.update(split=["1_8"]), "its 'split'"),
         (lambda c: c.update(recipe=3), "ema.pth: its recipe: the recipe=3"),

@@ -240,13 +240,12 @@ def test_a_recipe_that_the_words_make_whole(check, place):
     assert check("--data-only")[0] == 2 and check("--data-only", "epochs=1")[0] == 0
 
 
-def test_allspark_without_its_bottleneck_is_told(check):
-    told = "method allspark without its bottleneck is self-training; with it: --method allspark"
-    assert told in check("--data-only", "method=allspark")[1]
-    assert told not in check("--data-only", "--method", "selftrain")[1] and told not in check("--data-only")[1]
+def test_allspark_without_its_bottleneck_is_self_training(check):
+    with pytest.warns(FutureWarning, match="allspark without a bottleneck is now called method.name=selftrain"):
+        assert check("--data-only", "method=allspark")[0] == 0
     code, _, err = check("--data-only", "method=allspark_revised")
     assert code == 2 and "unknown method; one of supervised" in err
-    assert "--method allspark_revised, behind --config FILE, too, takes the recipe of that name" in err
+    assert "--method allspark_revised selects the recipe of that name, also together with --config FILE" in err
 
 
 @pytest.mark.parametrize(

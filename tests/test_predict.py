@@ -242,7 +242,10 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
         (("{photos}/a.png", "--dataset", "pascal"), "--dataset pascal.*trained on tiny"),
         (("{photos}/a.png", "--scales", "0"), "scales"),
         (("{photos}/a.png", "--checkpoint", "{photos}/b.png"), r"b\.png: not a readable checkpoint"),
-        (("{photos}/a.png", "--checkpoint", "{photos}/nan.pth"), r"nan\.pth: weights in it are NaN or infinite"),
+        (
+            ("{photos}/a.png", "--checkpoint", "{photos}/nan.pth"),
+            r"nan\.pth: contains weights that are NaN or infinite",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_one_message(photos, finished, tmp_path, capsys, words, told):
@@ -397,7 +400,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
 
 def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "LARGE", 64 * 80)
-    monkeypatch.setattr(verb, "room", lambda kind: 100_000)
+    monkeypatch.setattr(verb, "free_memory", lambda kind: 100_000)
     with pytest.raises(UserError, match=r"a\.png: 80 x 64 pixels; as a whole.* 0\.0 GB: --mode sliding_window"):
         predict(photos / "a.png", photos / "b.png", "--index-only")
     assert files(tmp_path / "out") == ["b.png"]
