@@ -93,7 +93,7 @@ def write_recipe(path: Path, root: Path) -> Path:
             "decoder_channels": 32,
             "bottleneck": {"name": "allspark", "warmup_epochs": 1},
         },
-        "method": "allspark",
+        "method": {"name": "allspark"},
         "optim": {"name": "adamw", "lr": 1e-3, "lr_multi": 1.0, "weight_decay": 0.01},
         "epochs": 2,
         "batch_size": 2,

@@ -70,8 +70,7 @@ def as_before(content):
 @pytest.mark.parametrize("method", ["allspark", "selftrain"])
 def test_an_old_run_is_resumed_and_predicts(place, method):
     bottleneck = "none" if method == "selftrain" else "allspark"
-    place.edit(model={"bottleneck": {"name": bottleneck, "warmup_epochs": 1}})
-    place.config.write_text(place.config.read_text().replace("method: allspark", f"method: {method}"))
+    place.edit(model={"bottleneck": {"name": bottleneck, "warmup_epochs": 1}}, method={"name": method})
     train.main(place.train("epochs=1"))
     content = load(place.run / "latest.pth")
     assert content["recipe"]["method"]["name"] == method
