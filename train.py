@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark.cli import recipe as recipe_words
 from allspark.config import INSTALLED, Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
@@ -63,6 +63,7 @@ from allspark.evaluation.pseudo_label_quality import CenterCrops, LabelQuality, 
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
+from allspark.models.sync_batch_norm import SyncBatchNorm
 from allspark.utils.errors import UserError, run_main
 from allspark.visualization.tensorboard_images import Snapshots
 from allspark.weights.loading import load_pretrained
@@ -199,7 +200,7 @@ def train(
 def check_processes(recipe: Recipe, lists: Lists) -> None:
     """All began with the same, but for where a node has it; else they would wait for each other in vain."""
     same = replace(recipe, device="auto", data=replace(recipe.data, data_root="", num_workers=None, cache="none"))
-    distributed.check_same(code=distributed.code_version(), recipe=repr(same), lists=lists.hash)
+    launch.check_same(code=launch.code_version(), recipe=repr(same), lists=lists.hash)
 
 
 def is_begun(save_path: Path) -> bool:
@@ -219,7 +220,7 @@ def resume(
         return Position(), [], []
     path = save_path / name
     content, notes = found[1:] if found else (load_checkpoint(path, TO_RESUME), [])
-    distributed.check_same(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may show an old file
+    launch.check_same(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may show an old file
     before = recipe_words.complete(build_recipe(content["recipe"], None, str(path)))  # keys younger than the run
     if changed := differences(to_plain(before), to_plain(recipe)):
         raise UserError(
@@ -330,7 +331,7 @@ def wrap(model: Segmentor, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return model
     if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = SyncBatchNorm.convert(model)
     devices = [device] if device.type == "cuda" else None
     # Depthwise weights (C, 1, 3, 3) get channels-last gradients: a copy of a few kB, nothing to tell a user
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -426,9 +427,9 @@ def main(argv: Sequence[str]) -> None:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
-    with Stop() as stop, distributed.process_group(recipe.device, args.port) as device:
+    with Stop() as stop, launch.process_group(recipe.device, args.port) as device:
         told, command = recipe_words.changes(args, recipe), recipe_words.command(args)
-        fresh = args.fresh and not distributed.is_restart()
+        fresh = args.fresh and not launch.is_restart()
         if fresh != args.fresh:
             told.append("--fresh is of a job's first start: started again by slurm or torchrun, it goes on")
         train(recipe, save_path, device, stop, fresh=fresh, command=command, told=told)

@@ -39,10 +39,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """Algorithms that give the same bits each time; an operation that has none warns and runs on. CPUs need nothing."""
+    """Use algorithms that give the same bits each time; an operation that has none raises. On CPUs all do anyway."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
 
 
