@@ -904,7 +904,7 @@ CHECKS: dict[str, tuple[Callable[[Path], dict[str, Any]], int]] = {  # name -> c
     "b5": (b5_signal, 50),
     "c6": (c6_evaluation, 30),
     "c10": (c10_resnet, 30),
-    "c12": (c12_memory, 40),
+    "c12": (c12_memory, 60),
     "c4": (c4_depthwise, 20),
     "c5": (c5_attention, 20),
     "c11": (c11_parts, 15),

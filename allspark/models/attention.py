@@ -34,7 +34,8 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor
     eps = EPS
     if q.dtype == torch.float16:  # a power of two changes no mantissa, and psi removes it again
         q, eps = q * FP16_SCALE, EPS * FP16_SCALE**2
-    similarity = (q.transpose(-2, -1) @ k).float()  # (..., Cq, Ck)
+    similarity = q.transpose(-2, -1) @ k  # (..., Cq, Ck)
+    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     weights = F.layer_norm(similarity, similarity.shape[-2:], eps=eps).softmax(-1).to(v.dtype)
     return (F.dropout(weights, dropout) @ v.transpose(-2, -1)).transpose(-2, -1)
 
@@ -58,7 +59,8 @@ def shared_channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, pr
     """
     rows = q.transpose(1, 2)  # (B, Cq, N)
     with torch.autocast(q.device.type, enabled=False):
-        variance = similarity_variance(rows.float(), k.float(), present)
+        precise = torch.promote_types(rows.dtype, torch.float32)  # half precision is not enough for a variance
+        variance = similarity_variance(rows.to(precise), k.to(precise), present)
         rows = (rows * (variance + EPS).rsqrt().view(-1, 1, 1)).to(k.dtype)
     rows = rows.flatten(0, 1)
     if present is not None:  # as one more coordinate: a mask would be a map again; exp(-1e4) is 0 in any precision
@@ -93,7 +95,8 @@ def similarity_variance(q: Tensor, k: Tensor, present: Tensor | None = None) -> 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """softmax(q k^T) v, block by block; q (R, N), k and v (M, N) -> (R, N)."""
     seed = int(torch.randint(2**62, ())) if dropout and q.is_cpu else 0
-    return BlockAttention.apply(q, k, v, dropout, seed)
+    with torch.autocast(q.device.type, enabled=False):  # on a GPU it would make the weights float32
+        return BlockAttention.apply(q, k, v, dropout, seed)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -138,7 +141,7 @@ class BlockAttention(torch.autograd.Function):
         for first in range(0, len(q), ctx.rows):
             rows = slice(first, first + ctx.rows)
             scores = q[rows] @ k.t()
-            weights = torch.softmax(scores, -1, out=scores) if q.is_cpu else scores.softmax(-1)
+            weights = torch.softmax(scores, -1, scores.dtype, out=scores if q.is_cpu else None)
             if not ctx.dropout:
                 yield rows, weights, None
             elif ctx.masks is None:
