@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark import inference as loading
 from allspark.cli.arguments import add_inference_arguments, precision_context
 from allspark.config import INSTALLED, Recipe
@@ -36,7 +36,7 @@ Cityscapes and ADE20K, whose servers take one file per image"""
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    with distributed.process_group(args.device) as device:
+    with launch.process_group(args.device) as device:
         loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
         recipe, spec = recipe_for(loaded, args), loaded.spec
         inference = loaded.inference(args.mode, scales=args.scales, flip=args.flip)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark.build import build_method
 from allspark.cli import recipe as recipe_args
 from allspark.config import INSTALLED, Recipe, to_plain
@@ -200,9 +200,9 @@ def main(argv: Sequence[str]) -> None:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
-    with Stop() as stop, distributed.process_group(recipe.device, args.port) as device:
+    with Stop() as stop, launch.process_group(recipe.device, args.port) as device:
         notes, command = recipe_args.changes(args, recipe), recipe_args.command(args)
-        fresh = args.fresh and not distributed.is_restart()
+        fresh = args.fresh and not launch.is_restart()
         if fresh != args.fresh:
             notes.append("--fresh ignored: the job was restarted by slurm or torchrun, resuming")
         train(recipe, save_path, device, stop, fresh=fresh, command=command, notes=notes)

@@ -19,11 +19,18 @@ class CrossEntropy(nn.Module):
         self.register_buffer("weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        total = F.cross_entropy(logits, mask, self.weights, ignore_index=self.ignore_index, reduction="sum")
+        total = F.cross_entropy(
+            logits, mask, self.weights, ignore_index=self.ignore_index, reduction=sum_reduction(logits)
+        ).sum()
         valid = mask != self.ignore_index
         if self.weights is None:
             return total / valid.sum().clamp(min=1)
         return total / (self.weights[mask.where(valid, 0)] * valid).sum().clamp(min=1e-6)
+
+
+def sum_reduction(logits: Tensor) -> str:
+    """The reduction of a summed cross-entropy: CUDA has no deterministic kernel that sums as well."""
+    return "none" if logits.is_cuda and torch.are_deterministic_algorithms_enabled() else "sum"
 
 
 class OHEM(nn.Module):

@@ -202,7 +202,7 @@ class GPUKernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.is_cpu.__get__:
+        if func == Tensor.is_cpu.__get__:
             return False
         if func is F.scaled_dot_product_attention:
             dtype = torch.get_autocast_dtype("cpu") if self.mixed else args[0].dtype

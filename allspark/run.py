@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark.build import build_loader, build_method, complete
 from allspark.config import OptimConfig, Recipe, build_recipe, differences, to_plain
 from allspark.data import spec_for
@@ -50,6 +50,7 @@ from allspark.evaluation.pseudo_label_quality import CenterCrops
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method
 from allspark.models.segmentor import Segmentor, build_model
+from allspark.models.sync_batch_norm import SyncBatchNorm
 from allspark.train_step import TrainState
 from allspark.utils.atomic import durable_write_text
 from allspark.utils.errors import UserError
@@ -177,7 +178,7 @@ def build_run(
 def check_same_start(recipe: Recipe, lists: Lists) -> None:
     """Fail early if ranks disagree on code, config or file lists; a mismatch would deadlock the first collective."""
     same = replace(recipe, device="auto", data=replace(recipe.data, data_root="", num_workers=None, cache="none"))
-    distributed.check_same(code=distributed.code_version(), recipe=repr(same), lists=lists.hash)
+    launch.check_same(code=launch.code_version(), recipe=repr(same), lists=lists.hash)
 
 
 def has_checkpoint(save_path: Path) -> bool:
@@ -211,7 +212,7 @@ def resume(
         return Position(), [], []
     path = save_path / name
     content, notes = found[1:] if found else (load_checkpoint(path, TO_RESUME), [])
-    distributed.check_same(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may return an old file
+    launch.check_same(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may return an old file
     saved_recipe = complete(build_recipe(content["recipe"], None, str(path)))  # adds keys that are newer than the run
     if changed := differences(to_plain(saved_recipe), to_plain(recipe)):
         raise UserError(
@@ -259,7 +260,7 @@ def wrap_ddp(model: Segmentor, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return model
     if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = SyncBatchNorm.convert(model)
     device_ids = [device] if device.type == "cuda" else None
     # Depthwise weights (C, 1, 3, 3) get channels-last gradients: a copy of a few kB
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -59,12 +59,24 @@ pip_install() {
     "$env/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
+driver_cuda() { # the major CUDA version that the NVIDIA driver supports; nothing without a driver
+    nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p'
+}
+
+torch_for_driver() { # PyPI's torch is built for CUDA 13; older drivers need a wheel from PyTorch's own index
+    case $(driver_cuda) in
+        12) pip_install --index-url https://download.pytorch.org/whl/cu126 $(requirements | grep '^torch') ;;
+        11) pip_install --index-url https://download.pytorch.org/whl/cu118 $(requirements | grep '^torch') ;;
+    esac
+}
+
 # mmcv-lite and mmengine go in without dependencies, as they would bring opencv-python, which needs libGL.so.1;
 # opencv-python-headless serves. A cv2 or mmcv that is there already and works (full mmcv, say) is left alone.
 install_packages() {
     "$env/bin/python" -m pip --version >/dev/null 2>&1 || "$env/bin/python" -m ensurepip
     later='^(mmcv|mmengine)'
     ! "$env/bin/python" -c 'import cv2' 2>/dev/null || later='^(mmcv|mmengine|opencv)'
+    torch_for_driver || return 1
     pip_install $(requirements | grep -vE "$later") || return 1 # words, not -r /dev/stdin: a bare /dev may lack that
     "$env/bin/python" -c 'import cv2' 2>/dev/null ||
         pip_install --force-reinstall --no-deps $(requirements | grep '^opencv') || return 1

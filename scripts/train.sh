@@ -19,7 +19,11 @@ shift 2
 cd -- "$(dirname -- "$0")/.."
 . scripts/setup.sh
 
-[ "$num_gpu" -gt 0 ] || set -- device=cpu "$@"
+if [ "$num_gpu" -gt 0 ]; then # cuda, not auto: without a usable GPU this is an error. A device= of yours counts, too
+    set -- device=cuda "$@"
+else
+    set -- device=cpu "$@"
+fi
 case " $* " in
     *" --config"[\ =]*) set -- train.py ${save_path:+--save-path "$save_path"} "$@" ;;
     *) set -- train.py --dataset "$dataset" --method "$method" --split "$split" \

@@ -7,10 +7,10 @@ import time
 
 import torch
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark.utils.errors import UserError
 
-with distributed.process_group("cpu"):
+with launch.process_group("cpu"):
     for step in range(2000):
         distributed.all_reduce_sum(torch.ones(1))
         time.sleep(0.01)

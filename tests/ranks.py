@@ -6,7 +6,7 @@ import socket
 import forks
 import torch
 
-from allspark import distributed
+from allspark import launch
 
 
 def serve(rank, world, port, pipe):
@@ -14,7 +14,7 @@ def serve(rank, world, port, pipe):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
-    with distributed.process_group("cpu"):
+    with launch.process_group("cpu"):
         while (task := pipe.recv()) is not None:
             function, args = task
             pipe.send(function(*args))

@@ -1,17 +1,12 @@
-"""Attention to shared channels, in blocks and in torch's kernel, against the map written out."""
+"""Attention to shared channels, block by block, against the map written out."""
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from allspark.models import attention
-from allspark.models.attention import (
-    attend_in_blocks,
-    attend_in_kernel,
-    channel_attention,
-    shared_channel_attention,
-    similarity_variance,
-)
+from allspark.models.attention import attend, channel_attention, shared_channel_attention, similarity_variance
 
 B, N, CQ, M = 2, 9, 10, 37
 PRESENT = torch.arange(M) % 3 != 1
@@ -48,22 +43,44 @@ def same_with_gradients(found, expected, inputs, tolerance):
 @pytest.mark.parametrize("present", [None, PRESENT], ids=["all", "some"])
 @pytest.mark.parametrize("block", [1 << 22, 3 * M], ids=["one block", "blocks of 3 rows"])
 def test_shared_keys_literal(monkeypatch, present, block):
-    monkeypatch.setattr(attention, "BLOCK", block)
-    monkeypatch.setattr(attention, "ROWS", 1)
+    monkeypatch.setattr(attention, "CPU_BLOCK", block)
+    monkeypatch.setattr(attention, "MIN_ROWS", 1)
     q, k, v = tensors((B, N, CQ), (M, N), (M, N))
     if present is not None:  # what was never written is 0
         k, v = ((x.detach() * present[:, None]).requires_grad_() for x in (k, v))
     found = shared_channel_attention(q, k, v, 0.0, present)
-    same_with_gradients(found, literal(q, k, v, present), (q, k, v), 1e-5)  # the variance is float32
+    same_with_gradients(found, literal(q, k, v, present), (q, k, v), 1e-10)
 
 
-@pytest.mark.parametrize("present", [None, PRESENT], ids=["all", "some"])
-def test_kernel_and_blocks_agree(monkeypatch, present):
-    """What a GPU runs, here on a CPU."""
-    q, k, v = tensors((B, N, CQ), (M, N), (M, N), dtype=torch.float32)
-    blocks = shared_channel_attention(q, k, v, 0.0, present)
-    monkeypatch.setattr(attention, "attend_in_blocks", attend_in_kernel)
-    same_with_gradients(shared_channel_attention(q, k, v, 0.0, present), blocks, (q, k, v), 1e-5)
+class LikeAGPU(TorchFunctionMode):
+    """Tensors say that they are not on a CPU, so that the code of a GPU runs here."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return False if func == torch.Tensor.is_cpu.__get__ else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [1 << 26, 4 * M], ids=["one block", "blocks of 4 rows"])
+def test_the_code_of_a_gpu(monkeypatch, dropout, rows):
+    monkeypatch.setattr(attention, "GPU_BLOCK", rows)
+    monkeypatch.setattr(attention, "MIN_ROWS", 1)
+    q, k, v = tensors((CQ, N), (M, N), (M, N))
+    with LikeAGPU():
+        torch.manual_seed(0)
+        found = attend(q, k, v, dropout)
+    torch.manual_seed(0)
+    keep = torch.empty(CQ, M, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else torch.ones(CQ, M)
+    expected = ((q @ k.t()).softmax(1) * keep / (1 - dropout)) @ v
+    with LikeAGPU():
+        same_with_gradients(found, expected, (q, k, v), 1e-10)
+
+
+def test_float16_does_not_overflow():
+    """Sums of q^T k beyond 65504 in channel attention."""
+    q = torch.randn(1, 289, 16, generator=torch.Generator().manual_seed(0)) * 40
+    found = channel_attention(q.half(), q.half(), q.half(), 0.0)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.float(), channel_attention(q, q, q, 0.0), atol=0.5, rtol=1e-2)
 
 
 def test_variance_without_the_map():
@@ -77,13 +94,13 @@ def test_variance_without_the_map():
 
 def test_dropout_is_one_mask_in_both_directions(monkeypatch):
     """The weights that the forward pass dropped are those that the backward pass drops; the rest is scaled up."""
-    monkeypatch.setattr(attention, "BLOCK", 4 * M)
-    monkeypatch.setattr(attention, "ROWS", 1)
+    monkeypatch.setattr(attention, "CPU_BLOCK", 4 * M)
+    monkeypatch.setattr(attention, "MIN_ROWS", 1)
     rate, seed = 0.25, 77
     q, k, v = tensors((CQ, N), (M, N), (M, N))
     found = attention.BlockAttention.apply(q, k, v, rate, seed)
     generator = np.random.Generator(np.random.SFC64(seed))
-    keep = [attention.keep_mask(generator, q.new_empty(min(4, CQ - i), M), rate) for i in range(0, CQ, 4)]
+    keep = [attention.dropout_mask(generator, q.new_empty(min(4, CQ - i), M), rate) for i in range(0, CQ, 4)]
     expected = ((q @ k.t()).softmax(1) * torch.cat(keep) / (1 - rate)) @ v
     same_with_gradients(found, expected, (q, k, v), 1e-10)
 
@@ -93,20 +110,20 @@ def test_dropout_follows_the_seed_and_has_its_rate():
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        results.append(attend_in_blocks(q, k, v, 0.1))
+        results.append(attend(q, k, v, 0.1))
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-    keep = attention.keep_mask(np.random.Generator(np.random.SFC64(0)), torch.empty(1000, 1001), 0.1)
+    keep = attention.dropout_mask(np.random.Generator(np.random.SFC64(0)), torch.empty(1000, 1001), 0.1)
     assert set(keep.unique().tolist()) == {0.0, 1.0}
     assert abs(keep.mean().item() - 0.9) < 5 * (0.09 / keep.numel()) ** 0.5
     assert abs(keep.mean(0).std().item() - (0.09 / 1000) ** 0.5) < 1e-3  # no column is special
-    assert attention.keep_mask(np.random.Generator(np.random.SFC64(0)), torch.empty(99, 99), 1e-6).mean() > 0.99
+    assert attention.dropout_mask(np.random.Generator(np.random.SFC64(0)), torch.empty(99, 99), 1e-6).mean() > 0.99
 
 
 def test_own_keys_are_shared_keys_of_one_image():
     q, k, v = tensors((1, N, CQ), (1, N, M), (1, N, M))
     own = channel_attention(q, k, v, 0.0)
     shared = shared_channel_attention(q, k[0].t(), v[0].t(), 0.0)
-    same_with_gradients(shared, own, (q, k, v), 1e-5)
+    same_with_gradients(shared, own, (q, k, v), 1e-10)
 
 
 def test_the_map_is_never_whole():
@@ -123,6 +140,6 @@ def test_the_map_is_never_whole():
     rows, keys = 1024, 80_000
     q, k, v = tensors((rows, 4), (keys, 4), (keys, 4), dtype=torch.float32)
     with Largest() as largest:
-        attend_in_blocks(q, k, v, 0.1).sum().backward()
-    block = max(attention.BLOCK, attention.ROWS * keys)
+        attend(q, k, v, 0.1).sum().backward()
+    block = max(attention.CPU_BLOCK, attention.MIN_ROWS * keys)
     assert largest.most <= 1.1 * 4 * block < 4 * rows * keys / 5

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.testing import assert_array_equal
 from torch import nn
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark.engine.checkpoint import Position
 from allspark.engine.checkpointer import Checkpointer
 from allspark.engine.log import RunLog
@@ -87,7 +87,7 @@ def test_without_a_launcher_everything_is_one_process(monkeypatch):
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script that runs plain python
-    assert distributed.launched_by() == (0, 1, 0)
+    assert launch.launched_by() == (0, 1, 0)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     x = torch.ones(2)
     assert distributed.all_reduce_sum(x) is x and distributed.all_gather(x) is x
@@ -97,27 +97,29 @@ def test_srun_is_a_launcher(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.launched_by() == (5, 8, 1)
+    assert launch.launched_by() == (5, 8, 1)
     ports = set()
     for job, step in (("1234567", "0"), ("1234567", "1"), ("12345678", "0"), ("1234568", "0")):  # all on one node
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_STEP_ID", step)
-        ports.add(distributed.own_port())
+        ports.add(launch.default_port())
     assert len(ports) == 4 and min(ports) >= 20000 and max(ports) < 40000
 
 
 def refused(facts):
     try:
-        distributed.check_same(**facts[distributed.rank()])
+        launch.check_same(**facts[distributed.rank()])
     except UserError as error:
         return str(error)
 
 
 def test_processes_that_began_differently_are_told(pair):
-    same = {"code": distributed.code_version(), "recipe": "a", "lists": "b"}
+    same = {"code": launch.code_version(), "recipe": "a", "lists": "b"}
     assert pair(refused, [same, same]) == [None, None]
     first, second = pair(refused, [same, same | {"recipe": "another"}])
-    assert first == second and "recipe: not the same in process 1" in first and "lists" not in first.split(";")[0]
+    assert (
+        first == second and "recipe: differs between rank 1 and rank 0" in first and "lists" not in first.split(";")[0]
+    )
 
 
 def test_what_a_user_can_mend_is_no_bug_of_several_processes_either():
@@ -126,7 +128,7 @@ def test_what_a_user_can_mend_is_no_bug_of_several_processes_either():
     assert mendable(place) == "error: /etc/passwd/shapes: Not a directory; mend that, or choose another place"
     assert mendable(UserError("lower it")) == "error: lower it" and mendable(RuntimeError("closed by peer")) is None
     store = dist.HashStore()
-    assert distributed.last_words(place, store) == (mendable(place), True)
+    assert launch.final_message(place, store) == (mendable(place), True)
 
 
 def saves_last(folder):
@@ -181,7 +183,7 @@ def test_a_process_that_fails_takes_the_others_with_it(ended):
     code, errors, seconds = ended["error"]
     own, summary = errors.split("Root Cause")
     assert code == 1 and seconds < 45  # two launchers start at once, and share the cores with other tests
-    assert errors.startswith("error: the disk of process 1 is full\nprocess 0: another process ended first")
+    assert errors.startswith("error: the disk of process 1 is full\nrank 0: another process failed first")
     assert own.count("the disk of process 1") == summary.count("error: the disk of process 1 is full") == 1
     assert "rank      : 1" in summary and "exitcode  : 2" in summary and "RuntimeError" not in errors
 
@@ -189,7 +191,7 @@ def test_a_process_that_fails_takes_the_others_with_it(ended):
 def test_a_process_that_is_killed_takes_the_others_with_it(ended):
     code, errors, seconds = ended["killed"]
     assert code == 1 and seconds < 45
-    assert errors.startswith("error: process 0 lost another one, which was killed or hangs (")
+    assert errors.startswith("error: rank 0 lost another process, which was killed or hangs (")
     assert "rank      : 1" in errors.split("Root Cause")[1] and "SIGKILL" in errors and "RuntimeError" not in errors
 
 
@@ -200,17 +202,17 @@ def test_a_restart_sees_nothing_of_the_start_before(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     for restart in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
-        store = distributed.join("gloo", 0, 1)
+        store = launch.join(torch.device("cpu"), 0, 1)
         try:
-            assert not distributed.has_ended(store)
+            assert not launch.has_ended(store)
             store.set("ended", "0 error: of this start")
-            assert distributed.has_ended(store)
+            assert launch.has_ended(store)
         finally:
             dist.destroy_process_group()
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # nodes that count for themselves must agree
-    names = {distributed.attempt()}
+    names = {launch.start_name()}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert names == {distributed.attempt()}
+    assert names == {launch.start_name()}
 
 
 def test_a_taken_port_is_named(monkeypatch):
@@ -220,5 +222,5 @@ def test_a_taken_port_is_named(monkeypatch):
         port = taken.getsockname()[1]
         for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match=f"127.0.0.1:{port} is in use; give another --port"):
-            distributed.init("cpu")
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} is in use; choose another --port"):
+            launch.init("cpu")

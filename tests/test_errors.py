@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark.utils.errors import UserError, reason_of, run_main
+from allspark.utils.errors import UserError, mendable, reason_of, run_main
 
 REPO = Path(__file__).parent.parent
 RUN = (
@@ -80,3 +80,11 @@ def test_what_torch_says_in_short(content, told, tmp_path):
         torch.load(path, weights_only=True)
     short = reason_of(caught.value)
     assert re.match(told, short) and "weights_only" not in short and len(short) <= 160
+
+
+def test_out_of_memory_is_one_sentence():
+    code = "import torch; torch.empty(2**60)"
+    result = subprocess.run([sys.executable, "-c", RUN.format(code)], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.match("error: out of memory .*micro_batch=1, model.checkpointing=true", result.stderr)
+    assert mendable(RuntimeError("shapes do not match")) is None

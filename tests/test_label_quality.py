@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.multiprocessing import start_processes
 
 import train
-from allspark import distributed
+from allspark import launch
 from allspark.build import build_method, complete
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
 from allspark.data import spec_for
@@ -154,7 +154,7 @@ def test_the_generator_of_training_is_not_moved(samples):
 def one_process(rank, world, port, samples, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    with distributed.process_group("cpu"):
+    with launch.process_group("cpu"):
         OPENED.clear()
         found = [quality(samples, 0.6, batch_size=2)]
         share = sorted(path for path in OPENED if path.endswith("_mask.png"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark.bench import report
 from allspark.bench.evaluation import EvalCase, bench_eval
 from allspark.bench.loader import LoaderCase, bench_loader
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json is not None and args.json.is_dir():
         raise UserError(f"--json {args.json}: a folder; give a file name")
     threads = torch.get_num_threads()
-    with distributed.process_group(args.device) as device, TemporaryDirectory() as folder:
+    with launch.process_group(args.device) as device, TemporaryDirectory() as folder:
         try:
             torch.set_num_threads(args.threads or threads)
             notes = choose_precisions(args, device)

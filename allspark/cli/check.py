@@ -18,7 +18,7 @@ from allspark.data.base import DatasetSpec
 from allspark.data.preflight import hidden_sample
 from allspark.data.splits import Lists, provenance, resolve
 from allspark.data.survey import Findings, survey
-from allspark.distributed import choose_device
+from allspark.device import choose_device
 from allspark.engine.optim import scaled
 from allspark.engine.stepper import micro_batch_size, set_precision
 from allspark.evaluation.sliding_window import inference_for

@@ -18,7 +18,7 @@ from allspark.config import DataConfig, Recipe, differences, load_config, to_pla
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset
 from allspark.data.splits import check_files, find_data, val_entries
-from allspark.distributed import choose_device
+from allspark.device import choose_device
 from allspark.engine.checkpoint import LATEST
 from allspark.engine.log import METRICS, read_metrics
 from allspark.engine.provenance import read_provenance

@@ -20,7 +20,7 @@ from allspark import inference as loading
 from allspark.cli.arguments import add_inference_arguments, positive, precision_context
 from allspark.data.base import Sample, all_below, read_image, to_tensor
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
-from allspark.distributed import choose_device
+from allspark.device import choose_device
 from allspark.evaluation.evaluate import check_size, equal_sizes, predict_with_confidence
 from allspark.evaluation.sliding_window import Inference
 from allspark.memory_estimate import GB, FakeMemoryCounter, free_memory

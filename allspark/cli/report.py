@@ -22,7 +22,7 @@ from allspark.cli.compare import Run, differing_lists, list_name, read_runs, tra
 from allspark.config import DEVICES, RUN_KEYS, DataConfig, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, worker_count
-from allspark.distributed import choose_device
+from allspark.device import choose_device
 from allspark.engine.log import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores, finite

@@ -42,10 +42,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """Use deterministic algorithms; an operation that has none warns and runs anyway. CPUs need no setting."""
+    """Use deterministic algorithms; an operation that has none raises an error. CPUs are deterministic anyway."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
 
 

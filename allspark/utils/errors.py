@@ -61,7 +61,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return STOPPED
-        except (UserError, OSError) as error:
+        except (UserError, OSError, RuntimeError) as error:
             if (words := mendable(error)) is None:
                 raise
             print(words, file=sys.stderr)
@@ -80,9 +80,22 @@ def mendable(error: BaseException) -> str | None:
     """The line that tells an error which a user can mend; None: it is a bug."""
     if isinstance(error, UserError):
         return f"error: {error}"
+    if is_out_of_memory(error):
+        return (
+            f"error: out of memory ({reason_of(error)}); reduce what a training step needs with micro_batch=1, "
+            "model.checkpointing=true, precision=bf16 or a smaller data.crop_size; python -m allspark check predicts it"
+        )
     if isinstance(error, OSError) and error.errno in MENDABLE and error.filename:
         return f"error: {error.filename}: {error.strerror}; mend that, or choose another place"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not allocate memory. By name and text: importing torch here would slow every command down."""
+    texts = ("CUDA out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
+    )
 
 
 def is_closed(stream: TextIO) -> bool:

@@ -1,0 +1,118 @@
+"""Choosing the device of a process, and explaining why CUDA cannot be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from allspark.utils.errors import UserError
+
+# Set by Slurm where a job or step has GPUs, or by the user; values that mean that there is none
+ALLOCATIONS = {
+    "SLURM_STEP_GPUS": ("",),
+    "SLURM_JOB_GPUS": ("",),
+    "SLURM_GPUS_ON_NODE": ("", "0"),
+    "CUDA_VISIBLE_DEVICES": ("", "-1", "NoDevFiles"),
+}
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: cuda, mps or cpu; auto takes the first of these that is available.
+        local_rank: number of this process on its node. Processes take the visible GPUs in turn.
+
+    Raises:
+        UserError: the device is not available, or auto would fall back to the CPU although GPUs were allocated.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        if not available["cuda"] and (variable := gpus_allocated()):
+            raise UserError(
+                f"{variable}={os.environ[variable]} gives this process a GPU, but CUDA cannot be used: "
+                f"{why_no_cuda(torch.version.cuda, driver_cuda())}; or set device=cpu to train without it"
+            )
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if not available.get(name, False):
+        reason = f": {why_no_cuda(torch.version.cuda, driver_cuda())}" if name == "cuda" else ""
+        usable = ", ".join(kind for kind, is_available in available.items() if is_available)
+        raise UserError(f"device={name} is not available on this machine{reason}; use one of: auto, {usable}")
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())  # each task may see one GPU of its own
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    check_architecture(name, capability, torch.cuda.get_arch_list())
+    return device
+
+
+def gpus_allocated() -> str | None:
+    """The environment variable by which Slurm or the user gives this process a GPU, if there is one."""
+    return next((name for name, none in ALLOCATIONS.items() if os.environ.get(name, "") not in none), None)
+
+
+def why_no_cuda(built_for: str | None, supported: tuple[int, int] | None) -> str:
+    """Why torch.cuda.is_available() is False, in one sentence with the command that helps.
+
+    Args:
+        built_for: torch.version.cuda, such as 13.0; None for a torch without CUDA.
+        supported: what `driver_cuda` returns.
+    """
+    if built_for is None:
+        return f"torch {torch.__version__} was built without CUDA; {reinstall(supported)}"
+    if supported is None:
+        return "no NVIDIA driver was found; start the job on a node with a GPU, or install the driver"
+    if supported[0] < int(built_for.partition(".")[0]):
+        return (
+            f"driver {driver_version()} supports CUDA {supported[0]}.{supported[1]}, torch {torch.__version__} needs "
+            f"CUDA {built_for}; {reinstall(supported)}, or update the driver"
+        )
+    return "the driver shows no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
+def reinstall(cuda: tuple[int, int] | None) -> str:
+    """The pip command for the newest torch that a driver with this CUDA version can run (None: the default wheel)."""
+    options = "torch torchvision"
+    if cuda is not None and cuda[0] < 13:
+        options = f"{options} --index-url https://download.pytorch.org/whl/{'cu126' if cuda[0] == 12 else 'cu118'}"
+    return f"install a torch that fits: pip install --force-reinstall {options}"
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA version that the NVIDIA driver supports; None without a driver."""
+    try:
+        number = torch._C._cuda_getDriverVersion()
+    except (AttributeError, RuntimeError):  # torch without CUDA
+        number = 0
+    return (number // 1000, number % 1000 // 10) if number else None
+
+
+def driver_version() -> str:
+    """The version of the NVIDIA driver, such as 535.183.01."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
+    except OSError:
+        words = []
+    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "of an unknown version")
+
+
+def check_architecture(name: str, capability: tuple[int, int], compiled: Sequence[str]) -> None:
+    """Raise UserError unless torch has kernels for this GPU.
+
+    Args:
+        name: of the GPU.
+        capability: its compute capability, such as (7, 0).
+        compiled: torch.cuda.get_arch_list(); sm_XY runs on X.Y and later minor versions, compute_XY on all later ones.
+    """
+    for kind, _, digits in (each.partition("_") for each in compiled):
+        digits = digits.rstrip("af")
+        version = (int(digits[:-1]), int(digits[-1]))
+        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return
+    raise UserError(
+        f"{name} has compute capability {capability[0]}.{capability[1]}, torch {torch.__version__} has kernels for "
+        f"{', '.join(compiled)}; {reinstall((12, 6))}, or set device=cpu"
+    )

@@ -1,0 +1,260 @@
+"""Joining the process group that torchrun or srun started, and leaving it with the right exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from allspark.device import choose_device
+from allspark.distributed import all_gather, is_main, rank, world_size
+from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, from_environment, mendable, reason_of
+
+JOIN_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
+# For a collective that hangs; the launcher and the other processes notice a process that ends at once. Until then a
+# process may be busy alone: filling a cache, evaluating a larger share, writing a checkpoint to a slow disk.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+MAX_FACTS = 16  # compared by check_same
+
+
+def launched_by() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) for plain python.
+
+    SLURM_NTASKS is not used: it is also set in a batch script that runs plain python.
+    """
+    for rank_, world, local_rank in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ):
+        if world in os.environ and (rank_ in os.environ or world != "WORLD_SIZE"):
+            count = from_environment(world, least=1)
+            return from_environment(rank_, most=count - 1), count, from_environment(local_rank, 0)
+    return 0, 1, 0
+
+
+def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, dist.Store | None]:
+    """Choose the device and join the process group if there is one: NCCL on GPUs, else gloo.
+
+    Args:
+        device: auto, cuda, mps or cpu.
+        port: of the process group, unless the launcher sets MASTER_PORT.
+
+    Returns:
+        The device of this process, and the store that the processes share (None for a single process).
+    """
+    rank_, world, local_rank = launched_by()
+    if world > 1 and not torch.cuda.is_available() and device == "mps":
+        raise UserError("device=mps takes one process: gloo has no collectives on it; start one, or set device=cpu")
+    if from_environment("SLURM_STEP_NUM_NODES", 1) > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("srun over several nodes without MASTER_ADDR; start it with sbatch scripts/slurm_train.sh")
+    chosen = choose_device(device, local_rank)
+    if world > 1 and chosen.type == "mps":
+        chosen = torch.device("cpu")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world == 1 or dist.is_initialized():
+        return chosen, None
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port or default_port()))
+    from_environment("MASTER_PORT", least=1, most=65535)
+    if os.name == "nt":
+        os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows is built without libuv, but asks for it
+    return chosen, join(chosen, rank_, world)
+
+
+def default_port() -> int:
+    """A port if no launcher sets one: the same for all tasks of an srun, different for the next srun on the node."""
+    number = "".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "") + os.environ.get("SLURM_STEP_ID", "")))
+    return 20000 + int(number or 9500) % 20000
+
+
+def join(device: torch.device, rank: int, world: int) -> dist.Store:
+    """Join the process group at MASTER_ADDR:MASTER_PORT."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=JOIN_TIMEOUT))
+        store = dist.PrefixStore(start_name(), store)
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            check_gpus(store, rank, world, f"{properties.name} {properties.uuid}")
+        nccl = device.type == "cuda" and dist.is_nccl_available()  # not on Windows
+        dist.init_process_group(
+            "nccl" if nccl else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if nccl else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"{place} is in use; choose another --port or MASTER_PORT") from None
+        raise UserError(
+            f"rank {rank} of {world} could not connect to {place} ({str(error).splitlines()[0]}); check the messages "
+            f"of the other processes, and whether that address can be reached from this node"
+        ) from None
+    return store
+
+
+def check_gpus(store: dist.Store, rank: int, world: int, gpu: str) -> None:
+    """Raise UserError, on every process, if two processes use the same GPU; NCCL would hang or crash later.
+
+    Args:
+        store: shared by the processes.
+        rank: of this process.
+        world: number of processes.
+        gpu: name and UUID of this process's GPU.
+    """
+    store.set(f"gpu {rank}", f"{gpu} on {socket.gethostname()}")
+    owners: dict[str, int] = {}
+    for other in range(world):
+        name = store.get(f"gpu {other}").decode()
+        if name in owners:
+            raise UserError(
+                f"ranks {owners[name]} and {other} share one GPU ({name}); start at most as many processes per node "
+                f"as it has GPUs (sh scripts/train.sh <num_gpu> ..., --ntasks-per-node)"
+            )
+        owners[name] = other
+
+
+def start_name() -> str:
+    """A prefix for the store's keys, different after each restart by torchrun.
+
+    torchrun keeps one store over its restarts, with the addresses of processes that have ended. Several nodes count
+    their restarts independently, so that they share one prefix.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"attempt {restarts}" if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "attempts"
+
+
+def is_restart() -> bool:
+    """Whether Slurm (requeue) or torchrun (max_restarts) started this process again."""
+    return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
+
+
+@contextmanager
+def process_group(device: str = "auto", port: int | None = None) -> Iterator[torch.device]:
+    """Join the process group, yield the device, and leave the group.
+
+    If one process of several fails, it ends at once with its message: leaving the group in order is a collective, which
+    would wait for processes that wait for this one. The launcher then ends the others.
+    """
+    chosen, store = init(device, port)
+    try:
+        yield chosen
+    except BaseException as error:
+        if store is None:
+            raise
+        leave(error, store)
+    if store is not None:
+        dist.destroy_process_group()
+
+
+def leave(error: BaseException, store: dist.Store) -> NoReturn:
+    """End this process at once, with the exit code of its error."""
+    code, message, is_first = 1, "", None
+    if isinstance(error, Stopped) and not has_ended(store):  # all processes stop together
+        code, message = STOPPED, str(error) if is_main() else ""
+    elif isinstance(error, Stopped):  # stopped by the launcher because another process failed: not to be requeued
+        pass
+    elif isinstance(error, KeyboardInterrupt):
+        code = INTERRUPTED
+    elif isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    else:
+        code = 1 if mendable(error) is None else 2
+        message, is_first = final_message(error, store)
+    if message:  # before torchrun is notified, which may then end this process
+        print(message, file=sys.stderr, flush=True)
+    if is_first is not None:
+        report_to_torchrun(message, is_first)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def final_message(error: BaseException, store: dist.Store) -> tuple[str, bool]:
+    """What to print before this process ends, and whether it is the first to fail.
+
+    The others fail because they lost it; they print one line.
+    """
+    cause = mendable(error) or "".join(traceback.format_exception(error)).rstrip()
+    lost = is_lost_peer(error)
+    if lost:  # killed or hanging: a process that raised an error would have reported it
+        reason = reason_of(error).rpartition("] ")[2]
+        cause = f"error: rank {rank()} lost another process, which was killed or hangs ({reason})"
+    try:
+        first, _, first_cause = store.compare_set("ended", "", f"{rank()} {cause}").decode().partition(" ")
+    except RuntimeError:  # rank 0, which hosts the store, has ended
+        first, first_cause = "0" if lost else str(rank()), ""
+    if first == str(rank()):
+        return cause, not lost
+    if mendable(error) is not None:
+        return "" if first_cause == cause else cause, False
+    return f"rank {rank()}: another process failed first; see its message", False
+
+
+def report_to_torchrun(message: str, is_first: bool) -> None:
+    """Write the error file from which torchrun names the root cause: the failure with the earliest time, in seconds.
+
+    torchrun dates a killed process by when it notices, so that processes that lost it must report a later time.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            last_line = message.splitlines()[-1] if message else "the same as another process"
+            summary = {"message": last_line, "extraInfo": {"timestamp": int(time.time()) + (-1 if is_first else 30)}}
+            temporary = Path(f"{file}.tmp")  # torchrun may end this process at any time, and must not read half a file
+            temporary.write_text(json.dumps({"message": summary}), encoding="utf-8")
+            temporary.replace(file)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone. NCCL and gloo have no error classes for it."""
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Timed out")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in gone)
+
+
+def has_ended(store: dist.Store) -> bool:
+    """Whether a process of this group has ended with an error."""
+    try:
+        return store.check(["ended"])
+    except RuntimeError:  # the process that hosts the store
+        return True
+
+
+def check_same(**facts: str) -> None:
+    """Fail early if ranks disagree on code, config or file lists; a mismatch would deadlock the first collective.
+
+    Raises:
+        UserError: on every process, with the name of the first fact that differs from rank 0.
+    """
+    if world_size() == 1:
+        return
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    digests = [int.from_bytes(hashlib.sha256(fact.encode()).digest()[:7], "big") for fact in facts.values()]
+    gathered = all_gather(torch.tensor([digests + [0] * (MAX_FACTS - len(facts))], device=device)).tolist()
+    for name, first, *others in zip(facts, *gathered, strict=False):
+        if different := [str(other) for other, digest in enumerate(others, start=1) if digest != first]:
+            raise UserError(
+                f"{name}: differs between rank {', '.join(different)} and rank 0; all nodes need the same code, "
+                "config, lists, --save-path and command line"
+            )
+
+
+def code_version() -> str:
+    """Hash of this package's files, and the version of torch."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return f"{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()} torch {torch.__version__}"

@@ -1,0 +1,999 @@
+"""Check AllSpark on one NVIDIA GPU: correctness against the CPU, training end to end, and speed, within 8 minutes.
+
+    python scripts/gpu_check.py --out DIR [--only a1,c] [--budget 450]
+
+One line per check; DIR/gpu_check.json is rewritten after each of them. The exit code is the number of failed checks.
+Wheels in .wheels/ (pip download --no-deps) are used where a package is missing. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WHEELS = ROOT / ".wheels"
+if WHEELS.is_dir():
+    site = Path(tempfile.gettempdir()) / "allspark_wheels"
+    for wheel in WHEELS.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(site)
+    sys.path.append(str(site))
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (str(ROOT), *sys.path[-1:]) if path)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from allspark.bench.machine import copy_rate, matrix_rate
+from allspark.bench.step import StepBatch, StepCase, our_side, plain_side
+from allspark.build import build_method, complete
+from allspark.config import load_recipe
+from allspark.data import spec_for
+from allspark.data.batch import LabeledBatch, UnlabeledBatch
+from allspark.device import choose_device
+from allspark.engine.optim import build_optimizer, set_lr
+from allspark.engine.stepper import Stepper, autocast, set_deterministic, set_precision
+from allspark.evaluation.evaluate import predict, predict_in_strips
+from allspark.evaluation.sliding_window import inference_for
+from allspark.losses import OHEM
+from allspark.memory_estimate import allocator_peak, predict_step
+from allspark.methods import Progress
+from allspark.models import attention
+from allspark.models.memory import SemanticMemory, group_channels
+from allspark.models.segmentor import build_model
+from allspark.models.student import Student
+
+METHODS = ["supervised", "selftrain", "fixmatch", "unimatch", "unimatch_v2", "imas", "maskmatch", "pseudoseg"]
+METHODS += ["allspark", "allspark_revised", "fixmatch_r50", "unimatch_r50"]
+CASES = [
+    (method, bottleneck)
+    for method, bottleneck in itertools.product(METHODS, ("none", "allspark"))
+    if not (method == "supervised" and bottleneck == "allspark")
+]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+NULL = "NULL_CUDA" in os.environ  # rehearsal with a stub in place of the CUDA libraries: values mean nothing
+if NULL:
+    os.environ.pop("LD_PRELOAD", None)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+WAITS = {"imas"}  # methods that wait for the device once a step
+DEVICE = "cpu" if NULL else "cuda"  # of the processes that are started
+NO_DROPOUT = {"model.drop_path": 0.0, "model.dropout": 0.0, "model.bottleneck.dropout": 0.0}
+
+
+class Failed(Exception):
+    """A check that did not pass; the message says why."""
+
+
+def require(condition: bool, why: str) -> None:
+    """Fail the check. Values are not checked in a rehearsal."""
+    if not condition and not NULL:
+        raise Failed(why)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step of any method on random images
+
+
+class Trainer:
+    """A recipe on random images of one size, as train.py would train it."""
+
+    def __init__(
+        self,
+        method: str,
+        bottleneck: str = "none",
+        device: torch.device = GPU,
+        *,
+        precision: str = "fp32",
+        images: int = 2,
+        crop: int = 0,
+        **overrides: Any,
+    ) -> None:
+        crop = crop or (129 if (method, bottleneck) == ("maskmatch", "allspark") else 65)
+        encoder = {} if method.endswith(("_r50", "_r101")) else {"model.encoder": "mit_b0"}
+        values = {"precision": precision, "data.crop_size": crop, "batch_size": images, "model.pretrained": "none"}
+        values |= {"model.bottleneck.name": bottleneck, **encoder, **overrides}
+        self.recipe = complete(load_recipe("pascal", method, values))
+        self.spec, self.device = spec_for(self.recipe.data), device
+        set_precision(precision, device)
+        set_deterministic(self.recipe.deterministic)
+        torch.manual_seed(0)
+        self.model = build_model(self.recipe.model, self.spec.num_classes, crop).to(device).train()
+        self.method = build_method(self.recipe, self.spec).to(device)
+        self.method.attach(self.model)
+        optimizer = build_optimizer(self.recipe.optim, self.model)
+        self.stepper = Stepper(self.model, optimizer, precision, self.recipe.optim.clip_norm)
+        self.network: nn.Module = self.model
+        if self.recipe.compile:
+            self.model.compile_parts()
+        self.norm = torch.zeros(())
+
+    def batch(self, seed: int = 0) -> tuple[LabeledBatch, UnlabeledBatch | None]:
+        generator = torch.Generator().manual_seed(seed)
+        images, crop, views = self.recipe.batch_size, self.recipe.data.crop_size, self.method.views
+
+        def image() -> Tensor:
+            coarse = torch.randint(256, (images, 3, 9, 9), generator=generator).float()
+            smooth = F.interpolate(coarse, (crop, crop), mode="bilinear")
+            return (smooth + torch.randint(-20, 21, smooth.shape, generator=generator)).clamp(0, 255).byte()
+
+        coarse = torch.randint(self.spec.num_classes, (images, 1, 4, 4), generator=generator).float()
+        mask = F.interpolate(coarse, (crop, crop))[:, 0].long()
+        mask[:, :3] = 255
+        labeled = LabeledBatch(image(), mask).to(self.device)
+        if not views.unlabeled:
+            return labeled, None
+        valid = torch.ones(images, crop, crop, dtype=torch.bool)
+        valid[:, -5:] = False
+        box = torch.zeros_like(valid)
+        box[:, crop // 4 : crop // 2, crop // 3 : -crop // 4] = True
+        strong = tuple(image() for _ in views.strong)
+        return labeled, UnlabeledBatch(image(), strong, valid, tuple(box for _ in strong)).to(self.device)
+
+    def step(self, batch: tuple, number: int = 0, epoch: int = 50) -> dict[str, Tensor]:
+        progress = Progress(number, epoch, 1000)
+        student = Student(self.network, read_memory=epoch >= self.recipe.model.bottleneck.warmup_epochs)
+        with autocast(self.recipe.precision, self.device):
+            losses = self.method.losses(student, *batch, progress)
+        self.stepper.backward(losses["loss"])
+        self.norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
+        self.stepper.step()
+        self.method.after_step(student, progress)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def steps(self, count: int, first: int = 0) -> list[float]:
+        losses = []
+        for number in range(first, first + count):
+            torch.manual_seed(number)
+            set_lr(self.stepper.optimizer, self.recipe.optim.lr)
+            losses.append(self.step(self.batch(number), number)["loss"])
+        return torch.stack(losses).tolist()
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "method": self.method.state_dict(), **self.stepper.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"])
+        self.stepper.load_state_dict(state)
+        self.stepper.save_buffers()
+
+
+def digest(value: Any) -> str:
+    """sha256 of all tensors in a nested state."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+    if isinstance(value, dict):
+        return hashlib.sha256(
+            "".join(f"{key}{digest(value[key])}" for key in sorted(value, key=str)).encode()
+        ).hexdigest()
+    if isinstance(value, list | tuple):
+        return hashlib.sha256("".join(map(digest, value)).encode()).hexdigest()
+    return repr(value)
+
+
+class DrawnOnCPU(TorchFunctionMode):
+    """Random numbers are drawn on the CPU whatever the device, so that two devices see the same ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.rand, torch.randint, torch.randperm, torch.randn):
+            device = kwargs.pop("device", None)
+            drawn = func(*args, **kwargs)
+            return drawn if device is None else drawn.to(device)
+        if func is Tensor.bernoulli_:
+            return args[0].copy_(torch.empty(args[0].shape).bernoulli_(*args[1:]))
+        if func is F.dropout2d and kwargs.get("training", True):
+            x, rate = args[0], args[1] if len(args) > 1 else kwargs["p"]
+            keep = torch.empty(x.shape[:2]).bernoulli_(1 - rate).to(x)[..., None, None]
+            return x * keep / (1 - rate)
+        return func(*args, **kwargs)
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
+    return ((value - reference).norm() / reference.norm().clamp(min=1e-30)).item()
+
+
+def timed(run: Callable[[], object], warmup: int = 3, repeats: int = 10) -> float:
+    """Median milliseconds of a run, by CUDA events."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def profile(run: Callable[[], object], table: Path | None = None) -> dict[str, float]:
+    """Kernel launches and GPU-busy milliseconds of one run; the host's own milliseconds, without waiting."""
+    torch.cuda.synchronize()
+    start, cpu = time.perf_counter(), time.process_time()
+    run()
+    host, cpu = time.perf_counter() - start, time.process_time() - cpu
+    torch.cuda.synchronize()
+    if NULL:
+        return {"host_ms": host * 1e3}
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as recorded:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(event.device_time_total for event in kernels) / 1e3
+    if table is not None:
+        averages = recorded.key_averages()
+        text = averages.table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=90)
+        table.write_text(text + "\n" + averages.table(sort_by="count", row_limit=30, max_name_column_width=90))
+    return {"launches": len(kernels), "gpu_ms": busy, "host_ms": host * 1e3, "host_cpu_ms": cpu * 1e3}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A. It runs and is right
+
+
+def a1_environment(out: Path) -> dict[str, Any]:
+    major, minor = torch.cuda.get_device_capability(0)
+    found = {
+        "device": str(choose_device("auto")),
+        "gpu": torch.cuda.get_device_name(0),
+        "architecture": f"sm_{major}{minor}",
+        "architectures": torch.cuda.get_arch_list(),
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+        "nccl": torch.distributed.is_nccl_available(),
+        "compiler": shutil.which("gcc") or shutil.which("cc"),
+    }
+    require(found["device"] == "cuda:0" and found["bf16"] and found["nccl"], str(found))
+    require(f"sm_{major}{minor}" in found["architectures"], "the wheel has no code for this card")
+    return found
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, present: Tensor | None) -> Tensor:
+    """Normalized similarities, softmax, weighted values, in the order in which the paper writes them; float64."""
+    scores = q.transpose(1, 2) @ k.t()  # (B, Cq, M)
+    seen = scores if present is None else scores[..., present.cpu().nonzero()[:, 0].to(scores.device)]
+    scores = (scores - seen.mean((1, 2), keepdim=True)) / (seen.var((1, 2), False, keepdim=True) + attention.EPS).sqrt()
+    if present is not None:
+        scores = scores.masked_fill(~present, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def a2_attention(out: Path) -> dict[str, Any]:
+    """The attention to the memory against float64 on the same device, for all dtypes; gradients, too."""
+    errors: dict[str, float] = {}
+    for classes, cells, kind, dtype in itertools.product(
+        (21, 81), (9, 289), ("all", "half", "one"), (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        generator, channels = torch.Generator().manual_seed(classes + cells), 512
+        q = torch.randn(1, cells, 128, generator=generator).to(GPU)
+        k, v = (torch.randn(classes * channels, cells, generator=generator).to(GPU) for _ in range(2))
+        grad = torch.randn(q.shape, generator=generator).to(GPU)
+        present = None
+        if kind != "all":
+            chosen = torch.arange(classes) % 2 == 0 if kind == "half" else torch.arange(classes) == classes // 2
+            present = chosen.repeat_interleave(channels).to(GPU)
+            k, v = k * present[:, None], v * present[:, None]
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        wanted = [x.detach().double().requires_grad_() for x in given]
+        found = attention.shared_channel_attention(*given, 0.0, present)
+        truth = reference_attention(*wanted, present)
+        found.backward(grad.to(dtype))
+        truth.backward(grad.to(dtype).double())
+        pairs = [(found, truth), *((a.grad, b.grad) for a, b in zip(given, wanted, strict=True))]
+        error = max(relative(a, b) for a, b in pairs)
+        errors[f"K={classes} N={cells} {kind} {str(dtype)[6:]}"] = error
+        require(error <= (1e-4 if dtype == torch.float32 else 2e-2), f"{list(errors)[-1]}: {error:.1e}")
+        if present is not None and (~present).any():
+            require(given[2].grad[~present].abs().max().item() == 0, "absent values get a gradient")
+    return {"largest": max(errors.values()), "errors": errors}
+
+
+def a3_dropout(out: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 9, 64, device=GPU), torch.randn(512, 9, device=GPU), torch.randn(512, 9, device=GPU)
+    full = attention.shared_channel_attention(q, k, v, 0.0)
+    draws = [attention.shared_channel_attention(q, k, v, 0.1) for _ in range(512)]
+    error = relative(torch.stack(draws).mean(0), full)
+    spread = torch.stack(draws).std(0).mean().item()
+    require(error < 0.05 and spread > 0, f"mean of the draws is {error:.3f} off, spread {spread}")
+    return {"error_of_mean": error, "spread": spread}
+
+
+def a4_cpu_equals_cuda(out: Path) -> dict[str, Any]:
+    """One step with the same weights, images and random numbers on both devices."""
+    worst: dict[str, Any] = {}
+    problems = []
+    for method, bottleneck in CASES:
+        found = []
+        for device in (CPU, GPU):
+            trainer = Trainer(method, bottleneck, device, **NO_DROPOUT)
+            with DrawnOnCPU():
+                torch.manual_seed(1)
+                losses = trainer.step(trainer.batch())
+            found.append((trainer, {name: value.item() for name, value in losses.items()}))
+        (on_cpu, losses), (on_gpu, theirs) = found
+        loss = max(abs(theirs[name] - value) / max(abs(value), 1e-3) for name, value in losses.items())
+        norm = relative(on_gpu.norm, on_cpu.norm)
+        name = f"{method} {bottleneck}"
+        worst[name] = {"loss": loss, "norm": norm}
+        if loss > 1e-4 or norm > 1e-3:
+            problems.append(f"{name}: losses {loss:.1e}, gradient norm {norm:.1e}")
+        for key, value in on_cpu.model.state_dict().items():
+            other = on_gpu.model.state_dict()[key].cpu()
+            if key.endswith("memory.queue"):
+                equal = (value - other).abs().amax(-1).lt(1e-3).float().mean().item()
+                worst[name]["equal_slots"] = equal
+                if equal < 0.995:
+                    problems.append(f"{name}: {equal:.4f} of the slots are equal")
+            elif value.is_floating_point() and relative(other, value) > 1e-3 and (other - value).abs().max() > 1e-5:
+                problems.append(f"{name}: {key} differs by {relative(other, value):.1e} after the step")
+                break
+    require(not problems, "; ".join(problems))
+    return {"cases": len(worst), "loss": max(w["loss"] for w in worst.values()), "all": worst}
+
+
+def a5_precisions(out: Path) -> dict[str, Any]:
+    """tf32, bf16 and fp16 train like fp32; a batch with an infinity changes nothing."""
+    problems, worst = [], 0.0
+    for method, bottleneck in CASES:
+        reference = None
+        for precision in ("fp32", "tf32", "bf16", "fp16"):
+            trainer = Trainer(method, bottleneck, precision=precision)
+            losses = trainer.steps(2)
+            reference = reference or losses
+            apart = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(losses, reference, strict=True))
+            worst = max(worst, apart)
+            if not apart < (0.1 if method in ("imas", "unimatch_v2", "maskmatch") else 0.05):
+                problems.append(f"{method} {bottleneck} {precision}: {losses} {reference}")
+            labeled, unlabeled = trainer.batch(7)
+            labeled.image[0, 0, 0, 0] = math.inf
+            before, skipped = digest([trainer.model.state_dict(), moments(trainer)]), int(trainer.stepper.skipped)
+            trainer.step((labeled, unlabeled), 2)
+            if int(trainer.stepper.skipped) != skipped + 1:
+                problems.append(f"{method} {bottleneck} {precision}: a poisoned step was not counted")
+            if digest([trainer.model.state_dict(), moments(trainer)]) != before:
+                problems.append(f"{method} {bottleneck} {precision}: a poisoned step changed the network")
+    require(not problems, "; ".join(problems))
+    return {"largest_difference": worst}
+
+
+def moments(trainer: Trainer) -> list[Tensor]:
+    """What the optimizer keeps of each weight, but for counts of steps."""
+    states = trainer.stepper.optimizer.state.values()
+    return [value for state in states for name, value in state.items() if name != "step" and isinstance(value, Tensor)]
+
+
+def a6_no_wait(out: Path) -> dict[str, Any]:
+    """The host never waits for the device inside a step."""
+    waits = {}
+    for (method, bottleneck), precision in itertools.product(CASES, ("fp32", "bf16")):
+        trainer = Trainer(method, bottleneck, precision=precision)
+        trainer.step(trainer.batch())
+        batch = trainer.batch(1)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.step(batch, 1)
+        except RuntimeError as error:
+            waits[f"{method} {bottleneck} {precision}"] = str(error).splitlines()[0][:100] + " " + place(error)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    unexpected = [name for name in waits if name.split()[0] not in WAITS]
+    require(not unexpected, f"{unexpected}: {waits}")
+    return {"waits": waits}
+
+
+def place(error: BaseException) -> str:
+    """Where in this project an error was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "allspark" in frame.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def a7_evaluation(out: Path) -> dict[str, Any]:
+    """Predictions of both devices by every way of evaluating."""
+    trainers = [Trainer("fixmatch", "allspark", device, crop=129) for device in (CPU, GPU)]
+    for trainer in trainers:
+        trainer.model.load_state_dict(trainers[0].model.state_dict())
+    spec, agreed, total, shares = trainers[0].spec, 0, 0, {}
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(256, (4, 3, 17, 22), generator=generator).float()
+    images = F.interpolate(coarse, (200, 260), mode="bilinear").byte()
+    ways = [(mode, {}) for mode in ("whole", "sliding_window", "center_crop")]
+    ways.append(("whole", {"scales": (0.75, 1.25), "flip": True}))
+    for mode, options in [*ways, ("strips", {})]:
+        found = []
+        inference = inference_for(spec, 129, "sliding_window" if mode == "strips" else mode, None, **options)
+        for trainer, device in zip(trainers, (CPU, GPU), strict=True):
+            predictor = trainer.method.predictor(trainer.model).eval()
+            with torch.no_grad():
+                if mode == "strips":
+                    labels = predict_in_strips(predictor, images[:1], spec, device, inference, ["image"])[0]
+                else:
+                    labels = predict(predictor, images, spec, device, inference, ["image"])
+            found.append(labels.cpu())
+        same = (found[0] == found[1]).sum().item()
+        shares[f"{mode} {options or ''}".strip()] = same / found[0].numel()
+        agreed, total = agreed + same, total + found[0].numel()
+    require(agreed / total >= 0.999, str(shares))
+    return {"equal_pixels": agreed / total, **shares}
+
+
+def train(out: Path, name: str, *argv: str, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
+    """train.py on shapes with 16 labeled images, in a process of its own."""
+    words = ["--dataset", "shapes", "--split", "1_30", "--save-path", str(out / name), f"data.data_root={shapes()}"]
+    command = [sys.executable, "train.py", *words, f"device={DEVICE}", *argv]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, **options)
+    if check is not None:
+        require(result.returncode == check, f"{name}: exit code {result.returncode}: {result.stderr[-600:]}")
+    return result
+
+
+def shapes() -> Path:
+    """The shapes data set, which a process begins to draw when this script starts."""
+    folder = Path(tempfile.gettempdir()) / "allspark_shapes"
+    while drawing is not None and drawing.poll() is None:
+        time.sleep(0.2)
+    return folder
+
+
+drawing: subprocess.Popen | None = None
+
+
+def draw_shapes() -> None:
+    global drawing
+    code = "from pathlib import Path; from allspark.data.datasets.shapes import generate; import sys"
+    code += "; generate(Path(sys.argv[1]))"
+    folder = Path(tempfile.gettempdir()) / "allspark_shapes"
+    drawing = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+SHORT = ("epoch_of=labeled", "epochs=3", "burn_in_epochs=1", "evaluation.interval=3", "log_interval=1")
+
+
+def a8_train(out: Path) -> dict[str, Any]:
+    """train.py with workers, fixmatch with the bottleneck, fp32 and bf16; memory against the prediction."""
+    found: dict[str, Any] = {}
+    for precision in ("fp32", "bf16"):
+        words = ("--method", "fixmatch", "model.bottleneck=allspark", f"precision={precision}", "data.num_workers=4")
+        train(out, f"train_{precision}", *words, *SHORT, "warmup_epochs=1")
+        scores = [line["miou"] for line in metrics(out / f"train_{precision}") if "miou" in line]
+        require(bool(scores) and scores[-1] > 0, f"{precision}: mIoU {scores}")
+        found[precision] = scores
+    return found
+
+
+def a9_resume(out: Path) -> dict[str, Any]:
+    """Stopped by SIGTERM and started again; from CUDA to the CPU and back."""
+    words = ("--method", "selftrain", "model.bottleneck=allspark", *SHORT, "checkpoint_interval=2", "epochs=40")
+    command = [sys.executable, "train.py", "--dataset", "shapes", "--split", "1_30", f"data.data_root={shapes()}"]
+    command += ["--save-path", str(out / "resume"), f"device={DEVICE}", "evaluation.interval=40", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "resume" / "latest.pth").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, errors = process.wait(60), process.stderr.read()
+    require(code == 75, f"SIGTERM gave exit code {code}: {errors[-400:]}")
+    first = torch.load(out / "resume" / "latest.pth", weights_only=True)["step"]
+    steps = [first]
+    for device in ("cpu", DEVICE):
+        process = subprocess.Popen(
+            [*command, f"device={device}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        deadline, step = time.monotonic() + 60, steps[-1]
+        while step < steps[-1] + 2 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
+            with contextlib.suppress(Exception):
+                step = torch.load(out / "resume" / "latest.pth", weights_only=True)["step"]
+        process.send_signal(signal.SIGTERM)
+        code, errors = process.wait(60), process.stderr.read()
+        require(code == 75, f"on {device}: exit code {code}: {errors[-400:]}")
+        steps.append(torch.load(out / "resume" / "latest.pth", weights_only=True)["step"])
+    require(steps == sorted(set(steps)), f"steps {steps}")
+    return {"steps": steps}
+
+
+def a10_determinism(out: Path) -> dict[str, Any]:
+    """deterministic=true: the same bits twice, and again when resumed in the middle."""
+    found, problems = {}, []
+    for (method, bottleneck), precision in itertools.product(
+        (("fixmatch", "allspark"), ("fixmatch_r50", "none"), ("allspark_revised", "allspark")), ("fp32", "bf16")
+    ):
+        name, digests = f"{method} {bottleneck} {precision}", []
+        for _ in range(2):
+            trainer = Trainer(method, bottleneck, precision=precision, deterministic=True)
+            trainer.steps(20)
+            digests.append(digest(trainer.state()))
+        trainer = Trainer(method, bottleneck, precision=precision, deterministic=True)
+        trainer.steps(10)
+        state = trainer.state()
+        resumed = Trainer(method, bottleneck, precision=precision, deterministic=True)
+        resumed.load(state)
+        resumed.steps(10, first=10)
+        digests.append(digest(resumed.state()))
+        found[name] = [each[:8] for each in digests]
+        if len(set(digests)) > 1:
+            problems.append(f"{name}: {found[name]}")
+    set_deterministic(False)
+    require(not problems, "; ".join(problems))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. Processes
+
+
+def b1_ddp(out: Path) -> dict[str, Any]:
+    """DistributedDataParallel over NCCL with a world of one: the losses of every method are those without it."""
+    from torch import distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    store = dist.FileStore(str(out / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    problems = []
+    try:
+        for method, bottleneck in CASES:
+            losses = []
+            for wrapped in (False, True):
+                trainer = Trainer(method, bottleneck)
+                if wrapped:
+                    model = nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
+                    trainer.network = DistributedDataParallel(model, device_ids=[0], broadcast_buffers=False)
+                losses.append(trainer.steps(2))
+            apart = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(*losses, strict=True))
+            if not apart < 1e-3:
+                problems.append(f"{method} {bottleneck}: {losses}")
+    finally:
+        dist.destroy_process_group()
+    require(not problems, "; ".join(problems))
+    return {"cases": len(CASES)}
+
+
+def b2_too_many_processes(out: Path) -> dict[str, Any]:
+    words = ["--dataset", "shapes", "--method", "supervised", "--split", "1_30", f"data.data_root={shapes()}"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", "train.py"]
+    command = [*run, *words, "--save-path", str(out / "two"), f"device={DEVICE}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    ours = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    require(result.returncode != 0 and len(ours) == 1 and "GPU" in ours[0], f"{result.returncode}: {ours}")
+    return {"exit": result.returncode, "message": ours}
+
+
+def b4_out_of_memory(out: Path) -> dict[str, Any]:
+    words = ("--method", "supervised", "data.crop_size=2049", "model.encoder=mit_b5", "batch_size=16", *SHORT)
+    result = train(out, "memory", *words, "data.num_workers=8", check=None)
+    tail = result.stderr.strip().splitlines()[-1:] or [""]
+    require(result.returncode == 2 and "Traceback" not in result.stderr, f"exit {result.returncode}: {tail}")
+    require("memory" in tail[0], tail[0])
+    return {"message": tail[0]}
+
+
+def b5_signal(out: Path) -> dict[str, Any]:
+    """USR1, as slurm sends it before the time is up."""
+    command = [sys.executable, "train.py", "--dataset", "shapes", "--split", "1_30", "--method", "fixmatch"]
+    command += [
+        f"data.data_root={shapes()}",
+        "--save-path",
+        str(out / "signal"),
+        f"device={DEVICE}",
+        *SHORT,
+        "epochs=100",
+    ]
+    process = subprocess.Popen(
+        [*command, "evaluation.interval=100"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+        log = out / "signal" / "metrics.jsonl"
+        if log.exists() and '"step": 6' in log.read_text():
+            break
+    sent = time.monotonic()
+    process.send_signal(signal.SIGUSR1)
+    code, errors = process.wait(60), process.stderr.read()
+    require(code == 75 and (out / "signal" / "latest.pth").exists(), f"exit code {code}: {errors[-400:]}")
+    return {"seconds": time.monotonic() - sent}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C. Speed
+
+
+def c1_step(out: Path) -> dict[str, Any]:
+    """MiT-B5, crop 513, AllSpark reading the memory, against the plain formulation."""
+    rates = {precision: matrix_rate(GPU, precision) for precision in ("fp32", "tf32", "bf16")}
+    found: dict[str, Any] = {"rates": {**rates, "copy": copy_rate(GPU)}}
+    for encoder, images in (("mit_b5", 2), ("mit_b5", 8), ("mit_b2", 2)):
+        case = StepCase(encoder=encoder, crop=513, batch=images)
+        torch.manual_seed(0)
+        model = build_model(case.model, case.classes, case.crop).to(GPU)
+        batch = StepBatch.of(case, GPU)
+        for name in ("plain", "fp32", "tf32", "bf16"):
+            set_precision("fp32" if name == "plain" else name, GPU)
+            side = plain_side(case, model, batch) if name == "plain" else our_side(case, model, name, batch)
+            few = name in ("plain", "fp32")
+            row = {"ms": timed(side.run, 2, 4 if few else 12), "peak_gb": allocator_peak(side.run, GPU) / 1e9}
+            row["images_per_s"] = 2 * images / row["ms"] * 1e3
+            row |= profile(side.run, out / f"profile_{encoder}_{images}_{name}.txt")
+            found[f"{encoder} {images}+{images} {name}"] = row
+            found[f"{encoder} {images}+{images} {name}"]["ratio"] = (
+                found[f"{encoder} {images}+{images} plain"]["ms"] / row["ms"]
+            )
+            del side
+            free_memory()
+        del model, batch
+        free_memory()
+    return found
+
+
+def c3_bottleneck(out: Path) -> dict[str, Any]:
+    """The attention to the memory: torch's fused kernels, blocks by cuBLAS, and rows as eight heads."""
+    found = {}
+    for classes, images, dtype in itertools.product((21, 81, 150), (2, 8), (torch.float32, torch.bfloat16)):
+        set_precision("fp32", GPU)
+        rows, keys, cells = images * 1024, classes * 1024, 296
+        q = torch.randn(rows, cells, device=GPU, dtype=dtype, requires_grad=True)
+        k, v = (torch.randn(keys, cells, device=GPU, dtype=dtype, requires_grad=True) for _ in range(2))
+        grad = torch.randn_like(q)
+
+        def backward(attended: Tensor, grad: Tensor = grad) -> None:
+            attended.backward(grad)
+
+        def kernel(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+            backward(
+                F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], dropout_p=0.1, scale=1.0)[
+                    0, 0
+                ]
+            )
+
+        def eight(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+            heads = [q.view(1, 8, -1, q.shape[1]), *(x[None, None].expand(1, 8, -1, -1) for x in (k, v))]
+            backward(F.scaled_dot_product_attention(*heads, dropout_p=0.1, scale=1.0).reshape(q.shape))
+
+        def blocks(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+            backward(cublas_attention(q, k, v, 0.1))
+
+        row = {}
+        for name, run in (("kernel", kernel), ("eight", eight), ("blocks", blocks)):
+            try:
+                row[name] = timed(run, 2, 4)
+                row[f"{name}_gb"] = allocator_peak(run, GPU) / 1e9
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                row[name] = str(error).splitlines()[0][:120]
+            free_memory()
+        found[f"K={classes} {images} {str(dtype)[6:]}"] = row
+    return found
+
+
+def cublas_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, limit: int = 1 << 28) -> Tensor:
+    """Rows in blocks whose map has at most `limit` entries, each made again in the backward pass."""
+    size = max(limit // len(k), 128)
+
+    def attend(rows: Tensor) -> Tensor:
+        return F.dropout((rows @ k.t()).softmax(-1), dropout) @ v
+
+    parts = [torch.utils.checkpoint.checkpoint(attend, rows, use_reentrant=False) for rows in q.split(size)]
+    return torch.cat(parts)
+
+
+def c4_depthwise(out: Path) -> dict[str, Any]:
+    found = {}
+    for channels, side, dtype in itertools.product(
+        (256, 512, 1280, 2048), (129, 65, 33, 17), (torch.float32, torch.bfloat16)
+    ):
+        if channels * side * side not in (256 * 129**2, 512 * 65**2, 1280 * 33**2, 2048 * 17**2):
+            continue
+        for name, layout in (("channels_last", torch.channels_last), ("nchw", torch.contiguous_format)):
+            conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, device=GPU, dtype=dtype)
+            x = torch.randn(4, channels, side, side, device=GPU, dtype=dtype).contiguous(memory_format=layout)
+            x.requires_grad_()
+            conv = conv.to(memory_format=layout)
+
+            def run(conv: nn.Module = conv, x: Tensor = x) -> None:
+                conv(x).sum().backward()
+
+            found[f"{channels}x{side} {str(dtype)[6:]} {name}"] = timed(run, 2, 5)
+    return found
+
+
+def c5_attention(out: Path) -> dict[str, Any]:
+    """The encoder's own attention by each backend; what a new image size costs."""
+    found: dict[str, Any] = {}
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
+    for name, backend in backends.items():
+        try:
+            with sdpa_kernel([backend]):
+                shape = (4, 5, 1089, 64)
+                q, k, v = (torch.randn(shape, device=GPU, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+                found[name] = timed(
+                    lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v).sum().backward(), 2, 5
+                )
+                new = []
+                for extra in range(10):
+                    q, k, v = (
+                        torch.randn(1, 5, 1100 + 7 * extra, 64, device=GPU, dtype=torch.bfloat16) for _ in range(3)
+                    )
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    F.scaled_dot_product_attention(q, k, v)
+                    torch.cuda.synchronize()
+                    new.append((time.perf_counter() - start) * 1e3)
+                found[f"{name} new shape"] = statistics.median(new)
+        except RuntimeError as error:
+            found[name] = str(error).splitlines()[0][:120]
+    return found
+
+
+def c6_evaluation(out: Path) -> dict[str, Any]:
+    """Whole images of forty sizes, bf16, the first time and again."""
+    trainer = Trainer("supervised", crop=513, precision="bf16", **{"model.encoder": "mit_b2"})
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(int(a), int(b)) for a, b in torch.randint(330, 501, (40, 2), generator=generator)]
+    images = [torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    inference, rates = inference_for(trainer.spec, 513, "whole", None), {}
+    predictor = trainer.method.predictor(trainer.model).eval()
+    for name in ("cold", "warm"):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.no_grad(), autocast("bf16", GPU):
+            for image in images:
+                predict(predictor, image, trainer.spec, GPU, inference, ["image"])
+        torch.cuda.synchronize()
+        rates[name] = len(images) / (time.perf_counter() - start)
+    require(rates["cold"] >= 0.3 * rates["warm"], str(rates))
+    return rates
+
+
+def c7_compile(out: Path) -> dict[str, Any]:
+    """compile=true on MiT-B0: the losses of eager mode, what it costs and gains."""
+    found, losses = {}, []
+    for compiled in (False, True):
+        words = {"compile": compiled, **NO_DROPOUT}
+        trainer = Trainer("fixmatch", "allspark", precision="bf16", crop=257, images=4, **words)
+        start = time.perf_counter()
+        losses.append(trainer.steps(6))
+        found[f"first_steps_s {compiled}"] = time.perf_counter() - start
+        batch = trainer.batch()
+        found[f"ms {compiled}"] = timed(lambda trainer=trainer, batch=batch: trainer.step(batch), 2, 10)
+        found[f"profile {compiled}"] = profile(lambda trainer=trainer, batch=batch: trainer.step(batch))
+    apart = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(*losses, strict=True))
+    require(apart < 2e-2, f"losses {losses}")
+    return {**found, "losses_apart": apart}
+
+
+def c8_graph(out: Path) -> dict[str, Any]:
+    """A whole step as one CUDA graph: which methods can be captured, and what it gains."""
+    found = {}
+    cases = [(m, b, "mit_b0", 257, 4) for m, b in CASES if m in ("fixmatch", "allspark", "unimatch_v2", "supervised")]
+    cases += [("fixmatch", "allspark", "mit_b5", 513, 2)]
+    for method, bottleneck, encoder, crop, images in cases:
+        name = f"{method} {bottleneck} {encoder}"
+        options = {"model.encoder": encoder}
+        trainer = Trainer(method, bottleneck, precision="bf16", crop=crop, images=images, **options)
+        batch = trainer.batch()
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    trainer.step(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            eager = timed(lambda trainer=trainer, batch=batch: trainer.step(batch), 1, 8)
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                losses = trainer.step(batch)
+            found[name] = {"eager_ms": eager, "graph_ms": timed(graph.replay, 2, 10), "loss": losses["loss"].item()}
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]} at {place(error)}"
+            torch.cuda.synchronize()
+        del trainer
+        free_memory()
+    return found
+
+
+def c10_resnet(out: Path) -> dict[str, Any]:
+    found = {}
+    for method in ("fixmatch_r101", "unimatch_r101"):
+        trainer = Trainer(method, precision="bf16", crop=321, images=8)
+        batch = trainer.batch()
+        run = lambda trainer=trainer, batch=batch: trainer.step(batch)  # noqa: E731
+        found[method] = {"ms": timed(run, 3, 8), **profile(run, out / f"profile_{method}.txt")}
+        del trainer, run
+        free_memory()
+    return found
+
+
+def c11_parts(out: Path) -> dict[str, Any]:
+    logits = torch.randn(2, 19, 801, 801, device=GPU, requires_grad=True)
+    mask = torch.randint(19, (2, 801, 801), device=GPU)
+    ohem = OHEM()
+    memory = SemanticMemory(21, 512, 17).to(GPU)
+    features, maps = torch.randn(2, 512, 17, 17, device=GPU), torch.randn(2, 21, 513, 513, device=GPU)
+    classes = group_channels(features, maps)
+    small = torch.randn(2, 19, 201, 201, device=GPU, requires_grad=True)
+    return {
+        "ohem": timed(lambda: ohem(logits, mask).backward()),
+        "cross_entropy": timed(lambda: F.cross_entropy(logits, mask).backward()),
+        "upsample": timed(lambda: F.interpolate(small, (801, 801), mode="bilinear").sum().backward()),
+        "group_channels": timed(lambda: group_channels(features, maps)),
+        "enqueue": timed(lambda: memory.enqueue(features.flatten(2), classes)),
+    }
+
+
+def c12_memory(out: Path) -> dict[str, Any]:
+    """The predicted memory of a step against the allocator's."""
+    found, problems = {}, []
+    for method, bottleneck, precision, encoder in (
+        ("allspark", "allspark", "fp32", "mit_b5"),
+        ("allspark", "allspark", "bf16", "mit_b5"),
+        ("unimatch_r101", "none", "bf16", "resnet101"),
+    ):
+        options = {"model.encoder": encoder}
+        trainer = Trainer(method, bottleneck, precision=precision, crop=321, images=2, **options)
+        batch = trainer.batch()
+        trainer.step(batch)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        trainer.step(batch)
+        real = torch.cuda.max_memory_allocated() / 1e9
+        recipe, spec = trainer.recipe, trainer.spec
+        del trainer, batch
+        free_memory()
+        predicted = predict_step(recipe, spec, build_method(recipe, spec), "cuda").peak / 1e9
+        found[f"{method} {precision}"] = {"real_gb": real, "predicted_gb": predicted, "ratio": real / predicted}
+        if real > 1.1 * predicted:
+            problems.append(f"{method} {precision}: {real:.2f} GB, predicted {predicted:.2f}")
+    require(not problems, "; ".join(problems))
+    return found
+
+
+CHECKS: dict[str, tuple[Callable[[Path], dict[str, Any]], int]] = {  # name -> check, its time limit in seconds
+    "a1": (a1_environment, 20),
+    "a2": (a2_attention, 40),
+    "a3": (a3_dropout, 10),
+    "a4": (a4_cpu_equals_cuda, 90),
+    "a6": (a6_no_wait, 60),
+    "c1": (c1_step, 130),
+    "c3": (c3_bottleneck, 40),
+    "c8": (c8_graph, 50),
+    "a5": (a5_precisions, 90),
+    "a7": (a7_evaluation, 20),
+    "a10": (a10_determinism, 60),
+    "a8": (a8_train, 70),
+    "a9": (a9_resume, 80),
+    "b1": (b1_ddp, 60),
+    "b4": (b4_out_of_memory, 60),
+    "b2": (b2_too_many_processes, 40),
+    "b5": (b5_signal, 50),
+    "c6": (c6_evaluation, 30),
+    "c10": (c10_resnet, 30),
+    "c12": (c12_memory, 60),
+    "c4": (c4_depthwise, 20),
+    "c5": (c5_attention, 20),
+    "c11": (c11_parts, 15),
+    "c7": (c7_compile, 90),
+}
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def machine() -> dict[str, Any]:
+    query = "name,driver_version,clocks.sm,power.limit,memory.total"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    smi = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else ""
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "smi": smi,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": None if NULL else torch.backends.cudnn.version(),
+        "nccl": torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None,
+        "cores": os.cpu_count(),
+    }
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and profiles")
+    parser.add_argument("--only", help="names of checks, or their first letters, with commas between")
+    parser.add_argument("--budget", type=float, default=450, help="seconds after which no check is started")
+    args = parser.parse_args()
+    start, out = time.monotonic(), args.out
+    out.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="gpu_check_"))
+    result: dict[str, Any] = {"machine": machine(), "started": time.strftime("%Y-%m-%d %H:%M"), "checks": []}
+    print(result["machine"], flush=True)
+    draw_shapes()
+    failed = 0
+    for name, (check, limit) in CHECKS.items():
+        if args.only and not re.fullmatch(
+            "|".join(f"{only}.*" if only.isalpha() else only for only in args.only.split(",")), name
+        ):
+            continue
+        left = args.budget - (time.monotonic() - start)
+        began, verdict, numbers = time.monotonic(), "PASS", {}
+        if left < 10:
+            verdict, numbers = "SKIP", {"why": "no time left"}
+        else:
+            try:
+                with time_limit(min(limit, int(left))):
+                    numbers = check(out if name in ("c1", "c10") else work) or {}
+            except Failed as error:
+                verdict, numbers = "FAIL", {"why": str(error)}
+            except BaseException as error:
+                last = "".join(traceback.format_exception(error)).strip().splitlines()
+                verdict, numbers = "FAIL", {"why": f"{type(error).__name__}: {error}"[:600], "trace": last[-12:]}
+        torch.cuda.set_sync_debug_mode("default")
+        free_memory()
+        failed += verdict == "FAIL"
+        seconds = time.monotonic() - began
+        result["checks"].append(
+            {"name": name, "verdict": verdict, "seconds": round(seconds, 1), "numbers": rounded(numbers)}
+        )
+        (out / "gpu_check.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+        text = json.dumps(rounded(numbers), default=str)
+        print(f"{verdict} {name} {check.__name__} {seconds:.1f} s {text[:700]}", flush=True)
+    shutil.rmtree(work, ignore_errors=True)
+    print(f"{failed} failed, {time.monotonic() - start:.0f} s", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
