@@ -23,11 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from allspark import distributed
 from allspark.cli import recipe as recipe_words
 from allspark.config import INSTALLED, Recipe, build_recipe, differences, to_plain
-from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
-from allspark.data.batch import passes
-from allspark.data.preflight import check_data, hidden_sample
-from allspark.data.splits import Lists, provenance, resolve
+from allspark.data.datasets import spec_for
+from allspark.data.spec import DatasetSpec
+from allspark.data.worker_pool import worker_count
+from allspark.evaluation.dataset import SegmentationDataset
+from allspark.data.batch import split_micro_batches
+from allspark.data.audit import preflight, select_hidden
+from allspark.data.splits import Lists, describe_lists, resolve
 from allspark.engine.checkpoint import (
     LATEST,
     PREVIOUS,
@@ -58,8 +60,9 @@ from allspark.engine.stepper import (
     set_precision,
 )
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.metrics import Scores
-from allspark.evaluation.pseudo_label_quality import CenterCrops, LabelQuality, label_quality
+from allspark.evaluation.metrics import EvalResult
+from allspark.evaluation.dataset import SegmentationDataset
+from allspark.evaluation.pseudo_label_quality import PseudoLabelQuality, measure_pseudo_labels
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method, Progress
 from allspark.models.segmentor import Segmentor, build_model
@@ -89,8 +92,8 @@ def train(
     check_processes(recipe, lists)
     optim = scaled(recipe.optim, recipe.batch_size)
     at_once = pass_size(recipe, distributed.world_size())
-    notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
-    hidden, hidden_notes = hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)
+    notes = [*describe_lists(lists, spec), *preflight(recipe.data, spec, lists)]
+    hidden, hidden_notes = select_hidden(lists, spec, recipe.evaluation.pseudo_labels)
     notes += hidden_notes
 
     with contextlib.ExitStack() as held:
@@ -103,7 +106,7 @@ def train(
         method.attach(model)
         stepper = Stepper(model, build_optimizer(optim, model), recipe.precision, optim.clip_norm)
         loaders = recipe_words.build_loader(recipe, lists, spec, method.views)
-        val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
+        val, crops = SegmentationDataset(lists.val, spec), SegmentationDataset(hidden, spec, recipe.data.crop_size)
         inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
 
         if fresh:
@@ -145,12 +148,12 @@ def train(
             first, end = epoch * loaders.steps_per_epoch, (epoch + 1) * loaders.steps_per_epoch
             loaders.set_epoch(epoch, start_step=step - first)
             stepper.keep()
-            for labeled, unlabeled in loaders.on(device, tell=log.info) if step < end else ():
+            for labeled, unlabeled in loaders.on(device, log_fn=log.info) if step < end else ():
                 progress = Progress(step, epoch, total_steps)
                 seed_step(recipe.seed, step)
                 lr = poly_lr(optim, step, total_steps)
                 set_lr(stepper.optimizer, lr)
-                parts, done = passes(labeled, unlabeled, at_once), []
+                parts, done = split_micro_batches(labeled, unlabeled, at_once), []
                 for x, u in parts:  # one, unless gradients are accumulated
                     with accumulating(network, last=len(done) + 1 == len(parts)):
                         with autocast(recipe.precision, device):
@@ -255,10 +258,10 @@ def validate(
     method: Method,
     network: nn.Module,
     val: SegmentationDataset,
-    crops: CenterCrops,
+    crops: SegmentationDataset,
     device: torch.device,
     shown: Snapshots,
-) -> tuple[Scores, LabelQuality | None]:
+) -> tuple[EvalResult, PseudoLabelQuality | None]:
     """What the result so far is worth on val, and the pseudo-labels on unlabeled images; in the run's precision."""
     predictor, data = method.predictor(network), recipe.data
     loading = dict(num_workers=worker_count(data.num_workers), timeout=data.timeout)
@@ -274,8 +277,8 @@ def not_compiled(recipe: Recipe) -> contextlib.AbstractContextManager:
 
 
 def measure_labels(
-    recipe: Recipe, method: Method, network: nn.Module, crops: CenterCrops, device: torch.device, shown: Snapshots
-) -> LabelQuality | None:
+    recipe: Recipe, method: Method, network: nn.Module, crops: SegmentationDataset, device: torch.device, shown: Snapshots
+) -> PseudoLabelQuality | None:
     """What the method's pseudo-labels are worth on these crops of unlabeled images; None where nothing is known."""
     if not recipe.evaluation.pseudo_labels:
         return None
@@ -284,7 +287,7 @@ def measure_labels(
         pseudo = method.pseudo_labels(network, image, valid)
         return pseudo.label, pseudo.confidence
 
-    return label_quality(
+    return measure_pseudo_labels(
         labeler,
         crops,
         device,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, from_environment, mendable, reason_of
+from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, int_from_env, reason_of, user_error_message
 
 JOIN = timedelta(minutes=10)  # within which all processes must have started
 # Of a collective. Not for processes that end, which launcher and peers see at once, but for one that hangs; until then
@@ -55,8 +55,8 @@ def launched_by() -> tuple[int, int, int]:
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
         if world in os.environ and (rank_ in os.environ or world != "WORLD_SIZE"):
-            count = from_environment(world, least=1)
-            return from_environment(rank_, most=count - 1), count, from_environment(local_rank, 0)
+            count = int_from_env(world, least=1)
+            return int_from_env(rank_, most=count - 1), count, int_from_env(local_rank, 0)
     return 0, 1, 0
 
 
@@ -70,7 +70,7 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
         if device == "mps":
             raise UserError("device=mps takes one process: gloo has no collectives on it; start one, or device=cpu")
         device = "cpu" if device == "auto" else device
-    if from_environment("SLURM_STEP_NUM_NODES", 1) > 1 and "MASTER_ADDR" not in os.environ:
+    if int_from_env("SLURM_STEP_NUM_NODES", 1) > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("srun over several nodes without MASTER_ADDR; start it with sbatch scripts/slurm_train.sh")
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
@@ -79,7 +79,7 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
         return chosen, None
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(port or own_port()))
-    from_environment("MASTER_PORT", least=1, most=65535)
+    int_from_env("MASTER_PORT", least=1, most=65535)
     if os.name == "nt":
         os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows comes without libuv, and asks for it
     nccl = chosen.type == "cuda" and dist.is_nccl_available()  # which Windows does not have
@@ -152,7 +152,7 @@ def leave(error: BaseException, store: dist.Store) -> NoReturn:
     elif isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     else:
-        code = 1 if mendable(error) is None else 2
+        code = 1 if user_error_message(error) is None else 2
         words, first = last_words(error, store)
     if words:  # before torchrun knows: it may end this process as soon as it does
         print(words, file=sys.stderr, flush=True)
@@ -165,7 +165,7 @@ def leave(error: BaseException, store: dist.Store) -> NoReturn:
 
 def last_words(error: BaseException, store: dist.Store) -> tuple[str, bool]:
     """What ended this process, and whether it is the first to end: the others fail for want of it, which is a line."""
-    cause = mendable(error) or "".join(traceback.format_exception(error)).rstrip()
+    cause = user_error_message(error) or "".join(traceback.format_exception(error)).rstrip()
     lost = is_lost_peer(error)
     if lost:  # that one was killed, or it hangs: else it would have told before
         reason = reason_of(error).rpartition("] ")[2]
@@ -176,7 +176,7 @@ def last_words(error: BaseException, store: dist.Store) -> tuple[str, bool]:
         who, told = "0" if lost else str(rank()), ""
     if who == str(rank()):
         return cause, not lost
-    if mendable(error) is not None:
+    if user_error_message(error) is not None:
         return "" if told == cause else cause, False
     return f"process {rank()}: another process ended first; see its message", False
 

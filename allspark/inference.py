@@ -15,8 +15,8 @@ from torch import nn
 
 from allspark.cli.recipe import build_method, complete
 from allspark.config import DEVICES, MODES, PRECISIONS, Recipe, build_recipe, load_recipe, to_plain
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
+from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.spec import DatasetSpec, IGNORE_INDEX, voc_palette
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
 from allspark.engine.stepper import autocast, set_precision
 from allspark.evaluation.sliding_window import Inference, inference_for
@@ -192,7 +192,7 @@ def of_so_many_classes(num_classes: int) -> str:
 def unnamed_spec(num_classes: int) -> DatasetSpec:
     """Classes by number, in PASCAL VOC's colours."""
     classes = tuple(f"class {index}" for index in range(num_classes))
-    return DatasetSpec("unnamed", classes, bit_palette(num_classes))
+    return DatasetSpec("unnamed", classes, voc_palette(num_classes))
 
 
 def training_crop(stated: int | None, of_recipe: int, stride: int = 32) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from allspark.data.base import bit_palette
+from allspark.data.spec import voc_palette
 from allspark.data.datasets.coco import CLASSES as COCO_CLASSES
 
 # the ids between 1 and 90 that COCO's 80 things leave out
@@ -38,7 +38,7 @@ def palette_png(mask):
     """As VOC stores its masks: indices into a palette, 255 among them."""
     image = Image.new("P", mask.shape[::-1])
     image.frombytes(mask.tobytes())
-    image.putpalette([channel for colour in bit_palette(256) for channel in colour])
+    image.putpalette([channel for colour in voc_palette(256) for channel in colour])
     return encode(image)
 
 

@@ -17,7 +17,7 @@ import eval as eval_script
 import train
 from allspark import __main__ as verbs
 from allspark.config import load_config
-from allspark.data.preflight import some
+from allspark.data.audit import spread
 from allspark.data.splits import resolve
 from allspark.utils.errors import run_main
 
@@ -252,7 +252,7 @@ def test_damage_that_the_start_did_not_open_is_told_no_worse(place, refused):
         folder = place.root / "images" / "unlabeled"
         shutil.copy(folder / "unlabeled0.png", folder / f"unlabeled{index}.png")
     lists = resolve(load_config(place.config).data)
-    opened = some(lists.unlabeled, 20, np.random.default_rng(0))
+    opened = spread(lists.unlabeled, 20, np.random.default_rng(0))
     unopened = [sample.image for sample in lists.unlabeled if sample not in opened]
     for image in unopened:
         half(image)

@@ -23,8 +23,8 @@ from allspark.bench.plain import (
 )
 from allspark.cli import bench
 from allspark.config import BottleneckConfig, DataConfig, ModelConfig, OptimConfig
-from allspark.data import spec_for
-from allspark.data.base import IGNORE_INDEX, Sample
+from allspark.data.datasets import spec_for
+from allspark.data.spec import IGNORE_INDEX, Sample
 from allspark.data.batch import IMAGENET_STD, LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.data.loaders import LABELED, UNLABELED, TrainPairs
 from allspark.data.splits import Lists

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from allspark.utils import download
-from allspark.utils.download import fetch, file_digest, is_loopback, refused
+from allspark.utils.download import fetch, file_digest, is_loopback, refusal
 from allspark.utils.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -258,10 +258,10 @@ def test_redirects(get, server, start):
 
 
 def test_unencrypted_sources_need_a_full_hash():
-    assert refused("http://example.org/f", None) and refused("http://example.org/f", SHA[:20])
-    assert not refused("http://example.org/f", SHA) and not refused("http://example.org/f", MD5)
-    assert not refused("https://example.org/f", None) and not refused("http://localhost:1/f", None)
-    assert refused("ftp://example.org/f", SHA) and not refused("some/path", None)
+    assert refusal("http://example.org/f", None) and refusal("http://example.org/f", SHA[:20])
+    assert not refusal("http://example.org/f", SHA) and not refusal("http://example.org/f", MD5)
+    assert not refusal("https://example.org/f", None) and not refusal("http://localhost:1/f", None)
+    assert refusal("ftp://example.org/f", SHA) and not refusal("some/path", None)
     assert is_loopback("http://[::1]:80/f") and not is_loopback("http://localhost.example.org/f")
 
 

@@ -15,8 +15,12 @@ from torch import nn
 
 import eval as eval_script
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
-from allspark.data import DATASETS, splits
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, read_mask, to_tensor
+from allspark.data import splits
+from allspark.data.datasets import DATASETS
+from allspark.data.transforms import to_tensor
+from allspark.data.image_io import read_image, read_mask
+from allspark.data.spec import DatasetSpec, Sample
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.data.batch import normalize
 from allspark.data.datasets import cityscapes
 from allspark.engine.checkpoint import save_checkpoint
@@ -176,7 +180,7 @@ def test_overlay_blends_inside_and_leaves_ignored_pixels():
 
 
 def test_grid_and_curves_are_drawn(dataset, tmp_path):
-    examples = [pictures.Example(name, image, (mask, mask)) for image, mask, name in dataset]
+    examples = [pictures.GridRow(name, image, (mask, mask)) for image, mask, name in dataset]
     page = pictures.draw_grid(examples, ("image", "truth", "prediction"), SPEC.classes, PALETTE, panel_width=60)
     assert np.unique(np.asarray(page).reshape(-1, 3), axis=0).shape[0] > 10
     scores = {"supervised": [[(10, 20.0), (20, 30.0)]], "empty": [[]]}

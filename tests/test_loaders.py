@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data import spec_for
-from allspark.data.base import Sample, worker_count
+from allspark.data.datasets import spec_for
+from allspark.data.spec import Sample
+from allspark.data.worker_pool import worker_count
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.data.loaders import REPLACEMENTS, StepSampler, TrainLoader
 from allspark.data.splits import Lists

@@ -10,8 +10,8 @@ import torch
 
 from allspark.cli.recipe import build_loader, build_method, complete
 from allspark.config import BottleneckConfig, ModelConfig, load_recipe
-from allspark.data import DATASETS
-from allspark.data.base import Sample
+from allspark.data.datasets import DATASETS
+from allspark.data.spec import Sample
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.data.datasets import shapes
 from allspark.data.splits import Lists

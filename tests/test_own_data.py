@@ -14,8 +14,9 @@ from test_methods import ENCODERS
 import train
 from allspark.__main__ import main
 from allspark.config import CustomDataConfig, load_config
-from allspark.data import spec_for, survey
-from allspark.data.base import read_mask
+from allspark.data import audit
+from allspark.data.datasets import spec_for
+from allspark.data.image_io import read_mask
 from allspark.data.datasets.custom import make_spec
 from allspark.data.splits import read_list, resolve
 from allspark.utils.errors import UserError, run_main
@@ -187,7 +188,7 @@ def test_a_color_map_that_cannot_be(options, told):
     ],
 )
 def test_which_map_is_offered(values, classes, found):
-    assert survey.guessed_map(list(values), classes, colored=False) == found
+    assert audit.guess_map(list(values), classes, colored=False) == found
 
 
 def test_masks_that_were_saved_with_loss(check, place):

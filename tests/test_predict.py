@@ -15,13 +15,14 @@ from allspark import __main__ as verbs
 from allspark.bench.measure import Ledger
 from allspark.cli import predict as verb
 from allspark.cli.predict import batches, find_images
-from allspark.data.base import read_image, to_tensor
+from allspark.data.transforms import to_tensor
+from allspark.data.image_io import read_image
 from allspark.data.batch import normalize
-from allspark.evaluation.sliding_window import Inference, class_prob
+from allspark.evaluation.sliding_window import Inference, average_views
 from allspark.inference import load_for_inference
 from allspark.utils.errors import UserError, run_main
 from allspark.visualization import video
-from allspark.visualization.pictures import colorize, is_ours, overlay, save_image, save_pixels
+from allspark.visualization.pictures import colorize, is_own_file, overlay, save_image, save_pixels
 
 KINDS = ("", "_color", "_overlay", "_confidence")
 SIZES = {"a": (64, 80), "b": (70, 45), "c": (64, 80), "d": (33, 96), "e": (64, 80)}  # height, width
@@ -85,7 +86,7 @@ def test_mode_scales_and_flip_reach_the_model(predict, photos, finished):
     out = predict(photos / "a.png", "--mode", "sliding_window", "--scales", "0.75,1", "--flip")
     loaded = load_for_inference(finished.run / "best.pth", torch.device("cpu"))
     image = normalize(to_tensor(read_image(photos / "a.png")))[None]
-    prob = class_prob(loaded.model, image, Inference("sliding_window", 65, (0.75, 1.0), True))[0]
+    prob = average_views(loaded.model, image, Inference("sliding_window", 65, (0.75, 1.0), True))[0]
     np.testing.assert_array_equal(stored(out / "a.png"), prob.argmax(0))
     assert np.abs(stored(out / "a_confidence.png") - 255 * prob.max(0).values.numpy()).max() < 0.51
     cropped = predict(photos / "a.png", "--mode", "center_crop", out="crop")
@@ -207,7 +208,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         save_image(Image.new("CMYK", (4, 4)), path)  # which PNG cannot hold: the write dies behind the file's opening
     assert files(tmp_path) == ["new/picture.png"] and (stored(path) == 7).all()
     save_image(Image.new("1", (18000, 10000)), path)  # more than Pillow opens unasked
-    assert is_ours(path)
+    assert is_own_file(path)
 
 
 def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_path, capsys, finished):
@@ -340,7 +341,7 @@ def test_the_frames_of_a_video(predict, clip, photos, capsys):
     names = [f"clip/00000{number}" for number in (0, 4, 8)]
     assert files(out) == sorted(f"{name}{kind}.png" for name in ("a", *names) for kind in KINDS)
     assert "1 of 1 images and 3 frames of 1 video(s) predicted" in capsys.readouterr().out
-    decoded = dict(video.frames(clip, 4))
+    decoded = dict(video.read_frames(clip, 4))
     assert sorted(decoded) == [0, 4, 8]
     assert decoded[8][30, 74, 0] > 200 > 90 > decoded[8][30, 20, 0], "red first, and each frame its own"
     for number, frame in decoded.items():
@@ -373,7 +374,7 @@ def test_a_video_stands_upright(tmp_path):
     content = bytearray(path.read_bytes())
     struct.pack_into(">9i", content, content.index(b"tkhd") + 44, 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
     path.write_bytes(content)
-    shown = next(video.frames(path))[1]
+    shown = next(video.read_frames(path))[1]
     assert shown.shape == (96, 64, 3) and np.abs(shown.astype(int) - np.rot90(frame, -1)).mean() < 5
 
 

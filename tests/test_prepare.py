@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.data import DATASETS
-from allspark.data.base import read_pair
+from allspark.data.datasets import DATASETS
+from allspark.data.image_io import read_pair
 from allspark.data.splits import read_list
-from allspark.prepare.jobs import TEMPORARY, Task, remove_temporaries, run
+from allspark.prepare.jobs import TEMPORARY, Task, remove_temporaries, run_tasks
 from allspark.utils.errors import UserError, run_main
 
 REPO = Path(__file__).parent.parent
@@ -166,8 +166,8 @@ def test_a_worker_that_dies(tmp_path):
     tasks = [Task(tmp_path / str(number), "x", b"you", greet) for number in range(30)]
     tasks.insert(20, Task(tmp_path / "last", "x", b"", die))
     with pytest.raises(UserError, match=r"a worker process died.*smaller --workers"):
-        run(tasks, len(tasks), 2, "work")
-    run(tasks[:20] + tasks[21:], 30, 2, "work")
+        run_tasks(tasks, len(tasks), 2, "work")
+    run_tasks(tasks[:20] + tasks[21:], 30, 2, "work")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {str(n): b"hello you" for n in range(30)}
 
 
@@ -180,7 +180,7 @@ def test_content_is_not_read_ahead_of_the_workers(tmp_path):
             taken.append(len(list(tmp_path.iterdir())))
             yield Task(tmp_path / f"{number:03d}", "x", b"", greet)
 
-    run(tasks(), 200, 2, "work")
+    run_tasks(tasks(), 200, 2, "work")
     ahead = [number - done for number, done in enumerate(taken)]
     assert max(ahead) <= 2 * 4 + 2
 

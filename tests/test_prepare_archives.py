@@ -8,7 +8,7 @@ import miniatures as mini
 import pytest
 
 from allspark.__main__ import main
-from allspark.prepare.archives import entries
+from allspark.prepare.archives import iter_entries
 from allspark.utils.errors import UserError, run_main
 
 
@@ -154,4 +154,4 @@ def test_names_in_lists_cannot_lead_out(tmp_path):
 def test_loops_of_links_in_a_folder_end(tmp_path):
     mini.unpack(tmp_path / "in", {"a/x.txt": b"1"})
     (tmp_path / "in/a/again").symlink_to(tmp_path / "in")
-    assert [entry.name for entry in entries(tmp_path / "in")] == ["in/a/x.txt"]
+    assert [entry.name for entry in iter_entries(tmp_path / "in")] == ["in/a/x.txt"]

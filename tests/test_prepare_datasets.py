@@ -14,15 +14,17 @@ import scipy.io
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.data import DATASETS
-from allspark.data.base import IGNORE_INDEX, SegmentationDataset, read_mask, read_pair, stored_mask
+from allspark.data.datasets import DATASETS
+from allspark.data.image_io import read_mask, read_pair, read_stored_mask
+from allspark.data.spec import IGNORE_INDEX
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.data.datasets import camvid
 from allspark.data.splits import read_list
 from allspark.prepare import PLANS
 from allspark.prepare.archives import Found, Index
 from allspark.prepare.camvid import split_of
-from allspark.prepare.coco import classes
-from allspark.prepare.voc import sbd_mask
+from allspark.prepare.coco import map_categories
+from allspark.prepare.voc import make_sbd_mask
 from allspark.split_lists.layouts import voc_lists
 from allspark.utils.errors import UserError
 
@@ -268,7 +270,7 @@ def test_coco_masks(coco, tmp_path):
     assert not masks[1].any()
     assert set(masks[2].ravel()) == {0, 40}
     assert DATASETS["coco"].classes[40] == "bottle"
-    parts = stored_mask(out / "masks/000000000025.png")
+    parts = read_stored_mask(out / "masks/000000000025.png")
     assert (parts[:4, :4] == 12).all()
     assert (parts[6:8, 6:8] == 12).all()
     assert (parts > 0).sum() == 20
@@ -280,12 +282,12 @@ def test_coco_ids_are_made_contiguous():
     assert by_id[90] == "toothbrush"
     assert by_id[13] == "stop sign"
     assert by_id[44] == "bottle"
-    mapping = classes(content["categories"][::-1], "x.json")
+    mapping = map_categories(content["categories"][::-1], "x.json")
     assert sorted(mapping.values()) == list(range(1, 81))
     assert (mapping[1], mapping[11], mapping[13], mapping[90]) == (1, 11, 12, 80)
     content["categories"][3]["name"] = "aeroplane"
     with pytest.raises(UserError, match=r"x.json: category number 4 is 'aeroplane', of COCO it is 'motorcycle'"):
-        classes(content["categories"], "x.json")
+        map_categories(content["categories"], "x.json")
 
 
 def test_coco_unknown_category(coco, tmp_path):
@@ -400,7 +402,7 @@ def test_camvid_from_the_original_colours(tmp_path):
         assert image.shape == (360, 480, 3)
         expected = [255 if group is None else camvid.CLASSES.index(group) for _, group in colours]
         assert np.array_equal(mask, np.broadcast_to(np.repeat(np.array(expected), 15), (360, 480)))
-        assert set(stored_mask(sample.mask).ravel()) == set(range(12))
+        assert set(read_stored_mask(sample.mask).ravel()) == set(range(12))
     # the picture is the original's at half the size: its mean stays
     original = np.array(Image.open(io.BytesIO(frames["701_StillsRaw_full/0016E5_00390.png"])))
     assert np.allclose(np.array(Image.open(out / "images/train/0016E5_00390.jpg")).mean(), original.mean(), atol=1)
@@ -418,7 +420,7 @@ def test_camvid_unexpected_colour(tmp_path):
     ):
         prepare("camvid", *words)
     prepare("camvid", *words, "--ignore-unknown")
-    assert set(stored_mask(tmp_path / "out/labels/train/0016E5_00390.png").ravel()) == {11}
+    assert set(read_stored_mask(tmp_path / "out/labels/train/0016E5_00390.png").ravel()) == {11}
 
 
 def test_a_label_file_that_unpacks_to_far_more_than_it_has():
@@ -428,4 +430,4 @@ def test_a_label_file_that_unpacks_to_far_more_than_it_has():
     scipy.io.savemat(buffer, big, do_compression=True)
     assert len(buffer.getvalue()) < 100_000
     with pytest.raises(UserError, match=r"a\.mat: not a label file of SBD \(it unpacks to more than 64 MB\)"):
-        sbd_mask(buffer.getvalue(), "a.mat", False)
+        make_sbd_mask(buffer.getvalue(), "a.mat", False)

@@ -15,8 +15,8 @@ from allspark.inference import load_for_inference, training_crop
 from allspark.models import resnet
 from allspark.models.segmentor import ENCODERS
 from allspark.utils.errors import UserError, run_main
-from allspark.weights.loading import WeightFile, load_pretrained, read_shapes, recognize, translated
-from allspark.weights.mirrors import LICENCE, licence, mirrors
+from allspark.weights.loading import WeightFile, infer_architecture, load_pretrained, recognize, to_our_names
+from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_the_file_of_another_variant_is_refused(torchvision_net, tmp_path):
 def test_a_whole_model_is_read_off_its_shapes(decoder, crop):
     with torch.device("meta"):
         model = make_model(crop=crop, bottleneck="allspark", decoder=decoder, decoder_channels=24)
-    read = read_shapes(model.state_dict(), "whole.pth", whole=True)
+    read = infer_architecture(model.state_dict(), "whole.pth", whole=True)
     assert (read.model.encoder, read.model.decoder, read.model.decoder_channels) == ("resnet50", decoder, 24)
     assert (read.num_classes, read.crop_size) == (CLASSES, crop)
     assert training_crop(520, 513, 16) == 513 and training_crop(530, 513, 16) == 530
@@ -138,8 +138,8 @@ def test_whole_model_of_unimatch(shared):
     """Its three 3x3 convolutions and all; another's classifier beside a backbone does not make it one."""
     with torch.device("meta"):
         deep = make_model("resnet101s", decoder_channels=16).state_dict()
-    _, found = translated(WeightFile("meta.pth", {as_unimatch(name): tensor for name, tensor in deep.items()}, {}))
-    read = read_shapes(found.tensors, "meta.pth", whole=True)
+    _, found = to_our_names(WeightFile("meta.pth", {as_unimatch(name): tensor for name, tensor in deep.items()}, {}))
+    read = infer_architecture(found.tensors, "meta.pth", whole=True)
     assert (read.model.encoder, read.model.decoder, read.num_classes) == ("resnet101s", "deeplab", CLASSES)
     state = shared.state_dict()
     found = told({as_unimatch(name): tensor for name, tensor in state.items()})
@@ -181,7 +181,7 @@ def test_mirrors(name):
     assert others and first.digest and first.digest.removeprefix("sha256:") in first.url
     urls = [mirror.url for mirror in (first, *others)]
     assert all(url.startswith("https://") and name.removesuffix("s") in url for url in urls)
-    assert licence(name) != LICENCE == licence("mit_b5")
+    assert license_of(name) != MIT_LICENSE == license_of("mit_b5")
 
 
 def test_mirrors_are_those_that_torchvision_and_timm_name():

@@ -23,9 +23,9 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.config import load_config, parse_overrides
-from allspark.data.base import BadSample, read_image
+from allspark.data.image_io import BadSample, read_image
 from allspark.engine.checkpoint import load_checkpoint
-from allspark.prepare.archives import entries
+from allspark.prepare.archives import iter_entries
 from allspark.utils import download
 from allspark.utils.download import fetch
 from allspark.utils.errors import UserError
@@ -280,7 +280,7 @@ def test_a_tar_whose_header_is_a_bomb(tmp_path):
         path.write_bytes(gzip.compress(info.tobuf()) + zeros)
         tracemalloc.start()
         with pytest.raises(UserError, match=r"x\.tgz: truncated, damaged or not readable .*a header of 4294967296"):
-            list(entries(path))
+            list(iter_entries(path))
         assert tracemalloc.get_traced_memory()[1] < 50 << 20
         tracemalloc.stop()
 
@@ -290,14 +290,14 @@ def test_a_sparse_file_in_a_tar(tmp_path):
     info.type = tarfile.GNUTYPE_SPARSE
     (tmp_path / "x.tar").write_bytes(info.tobuf() + bytes(1024))
     with pytest.raises(UserError, match="a sparse file"):
-        list(entries(tmp_path / "x.tar"))
+        list(iter_entries(tmp_path / "x.tar"))
     with tarfile.open(tmp_path / "y.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         info = tarfile.TarInfo("y")
         info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "y"}
         info.size = 512
         archive.addfile(info, io.BytesIO(b"9" * 512))
     with pytest.raises(UserError, match="a sparse file"):
-        list(entries(tmp_path / "y.tar"))
+        list(iter_entries(tmp_path / "y.tar"))
 
 
 def test_annotations_nested_without_end(tmp_path):

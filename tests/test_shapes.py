@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark.data.base import IGNORE_INDEX
+from allspark.data.spec import IGNORE_INDEX
 from allspark.data.datasets import shapes
 from allspark.utils.errors import UserError
 

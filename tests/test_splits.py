@@ -14,19 +14,19 @@ from PIL import Image
 
 from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import Sample
+from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.spec import Sample
 from allspark.data.datasets import shapes
-from allspark.data.preflight import check_data
+from allspark.data.audit import preflight
 from allspark.data.splits import (
     SPLITS_ROOT,
+    describe_lists,
     find_data,
+    hash_samples,
     list_hash,
-    provenance,
     read_entries,
     read_list,
     resolve,
-    samples_hash,
 )
 from allspark.split_lists.make_splits import balanced_order, list_line, make_splits, parse_sizes
 from allspark.utils.errors import UserError
@@ -73,7 +73,7 @@ def edit(tmp_path: Path, name: str, line: int, text: str) -> Path:
 
 
 def check(data: DataConfig, tmp_path: Path) -> list[str]:
-    return check_data(data, spec_for(data), resolve(data, tmp_path / "splits"))
+    return preflight(data, spec_for(data), resolve(data, tmp_path / "splits"))
 
 
 def test_read_list(tmp_path):
@@ -113,7 +113,7 @@ def test_hash_is_of_the_image_column_in_normal_form(tmp_path):
     assert list_hash(["a.jpg", "b.jpg"]) == expected != list_hash(["b.jpg", "a.jpg"])
     for text in ("a.jpg m.png\nb.jpg n.png", "a.jpg\r\nb.jpg \r\n\r\n", "a.jpg\tx\nb.jpg\ty\n"):
         (tmp_path / "l.txt").write_bytes(text.encode())
-        assert samples_hash(read_list(tmp_path / "l.txt", tmp_path), tmp_path) == expected
+        assert hash_samples(read_list(tmp_path / "l.txt", tmp_path), tmp_path) == expected
 
 
 def test_resolve_a_split(data, tmp_path):
@@ -195,12 +195,12 @@ def test_a_run_tells_whose_its_lists_are(data, tmp_path):
     labeled = list_hash(f"train/{i:03}.jpg" for i in range(6))
     assert lists.split == {"name": "few", "sha256": lists.hash, **lists.hashes} and lists.hashes["labeled"] == labeled
     assert lists.hashes["val"] == list_hash(f"val/{i:03}.jpg" for i in range(4))
-    (note,) = provenance(lists, spec_for(data))
+    (note,) = describe_lists(lists, spec_for(data))
     assert note.startswith(f"split few: labeled list sha256 {labeled[:12]} (not published), val list sha256 ")
     lists = resolve(DataConfig(dataset="shapes", data_root="data/shapes", crop_size=64, split="1_8"))
-    assert "(= shapes/1_8 of this project)" in provenance(lists, DATASETS["shapes"])[0]
+    assert "(= shapes/1_8 of this project)" in describe_lists(lists, DATASETS["shapes"])[0]
     other = replace(lists, hashes={**lists.hashes, "labeled": labeled})
-    assert provenance(other, DATASETS["shapes"])[1].startswith("WARNING: split 1_8 has the name of shapes/1_8")
+    assert describe_lists(other, DATASETS["shapes"])[1].startswith("WARNING: split 1_8 has the name of shapes/1_8")
 
 
 def test_missing_root_names_key_path_and_variable(data, tmp_path):

@@ -8,7 +8,7 @@ from test_methods import FIRST, make_method, make_model, random_batches
 from torch import nn
 
 from allspark.config import OptimConfig
-from allspark.data.batch import passes
+from allspark.data.batch import split_micro_batches
 from allspark.engine.optim import build_optimizer
 from allspark.engine.stepper import Stepper, accumulating, autocast, mean_losses, set_precision
 from allspark.utils.errors import UserError
@@ -104,7 +104,7 @@ def test_passes_add_up_to_the_gradient_of_the_whole_batch(size):
         model = make_model("none", dropout=0.0, drop_path=0.0).eval()
         method.attach(model)
         stepper = Stepper(model, build_optimizer(OptimConfig(name="sgd", lr=0.1), model))
-        parts = passes(labeled, unlabeled, at_once)
+        parts = split_micro_batches(labeled, unlabeled, at_once)
         assert len(parts) == 4 // (at_once or 4)
         losses = []
         for number, (x, u) in enumerate(parts, 1):
@@ -119,14 +119,14 @@ def test_passes_add_up_to_the_gradient_of_the_whole_batch(size):
 def test_a_pass_is_a_slice_of_everything():
     method = make_method("unimatch")
     labeled, unlabeled = random_batches(method, 4, 4)
-    parts = passes(labeled, unlabeled, 2)
+    parts = split_micro_batches(labeled, unlabeled, 2)
     assert torch.equal(torch.cat([x.mask for x, _ in parts]), labeled.mask)
     for name in ("weak", "valid"):
         assert torch.equal(torch.cat([getattr(u, name) for _, u in parts]), getattr(unlabeled, name))
     for name in ("strong", "cutmix"):
         for number, view in enumerate(getattr(unlabeled, name)):
             assert torch.equal(torch.cat([getattr(u, name)[number] for _, u in parts]), view)
-    assert passes(labeled, None, None)[0][1] is None
+    assert split_micro_batches(labeled, None, None)[0][1] is None
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 1e6])

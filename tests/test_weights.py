@@ -18,12 +18,12 @@ from test_golden import GOLDEN, NAMES, close, formula, image
 
 from allspark.__main__ import main
 from allspark.config import ModelConfig, build_recipe
-from allspark.data import spec_for
+from allspark.data.datasets import spec_for
 from allspark.inference import build_method, load_for_inference
 from allspark.methods.pseudo_labels import predict_pseudo
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import run_main
-from allspark.weights.loading import VARIANTS, from_released, init_from, load_encoder
+from allspark.weights.loading import MIT_SIZES, init_from, load_encoder, rename_released
 
 CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def b5_shapes():
             wide = [*(size if size in (1, 3) else 2 * size for size in shape[:2]), *shape[2:]]
         if match := re.fullmatch(r"backbone\.block(\d)\.([01])\.(.*)", name):
             if match[2] == "0":
-                depth = VARIANTS["mit_b5"].depths[int(match[1]) - 1]
+                depth = MIT_SIZES["mit_b5"].depths[int(match[1]) - 1]
                 shapes |= {f"backbone.block{match[1]}.{block}.{match[3]}": wide for block in range(depth)}
         else:
             shapes[name] = wide
@@ -154,7 +154,7 @@ def test_released_checkpoint_of_b5(call, tmp_path):
     assert content["architecture"]["model"]["decoder_channels"] == 768
     own = model.state_dict()
     assert len(own) == len(state) + 1  # the memory's count of what was written
-    assert all(torch.equal(own[from_released(name)], tensor) for name, tensor in state.items())
+    assert all(torch.equal(own[rename_released(name)], tensor) for name, tensor in state.items())
     logits = predict_pseudo(model, image(2, 1, 65, 65), share_keys=False).logits
     assert logits.shape == (1, 21, 65, 65) and logits.isfinite().all() and logits.std() > 0.1
 
@@ -233,7 +233,7 @@ def test_encoder_file(suffix, source, original, call, tmp_path):
     assert "mit_b0" in said and f"{len(original) - 2} matched, 0 missing, 0 unexpected" in said
     assert "head.weight, head.bias" in said and f"model.pretrained={out}" in said
     state = torch.load(out, weights_only=True) if suffix == ".pth" else load_file(out)
-    assert all(torch.equal(state[from_released(name)], original[name]) for name in original if "head." not in name)
+    assert all(torch.equal(state[rename_released(name)], original[name]) for name in original if "head." not in name)
     model = build_model(ModelConfig(encoder="mit_b0"), 3, 65)
     assert f"{len(state)} tensors" in load_encoder(model, out)
     assert all(torch.equal(model.encoder.state_dict()[name], tensor) for name, tensor in state.items())

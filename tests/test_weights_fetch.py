@@ -14,7 +14,7 @@ from allspark.__main__ import main
 from allspark.config import ModelConfig
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import run_main
-from allspark.weights.loading import VARIANTS, load_encoder
+from allspark.weights.loading import MIT_SIZES, load_encoder
 from allspark.weights.mirrors import NVIDIA, mirrors
 
 
@@ -131,7 +131,7 @@ def test_fetch_refusals(source, call, tmp_path):
 
 
 def test_mirrors():
-    for name in VARIANTS:
+    for name in MIT_SIZES:
         found = mirrors(name)
         assert len(found) >= 3 and len({mirror.url for mirror in found}) == len(found)
         assert all(mirror.url.startswith("https://") and mirror.licence for mirror in found)
@@ -141,4 +141,4 @@ def test_mirrors():
             assert re.fullmatch(r"sha256:[0-9a-f]{8,64}", mirror.digest)
             assert mirror.digest.removeprefix("sha256:") in mirror.url
         assert any("nvidia/" in mirror.url for mirror in found) == (name in NVIDIA)
-    assert len({mirror.url for name in VARIANTS for mirror in mirrors(name)}) == 3 * len(VARIANTS) + len(NVIDIA)
+    assert len({mirror.url for name in MIT_SIZES for mirror in mirrors(name)}) == 3 * len(MIT_SIZES) + len(NVIDIA)

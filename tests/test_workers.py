@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from allspark.data.worker_pool import WorkerDied, batches, make_loader
+from allspark.data.worker_pool import WorkerDied, iterate, make_loader
 from allspark.utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ def die(number: int):
 
 
 def run(dataset, workers=2, **options) -> list[torch.Tensor]:
-    return list(batches(make_loader(dataset, workers, batch_size=None, **options)))
+    return list(iterate(make_loader(dataset, workers, batch_size=None, **options)))
 
 
 def gone(pid: int) -> bool:
@@ -66,12 +66,12 @@ def test_a_worker_that_exits_is_named():
 
 def test_a_worker_that_dies_between_two_epochs_is_found():
     loader = make_loader(Obeys(), 2, batch_size=None, persistent_workers=True)
-    pids = {int(item[0]) for item in batches(loader)}
+    pids = {int(item[0]) for item in iterate(loader)}
     victim, other = sorted(pids)
     os.kill(victim, signal.SIGKILL)
     time.sleep(0.1)  # nobody waits for it now
     with pytest.raises(WorkerDied, match=f"worker {victim} was ended by SIGKILL"):
-        list(batches(loader))
+        list(iterate(loader))
     time.sleep(0.1)
     del loader
     assert gone(other)
@@ -102,7 +102,7 @@ def test_the_main_process_keeps_its_look_at_children():
     before = signal.signal(signal.SIGCHLD, lambda *_: seen.append(1))
     try:
         mine = signal.getsignal(signal.SIGCHLD)
-        for _ in batches(make_loader(Obeys(), 2, batch_size=None)):
+        for _ in iterate(make_loader(Obeys(), 2, batch_size=None)):
             assert signal.getsignal(signal.SIGCHLD) is mine  # not torch's, which raises in the middle of a step
     finally:
         signal.signal(signal.SIGCHLD, before)

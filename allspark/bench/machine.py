@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from allspark.bench.measure import Run, timed
-from allspark.data.base import usable_cores
+from allspark.utils.parallel import usable_cores
 from allspark.engine.stepper import AUTOCAST, has_bf16, set_precision
 
 # Variables that begin so decide on speed

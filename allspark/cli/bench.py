@@ -23,7 +23,7 @@ from allspark.bench.scale import SWEEPS, bench_scale
 from allspark.bench.step import StepCase, bench_step
 from allspark.cli.compare import markdown
 from allspark.config import PRECISIONS
-from allspark.data.base import IGNORE_INDEX
+from allspark.data.spec import IGNORE_INDEX
 from allspark.engine.stepper import has_bf16, set_precision
 from allspark.inference import positive
 from allspark.models.mit import MiT

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from allspark.config import root_variable
-from allspark.data.base import usable_cores
+from allspark.utils.parallel import usable_cores
 from allspark.prepare import PLANS
 from allspark.prepare.coco import OVERLAP
 from allspark.prepare.plan import Options, Plan, prepare

@@ -20,7 +20,7 @@ from allspark.config import (
     parse_overrides,
     to_plain,
 )
-from allspark.data.base import DatasetSpec
+from allspark.data.spec import DatasetSpec
 from allspark.data.batch import Views
 from allspark.data.loaders import TrainLoader
 from allspark.data.splits import Lists

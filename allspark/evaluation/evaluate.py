@@ -10,12 +10,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from allspark import distributed
-from allspark.data.base import MIN_SIDE, DatasetSpec
+from allspark.data.image_io import MIN_SIDE
+from allspark.data.spec import DatasetSpec
 from allspark.data.batch import normalize
-from allspark.data.worker_pool import TIMEOUT, batches, make_loader
-from allspark.evaluation.metrics import ConfusionMatrix, Scores
-from allspark.evaluation.sliding_window import Inference, best_class, class_scores, evaluating
-from allspark.evaluation.tiled import strip_scores, too_many
+from allspark.data.worker_pool import TIMEOUT, iterate, make_loader
+from allspark.evaluation.metrics import ConfusionMatrix, EvalResult
+from allspark.evaluation.sliding_window import Inference, best_class, class_scores, eval_mode
+from allspark.evaluation.tiled import needs_tiling, tiled_scores
 from allspark.utils.errors import UserError
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
@@ -35,7 +36,7 @@ def evaluate(
     progress: bool = False,
     save: Save | None = None,
     absent_as_zero: bool = False,
-) -> Scores:
+) -> EvalResult:
     """Scores over `dataset`, whose items are Items; the model keeps its training flags, and every rank gets the result.
 
     Rank r of P takes items r, r + P, ...: none twice, and the set's size need not divide. `save` is called on the rank
@@ -47,8 +48,8 @@ def evaluate(
     shard = Shard(dataset, distributed.rank(), distributed.world_size())
     loader = make_loader(shard, num_workers, timeout=timeout, batch_size=batch_size, collate_fn=list)
     hidden = None if progress and distributed.is_main() else True  # None: hidden where stderr is no terminal
-    for items in tqdm(batches(loader), "evaluate", len(loader), unit="batch", leave=False, disable=hidden):
-        for (image, mask), names in equal_sizes(items):
+    for items in tqdm(iterate(loader), "evaluate", len(loader), unit="batch", leave=False, disable=hidden):
+        for (image, mask), names in group_by_size(items):
             prediction = predict(model, image, spec, device, inference, names)
             rows, columns = inference.region(*mask.shape[-2:])
             confusion.update(prediction[:, rows, columns], mask[:, rows, columns].to(device))
@@ -63,33 +64,33 @@ def predict(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> Tensor:
     """uint8 image (B, 3, H, W) -> uint8 class indices (B, H, W) on the device, ignore_index outside the center crop."""
-    if too_many(image.shape, spec.num_classes, inference):
-        return predict_in_strips(model, image, spec, device, inference, names)[0]
+    if needs_tiling(image.shape, spec.num_classes, inference):
+        return predict_tiled(model, image, spec, device, inference, names)[0]
     scores = region_scores(model, image, spec, device, inference, names)
     label = scores.max(1)[1].to(torch.uint8)  # max, not argmax: several times faster on NCHW
-    return uncropped(label, image, inference, spec.ignore_index)
+    return paste_region(label, image, inference, spec.ignore_index)
 
 
 def predict_with_confidence(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> tuple[Tensor, Tensor]:
     """What predict gives, and the probability of each pixel's class: float (B, H, W), 0 outside the center crop."""
-    if too_many(image.shape, spec.num_classes, inference):
-        return predict_in_strips(model, image, spec, device, inference, names)
+    if needs_tiling(image.shape, spec.num_classes, inference):
+        return predict_tiled(model, image, spec, device, inference, names)
     label, prob = best_class(region_scores(model, image, spec, device, inference, names), inference)
-    label = uncropped(label.to(torch.uint8), image, inference, spec.ignore_index)
-    return label, uncropped(prob, image, inference, 0)
+    label = paste_region(label.to(torch.uint8), image, inference, spec.ignore_index)
+    return label, paste_region(prob, image, inference, 0)
 
 
-def predict_in_strips(
+def predict_tiled(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> tuple[Tensor, Tensor]:
     """What predict_with_confidence gives by sliding windows, with the scores of no more than a strip in memory."""
-    check_size(image, names[0])
+    check_min_size(image, names[0])
     label = torch.empty(image[:, 0].shape, dtype=torch.uint8, device=device)
     prob = torch.empty(label.shape, device=device)
-    with evaluating(model):
-        for rows, scores in strip_scores(model, image, inference, device):
+    with eval_mode(model):
+        for rows, scores in tiled_scores(model, image, inference, device):
             check_classes(scores, spec)
             prob[:, rows], best = scores.max(1)
             label[:, rows] = best.to(torch.uint8)
@@ -100,7 +101,7 @@ def region_scores(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> Tensor:
     """class_scores of the part of the images that is predicted: uint8 (B, 3, H, W) -> (B, K, rows, columns)."""
-    check_size(image, names[0])
+    check_min_size(image, names[0])
     rows, columns = inference.region(*image.shape[-2:])
     scores = class_scores(model, normalize(image[..., rows, columns].to(device)), inference)
     check_classes(scores, spec)
@@ -116,7 +117,7 @@ def check_classes(scores: Tensor, spec: DatasetSpec) -> None:
         )
 
 
-def uncropped(values: Tensor, image: Tensor, inference: Inference, outside: int) -> Tensor:
+def paste_region(values: Tensor, image: Tensor, inference: Inference, outside: int) -> Tensor:
     """Values (B, rows, columns) of the region in their place in the images: (B, H, W), `outside` around them."""
     height, width = image.shape[-2:]
     rows, columns = inference.region(height, width)
@@ -125,7 +126,7 @@ def uncropped(values: Tensor, image: Tensor, inference: Inference, outside: int)
     return whole
 
 
-def check_size(image: Tensor, name: object) -> None:
+def check_min_size(image: Tensor, name: object) -> None:
     """UserError if an image (..., H, W) is smaller than the models can take."""
     height, width = image.shape[-2:]
     if min(height, width) < MIN_SIDE:
@@ -149,7 +150,7 @@ class Shard(Dataset):
             return error
 
 
-def equal_sizes(items: Iterable[tuple | UserError]) -> Iterator[tuple[list[Tensor], list[str]]]:
+def group_by_size(items: Iterable[tuple | UserError]) -> Iterator[tuple[list[Tensor], list[str]]]:
     """Stack the items of each size, an image (3, H, W), what belongs to it, a name -> [(B, 3, H, W), ...], names.
 
     No padding, so no pixel is invented. A UserError among the items is raised.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Scores:
+class EvalResult:
     """Percentages. iou holds one value per class in index order, nan for a class absent from prediction and label."""
 
     miou: float
@@ -21,7 +21,7 @@ class Scores:
 
     def by_class(self, classes: Sequence[str]) -> dict[str, float | None]:
         """Class name -> percent, None for nan: what JSON can hold."""
-        return {name: finite(value) for name, value in zip(classes, self.iou, strict=True)}
+        return {name: nan_to_none(value) for name, value in zip(classes, self.iou, strict=True)}
 
 
 class ConfusionMatrix:
@@ -43,7 +43,7 @@ class ConfusionMatrix:
         assert known == cell.numel(), "a mask value is neither a class nor the ignore index"
         self.matrix += counts[:cells].view_as(self.matrix)
 
-    def scores(self, num_images: int, *, absent_as_zero: bool = False) -> Scores:
+    def scores(self, num_images: int, *, absent_as_zero: bool = False) -> EvalResult:
         """IoU = I / U over all images counted so far; the mean leaves absent classes out, or counts them as 0."""
         matrix = self.matrix.cpu().double()
         hit = matrix.diagonal()
@@ -52,15 +52,15 @@ class ConfusionMatrix:
         if absent_as_zero:  # Released: a class absent from prediction and label counts as IoU 0 in the mean
             iou = iou.nan_to_num(0.0)
         accuracy = 100 * hit.sum() / matrix.sum()
-        return Scores(iou.nanmean().item(), tuple(iou.tolist()), accuracy.item(), num_images)
+        return EvalResult(iou.nanmean().item(), tuple(iou.tolist()), accuracy.item(), num_images)
 
 
-def finite(value: float) -> float | None:
+def nan_to_none(value: float) -> float | None:
     """nan -> None."""
     return None if math.isnan(value) else value
 
 
-def format_table(scores: Scores, classes: Sequence[str]) -> str:
+def format_table(scores: EvalResult, classes: Sequence[str]) -> str:
     """The per-class table as plain text, one class per line, the mean and the pixel accuracy below."""
     present = sum(not math.isnan(value) for value in scores.iou)
     mean, accuracy = f"mean of {present} classes", "pixel accuracy"

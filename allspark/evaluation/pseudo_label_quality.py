@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from allspark import distributed
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
+from allspark.data.spec import DatasetSpec, Sample
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.data.batch import normalize
-from allspark.data.worker_pool import TIMEOUT, batches, make_loader
-from allspark.evaluation.evaluate import Item, Shard, check_size, equal_sizes
-from allspark.evaluation.metrics import ConfusionMatrix, finite
+from allspark.data.worker_pool import TIMEOUT, iterate, make_loader
+from allspark.evaluation.dataset import Item, Shard, check_min_size, group_by_size
+from allspark.evaluation.metrics import ConfusionMatrix, nan_to_none
 from allspark.evaluation.sliding_window import Inference
 from allspark.utils.errors import UserError
 
@@ -23,7 +24,7 @@ Show = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]  # name, image, mas
 
 
 @dataclass(frozen=True)
-class LabelQuality:
+class PseudoLabelQuality:
     """Percentages. coverage: of the pixels with a label, those whose pseudo-label is confident.
 
     accuracy: of those, the right ones; miou: over the classes of those. None where no pixel is confident.
@@ -43,7 +44,7 @@ class LabelQuality:
         return f"pseudo-labels {self.accuracy:.1f} % right on {self.coverage:.1f} % of the pixels"
 
 
-class CenterCrops(SegmentationDataset):
+class SegmentationDataset(SegmentationDataset):
     """Image and mask cut to their center, at most crop_size wide and high."""
 
     def __init__(self, samples: Sequence[Sample], spec: DatasetSpec, crop_size: int) -> None:
@@ -52,14 +53,14 @@ class CenterCrops(SegmentationDataset):
 
     def __getitem__(self, index: int) -> Item:
         image, mask, name = super().__getitem__(index)
-        check_size(image, self.samples[index].image)
+        check_min_size(image, self.samples[index].image)
         rows, columns = self.region(*mask.shape)
         return image[:, rows, columns], mask[rows, columns], name
 
 
-def label_quality(
+def measure_pseudo_labels(
     labeler: Labeler,
-    crops: CenterCrops,
+    crops: SegmentationDataset,
     device: torch.device,
     *,
     threshold: float | Tensor | None = None,
@@ -67,7 +68,7 @@ def label_quality(
     num_workers: int = 0,
     timeout: float = TIMEOUT,
     show: Show | None = None,
-) -> LabelQuality | None:
+) -> PseudoLabelQuality | None:
     """The labeler's quality on the crops, the same on every rank; None where no pixel of them has a label.
 
     A pseudo-label is confident from `threshold` on, one for all or (K,) one for each class; without one always. What
@@ -78,8 +79,8 @@ def label_quality(
     labeled = torch.zeros((), dtype=torch.int64, device=device)
     shard = Shard(crops, distributed.rank(), distributed.world_size())
     workers = min(num_workers, len(shard))
-    for items in batches(make_loader(shard, workers, timeout=timeout, batch_size=batch_size, collate_fn=list)):
-        for (image, mask), names in equal_sizes(item for item in items if not isinstance(item, UserError)):
+    for items in iterate(make_loader(shard, workers, timeout=timeout, batch_size=batch_size, collate_fn=list)):
+        for (image, mask), names in group_by_size(item for item in items if not isinstance(item, UserError)):
             truth, mask = mask, mask.to(device)
             label, confidence = labeler(normalize(image.to(device)), torch.ones_like(mask, dtype=torch.bool))
             labeled += (mask != spec.ignore_index).sum()
@@ -96,4 +97,4 @@ def label_quality(
         return None
     scores = confusion.scores(len(crops))
     coverage = 100 * confusion.matrix.sum().item() / labeled
-    return LabelQuality(finite(scores.pixel_accuracy), coverage, finite(scores.miou))
+    return PseudoLabelQuality(nan_to_none(scores.pixel_accuracy), coverage, nan_to_none(scores.miou))

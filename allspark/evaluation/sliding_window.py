@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allspark.config import MODES
-from allspark.data.base import MIN_SIDE, DatasetSpec
+from allspark.data.image_io import MIN_SIDE
+from allspark.data.spec import DatasetSpec
 from allspark.utils.errors import UserError
 
 
@@ -58,7 +59,7 @@ def inference_for(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards every module has the training flag that it came with."""
     # no_grad and not inference_mode: a tensor that a module caches meanwhile must stay usable in training
     flags = [(module, module.training) for module in model.modules()]
@@ -77,8 +78,8 @@ def class_scores(model: nn.Module, image: Tensor, inference: Inference) -> Tenso
     center_crop is a matter of the caller, who cuts `inference.region` from image and mask.
     """
     if inference.averaged:
-        return class_prob(model, image, inference)
-    with evaluating(model):
+        return average_views(model, image, inference)
+    with eval_mode(model):
         return predict_whole(model, image)  # the softmax would not move the maximum
 
 
@@ -88,21 +89,21 @@ def best_class(scores: Tensor, inference: Inference) -> tuple[Tensor, Tensor]:
     return label, best if inference.averaged else (best - scores.logsumexp(1)).exp()
 
 
-def class_prob(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
+def average_views(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
     """Probabilities, averaged over scales and flips: image (B, 3, H, W) normalized -> (B, K, H, W)."""
     total, views = None, 0
-    with evaluating(model):
+    with eval_mode(model):
         for scale in inference.scales:
             scaled = rescale(image, scale)
             for flipped in (False, True) if inference.flip else (False,):
-                prob = view_prob(model, scaled.flip(-1) if flipped else scaled, inference)
-                prob = resize(prob.flip(-1) if flipped else prob, image.shape[-2:])
+                prob = predict_view(model, scaled.flip(-1) if flipped else scaled, inference)
+                prob = resize_antialiased(prob.flip(-1) if flipped else prob, image.shape[-2:])
                 total = prob if total is None else total + prob
                 views += 1
     return total / views
 
 
-def view_prob(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
+def predict_view(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
     """Probabilities of one scaled and flipped view: (B, 3, H, W) -> (B, K, H, W)."""
     if inference.mode == "sliding_window":
         return predict_sliding(model, image, inference.window, inference.window_batch)
@@ -120,7 +121,7 @@ def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: 
     An image smaller than the window is one window of its own size. The caller has the model in eval mode.
     """
     batch, _, height, width = image.shape
-    rows, columns, corners = windows_of((height, width), window)
+    rows, columns, corners = window_corners((height, width), window)
     total, seen = None, image.new_zeros(height, width)
     per_pass = max(1, window_batch // batch)
     for first in range(0, len(corners), per_pass):
@@ -135,7 +136,7 @@ def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: 
     return total / seen  # a pixel's maximum is that of the sum, and the values are comparable across scales
 
 
-def windows_of(size: tuple[int, int], window: int) -> tuple[int, int, list[tuple[int, int]]]:
+def window_corners(size: tuple[int, int], window: int) -> tuple[int, int, list[tuple[int, int]]]:
     """Height and width of the windows over an image of `size`, and their upper left corners (y, x), row by row."""
     stride = max(1, window * 2 // 3)
     tops, lefts = (window_positions(length, window, stride) for length in size)
@@ -153,7 +154,7 @@ def window_positions(length: int, window: int, stride: int) -> list[int]:
 
 def rescale(image: Tensor, scale: float) -> Tensor:
     """The image at `scale` times its size, no side below MIN_SIDE: (B, C, H, W) -> (B, C, H', W')."""
-    return resize(image, scaled_size(image.shape[-2:], scale))
+    return resize_antialiased(image, scaled_size(image.shape[-2:], scale))
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -164,7 +165,7 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return height, width
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear and antialiased, as the training images are scaled: (B, C, H, W) -> (B, C, *size)."""
     if image.shape[-2:] == tuple(size):
         return image

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from allspark.data.batch import normalize
-from allspark.evaluation.sliding_window import Inference, resize, scaled_size, windows_of
+from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, window_corners
 
 MAX_SCORES = 2 * 10**8  # of a batch, held at once: 0.8 GB, and two or three times that while they are averaged
 ROWS = 64  # that are given away at a time
@@ -24,13 +24,13 @@ ROWS = 64  # that are given away at a time
 Size = tuple[int, int]  # height, width
 
 
-def too_many(shape: torch.Size, num_classes: int, inference: Inference) -> bool:
+def needs_tiling(shape: torch.Size, num_classes: int, inference: Inference) -> bool:
     """Whether images (B, 3, H, W) are for strips. An image that goes through the model as a whole cannot be cut."""
     batch, _, height, width = shape
     return inference.mode == "sliding_window" and batch * num_classes * height * width > MAX_SCORES
 
 
-def strip_scores(
+def tiled_scores(
     model: nn.Module, image: Tensor, inference: Inference, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """What class_scores gives, from top to bottom: rows, and mean probabilities (B, K, rows, W) on the device.
@@ -43,7 +43,7 @@ def strip_scores(
         for scale in inference.scales
         for flipped in ((False, True) if inference.flip else (False,))
     ]
-    readers = [Rows(resized(view_strips(model, view, inference), view.size, (height, width))) for view in views]
+    readers = [RowReader(resize_strips(iter_strips(model, view, inference), view.size, (height, width))) for view in views]
     for top in range(0, height, ROWS):
         rows = slice(top, min(top + ROWS, height))
         total = None
@@ -79,10 +79,10 @@ class View:
             return down.to(self.device) @ part @ across.to(self.device).T
 
 
-def view_strips(model: nn.Module, view: View, inference: Inference) -> Iterator[Tensor]:
+def iter_strips(model: nn.Module, view: View, inference: Inference) -> Iterator[Tensor]:
     """Mean probabilities of a view, turned back where it is mirrored: (B, K, rows, w), one strip below the other."""
     batch = len(view.image)
-    rows, columns, corners = windows_of(view.size, inference.window)
+    rows, columns, corners = window_corners(view.size, inference.window)
     per_pass = max(1, inference.window_batch // batch)
     chunks = [corners[first : first + per_pass] for first in range(0, len(corners), per_pass)]
     most = max(chunk[-1][0] + rows - chunk[0][0] for chunk in chunks)
@@ -90,20 +90,20 @@ def view_strips(model: nn.Module, view: View, inference: Inference) -> Iterator[
     for chunk in chunks:
         top = chunk[0][0]  # no later window reaches above
         if sums is not None and top > sums.top:
-            yield turned(sums.finished(top), view)
+            yield unflip(sums.finished(top), view)
         windows = torch.cat([view.window(y, x, rows, columns) for y, x in chunk])
         prob = model(windows).logits.softmax(1)
-        sums = sums or Sums(prob, batch, most, view.size[1])
+        sums = sums or WindowSums(prob, batch, most, view.size[1])
         for (y, x), part in zip(chunk, prob.split(batch), strict=True):
             sums.add(part, y, x)
-    yield turned(sums.finished(view.size[0]), view)
+    yield unflip(sums.finished(view.size[0]), view)
 
 
-def turned(prob: Tensor, view: View) -> Tensor:
+def unflip(prob: Tensor, view: View) -> Tensor:
     return prob.flip(-1) if view.flipped else prob
 
 
-class Sums:
+class WindowSums:
     """Summed probabilities and the count of windows, of `rows` rows from `top` on."""
 
     def __init__(self, prob: Tensor, batch: int, rows: int, width: int) -> None:
@@ -122,12 +122,12 @@ class Sums:
         count = end - self.top
         mean = self.total[..., :count, :] / self.seen[:count]
         for tensor in (self.total, self.seen):
-            move_up(tensor, count)
+            shift_up(tensor, count)
         self.top = end
         return mean
 
 
-def move_up(tensor: Tensor, count: int) -> None:
+def shift_up(tensor: Tensor, count: int) -> None:
     """The rows (..., rows, width) move up by `count` in place, zeros follow."""
     rest = tensor.shape[-2] - count
     for first in range(0, rest, count):  # blocks that do not overlap where they came from: no copy of all of it
@@ -136,7 +136,7 @@ def move_up(tensor: Tensor, count: int) -> None:
     tensor[..., rest:, :] = 0
 
 
-class Rows:
+class RowReader:
     """The rows of a map that comes in strips; read from top to bottom, those above the last read are forgotten."""
 
     def __init__(self, strips: Iterator[Tensor]) -> None:
@@ -154,12 +154,12 @@ class Rows:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def resized(strips: Iterator[Tensor], size: Size, to: Size) -> Iterator[Tensor]:
+def resize_strips(strips: Iterator[Tensor], size: Size, to: Size) -> Iterator[Tensor]:
     """Strips of a map of `size` -> strips of what inference.resize makes of the whole map."""
     if size == to:
         yield from strips
         return
-    source = Rows(resize(strip, (strip.shape[-2], to[1])) for strip in strips)  # across, rows do not know each other
+    source = RowReader(resize_antialiased(strip, (strip.shape[-2], to[1])) for strip in strips)  # across, rows do not know each other
     for first in range(0, to[0], ROWS):
         top, bottom, weights = resize_weights(size[0], to[0], first, min(first + ROWS, to[0]))
         part = source.read(top, bottom)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from allspark.data.datasets.ade20k import CLASSES, OTHER
 from allspark.prepare.archives import Index, Kind
-from allspark.prepare.images import expect, indices, png
+from allspark.prepare.images import check_values, decode_indices, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 
 VALUES = range(len(CLASSES) + 1)  # as stored
@@ -15,18 +15,18 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
     def sample(folder: str, name: str) -> Sample:
         return (
             Output(f"images/{folder}/{name}.jpg", ("image", folder, name)),
-            Output(f"annotations/{folder}/{name}.png", ("mask", folder, name), checked, (ignore_unknown,)),
+            Output(f"annotations/{folder}/{name}.png", ("mask", folder, name), check_mask, (ignore_unknown,)),
         )
 
     found = sorted({key[1:] for key in index.files})
     return {split: [sample(*key) for key in found if key[0] == folder] for split, folder in FOLDERS.items()}
 
 
-def checked(content: bytes, name: str, ignore_unknown: bool) -> bytes:
+def check_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
     """The file itself; another one only where values that are no class become `other`."""
-    stored = indices(content, name)
-    known = expect(stored, VALUES, OTHER, name, ignore_unknown)
-    return content if known is stored else png(known)
+    stored = decode_indices(content, name)
+    known = check_values(stored, VALUES, OTHER, name, ignore_unknown)
+    return content if known is stored else encode_png(known)
 
 
 ADE20K = Plan(

@@ -30,7 +30,7 @@ HEADER_TYPES = (
     tarfile.SOLARIS_XHDTYPE,
 )
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz")
-DAMAGE = (
+DAMAGE_ERRORS = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, OSError, RuntimeError, ValueError, LookupError, OverflowError),
 )
@@ -100,12 +100,12 @@ def find_sources(paths: Sequence[Path], archives: Sequence[str]) -> list[Path]:
     return sources
 
 
-def scan(sources: Sequence[Path], kinds: Sequence[Kind]) -> Index:
+def index_sources(sources: Sequence[Path], kinds: Sequence[Kind]) -> Index:
     """One pass over every source. A .tgz is decompressed for it, which is cheap beside the work that follows."""
     index = Index({}, {})
     texts = {kind.name for kind in kinds if kind.text}
     for source in sources:
-        for key, entry in select(source, kinds):
+        for key, entry in select_entries(source, kinds):
             if key not in index.files:
                 index.files[key] = Found(source, entry.name, entry.size, entry.path)
                 if key[0] in texts:
@@ -113,25 +113,25 @@ def scan(sources: Sequence[Path], kinds: Sequence[Kind]) -> Index:
     return index
 
 
-def select(source: Path, kinds: Sequence[Kind]) -> Iterator[tuple[Key, Entry]]:
+def select_entries(source: Path, kinds: Sequence[Kind]) -> Iterator[tuple[Key, Entry]]:
     """The files of these kinds, in the source's order; read each before the next. UserError: one is unfit."""
-    for entry in entries(source):
+    for entry in iter_entries(source):
         for kind in kinds:
             if key := kind.key(entry.name):
                 if not entry.regular:
-                    raise UserError(f"{source}: {entry.name} is a link or a device, not a file; {AGAIN}")
+                    raise UserError(f"{source}: {entry.name} is a link or a device, not a file; {NOT_OFFICIAL}")
                 if entry.size > kind.limit:
                     raise UserError(
-                        f"{source}: {entry.name} has {entry.size} bytes, such a file has {kind.limit} at most; {AGAIN}"
+                        f"{source}: {entry.name} has {entry.size} bytes, such a file has {kind.limit} at most; {NOT_OFFICIAL}"
                     )
                 yield key, entry
                 break
 
 
-AGAIN = "this is not the official archive as published; download it again"
+NOT_OFFICIAL = "this is not the official archive as published; download it again"
 
 
-def entries(source: Path) -> Iterator[Entry]:
+def iter_entries(source: Path) -> Iterator[Entry]:
     """Every file of a folder, zip or tar (compressed or not), known by its suffix."""
     if source.is_dir():
         yield from folder_entries(source)
@@ -160,13 +160,13 @@ def folder_entries(root: Path) -> Iterator[Entry]:
 
 
 def zip_entries(source: Path) -> Iterator[Entry]:
-    with readable(source), zipfile.ZipFile(source) as archive:
+    with archive_errors(source), zipfile.ZipFile(source) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         check_total(source, sum(info.file_size for info in infos))
         for info in infos:
             check_path(source, info.filename)
             kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on a Unix
-            read = partial(content, source, info.filename, info.file_size, partial(archive.open, info))
+            read = partial(read_member, source, info.filename, info.file_size, partial(archive.open, info))
             yield Entry(info.filename, info.file_size, kind in (0, stat.S_IFREG), read)
 
 
@@ -190,13 +190,13 @@ class PlainHeader(tarfile.TarInfo):
 def tar_entries(source: Path) -> Iterator[Entry]:
     """Forward only: going back in a compressed tar means decompressing it from its beginning."""
     total = 0
-    with readable(source), tarfile.open(source, "r:*", tarinfo=PlainHeader) as archive:
+    with archive_errors(source), tarfile.open(source, "r:*", tarinfo=PlainHeader) as archive:
         for member in archive:
             total += member.size
             check_total(source, total)
             check_path(source, member.name)
             if not member.isdir():
-                read = partial(content, source, member.name, member.size, partial(archive.extractfile, member))
+                read = partial(read_member, source, member.name, member.size, partial(archive.extractfile, member))
                 yield Entry(member.name, member.size, member.isreg(), read)
         check_end(archive)
 
@@ -212,8 +212,8 @@ def check_end(archive: tarfile.TarFile) -> None:
             pass
 
 
-def content(source: Path, name: str, size: int, start: Callable) -> bytes:
-    with readable(source), start() as file:
+def read_member(source: Path, name: str, size: int, start: Callable) -> bytes:
+    with archive_errors(source), start() as file:
         data = file.read(size + 1)
         if len(data) != size:
             raise EOFError(f"{name} ends early")
@@ -221,13 +221,13 @@ def content(source: Path, name: str, size: int, start: Callable) -> bytes:
 
 
 @contextmanager
-def readable(source: Path) -> Iterator[None]:
+def archive_errors(source: Path) -> Iterator[None]:
     """What the libraries raise on a damaged archive, as one UserError."""
     try:
         yield
     except UserError:
         raise
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{source}: truncated, damaged or not readable ({reason}); download it again, then run the same command: "
@@ -237,11 +237,11 @@ def readable(source: Path) -> Iterator[None]:
 
 def check_total(source: Path, size: int) -> None:
     if size > MAX_ARCHIVE:
-        raise UserError(f"{source}: unpacks to more than {MAX_ARCHIVE >> 30} GiB; {AGAIN}")
+        raise UserError(f"{source}: unpacks to more than {MAX_ARCHIVE >> 30} GiB; {NOT_OFFICIAL}")
 
 
 def check_path(source: Path, name: str) -> None:
     """Targets are never made from these names; one that leads out still says what kind of archive this is."""
     parts = name.replace("\\", "/").split("/")
     if parts[0] == "" or ".." in parts or re.match("[A-Za-z]:", name):
-        raise UserError(f"{source}: the path {name!r} leads out of the archive; {AGAIN}")
+        raise UserError(f"{source}: the path {name!r} leads out of the archive; {NOT_OFFICIAL}")

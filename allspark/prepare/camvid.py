@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from allspark.data.base import counted
-from allspark.data.datasets.camvid import CLASSES, ORIGINAL_CLASSES, UNLABELLED
+from allspark.data.image_io import format_counts
+from allspark.data.datasets.camvid import CLASSES, ORIGINAL_CLASSES, UNLABELED
 from allspark.prepare.archives import Index, Kind
-from allspark.prepare.images import REMEDY, decode, encoded, expect, indices, png
+from allspark.prepare.images import REMEDY, check_values, decode_image, decode_indices, encode_image, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 from allspark.utils.errors import UserError
 
 SIZE = (480, 360)  # width, height, as in the tutorial; the original frames have twice that
 NAME = r"((?:0001TP|0006R0|0016E5|Seq05VD)_f?\d+)"
-STRAY = UNLABELLED + 1  # while a mask is made: a colour that is none of the 32
+STRAY = UNLABELED + 1  # while a mask is made: a colour that is none of the 32
 CLASS_OF = {
-    (red << 16) + (green << 8) + blue: UNLABELLED if group is None else CLASSES.index(group)
+    (red << 16) + (green << 8) + blue: UNLABELED if group is None else CLASSES.index(group)
     for _, (red, green, blue), group in ORIGINAL_CLASSES
 }
 
@@ -28,13 +28,13 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
 
     def sample(split: str, name: str) -> Sample:
         if tutorial:
-            image, mask, make = ("tutorial image", split, name), ("tutorial mask", split, name), tutorial_mask
+            image, mask, make = ("tutorial image", split, name), ("tutorial mask", split, name), decode_tutorial_mask
             size = None
         else:
-            image, mask, make = ("frame", name), ("colours", name), colour_mask
+            image, mask, make = ("frame", name), ("colours", name), decode_color_mask
             size = SIZE
         return (
-            Output(f"images/{split}/{name}.jpg", image, jpeg, (size,)),
+            Output(f"images/{split}/{name}.jpg", image, encode_jpeg, (size,)),
             Output(f"labels/{split}/{name}.png", mask, make, (ignore_unknown,)),
         )
 
@@ -51,29 +51,29 @@ def split_of(name: str) -> str:
     return "val" if sequence == "0016E5" and 7959 <= number <= 8159 else "train"
 
 
-def jpeg(content: bytes, name: str, size: tuple[int, int] | None) -> bytes:
+def encode_jpeg(content: bytes, name: str, size: tuple[int, int] | None) -> bytes:
     """The lists name .jpg files: quality 95, colours at full resolution."""
-    image = decode(content, name).convert("RGB")
+    image = decode_image(content, name).convert("RGB")
     if size is not None:
         image = image.resize(size, Image.Resampling.BOX)  # to half the size: the mean of 2 x 2 pixels
-    return encoded(image, "JPEG", quality=95, subsampling=0)
+    return encode_image(image, "JPEG", quality=95, subsampling=0)
 
 
-def tutorial_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
-    return png(expect(indices(content, name), range(UNLABELLED + 1), UNLABELLED, name, ignore_unknown))
+def decode_tutorial_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
+    return encode_png(check_values(decode_indices(content, name), range(UNLABELED + 1), UNLABELED, name, ignore_unknown))
 
 
-def colour_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
+def decode_color_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
     """From the 32 colours; UserError names the colours that are none of them, unless they are to be ignored."""
-    colours = np.asarray(decode(content, name).convert("RGB"), np.uint32)
+    colours = np.asarray(decode_image(content, name).convert("RGB"), np.uint32)
     codes, place = np.unique(colours @ np.array([1 << 16, 1 << 8, 1], np.uint32), return_inverse=True)
     mask = np.array([CLASS_OF.get(int(code), STRAY) for code in codes], np.uint8)[place].reshape(colours.shape[:2])
     stray = mask == STRAY
     if stray.any() and not ignore_unknown:
-        told = counted(np.array([str(tuple(map(int, colour))) for colour in colours[stray]]))
+        told = format_counts(np.array([str(tuple(map(int, colour))) for colour in colours[stray]]))
         raise UserError(f"{name}: unexpected colours {told}; {REMEDY}")
-    mask[stray] = UNLABELLED
-    return png(np.asarray(Image.fromarray(mask).resize(SIZE, Image.Resampling.NEAREST)))
+    mask[stray] = UNLABELED
+    return encode_png(np.asarray(Image.fromarray(mask).resize(SIZE, Image.Resampling.NEAREST)))
 
 
 CAMVID = Plan(

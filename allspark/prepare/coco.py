@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from allspark.data.base import IGNORE_INDEX, max_megapixels
+from allspark.data.image_io import max_megapixels
+from allspark.data.spec import IGNORE_INDEX
 from allspark.data.datasets.coco import CLASSES
 from allspark.prepare.archives import Index, Kind
-from allspark.prepare.images import png
+from allspark.prepare.images import encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 from allspark.utils.errors import UserError
 
@@ -40,7 +41,7 @@ def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample
     where = f"{found.source}: {found.name}"
     try:
         content = json.loads(index.texts.pop(("instances", split)))
-        class_of = classes(content["categories"], where)
+        class_of = map_categories(content["categories"], where)
         if not ignore_unknown:
             check_categories(content["annotations"], class_of, where)
         instances: dict[int, list] = defaultdict(list)
@@ -50,23 +51,23 @@ def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample
             instances[annotation["image_id"]].append((annotation["id"], value, annotation["segmentation"]))
         images = {image["id"]: image for image in content["images"]}
         if lost := instances.keys() - images.keys():
-            raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {AGAIN}")
-        return [sample(split, image, instances[key], where) for key, image in images.items()]
+            raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {REMEDY}")
+        return [make_sample(split, image, instances[key], where) for key, image in images.items()]
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not the instances of COCO ({error!r}); {AGAIN}") from None
+        raise UserError(f"{where}: not the instances of COCO ({error!r}); {REMEDY}") from None
 
 
-AGAIN = "get annotations_trainval2017.zip again"
+REMEDY = "get annotations_trainval2017.zip again"
 
 
-def classes(categories: list[Mapping[str, Any]], where: str) -> dict[int, int]:
+def map_categories(categories: list[Mapping[str, Any]], where: str) -> dict[int, int]:
     """Category id -> class. The 80 ids lie between 1 and 90, with gaps."""
     listed = sorted((category["id"], category["name"]) for category in categories)
     for number in range(max(len(listed), len(CLASSES) - 1)):
         there = listed[number][1] if number < len(listed) else "none"
         expected = CLASSES[number + 1] if number + 1 < len(CLASSES) else "none"
         if there != expected:
-            raise UserError(f"{where}: category number {number + 1} is {there!r}, of COCO it is {expected!r}; {AGAIN}")
+            raise UserError(f"{where}: category number {number + 1} is {there!r}, of COCO it is {expected!r}; {REMEDY}")
     return {category_id: number for number, (category_id, _) in enumerate(listed, start=1)}
 
 
@@ -75,38 +76,38 @@ def check_categories(annotations: list[Mapping[str, Any]], class_of: Mapping[int
     if unknown:
         counts = Counter(annotation["category_id"] for annotation in unknown)
         told = ", ".join(f"{category!r} ({count} annotations)" for category, count in counts.most_common(5))
-        remedy = f"{AGAIN}, or use --ignore-unknown, which makes their pixels ignored ones"
+        remedy = f"{REMEDY}, or use --ignore-unknown, which makes their pixels ignored ones"
         raise UserError(f"{where}: unknown category {told}, first in annotation {unknown[0]['id']}; {remedy}")
 
 
-def sample(split: str, image: Mapping[str, Any], instances: list, where: str) -> Sample:
+def make_sample(split: str, image: Mapping[str, Any], instances: list, where: str) -> Sample:
     name, height, width = image["file_name"], image["height"], image["width"]
     if not re.fullmatch(r"\d+\.jpg", name, re.ASCII):
-        raise UserError(f"{where}: image {image['id']} has the file name {name!r}; {AGAIN}")
+        raise UserError(f"{where}: image {image['id']} has the file name {name!r}; {REMEDY}")
     if not (
         type(height) is type(width) is int and min(height, width) > 0 and height * width <= max_megapixels() * 10**6
     ):
-        raise UserError(f"{where}: image {image['id']} has width {width!r} and height {height!r}; {AGAIN}")
+        raise UserError(f"{where}: image {image['id']} has width {width!r} and height {height!r}; {REMEDY}")
     stem = name.removesuffix(".jpg")
-    mask = Output(f"masks/{stem}.png", None, draw, (where, height, width, instances))
+    mask = Output(f"masks/{stem}.png", None, draw_mask, (where, height, width, instances))
     return Output(f"{split}2017/{name}", ("image", split, stem)), mask
 
 
-def draw(content: None, name: str, where: str, height: int, width: int, instances: list) -> bytes:
+def draw_mask(content: None, name: str, where: str, height: int, width: int, instances: list) -> bytes:
     """PNG of the mask. instances: (annotation id, class or IGNORE_INDEX, segmentation) each."""
     from pycocotools import mask as coder
 
     regions = []
     for annotation, value, segmentation in instances:
-        region = encode(segmentation, height, width, f"{where}: annotation {annotation}")
+        region = encode_segmentation(segmentation, height, width, f"{where}: annotation {annotation}")
         regions.append((value != IGNORE_INDEX, -int(coder.area(region)), value, region))
     mask = np.zeros((height, width), np.uint8, order="F")  # column by column, as pycocotools has it
     for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):  # crowds, then the largest first
         np.copyto(mask, value, where=coder.decode(region).view(bool))
-    return png(mask)
+    return encode_png(mask)
 
 
-def encode(segmentation: Any, height: int, width: int, where: str) -> Mapping[str, Any]:
+def encode_segmentation(segmentation: Any, height: int, width: int, where: str) -> Mapping[str, Any]:
     """pycocotools' own run lengths, of polygons [[x, y, x, y, ...], ...] or of plain run lengths."""
     from pycocotools import mask as coder
 
@@ -117,7 +118,7 @@ def encode(segmentation: Any, height: int, width: int, where: str) -> Mapping[st
         check_polygons(polygons, max(height, width))
         return coder.merge(coder.frPyObjects(polygons or [[0] * 6], height, width))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: not a segmentation of a {width} x {height} image ({error}); {AGAIN}") from None
+        raise UserError(f"{where}: not a segmentation of a {width} x {height} image ({error}); {REMEDY}") from None
 
 
 def check_polygons(polygons: list[list[float]], side: int) -> None:

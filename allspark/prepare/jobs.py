@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from allspark.utils.atomic import whole
+from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError
 
 TEMPORARY = ".preparing"  # suffix of files that are being written
@@ -39,11 +39,11 @@ class Task:
     args: tuple[Any, ...] = ()
 
 
-def run(tasks: Iterable[Task], total: int, workers: int, title: str) -> None:
+def run_tasks(tasks: Iterable[Task], total: int, workers: int, title: str) -> None:
     """Do all tasks, however bad the content of some is; then one UserError for those. A full disk ends it at once."""
     problems = []
     with Progress(title, total) as progress:
-        for problem in map(perform, tasks) if workers == 1 else in_processes(tasks, workers):
+        for problem in map(run_task, tasks) if workers == 1 else run_in_processes(tasks, workers):
             progress.advance()
             if problem is not None:
                 problems.append(problem)
@@ -52,27 +52,27 @@ def run(tasks: Iterable[Task], total: int, workers: int, title: str) -> None:
         raise UserError(f"{problems[0]}{more}. All other files are done; the same command goes on from there")
 
 
-def perform(task: Task) -> str | None:
+def run_task(task: Task) -> str | None:
     """Write the target; what is wrong with the content, or None. UserError: the target cannot be written."""
     if task.make is None and isinstance(task.content, Path):
-        link(task.content, task.target)
+        link_file(task.content, task.target)
         return None
     try:
-        content = read(task.content) if isinstance(task.content, Path) else task.content
+        content = read_file(task.content) if isinstance(task.content, Path) else task.content
         data = content if task.make is None else task.make(content, task.name, *task.args)
     except UserError as error:
         return str(error)
-    write(task.target, data)
+    write_file(task.target, data)
     return None
 
 
-def in_processes(tasks: Iterable[Task], workers: int) -> Iterator[str | None]:
+def run_in_processes(tasks: Iterable[Task], workers: int) -> Iterator[str | None]:
     """The results of perform, as they come. The tasks are taken no faster than they are done."""
-    pool = ProcessPoolExecutor(workers, initializer=start_worker)
+    pool = ProcessPoolExecutor(workers, initializer=init_worker)
     pending: set[Future] = set()
     try:
         for task in tasks:
-            pending.add(pool.submit(perform, task))
+            pending.add(pool.submit(run_task, task))
             if len(pending) >= workers * QUEUED:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -86,30 +86,30 @@ def in_processes(tasks: Iterable[Task], workers: int) -> Iterator[str | None]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def start_worker() -> None:
+def init_worker() -> None:
     """Ctrl-C is the parent's to handle; a parent that is killed takes its workers with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def write(target: Path, data: bytes) -> None:
+def write_file(target: Path, data: bytes) -> None:
     with beside(target) as temporary:
         temporary.write_bytes(data)
 
 
-def link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
     """The file under a second name, where the file system can; else a copy."""
     if target.exists() and target.samefile(source):
         return
@@ -123,7 +123,7 @@ def link(source: Path, target: Path) -> None:
 def beside(target: Path) -> AbstractContextManager[Path]:
     """A temporary path in the target's folder, renamed to it at the end. UserError: it cannot be written."""
     remedy = "make room or choose another --out, then run the same command again: what is done already stays"
-    return whole(target, remedy, TEMPORARY)
+    return atomic_path(target, remedy, TEMPORARY)
 
 
 def remove_temporaries(folders: Iterable[Path]) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from allspark.prepare.archives import Index, Key, Kind, find_sources, scan, select
-from allspark.prepare.jobs import Task, remove_temporaries, run, write
+from allspark.prepare.archives import Index, Key, Kind, find_sources, index_sources, select_entries
+from allspark.prepare.jobs import Task, remove_temporaries, run_tasks, write_file
 from allspark.utils.errors import UserError
 
 MARKER = "prepared.json"  # in the finished data set: its counts and files
@@ -79,7 +79,7 @@ class Options:
 
 
 @dataclass
-class Folders:
+class FileSet:
     """Which files are there, asked once per folder. An empty one is not: a crash of the machine leaves such."""
 
     root: Path
@@ -99,36 +99,36 @@ def prepare(plan: Plan, options: Options) -> None:
     if not options.force and is_finished(plan, out):
         print(f"{out}: prepared already; --force makes it again")
         return
-    index = scan(find_sources(options.sources, [archive.name for archive in plan.archives]), plan.kinds)
-    there = Folders(out)
-    splits = complete(plan, plan.samples(index, options.ignore_unknown), index, there, options)
+    index = index_sources(find_sources(options.sources, [archive.name for archive in plan.archives]), plan.kinds)
+    there = FileSet(out)
+    splits = complete_samples(plan, plan.samples(index, options.ignore_unknown), index, there, options)
     outputs = {output.target: output for samples in splits.values() for sample in samples for output in sample}
     absent = [output for output in outputs.values() if options.force or not there.has(output.target)]
     remove_temporaries({(out / output.target).parent for output in outputs.values()})
     check_space(out, absent, index)
     if absent:
-        run(tasks(plan, absent, index, out), len(absent), options.workers, f"prepare {plan.dataset}")
-    check_made(outputs, out)
+        run_tasks(make_tasks(plan, absent, index, out), len(absent), options.workers, f"prepare {plan.dataset}")
+    check_outputs(outputs, out)
     write_lists(plan, splits, options)
-    if as_published(plan, splits) and splits.keys() == plan.counts.keys():  # else a later run may add to it
+    if has_official_counts(plan, splits) and splits.keys() == plan.counts.keys():  # else a later run may add to it
         counts = {split: len(samples) for split, samples in splits.items()}
         marker = {"dataset": plan.dataset, "counts": counts, "files": list(outputs)}
-        write(out / MARKER, json.dumps(marker).encode())
-    summarize(plan, splits, out, len(absent), len(outputs))
+        write_file(out / MARKER, json.dumps(marker).encode())
+    print_summary(plan, splits, out, len(absent), len(outputs))
 
 
 def is_finished(plan: Plan, out: Path) -> bool:
     """Whether an earlier run got to its end, and every file that it counted is still there."""
     try:
         marker = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        there = Folders(out)
+        there = FileSet(out)
         return marker["dataset"] == plan.dataset and all(map(there.has, marker["files"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def complete(
-    plan: Plan, splits: dict[str, list[Sample]], index: Index, there: Folders, options: Options
+def complete_samples(
+    plan: Plan, splits: dict[str, list[Sample]], index: Index, there: FileSet, options: Options
 ) -> dict[str, list[Sample]]:
     """The samples of which everything can be had. UserError unless these are all, or a part is allowed."""
 
@@ -138,7 +138,7 @@ def complete(
 
     splits = {split: splits.get(split, []) for split in plan.counts if splits.get(split) or split not in plan.optional}
     whole = {split: [sample for sample in samples if all(map(available, sample))] for split, samples in splits.items()}
-    if not any(whole.values()) or not (options.allow_partial or as_published(plan, whole)):
+    if not any(whole.values()) or not (options.allow_partial or has_official_counts(plan, whole)):
         found = ", ".join(f"{split} {len(samples)} of {plan.counts[split]}" for split, samples in whole.items())
         absent = [o.target for samples in splits.values() for sample in samples for o in sample if not available(o)]
         lost = f"; {len(set(absent))} files have no source, the first is {absent[0]}" if absent else ""
@@ -150,13 +150,13 @@ def complete(
     return {split: samples for split, samples in whole.items() if samples}
 
 
-def as_published(plan: Plan, splits: Mapping[str, Sequence[Sample]]) -> bool:
+def has_official_counts(plan: Plan, splits: Mapping[str, Sequence[Sample]]) -> bool:
     """Whether each split has its official count; an optional one may be absent."""
     required = {split for split in plan.counts if split in splits or split not in plan.optional}
     return all(len(splits.get(split, ())) == plan.counts[split] for split in required)
 
 
-def names(index: Index, key: Key) -> list[str]:
+def read_names(index: Index, key: Key) -> list[str]:
     """The names in a list of the archives, one a line; [] where there is none. UserError: no such list."""
     if key not in index.texts:
         return []
@@ -184,7 +184,7 @@ def check_space(out: Path, absent: Iterable[Output], index: Index) -> None:
         )
 
 
-def tasks(plan: Plan, absent: Iterable[Output], index: Index, out: Path) -> Iterator[Task]:
+def make_tasks(plan: Plan, absent: Iterable[Output], index: Index, out: Path) -> Iterator[Task]:
     """A task per output, the sources read in their own order, each once and no further than needed."""
     waiting: dict[Path, dict[Key, list[Output]]] = defaultdict(lambda: defaultdict(list))
     for output in absent:
@@ -193,7 +193,7 @@ def tasks(plan: Plan, absent: Iterable[Output], index: Index, out: Path) -> Iter
         else:
             waiting[index.files[output.source].source][output.source].append(output)
     for source, keys in waiting.items():
-        for key, entry in select(source, plan.kinds):
+        for key, entry in select_entries(source, plan.kinds):
             found = keys.pop(key, ())
             content = entry.path or (entry.read() if found else None)
             for output in found:
@@ -203,8 +203,8 @@ def tasks(plan: Plan, absent: Iterable[Output], index: Index, out: Path) -> Iter
                 break
 
 
-def check_made(outputs: Iterable[str], out: Path) -> None:
-    there = Folders(out)
+def check_outputs(outputs: Iterable[str], out: Path) -> None:
+    there = FileSet(out)
     missing = [target for target in outputs if not there.has(target)]
     if missing:
         raise UserError(
@@ -222,12 +222,12 @@ def write_lists(plan: Plan, splits: dict[str, list[Sample]], options: Options) -
         if before == lines:
             continue
         if set(before) <= set(lines) or options.force:  # of a part of the data set, prepared earlier
-            write(path, "".join(f"{line}\n" for line in lines).encode())
+            write_file(path, "".join(f"{line}\n" for line in lines).encode())
         else:
             print(f"{path}: left as it is, though it names other images; --force writes it anew")
 
 
-def summarize(plan: Plan, splits: dict[str, list[Sample]], out: Path, made: int, total: int) -> None:
+def print_summary(plan: Plan, splits: dict[str, list[Sample]], out: Path, made: int, total: int) -> None:
     counts = ", ".join(f"{split} {len(samples)}" for split, samples in splits.items())
     print(f"{out}: {counts} images; {made} files made, {total - made} were there")
     root = "" if out == Path("data", plan.dataset) else f" data_root={out}"

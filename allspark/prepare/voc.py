@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 
-from allspark.data.base import IGNORE_INDEX
+from allspark.data.spec import IGNORE_INDEX
 from allspark.data.datasets.voc import CLASSES
 from allspark.prepare.archives import Index, Kind
-from allspark.prepare.images import expect, indices, png
-from allspark.prepare.plan import Archive, Output, Plan, Sample, names
+from allspark.prepare.images import check_values, decode_indices, encode_png
+from allspark.prepare.plan import Archive, Output, Plan, Sample, read_names
 from allspark.utils.errors import UserError
 
 VALUES = (*range(len(CLASSES)), IGNORE_INDEX)
@@ -27,17 +27,17 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
 
     Where VOC has a mask of its own, it is taken: SBD's are coarser and have no 255 along the contours.
     """
-    train, val = (names(index, ("voc list", split)) for split in ("train", "val"))
+    train, val = (read_names(index, ("voc list", split)) for split in ("train", "val"))
     if not train or not val:
         raise UserError(
             f"pascal: ImageSets/Segmentation/train.txt and val.txt were not found; --from has to name {VOC}, whole, "
             "or the folder it unpacks to"
         )
-    sbd = [name for split in ("train", "val") for name in names(index, ("sbd list", split))]
+    sbd = [name for split in ("train", "val") for name in read_names(index, ("sbd list", split))]
     own = {*train, *val}
 
     def sample(name: str) -> Sample:
-        kind, make = ("mask", voc_mask) if name in own else ("sbd", sbd_mask)
+        kind, make = ("mask", make_voc_mask) if name in own else ("sbd", make_sbd_mask)
         mask = Output(f"SegmentationClass/{name}.png", (kind, name), make, (ignore_unknown,))
         return Output(f"JPEGImages/{name}.jpg", ("image", name)), mask
 
@@ -45,11 +45,11 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
     return {split: [sample(name) for name in ids] for split, ids in lists.items()}
 
 
-def voc_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
-    return png(expect(indices(content, name), VALUES, IGNORE_INDEX, name, ignore_unknown))
+def make_voc_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
+    return encode_png(check_values(decode_indices(content, name), VALUES, IGNORE_INDEX, name, ignore_unknown))
 
 
-def sbd_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
+def make_sbd_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
     """From the (H, W) uint8 field GTcls.Segmentation of a MATLAB file."""
     from scipy.io import loadmat  # takes its time, and only the workers need it
 
@@ -60,7 +60,7 @@ def sbd_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
             raise ValueError(f"GTcls.Segmentation is {mask.dtype} of shape {mask.shape}")
     except Exception as error:  # loadmat raises nearly anything on a damaged file
         raise UserError(f"{name}: not a label file of SBD ({error}); get {SBD} again") from None
-    return png(expect(mask, VALUES, IGNORE_INDEX, name, ignore_unknown))
+    return encode_png(check_values(mask, VALUES, IGNORE_INDEX, name, ignore_unknown))
 
 
 def check_unpacked(content: bytes) -> None:

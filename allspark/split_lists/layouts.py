@@ -25,7 +25,7 @@ class Layout:
     train: str
 
 
-def names_in(folder: Path, pattern: str, remedy: str) -> list[str]:
+def find_files(folder: Path, pattern: str, remedy: str) -> list[str]:
     """The files below a folder that match, sorted by path; UserError where there is none."""
     found = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
     if not found:
@@ -33,7 +33,7 @@ def names_in(folder: Path, pattern: str, remedy: str) -> list[str]:
     return found
 
 
-def as_path(column: str) -> str:
+def identity(column: str) -> str:
     """image_of where the lists hold paths."""
     return column
 
@@ -59,7 +59,7 @@ def voc_lists(root: Path) -> dict[str, list[str]]:
             raise UserError(f"{path}: does not exist; take ImageSets over from VOC's archive (`prepare pascal` does)")
         ids[name] = path.read_text(encoding="utf-8").split()
     remedy = "the masks of VOC and SBD belong there, see `prepare pascal`"
-    masks = {Path(name).stem for name in names_in(root / "SegmentationClass", "*.png", remedy)}
+    masks = {Path(name).stem for name in find_files(root / "SegmentationClass", "*.png", remedy)}
     train_aug = sorted(masks - set(ids["val"]))
     lists = {"val": ids["val"], "1464/labeled": ids["train"], "train_aug": train_aug}
     return {name: [voc_image(i) for i in listed] for name, listed in lists.items()}
@@ -72,7 +72,7 @@ def cityscapes_mask(image: str) -> str:
 def cityscapes_lists(root: Path) -> dict[str, list[str]]:
     remedy = "unpack leftImg8bit_trainvaltest.zip there"
     folders = {kind: root / "leftImg8bit" / kind for kind in ("train", "val")}
-    found = {kind: names_in(folder, "*/*_leftImg8bit.png", remedy) for kind, folder in folders.items()}
+    found = {kind: find_files(folder, "*/*_leftImg8bit.png", remedy) for kind, folder in folders.items()}
     return {kind: [f"leftImg8bit/{kind}/{name}" for name in names] for kind, names in found.items()}
 
 
@@ -81,7 +81,7 @@ def coco_mask(image: str) -> str:
 
 
 def coco_lists(root: Path) -> dict[str, list[str]]:
-    found = {kind: names_in(root / f"{kind}2017", "*.jpg", f"unpack {kind}2017.zip there") for kind in ("train", "val")}
+    found = {kind: find_files(root / f"{kind}2017", "*.jpg", f"unpack {kind}2017.zip there") for kind in ("train", "val")}
     return {kind: [f"{kind}2017/{name}" for name in names] for kind, names in found.items()}
 
 
@@ -91,19 +91,19 @@ def ade20k_mask(image: str) -> str:
 
 def ade20k_lists(root: Path) -> dict[str, list[str]]:
     remedy, folders = "see `prepare ade20k`", {"train": "training", "val": "validation"}
-    found = {kind: names_in(root / "images" / folder, "*.jpg", remedy) for kind, folder in folders.items()}
+    found = {kind: find_files(root / "images" / folder, "*.jpg", remedy) for kind, folder in folders.items()}
     return {kind: [f"images/{folders[kind]}/{name}" for name in names] for kind, names in found.items()}
 
 
 LAYOUTS: dict[str, Layout] = {  # by folder of splits/
     "pascal": Layout(voc_image, voc_mask, voc_lists, train="train_aug"),
-    "cityscapes": Layout(as_path, cityscapes_mask, cityscapes_lists, train="train"),
-    "coco": Layout(as_path, coco_mask, coco_lists, train="train"),
-    "ade20k": Layout(as_path, ade20k_mask, ade20k_lists, train="train"),
+    "cityscapes": Layout(identity, cityscapes_mask, cityscapes_lists, train="train"),
+    "coco": Layout(identity, coco_mask, coco_lists, train="train"),
+    "ade20k": Layout(identity, ade20k_mask, ade20k_lists, train="train"),
 }
 
 
-def layout_of(folder: str) -> Layout:
+def get_layout(folder: str) -> Layout:
     if folder not in LAYOUTS:
         raise UserError(
             f"--dataset {folder}: its lists are not published elsewhere, they are this project's own, in "

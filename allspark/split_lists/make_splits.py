@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from allspark.data.base import DatasetSpec, Sample, at_once, read_mask
+from allspark.data.base import at_once
+from allspark.data.image_io import read_mask
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Entry, check_files
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
@@ -33,7 +35,7 @@ def make_splits(
         if not 0 < size <= most:
             raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{most}")
     check_files(entries)
-    pixels = np.stack(at_once([partial(class_pixels, entry.sample, spec) for entry in entries]))
+    pixels = np.stack(at_once([partial(class_shares, entry.sample, spec) for entry in entries]))
     if (pixels.sum(0) > 0).sum() < 2 <= spec.num_classes and pixels.sum() < len(pixels):
         raise UserError(
             f"the masks show one of {spec.num_classes} classes at most, and ignored pixels, so there is nothing to "
@@ -57,7 +59,7 @@ def hold_out(entries: Sequence[Entry], count: int, seed: int) -> tuple[list[Entr
     return held, [entry for index, entry in enumerate(entries) if index not in chosen]
 
 
-def class_pixels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
+def class_shares(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     """(K,) the share of each class among the pixels of a mask."""
     mask = read_mask(sample.mask, spec)
     return np.bincount(mask.ravel(), minlength=256)[: spec.num_classes] / mask.size

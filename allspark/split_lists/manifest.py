@@ -24,7 +24,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 
 
-def roots(first: Path) -> tuple[Path, ...]:
+def split_roots(first: Path) -> tuple[Path, ...]:
     """Where lists are looked for: below `first` and, where that is the default, among those that came with this."""
     return tuple(dict.fromkeys((first, SHIPPED_SPLITS))) if first == SPLITS_ROOT else (first,)
 
@@ -47,7 +47,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A folder of a source that holds the lists of a split."""
 
     source: Source
@@ -62,7 +62,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ListRecord:
     """Of one list: its length, and list_hash of its lines and of its sorted lines; None where nobody computed it.
 
     derived: nobody publishes it, the data set itself gives it.
@@ -75,15 +75,15 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedSplit:
     """A split as it was published. Its name is its folder in splits/: pascal/1_8; the data set's own has only one part.
 
     lists: kind -> facts, such as labeled, unlabeled, val; the file is <name>/<kind>.txt. places: none for our own.
     """
 
     name: str
-    lists: Mapping[str, Facts]
-    places: tuple[Place, ...] = ()
+    lists: Mapping[str, ListRecord]
+    places: tuple[Location, ...] = ()
     used_by: tuple[str, ...] = ()
     note: str = ""
     traps: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ class Verdict(Enum):
     OTHER = "other images"
 
 
-def judge(images: Sequence[str], facts: Facts) -> Verdict:
+def compare(images: Sequence[str], facts: ListRecord) -> Verdict:
     if facts.sha256 is not None and list_hash(images) == facts.sha256:
         return Verdict.IDENTICAL
     if facts.sorted is not None and list_hash(sorted(images)) == facts.sorted:
@@ -121,28 +121,28 @@ def judge(images: Sequence[str], facts: Facts) -> Verdict:
 class Manifest:
     """Every published split by its name."""
 
-    splits: Mapping[str, Published]
+    splits: Mapping[str, PublishedSplit]
 
-    def all_lists(self, folder: str | None = None) -> Iterator[tuple[Published, str, Facts]]:
+    def all_lists(self, folder: str | None = None) -> Iterator[tuple[PublishedSplit, str, ListRecord]]:
         """(split, kind, facts) of each list, of one data set's folder or of all."""
         for split in self.splits.values():
             if folder is None or split.name.split("/")[0] == folder:
                 for kind, facts in split.lists.items():
                     yield split, kind, facts
 
-    def find(self, name: str) -> tuple[Published, str, Facts] | None:
+    def find(self, name: str) -> tuple[PublishedSplit, str, ListRecord] | None:
         """The list of a name such as pascal/1_8/labeled or pascal/val."""
         split, _, kind = name.rpartition("/")
         published = self.splits.get(split)
         return (published, kind, published.lists[kind]) if published and kind in published.lists else None
 
-    def by_hash(self, sha256: str, folder: str | None = None) -> tuple[Published, str] | None:
+    def by_hash(self, sha256: str, folder: str | None = None) -> tuple[PublishedSplit, str] | None:
         """The first list that has this hash."""
         found = (item for item in self.all_lists(folder) if item[2].sha256 == sha256)
         return next(((split, kind) for split, kind, _ in found), None)
 
 
-def known_as(sha256: str, folder: str | None = None) -> str | None:
+def published_name(sha256: str, folder: str | None = None) -> str | None:
     """'pascal/1_8 of LiheYoung/UniMatch' for the hash of a published list, None for any other.
 
     The labeled list speaks for its split; other lists are named with their kind.
@@ -154,7 +154,7 @@ def known_as(sha256: str, folder: str | None = None) -> str | None:
     return f"{split.name if kind == 'labeled' else split.list_name(kind)} of {split.whose}"
 
 
-def other_images(name: str, sha256: str, folder: str) -> str | None:
+def name_clash(name: str, sha256: str, folder: str) -> str | None:
     """The warning for a split that has the name of a published one and is not it; None where all is well.
 
     name: the split's, such as 1_8; sha256: of its labeled list's normal form; folder: DatasetSpec.splits.
@@ -163,7 +163,7 @@ def other_images(name: str, sha256: str, folder: str) -> str | None:
     if found is None or found[2].sha256 in (None, sha256):
         return None
     split, _, facts = found
-    is_known = known_as(sha256, folder)
+    is_known = published_name(sha256, folder)
     return (
         f"split {name} has the name of {split.name} of {split.whose}, but its labeled list is another one "
         f"(sha256 {sha256[:12]}{f', that of {is_known}' if is_known else ''}; published: {facts.sha256[:12]}): "
@@ -178,7 +178,7 @@ def load_manifest(path: Path = MANIFEST) -> Manifest:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); restore it") from None
-    top = checked(content, {"sources": dict, "splits": list}, str(path))
+    top = check_mapping(content, {"sources": dict, "splits": list}, str(path))
     sources = {name: read_source(value, f"{path}: sources.{name}") for name, value in top["sources"].items()}
     splits = {}
     for index, value in enumerate(top["splits"]):
@@ -189,7 +189,7 @@ def load_manifest(path: Path = MANIFEST) -> Manifest:
     return Manifest(splits)
 
 
-def checked(value: Any, types: Mapping[str, type], where: str, optional: Sequence[str] = ()) -> dict[str, Any]:
+def check_mapping(value: Any, types: Mapping[str, type], where: str, optional: Sequence[str] = ()) -> dict[str, Any]:
     """A mapping that has these keys of these types and no others."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a mapping of {', '.join(types)}")
@@ -204,35 +204,35 @@ def checked(value: Any, types: Mapping[str, type], where: str, optional: Sequenc
 
 
 def read_source(value: Any, where: str) -> Source:
-    source = Source(**checked(value, {field.name: str for field in fields(Source)}, where))
+    source = Source(**check_mapping(value, {field.name: str for field in fields(Source)}, where))
     if not re.fullmatch(r"[0-9a-f]{40}", source.revision):
         raise UserError(f"{where}.revision: '{source.revision}' is no full commit hash of 40 digits")
     return source
 
 
-def read_split(value: Any, sources: Mapping[str, Source], where: str) -> Published:
+def read_split(value: Any, sources: Mapping[str, Source], where: str) -> PublishedSplit:
     types = {"name": str, "lists": dict, "places": list, "used_by": list, "note": str, "traps": list}
-    value = checked(value, types, where, optional=[f.name for f in fields(Published) if f.default is not MISSING])
+    value = check_mapping(value, types, where, optional=[f.name for f in fields(PublishedSplit) if f.default is not MISSING])
     for name in (value["name"], *value["lists"]):
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise UserError(f"{where}: '{name}' is no name of a split or list")
-    lists = {kind: read_facts(facts, f"{where}.lists.{kind}") for kind, facts in value["lists"].items()}
+    lists = {kind: read_record(facts, f"{where}.lists.{kind}") for kind, facts in value["lists"].items()}
     places = []
     for place in value.get("places", ()):
-        place = checked(place, {"source": str, "path": str}, f"{where}.places")
+        place = check_mapping(place, {"source": str, "path": str}, f"{where}.places")
         if place["source"] not in sources:
             raise UserError(f"{where}.places: there is no source '{place['source']}'; there are {', '.join(sources)}")
-        places.append(Place(sources[place["source"]], place["path"]))
+        places.append(Location(sources[place["source"]], place["path"]))
     texts = {key: tuple(map(str, value.get(key, ()))) for key in ("used_by", "traps")}
-    return Published(value["name"], lists, tuple(places), note=value.get("note", ""), **texts)
+    return PublishedSplit(value["name"], lists, tuple(places), note=value.get("note", ""), **texts)
 
 
-def read_facts(value: Any, where: str) -> Facts:
+def read_record(value: Any, where: str) -> ListRecord:
     hashes = {"sha256": str, "sorted": str}
     present = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
     types = {"count": int, **hashes, "derived": bool}
-    facts = checked(present, types, where, optional=[*hashes, "derived"])
+    facts = check_mapping(present, types, where, optional=[*hashes, "derived"])
     for key in hashes:
         if key in facts and not HASH.fullmatch(facts[key]):
             raise UserError(f"{where}.{key}: '{facts[key]}' is no SHA-256 of 64 hex digits")
-    return Facts(**facts)
+    return ListRecord(**facts)

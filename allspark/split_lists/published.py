@@ -8,25 +8,25 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from allspark.data import DATASETS
+from allspark.data.datasets import DATASETS
 from allspark.data.splits import MAX_LIST, Line, read_lines
-from allspark.split_lists.layouts import LAYOUTS, Layout, complement, layout_of
+from allspark.split_lists.layouts import LAYOUTS, Layout, complement, get_layout
 from allspark.split_lists.manifest import (
-    SPLITS_ROOT,
-    Facts,
+    ListRecord,
     Manifest,
-    Published,
+    PublishedSplit,
+    SPLITS_ROOT,
     Verdict,
-    judge,
-    known_as,
+    compare,
     list_hash,
     load_manifest,
+    published_name,
 )
 from allspark.utils.atomic import write_text
 from allspark.utils.download import fetch
 from allspark.utils.errors import UserError
 
-Listed = tuple[Published, str, Facts]  # a list of the manifest: its split, its kind, what is known of it
+ListRef = tuple[PublishedSplit, str, ListRecord]  # a list of the manifest: its split, its kind, what is known of it
 SAME = (Verdict.IDENTICAL, Verdict.REORDERED)
 UNRECORDED = {  # what is accepted of a list whose own hash nobody computed
     Verdict.REORDERED: "the same images, of the published order no hash is recorded",
@@ -41,12 +41,12 @@ def folder_of(dataset: str) -> str:
     return DATASETS[dataset].splits
 
 
-def stored(path: Path) -> list[str]:
+def read_images(path: Path) -> list[str]:
     """The image column of a list file."""
     return [line.image for line in read_lines(path)]
 
 
-def verify(args: argparse.Namespace) -> None:
+def verify_lists(args: argparse.Namespace) -> None:
     """A line per list that is there; UserError at the end where one is not what was published under its name."""
     root = Path(args.source or SPLITS_ROOT)
     manifest, folder = load_manifest(), folder_of(args.dataset) if args.dataset else None
@@ -57,10 +57,10 @@ def verify(args: argparse.Namespace) -> None:
     known = {split.list_name(kind): (split, kind, facts) for split, kind, facts in manifest.all_lists(folder)}
     wrong = []
     for name, path in files.items():
-        verdict, told = check_file(path, known.get(name), partial(expected_images, manifest, root, name))
+        verdict, told = check_list(path, known.get(name), partial(expected_images, manifest, root, name))
         wrong += [name] if verdict == "DIFFERS" else []
         print(f"{verdict:10} {name:32} {told}")
-    if absent := absent_names(known, files):
+    if absent := missing_names(known, files):
         print(f"absent: {', '.join(absent)}")
     if wrong:
         raise UserError(
@@ -69,7 +69,7 @@ def verify(args: argparse.Namespace) -> None:
         )
 
 
-def absent_names(known: Mapping[str, Listed], files: Container[str]) -> list[str]:
+def missing_names(known: Mapping[str, ListRef], files: Container[str]) -> list[str]:
     """The lists that are not there; a split of which nothing is there stands for its lists."""
     missing = [name for name in known if name not in files]
     whole = {split.name for split, _, _ in known.values() if "/" in split.name}
@@ -77,7 +77,7 @@ def absent_names(known: Mapping[str, Listed], files: Container[str]) -> list[str
     return list(dict.fromkeys(n if (split := n.rpartition("/")[0]) not in whole else split for n in missing))
 
 
-def check_file(path: Path, listed: Listed | None, expected: Callable[[], set[str] | None]) -> tuple[str, str]:
+def check_list(path: Path, listed: ListRef | None, expected: Callable[[], set[str] | None]) -> tuple[str, str]:
     """('identical', 'unknown', 'unrecorded' or 'DIFFERS', what there is to say)."""
     try:
         lines = read_lines(path)
@@ -86,24 +86,24 @@ def check_file(path: Path, listed: Listed | None, expected: Callable[[], set[str
     images = [line.image for line in lines]
     short = f"{len(images):7}  {list_hash(images)[:12]}"
     if listed is None:
-        whose = known_as(list_hash(images))
+        whose = published_name(list_hash(images))
         return "unknown", f"{short}  {f'has the images of {whose}' if whose else 'in no manifest'}"
     split, kind, facts = listed
-    verdict = judge(images, facts)
-    if not accepted(verdict, facts):
-        return "DIFFERS", f"{short}  {difference(lines, verdict, facts, expected())}"
-    if fault := mask_fault(lines, split.name.split("/")[0], kind):
+    verdict = compare(images, facts)
+    if not is_accepted(verdict, facts):
+        return "DIFFERS", f"{short}  {describe_difference(lines, verdict, facts, expected())}"
+    if fault := check_masks(lines, split.name.split("/")[0], kind):
         return "DIFFERS", f"{short}  {fault}"
     if verdict is Verdict.IDENTICAL:
         return "identical", f"{short}  {split.whose}"
     return "unrecorded", f"{short}  {UNRECORDED[verdict]}"
 
 
-def accepted(verdict: Verdict, facts: Facts) -> bool:
+def is_accepted(verdict: Verdict, facts: ListRecord) -> bool:
     return verdict is Verdict.IDENTICAL or (facts.sha256 is None and verdict in UNRECORDED)
 
 
-def difference(lines: Sequence[Line], verdict: Verdict, facts: Facts, expected: set[str] | None) -> str:
+def describe_difference(lines: Sequence[Line], verdict: Verdict, facts: ListRecord, expected: set[str] | None) -> str:
     """In words, as closely as the lists beside it tell."""
     images = [line.image for line in lines]
     if verdict is Verdict.REORDERED:
@@ -115,7 +115,7 @@ def difference(lines: Sequence[Line], verdict: Verdict, facts: Facts, expected: 
             told.append(f"{lines[number].source} repeats {lines[first[image]].source.rpartition('line ')[2]}")
             break
         first[image] = number
-    if whose := known_as(list_hash(images)):
+    if whose := published_name(list_hash(images)):
         told.append(f"this is {whose}")
     elif expected is not None:
         extra = [line for line in lines if line.image not in expected]
@@ -138,10 +138,10 @@ def expected_images(manifest: Manifest, root: Path, name: str) -> set[str] | Non
         path = root / f"{split.list_name(kind)}.txt"
         if split.list_name(kind) != name and path.is_file():
             try:
-                images = stored(path)
+                images = read_images(path)
             except UserError:
                 continue
-            if judge(images, facts) in SAME:
+            if compare(images, facts) in SAME:
                 sound[split.list_name(kind)] = set(images)
     split_name, _, kind = name.rpartition("/")
     other = f"{split_name}/{'unlabeled' if kind == 'labeled' else 'labeled'}"
@@ -156,7 +156,7 @@ def expected_images(manifest: Manifest, root: Path, name: str) -> set[str] | Non
     return wholes[0] - sound[other] if other in sound else None
 
 
-def mask_fault(lines: Sequence[Line], folder: str, kind: str) -> str | None:
+def check_masks(lines: Sequence[Line], folder: str, kind: str) -> str | None:
     """What is wrong with the mask column, which the hash does not cover; an unlabeled list needs none."""
     for line in lines:
         if line.mask is None:
@@ -170,13 +170,13 @@ def mask_fault(lines: Sequence[Line], folder: str, kind: str) -> str | None:
 def fetch_lists(args: argparse.Namespace) -> None:
     """Bring published lists to their places below --out, each verified before it is put there."""
     folder = folder_of(args.dataset)
-    layout, out = layout_of(folder), Path(args.out or SPLITS_ROOT)
-    wanted = select(folder, args.split)
+    layout, out = get_layout(folder), Path(args.out or SPLITS_ROOT)
+    wanted = select_lists(folder, args.split)
     if is_folder(args.source) and not args.split:
-        wanted = [item for item in wanted if any(Path(path).is_file() for path in candidates(*item[:2], args.source))]
+        wanted = [item for item in wanted if any(Path(path).is_file() for path in list_urls(*item[:2], args.source))]
         if not wanted:
             raise UserError(f"--from {args.source}: holds no published list of {folder}; give a checkout or a url")
-    states = {split.list_name(kind): state_of(out, (split, kind, facts)) for split, kind, facts in wanted}
+    states = {split.list_name(kind): list_state(out, (split, kind, facts)) for split, kind, facts in wanted}
     if (clashes := [name for name, state in states.items() if state == "DIFFERS"]) and not args.force:
         raise UserError(
             f"{out / clashes[0]}.txt is there and is not the published list ({len(clashes)} such lists); "
@@ -187,7 +187,7 @@ def fetch_lists(args: argparse.Namespace) -> None:
         if states[name] not in ("absent", "DIFFERS"):
             print(f"{name}: there already, {states[name]}")
             continue
-        images = bring(candidates(split, kind, args.source), name, facts, layout)
+        images = fetch_list(list_urls(split, kind, args.source), name, facts, layout)
         write_list(out / f"{name}.txt", images, layout)
         how = "verified" if facts.sha256 or facts.sorted else "NOT verified, no hash of it is recorded"
         print(f"{name}: {len(images)} lines, {how}: sha256 {list_hash(images)[:12]}, of {split.whose}")
@@ -202,10 +202,10 @@ def is_folder(source: str | None) -> bool:
     return True
 
 
-def select(folder: str, words: Sequence[str] | None) -> list[Listed]:
+def select_lists(folder: str, words: Sequence[str] | None) -> list[ListRef]:
     """The lists of a folder that others publish; words: only these splits (1_8) and lists (val)."""
     lists = [item for item in load_manifest().all_lists(folder) if item[0].places and not item[2].derived]
-    by_word: dict[str, list[Listed]] = {}
+    by_word: dict[str, list[ListRef]] = {}
     for split, kind, facts in lists:
         by_word.setdefault(split.name.partition("/")[2] or kind, []).append((split, kind, facts))
     if unknown := [word for word in words or () if word not in by_word]:
@@ -214,12 +214,12 @@ def select(folder: str, words: Sequence[str] | None) -> list[Listed]:
     return [item for word in words or by_word for item in by_word[word]]
 
 
-def state_of(out: Path, listed: Listed) -> str:
+def list_state(out: Path, listed: ListRef) -> str:
     path = out / f"{listed[0].list_name(listed[1])}.txt"
-    return check_file(path, listed, lambda: None)[0] if path.is_file() else "absent"
+    return check_list(path, listed, lambda: None)[0] if path.is_file() else "absent"
 
 
-def candidates(split: Published, kind: str, source: str | None) -> list[str]:
+def list_urls(split: PublishedSplit, kind: str, source: str | None) -> list[str]:
     """The urls or paths that may hold a list."""
     if source is None:
         return [place.url(kind) for place in split.places]
@@ -227,17 +227,17 @@ def candidates(split: Published, kind: str, source: str | None) -> list[str]:
     return list(dict.fromkeys(f"{source.rstrip('/')}/{file}" for file in (*files, f"{split.list_name(kind)}.txt")))
 
 
-def bring(places: Sequence[str], name: str, facts: Facts, layout: Layout) -> list[str]:
+def fetch_list(places: Sequence[str], name: str, facts: ListRecord, layout: Layout) -> list[str]:
     """The images of the first place whose list is the published one."""
     images: list[str] = []
 
     def check(path: Path) -> str | None:
         try:
-            images[:] = [layout.image_of(image) for image in stored(path)]
+            images[:] = [layout.image_of(image) for image in read_images(path)]
         except UserError:
             return "is no list"
-        verdict = judge(images, facts)
-        if accepted(verdict, facts) and is_plain(images):
+        verdict = compare(images, facts)
+        if is_accepted(verdict, facts) and is_plain(images):
             return None
         return f"is not the published list: {verdict.value} ({len(images)} lines, sha256 {list_hash(images)[:12]})"
 
@@ -264,14 +264,14 @@ def write_list(path: Path, images: Sequence[str], layout: Layout) -> None:
     write_text(path, "".join(f"{i} {layout.mask_of(i)}\n" for i in images), "make room or choose another --out")
 
 
-def build(args: argparse.Namespace, root: Path) -> None:
+def build_lists(args: argparse.Namespace, root: Path) -> None:
     """Write what the data under `root` tells: its own lists, and beside every labeled list the unlabeled one."""
     folder = folder_of(args.dataset)
-    layout, out = layout_of(folder), Path(args.out or SPLITS_ROOT) / folder
-    lists = derive(layout, root, out)
-    notes = {name: against_published(folder, name, images, lists[layout.train]) for name, images in lists.items()}
+    layout, out = get_layout(folder), Path(args.out or SPLITS_ROOT) / folder
+    lists = derive_lists(layout, root, out)
+    notes = {name: compare_with_published(folder, name, images, lists[layout.train]) for name, images in lists.items()}
     there = {name: out / f"{name}.txt" for name in lists if (out / f"{name}.txt").is_file()}
-    clashes = [path for name, path in there.items() if sorted(stored(path)) != sorted(lists[name])]
+    clashes = [path for name, path in there.items() if sorted(read_images(path)) != sorted(lists[name])]
     if clashes and not args.force:
         raise UserError(f"{clashes[0]} is there and holds other images ({len(clashes)} such lists); --force overwrites")
     for name, images in lists.items():
@@ -281,11 +281,11 @@ def build(args: argparse.Namespace, root: Path) -> None:
         print(f"{f'{folder}/{name}':32} {len(images):7}  {'there already' if kept else notes[name]}")
 
 
-def derive(layout: Layout, root: Path, out: Path) -> dict[str, list[str]]:
+def derive_lists(layout: Layout, root: Path, out: Path) -> dict[str, list[str]]:
     """Name below `out` -> images: the data set's own lists, and what each labeled list leaves unlabeled."""
     lists = layout.own_lists(root)
     train = lists[layout.train]
-    labeled = {path.parent.name: stored(path) for path in sorted(out.glob("*/labeled.txt"))}
+    labeled = {path.parent.name: read_images(path) for path in sorted(out.glob("*/labeled.txt"))}
     labeled |= {name.partition("/")[0]: images for name, images in lists.items() if name.endswith("/labeled")}
     for split, images in labeled.items():
         if strange := sorted(set(images) - set(train)):
@@ -297,16 +297,16 @@ def derive(layout: Layout, root: Path, out: Path) -> dict[str, list[str]]:
     return lists
 
 
-def against_published(folder: str, name: str, images: Sequence[str], train: Sequence[str]) -> str:
+def compare_with_published(folder: str, name: str, images: Sequence[str], train: Sequence[str]) -> str:
     """How a derived list stands to the published one; UserError where the data cannot be the official set."""
     listed = load_manifest().find(f"{folder}/{name}")
     if name.endswith("/unlabeled"):
         half = load_manifest().find(f"{folder}/{name.replace('/unlabeled', '/labeled')}")
-        if half is not None and judge(complement(train, images), half[2]) not in SAME:
+        if half is not None and compare(complement(train, images), half[2]) not in SAME:
             listed = None  # beside somebody's own list of a published name
     if listed is None:
         return f"sha256 {list_hash(images)[:12]}, not a published list"
-    verdict = judge(images, listed[2])
+    verdict = compare(images, listed[2])
     if verdict in (Verdict.COUNT, Verdict.OTHER):
         raise UserError(
             f"{folder}/{name}: the data gives {len(images)} images, the list has {listed[2].count}, not the same ones; "

@@ -14,7 +14,7 @@ FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 
 
 @contextmanager
-def whole(path: Path, remedy: str, suffix: str = ".tmp") -> Iterator[Path]:
+def atomic_path(path: Path, remedy: str, suffix: str = ".tmp") -> Iterator[Path]:
     """A place beside `path` to write to, renamed to it at the end; nothing is left of it where that fails.
 
     UserError: the system does not let it be written, with the remedy.
@@ -25,16 +25,16 @@ def whole(path: Path, remedy: str, suffix: str = ".tmp") -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)}); {remedy}") from None
+        raise UserError(f"{path}: cannot be written ({os_error_reason(error)}); {remedy}") from None
     finally:
         with suppress(OSError):  # as a rule it is gone, renamed
             beside.unlink()
 
 
 def write_text(path: Path, text: str, remedy: str) -> None:
-    with whole(path, remedy) as beside:
+    with atomic_path(path, remedy) as beside:
         beside.write_text(text, encoding="utf-8", newline="\n")
 
 
-def reason(error: OSError) -> str:
+def os_error_reason(error: OSError) -> str:
     return "the disk is full" if error.errno in FULL else error.strerror or str(error)

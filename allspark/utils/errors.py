@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-NOBODY_READS = 141  # the exit code of a program that SIGPIPE ended
+BROKEN_PIPE = 141  # the exit code of a program that SIGPIPE ended
 
 
 STOPPED, INTERRUPTED = 75, 130  # stopped by a signal, saved, start again to go on (EX_TEMPFAIL); by a second Ctrl-C
 
 
-MENDABLE = {  # what a system says of a file wherever one is touched, and no bug can be the reason
+USER_ERRNOS = {  # what a system says of a file wherever one is touched, and no bug can be the reason
     getattr(errno, name)
     for name in ("EACCES", "EDQUOT", "EIO", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS", "ESTALE")
     if hasattr(errno, name)
@@ -31,7 +31,7 @@ class Stopped(BaseException):
     """A signal ended a run in order. No Exception: nobody who catches those may take it for the fault of a file."""
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """repr, of bounded length and depth: what is wrong with a value may be its size."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
@@ -42,12 +42,12 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of thousands of digits"
 
 
-def from_environment(name: str, default: int | None = None, least: int = 0, most: int = 10**6) -> int:
+def int_from_env(name: str, default: int | None = None, least: int = 0, most: int = 10**6) -> int:
     """The whole number that an environment variable holds; UserError: it is none, or not set and has no default."""
     text = os.environ.get(name) or ("" if default is None else str(default))
     if not re.fullmatch(r"[0-9]{1,7}", text) or not least <= int(text) <= most:
         raise UserError(
-            f"the environment variable {name}={shown(text)} must be a whole number of {least}..{most}; "
+            f"the environment variable {name}={short_repr(text)} must be a whole number of {least}..{most}; "
             "correct it, or unset it where no launcher set it"
         )
     return int(text)
@@ -62,7 +62,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
             print(stopped, file=sys.stderr)
             return STOPPED
         except (UserError, OSError) as error:
-            if (words := mendable(error)) is None:
+            if (words := user_error_message(error)) is None:
                 raise
             print(words, file=sys.stderr)
             return 2
@@ -72,15 +72,15 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except BrokenPipeError:  # of what is printed, as in `| head`, or of a pipe between processes, which is a bug
         if not any(is_closed(stream) for stream in (sys.stdout, sys.stderr) if stream is not None):
             raise
-        return NOBODY_READS
+        return BROKEN_PIPE
     return 0
 
 
-def mendable(error: BaseException) -> str | None:
+def user_error_message(error: BaseException) -> str | None:
     """The line that tells an error which a user can mend; None: it is a bug."""
     if isinstance(error, UserError):
         return f"error: {error}"
-    if isinstance(error, OSError) and error.errno in MENDABLE and error.filename:
+    if isinstance(error, OSError) and error.errno in USER_ERRNOS and error.filename:
         return f"error: {error.filename}: {error.strerror}; mend that, or choose another place"
     return None
 

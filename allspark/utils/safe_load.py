@@ -59,7 +59,7 @@ def check_container(path: Path) -> None:
 def check_tensors(content: Any, size: int) -> None:
     """ValueError unless the tensors in `content` are plain ones that fit into `size` bytes."""
     storages = {}
-    for tensor in tensors_in(content):
+    for tensor in iter_tensors(content):
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
         if not plain or tensor.is_quantized or tensor.device.type != "cpu":
             raise ValueError("it holds sparse, quantized or meta tensors, or none of torch's own")
@@ -71,7 +71,7 @@ def check_tensors(content: Any, size: int) -> None:
         raise ValueError("its tensors take more bytes than the file has")
 
 
-def tensors_in(content: Any) -> Iterator[Tensor]:
+def iter_tensors(content: Any) -> Iterator[Tensor]:
     """Every tensor in nested mappings and lists; a list that stands in many places is looked through once."""
     seen, rest = set(), [content]
     while rest:
@@ -91,7 +91,7 @@ def parse_yaml(text: str) -> Any:
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
-            if node is not None and written_out(node, {}) > MAX_NODES:
+            if node is not None and count_nodes(node, {}) > MAX_NODES:
                 raise ValueError(f"its aliases stand for more than {MAX_NODES} values")
             return None if node is None else loader.construct_document(node)
         finally:
@@ -102,7 +102,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(re.split(r"\s+", str(error))) or type(error).__name__) from None
 
 
-def written_out(node: yaml.Node, known: dict[int, int]) -> int:
+def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     """How many nodes there are with every alias replaced by what it stands for; `known`: of nodes seen so far."""
     if id(node) in known:
         return known[id(node)]
@@ -114,6 +114,6 @@ def written_out(node: yaml.Node, known: dict[int, int]) -> int:
         children = [part for pair in node.value for part in pair]
     count = 1
     for child in children:
-        count = min(count + written_out(child, known), MAX_NODES + 1)
+        count = min(count + count_nodes(child, known), MAX_NODES + 1)
     known[id(node)] = count
     return count

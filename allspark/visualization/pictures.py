@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from allspark.data.base import bounded
-from allspark.utils.atomic import whole
+from allspark.data.image_io import open_limited
+from allspark.utils.atomic import atomic_path
 
 if TYPE_CHECKING:  # loaded only where a figure is drawn
     from matplotlib.axes import Axes
@@ -26,14 +26,14 @@ Palette = Sequence[tuple[int, int, int]]
 Picture = Tensor | np.ndarray  # image (3, H, W) or mask (H, W), uint8, on the CPU
 Points = Sequence[tuple[int, float]]  # (step, value), each step once
 
-UNKNOWN = (255, 255, 255)  # ignored pixels and values without a class; black would be read as background
+NO_CLASS_COLOR = (255, 255, 255)  # ignored pixels and values without a class; black would be read as background
 MARGIN = 20  # pixels around a page
 SOFTWARE = "AllSpark"  # in every PNG, so that only such a one is ever replaced
-INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
+INK, LIGHT_INK, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
 COLORS = (*(f"C{index}" for index in range(10)), "black")  # behind them the same in the next kind of line
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 LOSS_COLUMNS = 4  # panels of losses side by side
-FEW = 6  # rows that a panel shows with their legend inside, from zero on; more take its whole height
+MAX_ROWS_IN_PANEL = 6  # rows that a panel shows with their legend inside, from zero on; more take its whole height
 
 
 def colorize(mask: Picture, palette: Palette) -> np.ndarray:
@@ -43,12 +43,12 @@ def colorize(mask: Picture, palette: Palette) -> np.ndarray:
 
 def full_palette(palette: Palette) -> np.ndarray:
     """A colour for every uint8 value: (256, 3) uint8."""
-    colors = np.full((256, 3), UNKNOWN, dtype=np.uint8)
+    colors = np.full((256, 3), NO_CLASS_COLOR, dtype=np.uint8)
     colors[: len(palette)] = palette
     return colors
 
 
-def painted(palette: Palette) -> np.ndarray:
+def has_color(palette: Palette) -> np.ndarray:
     """Which uint8 values are a class with a colour: (256,) bool. Black is none: a background has it, as a rule."""
     return full_palette(palette).any(axis=1) & (np.arange(256) < len(palette))
 
@@ -60,11 +60,11 @@ def overlay(image: Picture, mask: Picture, palette: Palette, alpha: float = 0.55
     """
     mask = np.asarray(mask)
     photo, color = to_rgb(image).astype(np.float32), colorize(mask, palette).astype(np.float32)
-    weight = np.where(borders(mask), 1.0, alpha) * painted(palette)[mask]
+    weight = np.where(find_borders(mask), 1.0, alpha) * has_color(palette)[mask]
     return np.rint(photo + weight[..., None] * (color - photo)).astype(np.uint8)
 
 
-def borders(mask: np.ndarray) -> np.ndarray:
+def find_borders(mask: np.ndarray) -> np.ndarray:
     """True where the pixel to the right or below has another value: (H, W) bool."""
     edge = np.zeros(mask.shape, dtype=bool)
     edge[:, :-1] |= mask[:, :-1] != mask[:, 1:]
@@ -93,21 +93,21 @@ def save_image(picture: Image.Image, path: Path) -> None:
     """Of the kind that the suffix names; a PNG says who made it. UserError where it cannot be written."""
     written_by = PngInfo()
     written_by.add_text("Software", SOFTWARE)
-    with whole(path, "free space or choose another place") as beside:
+    with atomic_path(path, "free space or choose another place") as beside:
         picture.save(beside, Image.registered_extensions()[path.suffix.lower()], pnginfo=written_by)
 
 
-def is_ours(path: Path) -> bool:
+def is_own_file(path: Path) -> bool:
     """Whether save_image wrote this file."""
     try:
-        with bounded(path) as picture:
+        with open_limited(path) as picture:
             return picture.info.get("Software") == SOFTWARE
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
 @dataclass(frozen=True)
-class Example:
+class GridRow:
     """A row of a comparison: image (3, H, W), then the truth and one or more predictions (H, W)."""
 
     name: str
@@ -116,7 +116,7 @@ class Example:
 
 
 def draw_grid(
-    examples: Sequence[Example],
+    examples: Sequence[GridRow],
     heads: Sequence[str],
     classes: Sequence[str],
     palette: Palette,
@@ -147,7 +147,7 @@ def draw_grid(
 
 
 def draw_band(
-    examples: Sequence[Example], heads: Sequence[str], palette: Palette, panel_width: int, overlaid: bool
+    examples: Sequence[GridRow], heads: Sequence[str], palette: Palette, panel_width: int, overlaid: bool
 ) -> Image.Image:
     """All examples, one below the other, under one line of column heads."""
     gap, head, caption = 8, 34, 24
@@ -166,12 +166,12 @@ def draw_band(
             # a hairline, or the white of ignored pixels has no edge on the white page
             draw.rectangle((left - 1, top - 1, left + panel.width, top + panel.height), outline=(214, 216, 220))
         top += panels[0].height
-        draw.text((MARGIN, top + 4), example.name, FAINT, font(12))
+        draw.text((MARGIN, top + 4), example.name, LIGHT_INK, font(12))
         top += caption
     return page
 
 
-def example_panels(example: Example, palette: Palette, width: int, overlaid: bool) -> list[Image.Image]:
+def example_panels(example: GridRow, palette: Palette, width: int, overlaid: bool) -> list[Image.Image]:
     """The image and each mask in colour or laid over the image, all scaled to `width` pixels."""
     photo = Image.fromarray(to_rgb(example.image))
     size = (width, max(1, round(photo.height * width / photo.width)))
@@ -184,12 +184,12 @@ def example_panels(example: Example, palette: Palette, width: int, overlaid: boo
     return [photo.resize(size, Image.Resampling.LANCZOS), *drawn]
 
 
-def draw_legend(examples: Sequence[Example], classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
+def draw_legend(examples: Sequence[GridRow], classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
     """Colour and name of each class that occurs in a mask, in index order, in as many columns as fit `width`."""
     occurring = set().union(*(np.unique(mask).tolist() for example in examples for mask in example.masks))
     entries = [(classes[value], tuple(palette[value])) for value in sorted(occurring) if value < len(classes)]
     if any(value >= len(classes) for value in occurring):
-        entries.append(("ignored", UNKNOWN))
+        entries.append(("ignored", NO_CLASS_COLOR))
     swatch, line, text = 16, 26, font(14)
     cell = 2 * swatch + 12 + max((round(text.getlength(name)) for name, _ in entries), default=0)
     columns = max(1, width // cell)
@@ -209,7 +209,7 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) -> None:
     """All rows in one panel -> an image file. rows: the points of each seed; what is drawn of them: draw_rows."""
-    few = len(rows) <= FEW
+    few = len(rows) <= MAX_ROWS_IN_PANEL
     height = max(5.6, 0.2 * len(rows) + 0.8)  # room for every name beside the panel
     figure = new_figure(6.4, 4.2) if few else new_figure(11.0, height)
     axes = figure.subplots()
@@ -256,7 +256,7 @@ def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path
 
     Few rows stand in a legend in each panel, with their last values; many in one below all panels, without.
     """
-    many = max(map(len, panels.values()), default=0) > FEW
+    many = max(map(len, panels.values()), default=0) > MAX_ROWS_IN_PANEL
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     figure = new_figure(5.5 * columns, 3.8 * lines + many * 1.2)
@@ -279,19 +279,19 @@ def draw_rows(axes: Axes, rows: Mapping[str, Sequence[Points]], title: str, lege
 
     -> the line of each row that has points.
     """
-    lines, look_of = {}, looks(rows)
+    lines, look_of = {}, line_styles(rows)
     for name, seeds in rows.items():
-        steps, values = over_seeds(seeds)
+        steps, values = stack_seeds(seeds)
         if not steps:
             continue
         mean, look = values.mean(0), look_of[name]
         (lines[name],) = axes.plot(steps, mean, markersize=3.5, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}", **look)
-        shade(axes, steps, values, look["color"], alpha=0.15 if len(rows) <= FEW else 0.06)
-    style_axes(axes, title, legend=legend, outside=len(rows) > FEW)
+        fill_range(axes, steps, values, look["color"], alpha=0.15 if len(rows) <= MAX_ROWS_IN_PANEL else 0.06)
+    style_axes(axes, title, legend=legend, outside=len(rows) > MAX_ROWS_IN_PANEL)
     return lines
 
 
-def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Colour, line and marker of each row, no two alike as long as there are enough. NAME+MORE has NAME's colour."""
     colors: dict[str, str] = {}
     found: dict[str, dict[str, str]] = {}
@@ -305,18 +305,18 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def draw_losses(axes: Axes, seeds: Sequence[Mapping[str, Points]], title: str) -> None:
     """Each loss, smoothed; of a single seed as it was, too."""
     for index, loss in enumerate(dict.fromkeys(name for losses in seeds for name in losses)):
-        steps, values = over_seeds([losses.get(loss, ()) for losses in seeds])
+        steps, values = stack_seeds([losses.get(loss, ()) for losses in seeds])
         if not steps:
             continue
         smoothed, color = np.array([smooth(row) for row in values]), COLORS[index % len(COLORS)]
         axes.plot(steps, smoothed.mean(0), linewidth=1.6, label=loss, color=color)
-        shade(axes, steps, smoothed, color, alpha=0.15)
+        fill_range(axes, steps, smoothed, color, alpha=0.15)
         if len(values) == 1:
             axes.plot(steps, values[0], linewidth=0.8, alpha=0.25, color=color)
     style_axes(axes, title)
 
 
-def over_seeds(seeds: Sequence[Points]) -> tuple[list[int], np.ndarray]:
+def stack_seeds(seeds: Sequence[Points]) -> tuple[list[int], np.ndarray]:
     """The steps that all seeds with any point have, and the values there: (seeds, steps).
 
     A mean over seeds that come and go would jump where one of them ends.
@@ -326,7 +326,7 @@ def over_seeds(seeds: Sequence[Points]) -> tuple[list[int], np.ndarray]:
     return steps, np.array([[points[step] for step in steps] for points in by_step])
 
 
-def shade(axes: Axes, steps: Sequence[int], values: np.ndarray, color: str, alpha: float) -> None:
+def fill_range(axes: Axes, steps: Sequence[int], values: np.ndarray, color: str, alpha: float) -> None:
     """From the lowest to the highest seed; values: (seeds, steps)."""
     if len(values) > 1:
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=alpha, linewidth=0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from allspark.utils.errors import UserError
-from allspark.visualization.pictures import Palette, colorize, is_ours, overlay, save_index_png, save_pixels
+from allspark.visualization.pictures import Palette, colorize, is_own_file, overlay, save_index_png, save_pixels
 
 LONGEST = 255  # bytes of a name on the file systems of today
 BAND = 2**22  # pixels that are laid over each other at once: the blend takes 60 bytes for each
@@ -34,12 +34,12 @@ def unique_names(images: Sequence[Path]) -> list[str]:
     return names
 
 
-def real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
     """Where it lies. (Path.resolve fails at a link that leads to itself.)"""
     return Path(os.path.realpath(path))
 
 
-def in_the_way(place: Path, image: Path, owner: Path | None, taken: Container[Path]) -> str | None:
+def find_conflict(place: Path, image: Path, owner: Path | None, taken: Container[Path]) -> str | None:
     """Why a picture of `image` may not go there, and the remedy; None: it may. owner: another image that goes there."""
     if owner is not None:
         return f"both {owner} and {image} would be written there; rename one, or give them folders of their own"
@@ -47,12 +47,12 @@ def in_the_way(place: Path, image: Path, owner: Path | None, taken: Container[Pa
         return "this file is part of the data; choose another folder"
     if len(os.fsencode(place.name)) > LONGEST:
         return f"no file may have so long a name; rename {image}"
-    if os.path.lexists(place) and not is_ours(place):  # a mask of somebody's, perhaps
+    if os.path.lexists(place) and not is_own_file(place):  # a mask of somebody's, perhaps
         return "is there already, and no prediction of this program; choose another folder, or move it away"
     return None
 
 
-class PredictionFolder:
+class PredictionWriter:
     """Writes <name>.png, and for people <name>_color.png, <name>_overlay.png and <name>_confidence.png beside it.
 
     <name>.png holds the class indices with palette (mode P), or as 8-bit grey what `encode` makes of them.
@@ -86,12 +86,12 @@ class PredictionFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: the folder cannot be made ({error.strerror}); choose another") from None
-        folder = real(self.folder)
-        taken = {place for path in (*images, *masks) for place in (real(path), real(path.parent) / path.name)}
+        folder = real_path(self.folder)
+        taken = {place for path in (*images, *masks) for place in (real_path(path), real_path(path.parent) / path.name)}
         owners: dict[str, Path] = {}
         for name, image in zip(names, images, strict=True):
             for file in (f"{name}{kind}.png" for kind in self.kinds):
-                if reason := in_the_way(folder / file, image, owners.get(file), taken):
+                if reason := find_conflict(folder / file, image, owners.get(file), taken):
                     raise UserError(f"{self.folder / file}: {reason}")
                 owners[file] = image
         for video, name in (videos or {}).items():
@@ -99,7 +99,7 @@ class PredictionFolder:
                 raise UserError(
                     f"{self.folder / name}: both {other} and the frames of {video} would be written there; rename one"
                 )
-            others = (file for file in (folder / name).glob("*.png") if not is_ours(file))
+            others = (file for file in (folder / name).glob("*.png") if not is_own_file(file))
             if any(folder / name in path.parents for path in taken) or next(others, None):
                 raise UserError(f"{self.folder / name}: this folder holds other pictures; choose another --out")
             owners[f"{name}/"] = video
@@ -111,7 +111,7 @@ class PredictionFolder:
             if kind == "_color":
                 save_pixels(colorize(prediction, self.palette), path)
             elif kind == "_overlay":
-                save_pixels(overlay_by_bands(image, prediction, self.palette), path)
+                save_pixels(overlay_in_bands(image, prediction, self.palette), path)
             elif kind == "_confidence":
                 save_pixels((confidence * 255).round_().to(torch.uint8), path)
             elif self.encode is None:
@@ -120,7 +120,7 @@ class PredictionFolder:
                 save_pixels(self.encode(prediction.numpy()), path)
 
 
-def overlay_by_bands(image: Tensor, mask: Tensor, palette: Palette) -> np.ndarray:
+def overlay_in_bands(image: Tensor, mask: Tensor, palette: Palette) -> np.ndarray:
     """What overlay gives, (H, W, 3) uint8, band by band: its floats take ten times as much as the picture."""
     height, width = mask.shape
     rows = max(1, BAND // width)

@@ -35,14 +35,14 @@ class Snapshots:
         return sum(kept.startswith(f"{kind}/") for kept in self.strips) < self.count
 
     def keep(self, name: str, image: Tensor, *masks: np.ndarray) -> None:
-        panels = [shrunk(to_rgb(image), Image.Resampling.BILINEAR)]
-        panels += [shrunk(mask, Image.Resampling.NEAREST) for mask in masks]
+        panels = [shrink(to_rgb(image), Image.Resampling.BILINEAR)]
+        panels += [shrink(mask, Image.Resampling.NEAREST) for mask in masks]
         space = np.full((panels[0].shape[0], GAP, 3), PAPER, np.uint8)
         strip = [part for panel in panels for part in (panel, space)][:-1]
         self.strips[name] = np.concatenate(strip, axis=1)
 
 
-def shrunk(pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
+def shrink(pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
     """(H, W, 3) uint8, so that no side is longer than SIDE."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     picture.thumbnail((SIDE, SIDE), how)

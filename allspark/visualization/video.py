@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from allspark.data.base import BadSample, max_megapixels
+from allspark.data.image_io import BadSample, max_megapixels
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 # Read by OpenCV's FFmpeg when it is first used: no words of its own on stderr, and no playlist that leads elsewhere
@@ -23,7 +23,7 @@ def is_video(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[cv2.VideoCapture]:
+def open_video(path: Path) -> Iterator[cv2.VideoCapture]:
     """The video, its header read; BadSample that names the file where it is none, or its frames are too large."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     if not path.is_file():
@@ -44,9 +44,9 @@ def opened(path: Path) -> Iterator[cv2.VideoCapture]:
         video.release()
 
 
-def frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+def read_frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Number from 0 on, (H, W, 3) uint8 RGB of each `every`-th frame; BadSample behind the last if many are missing."""
-    with opened(path) as video:
+    with open_video(path) as video:
         number = -1
         while video.grab():
             number += 1
@@ -66,7 +66,7 @@ def frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
 def frame_count(path: Path) -> int:
     """As the header has it, which may be an estimate; 0 where it says nothing, or cannot be read."""
     try:
-        with opened(path) as video:
+        with open_video(path) as video:
             return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     except BadSample:
         return 0

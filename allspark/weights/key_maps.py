@@ -144,7 +144,7 @@ MMSEGMENTATION_HEAD = {
 
 
 @dataclass(frozen=True, eq=False)
-class Naming:
+class KeyMap:
     """One code base's names: its encoder, which stands under one of `prefixes`, and what comes after it."""
 
     title: str
@@ -159,7 +159,7 @@ class Naming:
             for prefix in self.prefixes
             for theirs, ours in self.encoder.items()
         ]
-        return [(pattern(theirs), ours) for theirs, ours in (*rows, *self.rest.items())]
+        return [(compile_row(theirs), ours) for theirs, ours in (*rows, *self.rest.items())]
 
     def ours(self, name: str) -> str | None:
         """Our name of their tensor, without `encoder.` where theirs is of an encoder by itself; None: not theirs."""
@@ -171,7 +171,7 @@ class Naming:
         return None
 
 
-def pattern(template: str) -> re.Pattern[str]:
+def compile_row(template: str) -> re.Pattern[str]:
     """The names that a row's left side stands for."""
     text = re.escape(template)
     for field, expression in FIELDS.items():
@@ -179,43 +179,43 @@ def pattern(template: str) -> re.Pattern[str]:
     return re.compile(text + r"(?P<tail>(\..+)?)")
 
 
-OURS = Naming("AllSpark, this code", OURS_MIT, OURS_REST, ("encoder.", ""))
-MIT = Naming("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
-RELEASED = Naming("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
-NAMINGS = (  # where several know equally many names of a file, the first is meant
-    Naming("ResNet encoder, timm or torchvision", RESNET, {}, ("", "encoder.", "backbone.")),
-    Naming("UniMatch, DeepLabV3+", RESNET, UNIMATCH_REST, ("backbone.",)),
+OURS = KeyMap("AllSpark, this code", OURS_MIT, OURS_REST, ("encoder.", ""))
+MIT = KeyMap("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
+RELEASED = KeyMap("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
+KEY_MAPS = (  # where several know equally many names of a file, the first is meant
+    KeyMap("ResNet encoder, timm or torchvision", RESNET, {}, ("", "encoder.", "backbone.")),
+    KeyMap("UniMatch, DeepLabV3+", RESNET, UNIMATCH_REST, ("backbone.",)),
     OURS,
     MIT,
     RELEASED,
-    Naming("SegFormer, original", SEGFORMER_MIT, SEGFORMER_HEAD, ("backbone.",)),
-    Naming("transformers", TRANSFORMERS_MIT, TRANSFORMERS_HEAD, ("segformer.encoder.", "encoder.", "")),
-    Naming("transformers 5, in memory", TRANSFORMERS_5_MIT, TRANSFORMERS_HEAD, ("segformer.", "")),
-    Naming("mmsegmentation", MMSEGMENTATION_MIT, MMSEGMENTATION_HEAD, ("backbone.", "")),
+    KeyMap("SegFormer, original", SEGFORMER_MIT, SEGFORMER_HEAD, ("backbone.",)),
+    KeyMap("transformers", TRANSFORMERS_MIT, TRANSFORMERS_HEAD, ("segformer.encoder.", "encoder.", "")),
+    KeyMap("transformers 5, in memory", TRANSFORMERS_5_MIT, TRANSFORMERS_HEAD, ("segformer.", "")),
+    KeyMap("mmsegmentation", MMSEGMENTATION_MIT, MMSEGMENTATION_HEAD, ("backbone.", "")),
 )
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
-FIRST = {"stages.0.patch_embed.proj.weight", "bn1.weight"}  # of an encoder: what every MiT has, and every ResNet
+FIRST_LAYERS = {"stages.0.patch_embed.proj.weight", "bn1.weight"}  # of an encoder: what every MiT has, and every ResNet
 PARTS = ("encoder.", "decoder.", "bottleneck.")
 
 
-def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefixes that a wrapper gave to all names."""
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in tensors):
-            return unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
+            return strip_wrappers({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
     return dict(tensors)
 
 
-def detect(names: Iterable[str]) -> Naming | None:
+def detect_key_map(names: Iterable[str]) -> KeyMap | None:
     """The naming that knows most of the names; None if none of them finds the beginning of an encoder."""
     names = list(names)
-    known = {naming: [ours for name in names if (ours := naming.ours(name))] for naming in NAMINGS}
-    best = max(NAMINGS, key=lambda naming: len(known[naming]))
-    return None if FIRST.isdisjoint(name.removeprefix("encoder.") for name in known[best]) else best
+    known = {naming: [ours for name in names if (ours := naming.ours(name))] for naming in KEY_MAPS}
+    best = max(KEY_MAPS, key=lambda naming: len(known[naming]))
+    return None if FIRST_LAYERS.isdisjoint(name.removeprefix("encoder.") for name in known[best]) else best
 
 
 @dataclass(frozen=True)
-class Translated:
+class RenamedWeights:
     """Tensors under our names (encoder.*, decoder.*, bottleneck.*), the name each came from, and names left over."""
 
     tensors: dict[str, Tensor]
@@ -223,9 +223,9 @@ class Translated:
     unknown: list[str]
 
 
-def translate(tensors: Mapping[str, Tensor], naming: Naming) -> Translated:
+def rename_weights(tensors: Mapping[str, Tensor], naming: KeyMap) -> RenamedWeights:
     """Rename; split a fused q, k and v; join a separate k and v."""
-    result = Translated({}, {}, [])
+    result = RenamedWeights({}, {}, [])
 
     def put(name: str, tensor: Tensor, source: str) -> None:
         result.tensors[name], result.sources[name] = tensor, source

@@ -17,10 +17,18 @@ from allspark.models.segmentor import ENCODERS, Segmentor, build_model
 from allspark.models.timm_encoder import TimmEncoder
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.safe_load import load_tensors
-from allspark.weights.key_maps import NAMINGS, RELEASED, Naming, Translated, detect, translate, unwrapped
+from allspark.weights.key_maps import (
+    KEY_MAPS,
+    KeyMap,
+    RELEASED,
+    RenamedWeights,
+    detect_key_map,
+    rename_weights,
+    strip_wrappers,
+)
 
-VARIANTS = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
-KNOWN = {**VARIANTS, **resnet.SIZES}  # encoders that are told by the shapes of a file
+MIT_SIZES = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
+ENCODER_SIZES = {**MIT_SIZES, **resnet.SIZES}  # encoders that are told by the shapes of a file
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
 # Weights of classifiers that came with an encoder, or that the original SegFormer head carries and never uses
 LEFTOVERS = re.compile(r"(head|fc|classifier|decode_head\.conv_seg)\.(weight|bias)")
@@ -42,7 +50,7 @@ def read_weights(path: str | Path) -> WeightFile:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the weight file in it, such as {path / 'model.safetensors'}")
     if not path.is_file():
-        name = path.stem if path.stem in KNOWN else "mit_b5"
+        name = path.stem if path.stem in ENCODER_SIZES else "mit_b5"
         raise UserError(
             f"{path}: no such weight file; give its path, 'none' to start without one, "
             f"or fetch ImageNet weights: python -m allspark weights fetch {name}"
@@ -62,7 +70,7 @@ def read_weights(path: str | Path) -> WeightFile:
     tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: holds no named tensors; a weight file is a state_dict")
-    return WeightFile(path, unwrapped(tensors), others)
+    return WeightFile(path, strip_wrappers(tensors), others)
 
 
 def load_container(path: Path) -> Any:
@@ -75,21 +83,21 @@ def load_container(path: Path) -> Any:
         ) from error
 
 
-def from_released(name: str) -> str:
+def rename_released(name: str) -> str:
     """Our name of a parameter or buffer of the released code, or of the original mit_b*.pth; unknown names stay."""
     return RELEASED.ours(name) or name
 
 
-def translated(file: WeightFile) -> tuple[Naming | None, Translated]:
+def to_our_names(file: WeightFile) -> tuple[KeyMap | None, RenamedWeights]:
     """Under our names; of a naming that nobody knows, such as an encoder of one's own, as they are."""
-    naming = detect(file.tensors)
+    naming = detect_key_map(file.tensors)
     if naming is None:
-        return None, Translated(file.tensors, {name: name for name in file.tensors}, [])
-    return naming, translate(file.tensors, naming)
+        return None, RenamedWeights(file.tensors, {name: name for name in file.tensors}, [])
+    return naming, rename_weights(file.tensors, naming)
 
 
 @dataclass(frozen=True)
-class Fit:
+class LoadResult:
     """Which tensors of a file have their place in a network. wrong: name -> why; unexpected: names of the file."""
 
     taken: dict[str, Tensor]
@@ -102,10 +110,10 @@ class Fit:
         return [*self.wrong, *self.missing]
 
 
-def fit(module: nn.Module, found: Translated, prefix: str = "") -> Fit:
+def load_matching(module: nn.Module, found: RenamedWeights, prefix: str = "") -> LoadResult:
     """Load what fits into the module; `prefix`: where the module stands in the network."""
     own = module.state_dict()
-    result = Fit({}, {}, [], list(found.unknown))
+    result = LoadResult({}, {}, [], list(found.unknown))
     for name, tensor in found.tensors.items():
         short = name.removeprefix(prefix)
         if short not in own:
@@ -133,7 +141,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path, sources: Mapping[str
             raise UserError(f"{path}: {there} holds NaN or infinite values; use another copy of the file")
 
 
-def shortened(names: Sequence[str], limit: int = 4) -> str:
+def abbreviate(names: Sequence[str], limit: int = 4) -> str:
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -147,7 +155,7 @@ def load_encoder(model: Segmentor, path: str | Path) -> str:
     if isinstance(encoder, TimmEncoder):
         encoder.check_file(Path(path))
     file = read_weights(path)
-    result = fit(model.encoder, encoder_tensors(model.encoder, file), "encoder.")
+    result = load_matching(model.encoder, encoder_tensors(model.encoder, file), "encoder.")
     own = model.encoder.state_dict()
     if bad := [name for name in result.bad() if not name.startswith("pyramid.")]:  # which no file has
         raise UserError(
@@ -155,21 +163,21 @@ def load_encoder(model: Segmentor, path: str | Path) -> str:
             f"first {bad[0]} {tuple(own[bad[0]].shape)}; is it the file of another variant than model.encoder?"
         )
     check_finite(result.taken, file.path)
-    left = f", left out: {shortened(result.unexpected)}" if result.unexpected else ""
+    left = f", left out: {abbreviate(result.unexpected)}" if result.unexpected else ""
     return f"encoder weights {path}: {len(result.taken)} tensors{left}"
 
 
-def encoder_tensors(encoder: nn.Module, file: WeightFile) -> Translated:
+def encoder_tensors(encoder: nn.Module, file: WeightFile) -> RenamedWeights:
     """What a file holds for an encoder, under our names; of timm's encoders its own converters know the formats."""
     if not isinstance(encoder, TimmEncoder) or any(name.startswith("encoder.body.") for name in file.tensors):
-        return translated(file)[1]
+        return to_our_names(file)[1]
     try:
         tensors = encoder.translate(file.tensors)
     except Exception as error:  # they take for granted what they look for
         raise UserError(
             f"{file.path}: timm does not know it as weights of {encoder.name} ({reason_of(error)}); give a file of it"
         ) from error
-    return Translated(tensors, {name: name for name in tensors}, [])
+    return RenamedWeights(tensors, {name: name for name in tensors}, [])
 
 
 def init_from(model: Segmentor, path: str | Path) -> str:
@@ -178,7 +186,7 @@ def init_from(model: Segmentor, path: str | Path) -> str:
     Classifier and memory are dropped: they belong to the old classes and crop. All else must fit.
     """
     file = read_weights(path)
-    _, found = translated(file)
+    _, found = to_our_names(file)
     own = model.state_dict()
     dropped = ("decoder.classifier.", "bottleneck.memory.")
     wanted = {name for name in own if not name.startswith(dropped)}
@@ -186,7 +194,7 @@ def init_from(model: Segmentor, path: str | Path) -> str:
         wanted = {name for name in wanted if not name.startswith("bottleneck.")}  # from a run without it: fresh
     kept = {name: tensor for name, tensor in found.tensors.items() if name in wanted}
     stays = {name: tensor for name, tensor in own.items() if name.startswith("bottleneck.memory.")}
-    result = fit(model, Translated({**kept, **stays}, found.sources, []))
+    result = load_matching(model, RenamedWeights({**kept, **stays}, found.sources, []))
     if bad := [name for name in result.bad() if name in wanted]:
         raise UserError(
             f"{path}: does not fit this model; {len(bad)} of {len(wanted)} tensors are missing or of another size, "
@@ -221,14 +229,14 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Recognized:
+class RecognizedModel:
     """A file of a known format, its network with all weights that fit loaded, and how well they do."""
 
     file: WeightFile
-    naming: Naming
+    naming: KeyMap
     architecture: Architecture
     module: nn.Module  # a Segmentor, or the encoder alone
-    result: Fit
+    result: LoadResult
     sources: Mapping[str, str]
 
     @property
@@ -247,7 +255,7 @@ class Recognized:
         if missing := self.result.missing:
             raise UserError(
                 f"{self.file.path}: {len(missing)} tensors of this {self.architecture.model.encoder} are missing: "
-                f"{shortened(missing)}; use the whole file (the encoder of a model with another head: model.pretrained)"
+                f"{abbreviate(missing)}; use the whole file (the encoder of a model with another head: model.pretrained)"
             )
         prefix = "encoder." if self.architecture.num_classes is None else ""
         taken = {prefix + name: tensor for name, tensor in self.result.taken.items()}
@@ -255,28 +263,28 @@ class Recognized:
         return self.module.state_dict()
 
 
-def recognize(file: WeightFile, encoder_only: bool = False) -> Recognized:
+def recognize(file: WeightFile, encoder_only: bool = False) -> RecognizedModel:
     """Format by keys, network by shapes; UserError for a format or network that is none of ours."""
-    naming, found = translated(file)
+    naming, found = to_our_names(file)
     if naming is None:
-        known = "; ".join(dict.fromkeys(naming.title for naming in NAMINGS))
+        known = "; ".join(dict.fromkeys(naming.title for naming in KEY_MAPS))
         raise UserError(
             f"{file.path}: holds no MiT encoder and no ResNet under any known naming ({known}); "
-            f"its first names are {shortened(list(file.tensors), 3)}"
+            f"its first names are {abbreviate(list(file.tensors), 3)}"
         )
     whole = any(name.startswith("decoder.") for name in found.tensors) and not encoder_only
     if not encoder_only:
-        refuse_published(file)
-    architecture = read_shapes(found.tensors, file.path, whole)
+        reject_published(file)
+    architecture = infer_architecture(found.tensors, file.path, whole)
     if whole:
         module: nn.Module = build_model(architecture.model, architecture.num_classes, architecture.crop_size)
     else:
         module = ENCODERS[architecture.model.encoder](architecture.model.drop_path)
-    result = fit(module, found, "" if whole else "encoder.")
-    return Recognized(file, naming, architecture, module, result, found.sources)
+    result = load_matching(module, found, "" if whole else "encoder.")
+    return RecognizedModel(file, naming, architecture, module, result, found.sources)
 
 
-def refuse_published(file: WeightFile) -> None:
+def reject_published(file: WeightFile) -> None:
     if any(name.startswith(PUBLISHED) for name in file.tensors):
         raise UserError(
             f"{file.path}: is one of the checkpoints that the authors of AllSpark published. They belong to another "
@@ -286,28 +294,28 @@ def refuse_published(file: WeightFile) -> None:
         )
 
 
-def read_shapes(tensors: Mapping[str, Tensor], path: Path, whole: bool) -> Architecture:
+def infer_architecture(tensors: Mapping[str, Tensor], path: Path, whole: bool) -> Architecture:
     """Variant, classes, decoder, heads and crop of tensors under our names."""
-    encoder = variant(tensors, path)
+    encoder = find_encoder(tensors, path)
     if not whole:
         return Architecture(ModelConfig(encoder=encoder), None, None)
-    num_classes, width = shape(tensors, "decoder.classifier.weight", 4, path)[:2]
+    num_classes, first_dim = get_shape(tensors, "decoder.classifier.weight", 4, path)[:2]
     marks = {"decoder.convs.": "mlp_bn", "decoder.aspp.": "deeplab"}
     decoder = next((kind for mark, kind in marks.items() if any(name.startswith(mark) for name in tensors)), "mlp")
     bottleneck, crop = BottleneckConfig(name="none"), None
     if any(name.startswith("bottleneck.") for name in tensors):
-        rows, columns = shape(tensors, "bottleneck.cross_branch.q.weight", 2, path)
-        slots = shape(tensors, "bottleneck.memory.queue", 3, path)[2]
+        rows, columns = get_shape(tensors, "bottleneck.cross_branch.q.weight", 2, path)
+        slots = get_shape(tensors, "bottleneck.memory.queue", 3, path)[2]
         side = math.isqrt(slots)
         if side**2 != slots or not slots:
             raise UserError(f"{path}: its memory holds maps of {slots} values, which is no square; the file is damaged")
         bottleneck = BottleneckConfig(name="allspark", num_heads=max(1, rows // max(1, columns)))
-        crop = KNOWN[encoder].strides[-1] * (side - 1) + 1  # the released code: side = crop // 32 + 1
-    model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=width, bottleneck=bottleneck)
+        crop = ENCODER_SIZES[encoder].strides[-1] * (side - 1) + 1  # the released code: side = crop // 32 + 1
+    model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=first_dim, bottleneck=bottleneck)
     return Architecture(model, num_classes, crop)
 
 
-def shape(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -> Sequence[int]:
+def get_shape(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -> Sequence[int]:
     if name not in tensors:
         raise UserError(f"{path}: {name} is missing; use the whole file")
     if tensors[name].ndim != ndim:
@@ -315,16 +323,16 @@ def shape(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -> Se
     return tensors[name].shape
 
 
-def variant(tensors: Mapping[str, Tensor], path: Path) -> str:
+def find_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
     """The name of the encoder with these widths and depths, of a ResNet with this stem, too."""
-    stem = width(tensors, "encoder.bn1.weight")
+    stem = first_dim(tensors, "encoder.bn1.weight")
     if stem:
         kinds = {name: size for name, size in resnet.SIZES.items() if size.stem == stem}
-        widths = tuple(width(tensors, f"encoder.layer{stage}.0.conv3.weight") for stage in range(1, 5))
+        widths = tuple(first_dim(tensors, f"encoder.layer{stage}.0.conv3.weight") for stage in range(1, 5))
         blocks = (rf"encoder\.layer{stage}\.([0-9]+)\." for stage in range(1, 5))
     else:
-        kinds = VARIANTS
-        widths = tuple(width(tensors, f"encoder.stages.{stage}.patch_embed.proj.weight") for stage in range(4))
+        kinds = MIT_SIZES
+        widths = tuple(first_dim(tensors, f"encoder.stages.{stage}.patch_embed.proj.weight") for stage in range(4))
         blocks = (rf"encoder\.stages\.{stage}\.blocks\.([0-9]+)\." for stage in range(4))
     depths = tuple(1 + max(numbers(tensors, pattern), default=-1) for pattern in blocks)
     for name, size in kinds.items():
@@ -338,7 +346,7 @@ def variant(tensors: Mapping[str, Tensor], path: Path) -> str:
     )
 
 
-def width(tensors: Mapping[str, Tensor], name: str) -> int:
+def first_dim(tensors: Mapping[str, Tensor], name: str) -> int:
     """The first size of a tensor; 0 where it is not in the file."""
     return len(tensors[name]) if name in tensors and tensors[name].ndim else 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LICENCE = (
+MIT_LICENSE = (
     "NVIDIA Source Code License for SegFormer: research or evaluation only, no commercial use, of the weights and of "
     "what derives from them (section 3.3); https://github.com/NVlabs/SegFormer/blob/master/LICENSE"
 )
@@ -44,7 +44,7 @@ RESNET_FILES = {
     "resnet50s": ("timm on GitHub", f"{GLUON}/gluon_resnet50_v1s-1762acc0.pth"),
     "resnet101s": ("timm on GitHub", f"{GLUON}/gluon_resnet101_v1s-60fe0cc1.pth"),
 }
-RESNET_LICENCE = {  # the field `license` of the same file of timm
+RESNET_LICENSE = {  # the field `license` of the same file of timm
     "PyTorch": "BSD 3-Clause; torchvision's README: a model may have terms of its own, from the data it was trained on",
     "timm on GitHub": "Apache 2.0, of GluonCV's weights (https://cv.gluon.ai/model_zoo/classification.html)",
 }
@@ -64,12 +64,12 @@ class Mirror:
     place: str
     url: str
     digest: str | None
-    licence: str
+    license_of: str
 
 
-def licence(name: str) -> str:
+def license_of(name: str) -> str:
     """That of an encoder's published weights."""
-    return RESNET_LICENCE[RESNET_FILES[name][0]] if name in RESNET_FILES else LICENCE
+    return RESNET_LICENSE[RESNET_FILES[name][0]] if name in RESNET_FILES else MIT_LICENSE
 
 
 def mirrors(name: str) -> list[Mirror]:
@@ -83,8 +83,8 @@ def resnet_mirrors(name: str) -> list[Mirror]:
     hub, hub_digest = TIMM_HUB[name]
     page = f"https://huggingface.co/timm/{hub}"
     return [
-        Mirror(place, url, digest, licence(name)),
-        Mirror("timm on Hugging Face", f"{page}/resolve/main/model.safetensors", hub_digest, licence(name)),
+        Mirror(place, url, digest, license_of(name)),
+        Mirror("timm on Hugging Face", f"{page}/resolve/main/model.safetensors", hub_digest, license_of(name)),
     ]
 
 
@@ -111,6 +111,6 @@ def mit_mirrors(name: str) -> list[Mirror]:
     ]
     if name in NVIDIA:
         repository = f"https://huggingface.co/nvidia/{name.replace('_', '-')}"
-        licence = f"'license: other' ({repository}/blob/main/README.md)"
-        found.append(Mirror("NVIDIA on Hugging Face", f"{repository}/resolve/main/pytorch_model.bin", None, licence))
+        license_of = f"'license: other' ({repository}/blob/main/README.md)"
+        found.append(Mirror("NVIDIA on Hugging Face", f"{repository}/resolve/main/pytorch_model.bin", None, license_of))
     return found

@@ -1,8 +1,8 @@
-"""CamVid as distributed with the SegNet tutorial: 480 x 360 frames, stored value 11 is unlabelled."""
+"""CamVid as distributed with the SegNet tutorial: 480 x 360 frames, stored value 11 is unlabeled."""
 
 from __future__ import annotations
 
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, LookupTable
 
 CLASSES = (
     "Sky",
@@ -30,10 +30,10 @@ PALETTE = (
     (64, 64, 0),
     (0, 128, 192),
 )
-UNLABELLED = len(CLASSES)  # as stored
+UNLABELED = len(CLASSES)  # stored value
 
-# The 32 classes of the original labels: name, colour (CamVid's label_colors.txt), and the class of the SegNet tutorial
-# that it belongs to (MathWorks' camvidPixelLabelIDs, "following the original SegNet training methodology").
+# The 32 original classes: name, color (CamVid's label_colors.txt), and the class of the SegNet tutorial it belongs to
+# (MathWorks' camvidPixelLabelIDs, "following the original SegNet training methodology").
 ORIGINAL_CLASSES = (
     ("Animal", (64, 128, 64), "Pedestrian"),
     ("Archway", (192, 0, 128), "Building"),
@@ -73,5 +73,7 @@ SPEC = DatasetSpec(
     name="camvid",
     classes=CLASSES,
     palette=PALETTE,
-    decode_mask=Table.of({value: value for value in range(256)} | {UNLABELLED: IGNORE_INDEX}, default=IGNORE_INDEX),
+    decode_mask=LookupTable.from_mapping(
+        {value: value for value in range(256)} | {UNLABELED: IGNORE_INDEX}, default=IGNORE_INDEX
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allspark.data.base import DatasetSpec, bit_palette
+from allspark.data.spec import DatasetSpec, voc_palette
 
 CLASSES = (
     "background",
@@ -28,4 +28,4 @@ CLASSES = (
     "tv/monitor",
 )
 
-SPEC = DatasetSpec(name="pascal", classes=CLASSES, palette=bit_palette(len(CLASSES)), background=0)
+SPEC = DatasetSpec(name="pascal", classes=CLASSES, palette=voc_palette(len(CLASSES)), background=0)
