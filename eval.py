@@ -17,9 +17,9 @@ from allspark import distributed
 from allspark import inference as loading
 from allspark.config import INSTALLED, Recipe
 from allspark.data import splits
-from allspark.data.transforms import to_tensor
 from allspark.data.image_io import read_image
 from allspark.data.spec import DatasetSpec, Sample
+from allspark.data.transforms import to_tensor
 from allspark.data.worker_pool import worker_count
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate

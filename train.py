@@ -23,13 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from allspark import distributed
 from allspark.cli import recipe as recipe_words
 from allspark.config import INSTALLED, Recipe, build_recipe, differences, to_plain
+from allspark.data.audit import preflight, select_hidden
+from allspark.data.batch import split_micro_batches
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
-from allspark.data.worker_pool import worker_count
-from allspark.evaluation.dataset import SegmentationDataset
-from allspark.data.batch import split_micro_batches
-from allspark.data.audit import preflight, select_hidden
 from allspark.data.splits import Lists, describe_lists, resolve
+from allspark.data.worker_pool import worker_count
 from allspark.engine.checkpoint import (
     LATEST,
     PREVIOUS,
@@ -59,9 +58,9 @@ from allspark.engine.stepper import (
     set_deterministic,
     set_precision,
 )
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import EvalResult
-from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.pseudo_label_quality import PseudoLabelQuality, measure_pseudo_labels
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method, Progress
@@ -182,7 +181,7 @@ def train(
                     scores, quality = validate(recipe, inference, method, network, val, crops, device, shown)
                 improved = scores.miou > best["miou"]
                 best = {"miou": scores.miou, "epoch": epoch} if improved else best
-                pseudo, told = (quality.named(), f", {quality}") if quality else ({}, "")
+                pseudo, told = (quality.metrics(), f", {quality}") if quality else ({}, "")
                 log.scores(
                     step=step,
                     epoch=epoch,

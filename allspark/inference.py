@@ -16,7 +16,7 @@ from torch import nn
 from allspark.cli.recipe import build_method, complete
 from allspark.config import DEVICES, MODES, PRECISIONS, Recipe, build_recipe, load_recipe, to_plain
 from allspark.data.datasets import DATASETS, spec_for
-from allspark.data.spec import DatasetSpec, IGNORE_INDEX, voc_palette
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
 from allspark.engine.stepper import autocast, set_precision
 from allspark.evaluation.sliding_window import Inference, inference_for

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from allspark.bench.machine import memory_bytes
 from allspark.bench.measure import Ledger, allocator_peak, aten
 from allspark.config import Recipe
-from allspark.data.spec import DatasetSpec
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
+from allspark.data.spec import DatasetSpec
 from allspark.engine.optim import build_optimizer
 from allspark.engine.stepper import AUTOCAST, Stepper, autocast, pass_size
 from allspark.methods import Method, Progress

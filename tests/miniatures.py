@@ -10,8 +10,8 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from allspark.data.spec import voc_palette
 from allspark.data.datasets.coco import CLASSES as COCO_CLASSES
+from allspark.data.spec import voc_palette
 
 # the ids between 1 and 90 that COCO's 80 things leave out
 COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from allspark.config import CustomDataConfig
-from allspark.data.image_io import read_image, read_pair
-from allspark.data.spec import Sample
 from allspark.data.cache import check_space, lock, open_reader
 from allspark.data.datasets.custom import make_spec
+from allspark.data.image_io import read_image, read_pair
+from allspark.data.spec import Sample
 from allspark.utils.errors import UserError
 
 SPEC = make_spec("mine", CustomDataConfig(classes=("a", "b", "c"), value_map={0: 0, 7: 1, 9: 2, 255: 255}))

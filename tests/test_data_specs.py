@@ -11,12 +11,11 @@ import pytest
 from PIL import Image
 
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.datasets import DATASETS, cityscapes, spec_for
+from allspark.data.datasets.custom import make_spec
 from allspark.data.image_io import read_image, read_mask, read_pair
 from allspark.data.spec import Sample
 from allspark.evaluation.dataset import SegmentationDataset
-from allspark.data.datasets import cityscapes
-from allspark.data.datasets.custom import make_spec
 from allspark.utils.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared"))

@@ -18,13 +18,12 @@ from torch import nn
 import train
 from allspark import distributed
 from allspark.config import DataConfig, OptimConfig
-from allspark.data.spec import DatasetSpec, Sample
-from allspark.evaluation.dataset import SegmentationDataset
 from allspark.data.loaders import TrainLoader
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
-from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.dataset import SegmentationDataset
+from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.pseudo_label_quality import measure_pseudo_labels
 from allspark.evaluation.sliding_window import Inference
 from allspark.losses import CrossEntropy
@@ -174,7 +173,7 @@ def scores_of(root):
             return pseudo.label, pseudo.confidence
 
         crops = SegmentationDataset(samples[:count], SPEC, CROP)
-        found.append(tuple(measure_pseudo_labels(label, crops, torch.device("cpu"), threshold=0.25).named().values()))
+        found.append(tuple(measure_pseudo_labels(label, crops, torch.device("cpu"), threshold=0.25).metrics().values()))
     return found
 
 

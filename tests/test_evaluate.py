@@ -16,14 +16,13 @@ from torch import nn
 import eval as eval_script
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
 from allspark.data import splits
-from allspark.data.datasets import DATASETS
-from allspark.data.transforms import to_tensor
+from allspark.data.batch import normalize
+from allspark.data.datasets import DATASETS, cityscapes
 from allspark.data.image_io import read_image, read_mask
 from allspark.data.spec import DatasetSpec, Sample
-from allspark.evaluation.dataset import SegmentationDataset
-from allspark.data.batch import normalize
-from allspark.data.datasets import cityscapes
+from allspark.data.transforms import to_tensor
 from allspark.engine.checkpoint import save_checkpoint
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import ConfusionMatrix
 from allspark.evaluation.sliding_window import Inference
@@ -80,7 +79,7 @@ def test_scores_equal_image_by_image(dataset):
     for image, mask, _ in dataset:
         confusion.update(model(normalize(image)[None]).logits.argmax(1)[0], mask)
     scores = run(dataset)
-    same(scores, confusion.scores(5))
+    same(scores, confusion.result(5))
     assert 0 < scores.miou < 100
 
 
@@ -109,7 +108,7 @@ def test_center_crop_counts_the_center_alone(dataset):
         inside = guess != 255
         assert inside.sum() == min(34, mask.shape[0]) * min(34, mask.shape[1])
         confusion.update(guess[inside], mask[inside])
-    same(confusion.scores(5), run(dataset, Inference("center_crop", 34)))
+    same(confusion.result(5), run(dataset, Inference("center_crop", 34)))
 
 
 def test_save_gets_every_image_once(dataset):
@@ -241,7 +240,7 @@ def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
     for index in range(5):  # the index PNGs are the predictions that were counted
         guess, mask = (np.array(Image.open(f / f"{n}{index}.png")) for f, n in ((out, "image"), (tmp_path, "mask")))
         confusion.update(torch.from_numpy(guess), torch.from_numpy(mask))
-    assert confusion.scores(5).miou == pytest.approx(result["miou"])
+    assert confusion.result(5).miou == pytest.approx(result["miou"])
 
 
 def test_eval_options_reach_the_inference(checkpoint, tmp_path, capsys):

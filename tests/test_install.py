@@ -20,15 +20,14 @@ from allspark import __main__ as command
 from allspark import memory_estimate as memory
 from allspark.bench import machine, scale
 from allspark.config import CONFIG_ROOT, load_config
-from allspark.data.datasets import DATASETS, spec_for
-from allspark.data.image_io import read_image
-from allspark.evaluation.dataset import SegmentationDataset
 from allspark.data.batch import Views
 from allspark.data.cache import open_reader
+from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.image_io import read_image
 from allspark.data.loaders import TrainPairs, collate
 from allspark.data.splits import resolve
 from allspark.data.worker_pool import init_worker
-from allspark.evaluation.dataset import Shard
+from allspark.evaluation.dataset import SegmentationDataset, Shard
 from allspark.prepare import PLANS
 from allspark.split_lists.manifest import SHIPPED_SPLITS, SPLITS_ROOT, split_roots
 from allspark.utils.errors import UserError, run_main

@@ -19,11 +19,11 @@ import train
 from allspark import distributed
 from allspark.cli import recipe as recipe_words
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
+from allspark.data.audit import select_hidden
+from allspark.data.batch import normalize
 from allspark.data.datasets import spec_for
 from allspark.data.image_io import read_image, read_mask
 from allspark.data.spec import Sample
-from allspark.data.batch import normalize
-from allspark.data.audit import select_hidden
 from allspark.data.splits import Lists, resolve
 from allspark.engine.log import RunLog
 from allspark.evaluation.dataset import SegmentationDataset
@@ -135,7 +135,7 @@ def test_accuracy_and_coverage_equal_the_loops(samples, threshold):
 def test_where_nothing_is_confident_nothing_is_right_or_wrong(samples):
     found = quality(samples, 1e9)
     assert found == PseudoLabelQuality(None, 0.0, None)
-    assert json.loads(json.dumps(found.named())) == {"pseudo_accuracy": None, "pseudo_coverage": 0, "pseudo_miou": None}
+    assert json.loads(json.dumps(found.metrics())) == {"pseudo_accuracy": None, "pseudo_coverage": 0, "pseudo_miou": None}
     assert str(found) == "no pixel is confident enough for a pseudo-label"
 
 

@@ -14,13 +14,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data.datasets import spec_for
-from allspark.data.spec import Sample
-from allspark.data.worker_pool import worker_count
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views, normalize
+from allspark.data.datasets import spec_for
 from allspark.data.loaders import REPLACEMENTS, StepSampler, TrainLoader
+from allspark.data.spec import Sample
 from allspark.data.splits import Lists
-from allspark.data.worker_pool import make_loader
+from allspark.data.worker_pool import make_loader, worker_count
 from allspark.utils.errors import UserError
 
 VIEWS = Views(labeled="strong", strong=("strong", "strong"), cutmix=0.5)

@@ -15,11 +15,11 @@ import train
 from allspark import __main__ as verbs
 from allspark.cli.recipe import build_method, complete
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe, load_config, to_plain
+from allspark.data.batch import normalize
 from allspark.data.datasets import DATASETS, spec_for
-from allspark.data.transforms import to_tensor
 from allspark.data.image_io import read_image
 from allspark.data.spec import voc_palette
-from allspark.data.batch import normalize
+from allspark.data.transforms import to_tensor
 from allspark.engine.checkpoint import save_checkpoint
 from allspark.inference import load_for_inference, training_crop
 from allspark.models.segmentor import build_model

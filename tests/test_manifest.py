@@ -12,9 +12,9 @@ from allspark.data.splits import read_list, split_columns
 from allspark.split_lists import manifest
 from allspark.split_lists.layouts import LAYOUTS, complement
 from allspark.split_lists.manifest import (
-    ListRecord,
     MANIFEST,
     SPLITS_ROOT,
+    ListRecord,
     Verdict,
     compare,
     list_hash,
@@ -51,7 +51,7 @@ def shared(first: str, second: str) -> int:
 @pytest.fixture
 def content() -> dict:
     """A small manifest, as plain values."""
-    source = {"repository": "somebody/lists", "revision": "0" * 40, "licence": "MIT"}
+    source = {"repository": "somebody/lists", "revision": "0" * 40, "license": "MIT"}
     facts = {"count": 1, "sha256": "1" * 64, "sorted": None}
     split = {"name": "pascal/7", "lists": {"labeled": facts}, "places": [{"source": "s", "path": "splits/7"}]}
     return {"sources": {"s": source}, "splits": [split]}
@@ -81,7 +81,7 @@ def test_a_manifest_is_read(content, tmp_path):
         (lambda c: c.update(more=1), r"unknown key 'more'; there are sources, splits"),
         (lambda c: c.pop("splits"), "the key 'splits' is missing"),
         (lambda c: c["sources"]["s"].update(revision="0324f3d"), r"sources.s.revision: '0324f3d' is no full commit"),
-        (lambda c: c["sources"]["s"].pop("licence"), r"sources.s: the key 'licence' is missing"),
+        (lambda c: c["sources"]["s"].pop("license"), r"sources.s: the key 'license' is missing"),
         (lambda c: c["splits"][0].update(traps="one"), r"splits\[0\].traps: 'one' is no list"),
         (lambda c: c["splits"][0].update(name="../x"), r"splits\[0\]: '../x' is no name"),
         (lambda c: c["splits"][0]["lists"].update({"../up": {"count": 1}}), "'../up' is no name"),

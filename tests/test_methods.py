@@ -10,10 +10,9 @@ import torch
 
 from allspark.cli.recipe import build_loader, build_method, complete
 from allspark.config import BottleneckConfig, ModelConfig, load_recipe
-from allspark.data.datasets import DATASETS
-from allspark.data.spec import Sample
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
-from allspark.data.datasets import shapes
+from allspark.data.datasets import DATASETS, shapes
+from allspark.data.spec import Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy

@@ -15,9 +15,9 @@ from allspark import __main__ as verbs
 from allspark.bench.measure import Ledger
 from allspark.cli import predict as verb
 from allspark.cli.predict import batches, find_images
-from allspark.data.transforms import to_tensor
-from allspark.data.image_io import read_image
 from allspark.data.batch import normalize
+from allspark.data.image_io import read_image
+from allspark.data.transforms import to_tensor
 from allspark.evaluation.sliding_window import Inference, average_views
 from allspark.inference import load_for_inference
 from allspark.utils.errors import UserError, run_main

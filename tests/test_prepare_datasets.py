@@ -14,12 +14,11 @@ import scipy.io
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.data.datasets import DATASETS
+from allspark.data.datasets import DATASETS, camvid
 from allspark.data.image_io import read_mask, read_pair, read_stored_mask
 from allspark.data.spec import IGNORE_INDEX
-from allspark.evaluation.dataset import SegmentationDataset
-from allspark.data.datasets import camvid
 from allspark.data.splits import read_list
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.prepare import PLANS
 from allspark.prepare.archives import Found, Index
 from allspark.prepare.camvid import split_of

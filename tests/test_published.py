@@ -143,7 +143,7 @@ def manifest(tmp_path, monkeypatch):
     rest = [i for i in TRAIN if i not in LABELED]
     places = [{"source": name, "path": f"{name}/3"} for name in ("first", "second")]
     content = {
-        "sources": {n: {"repository": f"x/{n}", "revision": "1" * 40, "licence": "MIT"} for n in ("first", "second")},
+        "sources": {n: {"repository": f"x/{n}", "revision": "1" * 40, "license": "MIT"} for n in ("first", "second")},
         "splits": [
             {"name": "pascal", "lists": {"val": facts(voc(VAL)), "train_aug": {**facts(voc(TRAIN)), "derived": True}}}
             | {"places": [{"source": "first", "path": "first"}]},

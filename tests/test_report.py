@@ -264,7 +264,7 @@ def test_a_page_stays_below_its_limit(finished, tmp_path):
     assert told == []
     extremes = scored(8, 17)[0]
     entry.evaluated = report.Evaluated(
-        extremes.confusion.scores(17), extremes, "whole", {"step": 6, "sha256": "0" * 64, "split": {}}
+        extremes.confusion.result(17), extremes, "whole", {"step": 6, "sha256": "0" * 64, "split": {}}
     )
     limit = len(whole) + 6000
     text, (note,) = report.page_below(limit, [entry], [])

@@ -14,10 +14,9 @@ from PIL import Image
 
 from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data.datasets import DATASETS, spec_for
-from allspark.data.spec import Sample
-from allspark.data.datasets import shapes
 from allspark.data.audit import preflight
+from allspark.data.datasets import DATASETS, shapes, spec_for
+from allspark.data.spec import Sample
 from allspark.data.splits import (
     SPLITS_ROOT,
     describe_lists,

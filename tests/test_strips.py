@@ -8,8 +8,8 @@ from PIL import Image
 from test_inference import Blurred, Pointwise, image, sliding
 
 from allspark.bench.measure import Ledger
-from allspark.data.spec import DatasetSpec, voc_palette
 from allspark.data.batch import normalize
+from allspark.data.spec import DatasetSpec, voc_palette
 from allspark.evaluation import tiled as strips
 from allspark.evaluation.evaluate import predict, predict_with_confidence
 from allspark.evaluation.sliding_window import Inference, class_scores, eval_mode

@@ -134,7 +134,7 @@ def test_mirrors():
     for name in MIT_SIZES:
         found = mirrors(name)
         assert len(found) >= 3 and len({mirror.url for mirror in found}) == len(found)
-        assert all(mirror.url.startswith("https://") and mirror.licence for mirror in found)
+        assert all(mirror.url.startswith("https://") and mirror.license for mirror in found)
         verified = [mirror for mirror in found if mirror.digest]
         assert verified[0] is found[0], "what can be verified comes first"
         for mirror in verified:  # the file's name repeats the digits

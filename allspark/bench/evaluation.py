@@ -12,8 +12,8 @@ from torch import Tensor
 from allspark.bench.measure import Row, Side, measure
 from allspark.bench.plain import PlainSegmentor, plain_copy, plain_counts, plain_label, plain_sliding
 from allspark.config import BottleneckConfig, ModelConfig
-from allspark.data.spec import DatasetSpec, IGNORE_INDEX, voc_palette
 from allspark.data.batch import normalize
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
 from allspark.engine.stepper import autocast
 from allspark.evaluation.evaluate import predict
 from allspark.evaluation.metrics import ConfusionMatrix

@@ -12,11 +12,10 @@ import torch
 
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe
+from allspark.data.audit import AuditReport, audit, select_hidden
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
-from allspark.data.audit import select_hidden
 from allspark.data.splits import Lists, describe_lists, resolve
-from allspark.data.audit import AuditReport, audit
 from allspark.distributed import choose_device
 from allspark.engine.optim import scaled
 from allspark.engine.stepper import pass_size, set_precision

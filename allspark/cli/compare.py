@@ -16,12 +16,12 @@ from allspark.cli.recipe import complete
 from allspark.config import DataConfig, Recipe, differences, load_config, to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
-from allspark.evaluation.dataset import SegmentationDataset
 from allspark.data.splits import check_files, find_data, val_entries
 from allspark.distributed import choose_device
 from allspark.engine.checkpoint import LATEST
 from allspark.engine.log import METRICS, read_metrics
 from allspark.engine.provenance import read_facts
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import predict
 from allspark.inference import load_for_inference, naming, positive
 from allspark.split_lists.manifest import published_name

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from allspark import inference as loading
-from allspark.data.transforms import to_tensor
 from allspark.data.image_io import read_image, walk
 from allspark.data.spec import Sample
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
+from allspark.data.transforms import to_tensor
 from allspark.distributed import choose_device
 from allspark.evaluation.dataset import check_min_size, group_by_size
 from allspark.evaluation.evaluate import predict_with_confidence

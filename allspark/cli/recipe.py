@@ -20,9 +20,9 @@ from allspark.config import (
     parse_overrides,
     to_plain,
 )
-from allspark.data.spec import DatasetSpec
 from allspark.data.batch import Views
 from allspark.data.loaders import TrainLoader
+from allspark.data.spec import DatasetSpec
 from allspark.data.splits import Lists
 from allspark.engine.optim import scaled
 from allspark.engine.stepper import pass_size

@@ -84,7 +84,13 @@ def add_make(make: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    verbs = {"make": make, "list": show, "verify": published.verify_lists, "fetch": published.fetch_lists, "build": build}
+    verbs = {
+        "make": make,
+        "list": show,
+        "verify": published.verify_lists,
+        "fetch": published.fetch_lists,
+        "build": build,
+    }
     verbs[args.verb](args)
 
 
@@ -182,8 +188,8 @@ def what_is_known(name: str, hashes: dict[str, str]) -> list[str]:
     told = []
     found = [load_manifest().by_hash(sha256) for sha256 in hashes.values()]
     for split in {split.name: split for split, _ in filter(None, found)}.values():
-        whose = "; ".join(f"{place.source} {place.path} ({place.source.licence})" for place in split.places)
-        told.append(f"= {split.name} of {whose or split.whose}")
+        whose = "; ".join(f"{place.source} {place.path} ({place.source.license})" for place in split.places)
+        told.append(f"= {split.name} of {whose or split.owner}")
         told += [f"used by {user}" for user in split.used_by]
         told += [split.note] if split.note else []
         told += [f"trap: {trap}" for trap in split.traps]

@@ -227,7 +227,7 @@ def sources(args: argparse.Namespace) -> list[tuple[str, str, str | None, str]]:
         if digest and not DIGEST.fullmatch(digest):
             raise UserError(f"--sha256 {args.sha256}: give 8 to 64 hex digits")
         return [(source, source, digest, "") for source in args.sources]
-    return [(mirror.place, mirror.url, mirror.digest, mirror.licence) for mirror in mirrors(args.name)]
+    return [(mirror.place, mirror.url, mirror.digest, mirror.license) for mirror in mirrors(args.name)]
 
 
 def bring(url: str, digest: str | None, name: str, folder: Path, out: Path) -> None:

@@ -12,7 +12,7 @@ from allspark.config import CustomDataConfig, DataConfig, root_variable
 from allspark.data.datasets import spec_for
 from allspark.data.image_io import walk
 from allspark.data.spec import DatasetSpec, Sample, identity
-from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, name_clash, split_roots
+from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, name_clash, published_name, split_roots
 from allspark.utils.errors import UserError
 
 MAX_LIST = 256 << 20  # bytes; the longest published list has 6 MB

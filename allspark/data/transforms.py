@@ -217,9 +217,8 @@ def imas(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> 
     """(H, W, 3) uint8: two of IMAS_OPERATIONS with uniform strengths; the number of draws is fixed. (iMAS)"""
     chosen, strengths = rng.integers(len(IMAS_OPERATIONS), size=2), rng.random(2).tolist()
     drawn = zip((IMAS_OPERATIONS[index] for index in chosen), strengths, strict=True)
-    return apply_operations(
-        [(name, low + (high - low) * share) for (name, low, high), share in drawn], image, operations
-    )
+    steps = [(name, low + (high - low) * share) for (name, low, high), share in drawn]
+    return apply_operations(steps, image, operations)
 
 
 def apply_operations(steps: list[tuple[str, float]], image: np.ndarray, operations: Operations) -> np.ndarray:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from allspark.data.transforms import to_tensor
 from allspark.data.image_io import MIN_SIDE, read_pair
 from allspark.data.spec import DatasetSpec, Sample
+from allspark.data.transforms import to_tensor
 from allspark.utils.errors import UserError
 
 Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
@@ -56,7 +56,7 @@ def check_min_size(image: Tensor, name: object) -> None:
 
 
 class Shard(Dataset):
-    """Every `step`-th item from `first` on. A UserError is returned: a worker would add its traceback to the message."""
+    """Every `step`-th item from `first` on. A UserError is returned: raised, it would carry the worker's traceback."""
 
     def __init__(self, dataset: Dataset, first: int, step: int) -> None:
         self.dataset = dataset

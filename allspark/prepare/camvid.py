@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from allspark.data.image_io import format_counts
 from allspark.data.datasets.camvid import CLASSES, ORIGINAL_CLASSES, UNLABELED
+from allspark.data.image_io import format_counts
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import REMEDY, check_values, decode_image, decode_indices, encode_image, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
@@ -60,7 +60,9 @@ def encode_jpeg(content: bytes, name: str, size: tuple[int, int] | None) -> byte
 
 
 def decode_tutorial_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
-    return encode_png(check_values(decode_indices(content, name), range(UNLABELED + 1), UNLABELED, name, ignore_unknown))
+    return encode_png(
+        check_values(decode_indices(content, name), range(UNLABELED + 1), UNLABELED, name, ignore_unknown)
+    )
 
 
 def decode_color_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from allspark.data.spec import IGNORE_INDEX
 from allspark.data.datasets.cityscapes import SPEC_LABEL_IDS
+from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import check_values, decode_indices, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample

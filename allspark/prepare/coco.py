@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from allspark.data.datasets.coco import CLASSES
 from allspark.data.image_io import max_megapixels
 from allspark.data.spec import IGNORE_INDEX
-from allspark.data.datasets.coco import CLASSES
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample

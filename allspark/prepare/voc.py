@@ -8,8 +8,8 @@ import zlib
 
 import numpy as np
 
-from allspark.data.spec import IGNORE_INDEX
 from allspark.data.datasets.voc import CLASSES
+from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import check_values, decode_indices, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample, read_names

@@ -47,7 +47,7 @@ class BestWorst:
         """image (3, H, W), mask and prediction (H, W), uint8 on the CPU; ignore_index where nothing was predicted."""
         own = image_confusion(mask, prediction, self.spec)
         self.confusion.matrix += own.matrix
-        scores = own.scores(1)
+        scores = own.result(1)
         if math.isnan(scores.miou):  # all of it ignored
             return
         place = bisect.bisect([(kept.miou, kept.name) for kept in self.kept], (scores.miou, name))

@@ -64,7 +64,7 @@ class Mirror:
     place: str
     url: str
     digest: str | None
-    license_of: str
+    license: str
 
 
 def license_of(name: str) -> str:
@@ -111,6 +111,6 @@ def mit_mirrors(name: str) -> list[Mirror]:
     ]
     if name in NVIDIA:
         repository = f"https://huggingface.co/nvidia/{name.replace('_', '-')}"
-        license_of = f"'license: other' ({repository}/blob/main/README.md)"
-        found.append(Mirror("NVIDIA on Hugging Face", f"{repository}/resolve/main/pytorch_model.bin", None, license_of))
+        license = f"'license: other' ({repository}/blob/main/README.md)"
+        found.append(Mirror("NVIDIA on Hugging Face", f"{repository}/resolve/main/pytorch_model.bin", None, license))
     return found

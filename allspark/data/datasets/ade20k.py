@@ -1,10 +1,10 @@
-"""ADE20K as in the Scene Parsing Challenge 2016 (SceneParse150): 150 classes, stored as 1..150; 0 is everything else."""
+"""ADE20K as in the Scene Parsing Challenge 2016 (SceneParse150): 150 classes, stored as 1..150; 0 is all else."""
 
 from __future__ import annotations
 
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, LookupTable, voc_palette
 
-# In the order of objectInfo150.txt (CSAILVision/sceneparsing, and in the archive), the first of each line's synonyms.
+# In the order of objectInfo150.txt (CSAILVision/sceneparsing, also in the archive), the first synonym of each.
 NAMES = """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
 mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat,

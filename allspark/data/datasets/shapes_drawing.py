@@ -51,7 +51,7 @@ class Local:
 
 
 def render(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one image, (SIZE, SIZE, 3) uint8, and its mask, (SIZE, SIZE) uint8, with ignored pixels at object borders."""
+    """Draw one image (SIZE, SIZE, 3) uint8 and its mask (SIZE, SIZE) uint8, with ignored pixels at object borders."""
     rng = np.random.Generator(np.random.PCG64([SEED, SPLITS.index(split), index]))
     image = background(rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
