@@ -67,7 +67,7 @@ class Calls:
     ("content", "told"),
     [
         (b"# A text\n\nNo weights.", "Weights only load failed"),
-        ({"model": {}, "args": argparse.Namespace(lr=1)}, "it holds argparse.Namespace, and nothing but tensors"),
+        ({"model": {}, "args": argparse.Namespace(lr=1)}, "it contains argparse.Namespace, but only tensors"),
         ({"model": Calls()}, r"it holds print, and nothing but tensors"),
         (b"", "EOFError"),
     ],

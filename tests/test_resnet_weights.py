@@ -68,7 +68,7 @@ def told(state, path="resnet.pth"):
 def test_recognized_by_its_keys(torchvision_net, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in torchvision_net.state_dict().items()}
     found = told({**state, "segmentation_head.0.weight": torch.zeros(1)})
-    assert "ResNet" in found.naming.title and found.architecture.model.encoder == "resnet50"
+    assert "ResNet" in found.key_map.title and found.architecture.model.encoder == "resnet50"
     assert found.result.unexpected == [f"{prefix}fc.weight", f"{prefix}fc.bias", "segmentation_head.0.weight"]
     assert torch.equal(found.state()["layer4.2.conv3.weight"], state[f"{prefix}layer4.2.conv3.weight"])
 
@@ -143,7 +143,7 @@ def test_whole_model_of_unimatch(shared):
     assert (read.model.encoder, read.model.decoder, read.num_classes) == ("resnet101s", "deeplab", CLASSES)
     state = shared.state_dict()
     found = told({as_unimatch(name): tensor for name, tensor in state.items()})
-    assert found.naming.title == "UniMatch, DeepLabV3+" and not found.result.unexpected
+    assert found.key_map.title == "UniMatch, DeepLabV3+" and not found.result.unexpected
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.state().items())
     other = {as_unimatch(f"encoder.{name}"): tensor for name, tensor in shared.encoder.state_dict().items()}
     assert told({**other, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}).architecture.num_classes is None

@@ -85,7 +85,7 @@ def test_large_images_take_this_way(monkeypatch):
     asked = []
     monkeypatch.setattr(strips, "MAX_SCORES", 1000)
     monkeypatch.setattr(
-        "allspark.evaluation.evaluate.strip_scores", lambda *a: asked.append(1) or strips.tiled_scores(*a)
+        "allspark.evaluation.evaluate.tiled_scores", lambda *a: asked.append(1) or strips.tiled_scores(*a)
     )
     large = predict_with_confidence(model.train(), picture, *arguments)
     assert torch.equal(large[0], label) and torch.equal(large[1], prob) and large[0].dtype == torch.uint8

@@ -82,7 +82,7 @@ def import_weights(args: argparse.Namespace) -> None:
     else:
         architecture = found.architecture
         plain = {**vars(architecture), "model": to_plain(architecture.model)}
-        source = source_of(file, found.naming.title)
+        source = source_of(file, found.key_map.title)
         write_checkpoint(args.out, {"model": state, "architecture": plain, "source": source})
 
 
@@ -116,8 +116,8 @@ def described(found: RecognizedModel, source: str | None = None) -> list[str]:
         network += f", bottleneck of {model.bottleneck.num_heads} heads with a memory for crops of {crop}"
     fit, left = found.result, found.leftovers
     others = [name for name in fit.unexpected if name not in left]
-    lines = [f"{source or found.file.path}: {found.naming.title}; {network}"]
-    lines.append(f"  keys: {len(fit.taken)} matched, {len(fit.missing)} missing, {len(others)} unexpected")
+    lines = [f"{source or found.file.path}: {found.key_map.title}; {network}"]
+    lines.append(f"  keys: {len(fit.loaded)} matched, {len(fit.missing)} missing, {len(others)} unexpected")
     lines += [f"  missing: {abbreviate(fit.missing)}"] * bool(fit.missing)
     lines += [f"  left out: {abbreviate(others)}"] * bool(others)
     lines += [f"  left out, a classifier that is of no use here: {abbreviate(left)}"] * bool(left)

@@ -19,11 +19,11 @@ from allspark.data.image_io import (
     BadSample,
     format_color,
     open_image,
+    packed_colors,
     read_image,
     read_mask,
-    read_packed_colors,
-    read_stored_mask,
     size_mismatch,
+    stored_values,
 )
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from allspark.data.splits import Lists, make_exists_check, suggest_mask
@@ -94,7 +94,7 @@ def preflight(data: DataConfig, spec: DatasetSpec, lists: Lists) -> list[str]:
     """
     limits = {"labeled": None if len(lists.labeled) <= 500 else 200, "val": 50, "unlabeled": 20}
     samples = {kind: spread(getattr(lists, kind), limit) for kind, limit in limits.items()}
-    report = check_samples(data, spec, lists, samples)
+    report, _ = check_samples(data, spec, lists, samples)
     if report.problems:
         first, *others = report.problems
         more = f" (and {len(others)} more problems; `python -m allspark check` lists all)" if others else ""
@@ -106,8 +106,9 @@ def audit(data: DataConfig, spec: DatasetSpec, lists: Lists, limit: int | None =
     """Open all files of the lists, or at most `limit` of each list, and report everything that is wrong."""
     missing, present = find_missing(lists)
     samples = {kind: spread(present[kind], limit) for kind in KINDS}
-    report = check_samples(data, spec, lists, samples, progress=True)
+    report, files = check_samples(data, spec, lists, samples, progress=True)
     report.problems[:0] = missing
+    report.warnings += find_copies(files)
     opened, total = (sum(map(len, lists_of.values())) for lists_of in (samples, present))
     if opened < total:
         report.notes.insert(1, f"opened {opened} of these; without --quick all are opened")
@@ -143,8 +144,8 @@ def check_samples(
     lists: Lists,
     samples: Mapping[str, Sequence[Sample]],
     progress: bool = False,
-) -> AuditReport:
-    """Open these samples of the lists; the first note says which lists they are."""
+) -> tuple[AuditReport, list[SampleReport]]:
+    """Open these samples of the lists. The first note says which lists they are."""
     items = [(kind, sample) for kind in KINDS for sample in samples[kind]]
     with ThreadPoolExecutor(THREADS) as pool:
         results = pool.map(lambda item: inspect_sample(*item, spec), items)
@@ -161,8 +162,8 @@ def check_samples(
     report.notes += describe_sizes(reports, data.crop_size)
     every = len(samples["labeled"]) == len(lists.labeled)
     report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
-    report.warnings += [*find_repeats(lists), *find_copies(reports)]
-    return report
+    report.warnings += find_repeats(lists)
+    return report, reports
 
 
 def find_missing(lists: Lists) -> tuple[list[str], dict[str, list[Sample]]]:
@@ -210,7 +211,7 @@ def count_values(path: Path, spec: DatasetSpec) -> tuple[Counter, bool, tuple[in
     """Pixels of each stored value or color, whether these are colors, and the mask's (width, height)."""
     with open_image(path) as image:
         colored = spec.colors is not None or not (image.mode in ("1", "L", "P", "F") or image.mode.startswith("I"))
-    stored = read_packed_colors(path) if colored else read_stored_mask(path)
+        stored = packed_colors(image) if colored else stored_values(image, path)
     values, counts = np.unique(stored, return_counts=True)
     return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True))), colored, stored.shape[::-1]
 

@@ -104,18 +104,16 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # a copy costs a tenth of decoding
 
 
-def read_stored_mask(path: Path) -> np.ndarray:
-    """(H, W) uint8 values as stored; a palette image gives its indices."""
-    with open_image(path) as image:
-        if image.mode in ("L", "P", "1"):
-            return np.array(image, np.uint8)
-        if image.mode.startswith("I"):
-            values = np.asarray(image)
+def stored_values(image: Image.Image, path: Path) -> np.ndarray:
+    """Mask values (H, W) uint8 as stored; a palette image gives its indices."""
+    if image.mode in ("L", "P", "1"):
+        return np.array(image, np.uint8)
     if not image.mode.startswith("I"):
         raise BadSample(
             f"{path}: masks must hold class indices 0..K-1 in one channel, found {image.mode}; "
             "list its colors in data.custom.color_map, or convert the masks to indices and save 8-bit PNG"
         )
+    values = np.asarray(image)
     wrong = (values < 0) | (values > 255)
     if wrong.any():
         raise BadSample(
@@ -125,10 +123,9 @@ def read_stored_mask(path: Path) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def read_packed_colors(path: Path) -> np.ndarray:
-    """(H, W) int32 with the color of each pixel as 0xRRGGBB, for files of any mode; alpha is dropped."""
-    with open_image(path) as image:
-        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int32), 2, 0)
+def packed_colors(image: Image.Image) -> np.ndarray:
+    """Color of each pixel as 0xRRGGBB, (H, W) int32, for images of any mode; alpha is dropped."""
+    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int32), 2, 0)
     return red << 16 | green << 8 | blue
 
 
@@ -146,9 +143,10 @@ def format_color(packed: int) -> str:
 
 def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
     """(H, W) uint8 class indices 0..K-1 and spec.ignore_index; raises BadSample for any other value."""
-    if spec.colors is not None:
-        return read_color_mask(path, spec.colors)
-    stored = read_stored_mask(path)
+    with open_image(path) as image:
+        if spec.colors is not None:
+            return decode_colors(packed_colors(image), spec.colors, path)
+        stored = stored_values(image, path)
     mask = spec.decode_mask(stored)
     illegal = (mask >= spec.num_classes) & (mask != spec.ignore_index)
     if illegal.any():
@@ -162,9 +160,8 @@ def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
     return mask
 
 
-def read_color_mask(path: Path, colors: ColorTable) -> np.ndarray:
-    """(H, W) uint8 class indices of a mask stored as colors; raises BadSample for a color without a class."""
-    packed = read_packed_colors(path)
+def decode_colors(packed: np.ndarray, colors: ColorTable, path: Path) -> np.ndarray:
+    """Colors 0xRRGGBB (H, W) -> class indices (H, W) uint8; raises BadSample for a color without a class."""
     mask, unknown = colors.decode(packed)
     if unknown.any():
         values, counts = np.unique(packed[unknown], return_counts=True)

@@ -1,4 +1,4 @@
-"""ADE20K: the images and masks of the Scene Parsing Challenge 2016 as they are, each mask's values looked at."""
+"""ADE20K: images and masks of the Scene Parsing Challenge 2016 unchanged, after checking the mask values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import check_values, decode_indices, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 
-VALUES = range(len(CLASSES) + 1)  # as stored
+VALUES = range(len(CLASSES) + 1)  # stored values
 FOLDERS = {"train": "training", "val": "validation"}
 
 
@@ -23,7 +23,7 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
 
 
 def check_mask(content: bytes, name: str, ignore_unknown: bool) -> bytes:
-    """The file itself; another one only where values that are no class become `other`."""
+    """The file itself, unless illegal values have to be replaced by OTHER."""
     stored = decode_indices(content, name)
     known = check_values(stored, VALUES, OTHER, name, ignore_unknown)
     return content if known is stored else encode_png(known)
@@ -39,7 +39,7 @@ ADE20K = Plan(
                 "https://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
                 "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
             ),
-            "md5:7328b3957e407ddae1d3cbf487f149ef",  # not published with it; public loaders agree on it
+            "md5:7328b3957e407ddae1d3cbf487f149ef",  # unofficial; public loaders agree on it
         ),
     ),
     kinds=(

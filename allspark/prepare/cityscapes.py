@@ -1,4 +1,4 @@
-"""Cityscapes: images, labelIds and, beside them, the labelTrainIds that cityscapesscripts would make."""
+"""Cityscapes: images, labelIds and the labelTrainIds that cityscapesscripts would create."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import check_values, decode_indices, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 
-# every labelId there is; a licence plate's, -1, is stored as 255 (cityscapesscripts, helpers/labels.py)
+# all labelIds; license plate, -1, is stored as 255 (cityscapesscripts, helpers/labels.py)
 VALUES = (*range(34), IGNORE_INDEX)
 
 
 def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
-    """The test images have no labels to train on: their labelIds hold only what lies outside the camera's view."""
+    """Test images have no usable labels: their labelIds only mark what is outside the camera's view."""
 
     def sample(split: str, city: str, name: str) -> Sample:
         image = ("image", split, city, name)

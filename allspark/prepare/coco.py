@@ -1,4 +1,4 @@
-"""COCO 2017: masks of 81 classes drawn from the instances, 0 where there is none. See OVERLAP for what lies on top."""
+"""COCO 2017: masks of 81 classes drawn from the instance annotations, 0 elsewhere. See OVERLAP for the order."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from allspark.prepare.images import encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 from allspark.utils.errors import UserError
 
-# Ours: how the masks behind the published results were drawn is not documented.
+# Our choice: how the masks of the published results were drawn is not documented.
 OVERLAP = (
-    "Where instances overlap, the smaller one is on top. Crowd regions become 255 (ignored), except where an instance "
-    "of its own covers them. Things stand 1..80 in the order of their category ids; the rest is 0."
+    "Where instances overlap, the smaller one is on top. Crowd regions become 255 (ignored), except where a single "
+    "instance covers them. Things become 1..80 in the order of their category ids; the rest is 0."
 )
-NEEDS_PYCOCOTOOLS = "coco: its masks are decoded by pycocotools, which is not installed: pip install pycocotools"
+NEEDS_PYCOCOTOOLS = "coco: decoding its masks needs pycocotools, which is not installed: pip install pycocotools"
 
 
 def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
     try:
-        import pycocotools.mask  # noqa: F401  (told before anything is written)
+        import pycocotools.mask  # noqa: F401  (fail before anything is written)
     except ImportError:
         raise UserError(NEEDS_PYCOCOTOOLS) from None
     splits = [split for split in ("train", "val") if ("instances", split) in index.texts]
@@ -36,7 +36,7 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
 
 
 def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample]:
-    """A sample for every image that the annotations name; one without instances gets a mask of 0."""
+    """A sample for each image in the annotations; without instances its mask is all 0."""
     found = index.files["instances", split]
     where = f"{found.source}: {found.name}"
     try:
@@ -54,30 +54,30 @@ def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample
             raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {REMEDY}")
         return [make_sample(split, image, instances[key], where) for key, image in images.items()]
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not the instances of COCO ({error!r}); {REMEDY}") from None
+        raise UserError(f"{where}: not COCO's instance annotations ({error!r}); {REMEDY}") from None
 
 
-REMEDY = "get annotations_trainval2017.zip again"
+REMEDY = "download annotations_trainval2017.zip again"
 
 
 def map_categories(categories: list[Mapping[str, Any]], where: str) -> dict[int, int]:
-    """Category id -> class. The 80 ids lie between 1 and 90, with gaps."""
-    listed = sorted((category["id"], category["name"]) for category in categories)
-    for number in range(max(len(listed), len(CLASSES) - 1)):
-        there = listed[number][1] if number < len(listed) else "none"
+    """Category id -> class index. The 80 ids are between 1 and 90, with gaps."""
+    found = sorted((category["id"], category["name"]) for category in categories)
+    for number in range(max(len(found), len(CLASSES) - 1)):
+        name = found[number][1] if number < len(found) else "none"
         expected = CLASSES[number + 1] if number + 1 < len(CLASSES) else "none"
-        if there != expected:
-            raise UserError(f"{where}: category number {number + 1} is {there!r}, of COCO it is {expected!r}; {REMEDY}")
-    return {category_id: number for number, (category_id, _) in enumerate(listed, start=1)}
+        if name != expected:
+            raise UserError(f"{where}: category number {number + 1} is {name!r}, expected {expected!r}; {REMEDY}")
+    return {category_id: number for number, (category_id, _) in enumerate(found, start=1)}
 
 
 def check_categories(annotations: list[Mapping[str, Any]], class_of: Mapping[int, int], where: str) -> None:
     unknown = [annotation for annotation in annotations if annotation["category_id"] not in class_of]
     if unknown:
         counts = Counter(annotation["category_id"] for annotation in unknown)
-        told = ", ".join(f"{category!r} ({count} annotations)" for category, count in counts.most_common(5))
-        remedy = f"{REMEDY}, or use --ignore-unknown, which makes their pixels ignored ones"
-        raise UserError(f"{where}: unknown category {told}, first in annotation {unknown[0]['id']}; {remedy}")
+        text = ", ".join(f"{category!r} ({count} annotations)" for category, count in counts.most_common(5))
+        remedy = f"{REMEDY}, or use --ignore-unknown to ignore their pixels"
+        raise UserError(f"{where}: unknown category {text}, first in annotation {unknown[0]['id']}; {remedy}")
 
 
 def make_sample(split: str, image: Mapping[str, Any], instances: list, where: str) -> Sample:
@@ -94,27 +94,27 @@ def make_sample(split: str, image: Mapping[str, Any], instances: list, where: st
 
 
 def draw_mask(content: None, name: str, where: str, height: int, width: int, instances: list) -> bytes:
-    """PNG of the mask. instances: (annotation id, class or IGNORE_INDEX, segmentation) each."""
+    """PNG of the mask. instances: (annotation id, class index or IGNORE_INDEX, segmentation)."""
     from pycocotools import mask as coder
 
     regions = []
     for annotation, value, segmentation in instances:
         region = encode_segmentation(segmentation, height, width, f"{where}: annotation {annotation}")
         regions.append((value != IGNORE_INDEX, -int(coder.area(region)), value, region))
-    mask = np.zeros((height, width), np.uint8, order="F")  # column by column, as pycocotools has it
-    for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):  # crowds, then the largest first
+    mask = np.zeros((height, width), np.uint8, order="F")  # column-major, as in pycocotools
+    for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):  # crowds first, then the largest
         np.copyto(mask, value, where=coder.decode(region).view(bool))
     return encode_png(mask)
 
 
 def encode_segmentation(segmentation: Any, height: int, width: int, where: str) -> Mapping[str, Any]:
-    """pycocotools' own run lengths, of polygons [[x, y, x, y, ...], ...] or of plain run lengths."""
+    """Polygons [[x, y, x, y, ...], ...] or uncompressed run lengths -> pycocotools' own run lengths."""
     from pycocotools import mask as coder
 
     try:
         if not isinstance(segmentation, list):
             return run_lengths(segmentation, height, width)
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # fewer enclose nothing
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # fewer than 3 points enclose nothing
         check_polygons(polygons, max(height, width))
         return coder.merge(coder.frPyObjects(polygons or [[0] * 6], height, width))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -122,20 +122,20 @@ def encode_segmentation(segmentation: Any, height: int, width: int, where: str) 
 
 
 def check_polygons(polygons: list[list[float]], side: int) -> None:
-    """What pycocotools takes without looking: coordinates far off cost it memory without bounds."""
+    """pycocotools does not check polygons: coordinates far outside make it allocate unbounded memory."""
     for polygon in polygons:
         points = np.asarray(polygon, float)
         if points.ndim != 1 or len(points) % 2 or not (np.abs(points) <= 4 * side).all():
-            raise ValueError("odd or far-off coordinates")
+            raise ValueError("an odd number of coordinates, or far outside")
 
 
 def run_lengths(segmentation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
-    """Plain ones, which is what the official file has. pycocotools' C code trusts them to fill the image."""
+    """Only uncompressed ones, as in the official file. pycocotools' C code does not check that they fill the image."""
     from pycocotools import mask as coder
 
     counts = segmentation["counts"]
     if list(segmentation["size"]) != [height, width] or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError("run lengths of another size, or no plain ones")
+        raise ValueError("run lengths of another size, or compressed ones")
     if sum(counts) != height * width:
         raise ValueError(f"run lengths of {sum(counts)} pixels")
     return coder.frPyObjects(segmentation, height, width)

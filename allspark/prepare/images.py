@@ -1,4 +1,4 @@
-"""Masks and pictures from bytes to bytes: decoded, their values checked, encoded as the configs expect."""
+"""Masks and images from bytes to bytes: decoded, values checked, encoded as the configs expect."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from PIL import Image
 from allspark.data.image_io import format_counts, open_limited
 from allspark.utils.errors import UserError
 
+REMEDY = "download its archive again, or use --ignore-unknown to ignore these pixels"
+
 
 def decode_image(content: bytes, name: str) -> Image.Image:
-    """UserError: truncated, no image, or more pixels than Pillow's limit (data/base.py)."""
+    """UserError: truncated, not an image, or too large (see data/image_io.py)."""
     try:
         image = open_limited(io.BytesIO(content))
         image.load()
         return image
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError(f"{name}: truncated or not an image ({error}); get its archive again") from None
+        raise UserError(f"{name}: truncated or not an image ({error}); download its archive again") from None
 
 
 def decode_indices(content: bytes, name: str) -> np.ndarray:
-    """(H, W) uint8 as stored: of a palette image the indices, never the colours."""
+    """(H, W) uint8 as stored: the indices of a palette image, never its colors."""
     image = decode_image(content, name)
     if image.mode not in ("L", "P", "1"):
-        raise UserError(f"{name}: a mask of 8-bit indices was expected, not {image.mode}; get its archive again")
+        raise UserError(f"{name}: expected a mask of 8-bit indices, found {image.mode}; download its archive again")
     return np.array(image, np.uint8)
 
 
 def check_values(mask: np.ndarray, values: Collection[int], ignore: int, name: str, ignore_unknown: bool) -> np.ndarray:
-    """The mask; values that are not among `values` become `ignore` where that was asked for, else UserError."""
+    """The mask; other values than `values` become `ignore` if `ignore_unknown`, else raise UserError."""
     unknown = ~np.isin(mask, list(values))
     if not unknown.any():
         return mask
@@ -40,11 +42,8 @@ def check_values(mask: np.ndarray, values: Collection[int], ignore: int, name: s
     return np.where(unknown, ignore, mask).astype(np.uint8)
 
 
-REMEDY = "get its archive again, or use --ignore-unknown, which makes these pixels ignored ones"
-
-
 def encode_png(mask: np.ndarray) -> bytes:
-    """8-bit grey PNG of an (H, W) uint8 array."""
+    """8-bit gray PNG of an (H, W) uint8 array."""
     return encode_image(Image.fromarray(mask), "PNG")
 
 

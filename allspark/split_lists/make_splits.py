@@ -33,7 +33,7 @@ def make_splits(
     for entry in entries:
         if entry.sample.mask is None:
             raise UserError(
-                f"{entry.source}: {entry.sample.image} has no mask; class balancing needs one for each image of the list"
+                f"{entry.source}: {entry.sample.image} has no mask; class balancing needs a mask for each image"
             )
     most = len(entries) - (not bare)
     for name, size in sizes.items():
