@@ -87,7 +87,7 @@ def assert_one_line(message):
         (("data.dataset=pascal",), ("pascal", "data.custom")),
         (("data.custom=null",), ("data.dataset", "'tiny'", "pascal")),
         (("data.custom.classes=[ground, left]",), ("masks/labeled/labeled0.png", "illegal mask values 2 (")),
-        (("data.custom.classes=[a, a, b]",), ("data.custom.classes", "named twice: a")),
+        (("data.custom.classes=[a, a, b]",), ("data.custom.classes", "named repeated a")),
         (("data_root=/no/where",), ("data.data_root: /no/where", "ALLSPARK_DATA_TINY")),
         (("data.custom.labeled_images=imgs",), ("data/imgs", "no such folder", "data.custom")),
         (("--split", "1_3"), ("tiny/1_3/labeled.txt", "python -m allspark splits make")),

@@ -68,7 +68,7 @@ class Calls:
     [
         (b"# A text\n\nNo weights.", "Weights only load failed"),
         ({"model": {}, "args": argparse.Namespace(lr=1)}, "it contains argparse.Namespace, but only tensors"),
-        ({"model": Calls()}, r"it holds print, and nothing but tensors"),
+        ({"model": Calls()}, r"it contains print, but only tensors"),
         (b"", "EOFError"),
     ],
 )

@@ -373,7 +373,7 @@ def test_a_run_logs_the_quality_and_survives_a_broken_label(measured, known, rea
     (warning,) = (line for line in log.splitlines() if "WARNING" in line)
     assert f"{known[1]}/masks/unlabeled/unlabeled2.png" in warning and "measured on 5 unlabeled images" in log
     for epoch, line in enumerate(scores):
-        told = f"pseudo-labels {line['pseudo_accuracy']:.1f} % right on 100.0 % of the pixels"
+        told = f"pseudo-labels {line['pseudo_accuracy']:.1f} % correct on 100.0 % of the pixels"
         assert any(f"epoch {epoch}: mIoU {line['miou']:.2f}" in text and told in text for text in log.splitlines())
     events = EventAccumulator(str(run)).Reload()
     logged = [event.value for event in events.Scalars("eval/pseudo_accuracy")]

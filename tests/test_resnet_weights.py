@@ -46,7 +46,7 @@ def test_torchvision_weights_give_its_maps(torchvision_net, suffix, tmp_path):
     model = make_model(decoder_channels=16).eval()
     (said,) = load_pretrained(model, str(file), "none")
     file.unlink()
-    assert re.search(r": (265|318) tensors, left out: fc.(weight, fc.bias|bias, fc.weight)", said)
+    assert re.search(r": (265|318) tensors, unused: fc.(weight, fc.bias|bias, fc.weight)", said)
     image, net = torch.randn(1, 3, 65, 97), torchvision_net
     ours, x = model.encoder(image), net.maxpool(net.relu(net.bn1(net.conv1(image))))
     for index, feature in enumerate(ours):
@@ -86,8 +86,8 @@ def test_damaged_and_foreign_files(torchvision_net):
         basic = torchvision.models.resnet18().state_dict()
     for content, words in (
         (less, "1 tensors of this resnet50 are missing: layer2.1.bn2.weight"),
-        (changed(state, bn1__bias=torch.full((64,), math.nan)), "bn1.bias .* holds NaN"),
-        (changed(state, layer1__0__conv2__weight=torch.zeros(128, 64, 3, 3)), r"layer1.0.conv2.weight is \(128"),
+        (changed(state, bn1__bias=torch.full((64,), math.nan)), "bn1.bias .* contains NaN"),
+        (changed(state, layer1__0__conv2__weight=torch.zeros(128, 64, 3, 3)), r"layer1.0.conv2.weight has shape \(128"),
         (shallow, "3/4/5/3 blocks deep behind a stem of 64, which no encoder here is .*resnet101 .* 3/4/23/3"),
         (basic, "2/2/2/2 blocks deep behind a stem of 64, which no encoder here is"),
         (other_stem, "tensors of this resnet50 are missing: conv1.weight"),
@@ -110,7 +110,7 @@ def test_the_file_of_another_variant_is_refused(torchvision_net, tmp_path):
 def test_a_whole_model_is_read_off_its_shapes(decoder, crop):
     with torch.device("meta"):
         model = make_model(crop=crop, bottleneck="allspark", decoder=decoder, decoder_channels=24)
-    read = infer_architecture(model.state_dict(), "whole.pth", whole=True)
+    read = infer_architecture(model.state_dict(), "whole.pth", is_model=True)
     assert (read.model.encoder, read.model.decoder, read.model.decoder_channels) == ("resnet50", decoder, 24)
     assert (read.num_classes, read.crop_size) == (CLASSES, crop)
     assert training_crop(520, 513, 16) == 513 and training_crop(530, 513, 16) == 530
@@ -139,7 +139,7 @@ def test_whole_model_of_unimatch(shared):
     with torch.device("meta"):
         deep = make_model("resnet101s", decoder_channels=16).state_dict()
     _, found = to_our_names(WeightFile("meta.pth", {as_unimatch(name): tensor for name, tensor in deep.items()}, {}))
-    read = infer_architecture(found.tensors, "meta.pth", whole=True)
+    read = infer_architecture(found.tensors, "meta.pth", is_model=True)
     assert (read.model.encoder, read.model.decoder, read.num_classes) == ("resnet101s", "deeplab", CLASSES)
     state = shared.state_dict()
     found = told({as_unimatch(name): tensor for name, tensor in state.items()})

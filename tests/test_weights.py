@@ -176,7 +176,7 @@ def test_checkpoint_as_the_authors_published_it(call, tmp_path):
     state["decoder.allspark.encoder.layer.0.attn_norm1.weight"] = torch.zeros(256)
     save_released(state, tmp_path / "published.pth")
     said = call("import", tmp_path / "published.pth", "--out", tmp_path / "ours.pth", code=2)
-    assert "another architecture" in said and "https://github.com/xmed-lab/AllSpark/issues/3" in said
+    assert "different architecture" in said and "https://github.com/xmed-lab/AllSpark/issues/3" in said
     model = build_model(ModelConfig(encoder="mit_b0"), 3, 65)
     load_encoder(model, tmp_path / "published.pth")  # as the message says
     theirs = state["backbone.norm1.weight"]
@@ -258,7 +258,7 @@ def test_fine_tuning_from_a_foreign_whole_model(tmp_path):
     cfg = ModelConfig(encoder="mit_b0", bottleneck=build_bottleneck("allspark"))
     model = build_model(cfg, 4, 97)
     queue = model.bottleneck.memory.queue.clone()
-    assert "fresh: bottleneck.memory, decoder.classifier" in init_from(model, tmp_path / "best.pth")
+    assert "newly initialized: bottleneck.memory, decoder.classifier" in init_from(model, tmp_path / "best.pth")
     theirs = released("b0_pascal_crop65")
     assert torch.equal(model.decoder.fuse.conv.weight, theirs["decoder.decoder.linear_fuse.conv.weight"])
     assert torch.equal(model.bottleneck.cross_branch.q.weight, theirs["decoder.allspark.attn.q_l2u.weight"])
@@ -314,7 +314,7 @@ def test_damaged_encoder(damage, told, original, call, tmp_path):
         (without("decoder.decoder.linear_pred.weight"), ("decoder.classifier.weight is missing",)),
         (without("decoder.decoder.linear_fuse.bn.running_mean"), ("missing", "decoder.fuse.bn.running_mean")),
         (without("decoder.allspark.map_in.0.bias"), ("missing", "bottleneck.map_in.bias")),
-        (replaced("decoder.allspark.attn.kv_queue", 21, 256, 10), ("10 values", "no square")),
+        (replaced("decoder.allspark.attn.kv_queue", 21, 256, 10), ("10 slots", "not a square number")),
         (replaced("decoder.allspark.attn.k_u.weight", 256, 256), ("bottleneck.self_branch.k.weight", "(512, 256)")),
     ],
     ids=["classifier", "statistics", "bottleneck", "memory", "heads"],
@@ -342,9 +342,9 @@ def test_sources_that_are_none(source, original, call, tmp_path):
     (tmp_path / "half.pth").write_bytes(source.read_bytes()[:100_000])
     torch.save({"model": original, "args": argparse.Namespace(lr=1)}, tmp_path / "code.pth")
     for name, told in (
-        ("resnet.pth", ("no MiT encoder", "layer1.0.conv1.weight", "mmsegmentation")),
-        ("pytorch_model-00001-of-00003.bin", ("in several files", "max_shard_size")),
-        ("model.safetensors.index.json", ("in several files",)),
+        ("resnet.pth", ("no MiT or ResNet encoder", "layer1.0.conv1.weight", "mmsegmentation")),
+        ("pytorch_model-00001-of-00003.bin", ("one of several files", "max_shard_size")),
+        ("model.safetensors.index.json", ("one of several files",)),
         ("half.pth", ("not a readable weight file",)),
         ("code.pth", ("it holds argparse.Namespace", "save its state_dict alone")),
         ("absent.pth", ("no such weight file",)),

@@ -118,7 +118,7 @@ def test_fetch_refusals(source, call, tmp_path):
         (("mit_b0", "--from", source, "--sha256", "0" * 64), "expected sha256:000"),
         (("mit_b0", "--from", source, "--sha256", "xyz"), "--sha256 xyz: give 8 to 64 hex digits"),
         (("mit_b0", "--from", "http://example.com/mit_b0.pth"), "http:// is refused"),
-        (("mit_b0", "--from", tmp_path / "absent.pth"), f"{tmp_path / 'absent.pth'}: there is no such file\n"),
+        (("mit_b0", "--from", tmp_path / "absent.pth"), f"{tmp_path / 'absent.pth'}: no such file\n"),
         (("mit_b0", "--from", tmp_path / "text.pth"), f"  {tmp_path / 'text.pth'}: not a readable weight file"),
         (("mit_b0", "--sha256", "0" * 64), "--from"),
     ):

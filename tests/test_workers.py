@@ -54,13 +54,13 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_worker_that_dies_is_named_with_its_signal(number, remedy, persistent):
     begin = time.monotonic()
-    with pytest.raises(WorkerDied, match=rf"worker \d+ was ended by {number}; .*{remedy}"):
+    with pytest.raises(WorkerDied, match=rf"worker \d+ was killed by {number}; .*{remedy}"):
         run(Obeys(at4=die(getattr(signal, number))), persistent_workers=persistent)
     assert time.monotonic() - begin < 4
 
 
 def test_a_worker_that_exits_is_named():
-    with pytest.raises(WorkerDied, match="exit code 7; try data.num_workers=0"):
+    with pytest.raises(WorkerDied, match="exited with code 7; use data.num_workers=0"):
         run(Obeys(at4=lambda: os._exit(7)))
 
 
@@ -70,7 +70,7 @@ def test_a_worker_that_dies_between_two_epochs_is_found():
     victim, other = sorted(pids)
     os.kill(victim, signal.SIGKILL)
     time.sleep(0.1)  # nobody waits for it now
-    with pytest.raises(WorkerDied, match=f"worker {victim} was ended by SIGKILL"):
+    with pytest.raises(WorkerDied, match=f"worker {victim} was killed by SIGKILL"):
         list(iterate(loader))
     time.sleep(0.1)
     del loader
@@ -123,7 +123,7 @@ def test_a_bug_in_a_worker_keeps_its_traceback():
 
 
 def test_shared_memory_that_ran_out_is_no_bug():
-    with pytest.raises(WorkerDied, match="shared memory ran out: enlarge /dev/shm"):
+    with pytest.raises(WorkerDied, match="out of shared memory: enlarge /dev/shm"):
         run(Obeys(at4=no_shared_memory))
 
 
