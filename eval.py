@@ -104,7 +104,9 @@ def recipe_for(loaded: Loaded, args: argparse.Namespace) -> Recipe:
 def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Namespace) -> list[Sample]:
     """The samples of --list, else the recipe's val; every file known to exist. No list of training images is read."""
     if args.list is not None:
-        entries = splits.drop_repeats(splits.read_entries(splits.require_file(args.list, "--list"), root, spec.mask_path))
+        entries = splits.drop_repeats(
+            splits.read_entries(splits.require_file(args.list, "--list"), root, spec.mask_path)
+        )
     else:
         entries = splits.val_entries(recipe.data, spec, root)
     bare = [entry for entry in entries if entry.sample.mask is None]

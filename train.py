@@ -276,7 +276,12 @@ def not_compiled(recipe: Recipe) -> contextlib.AbstractContextManager:
 
 
 def measure_labels(
-    recipe: Recipe, method: Method, network: nn.Module, crops: SegmentationDataset, device: torch.device, shown: Snapshots
+    recipe: Recipe,
+    method: Method,
+    network: nn.Module,
+    crops: SegmentationDataset,
+    device: torch.device,
+    shown: Snapshots,
 ) -> PseudoLabelQuality | None:
     """What the method's pseudo-labels are worth on these crops of unlabeled images; None where nothing is known."""
     if not recipe.evaluation.pseudo_labels:

@@ -122,7 +122,10 @@ def test_what_a_user_can_mend_is_no_bug_of_several_processes_either():
     """leave: exit code 2 and a line, in place of a traceback."""
     place = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/shapes")
     assert user_error_message(place) == "error: /etc/passwd/shapes: Not a directory; mend that, or choose another place"
-    assert user_error_message(UserError("lower it")) == "error: lower it" and user_error_message(RuntimeError("closed by peer")) is None
+    assert (
+        user_error_message(UserError("lower it")) == "error: lower it"
+        and user_error_message(RuntimeError("closed by peer")) is None
+    )
     store = dist.HashStore()
     assert distributed.last_words(place, store) == (user_error_message(place), True)
 

@@ -411,7 +411,7 @@ def test_a_list_that_changed_under_its_name_is_told(tmp_path, capsys, monkeypatc
         (("--json", "{root}"), "--json.*folder"),
         (("--json", "{root}/val.txt"), "--json.*val.txt: is there"),
         (("--save-dir", "{root}/val.txt"), "val.txt"),
-        (("--save-dir", "{root}"), "part of the data"),
+        (("--save-dir", "{root}"), "part of the input"),
         (("--list", "{root}/missing.txt"), "gone.png"),
         (("--list", "{root}/bare.txt"), "no mask"),
         (("--list", "{root}/ignored.txt"), "no pixel"),

@@ -135,7 +135,11 @@ def test_accuracy_and_coverage_equal_the_loops(samples, threshold):
 def test_where_nothing_is_confident_nothing_is_right_or_wrong(samples):
     found = quality(samples, 1e9)
     assert found == PseudoLabelQuality(None, 0.0, None)
-    assert json.loads(json.dumps(found.metrics())) == {"pseudo_accuracy": None, "pseudo_coverage": 0, "pseudo_miou": None}
+    assert json.loads(json.dumps(found.metrics())) == {
+        "pseudo_accuracy": None,
+        "pseudo_coverage": 0,
+        "pseudo_miou": None,
+    }
     assert str(found) == "no pixel is confident enough for a pseudo-label"
 
 

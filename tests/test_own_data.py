@@ -79,7 +79,9 @@ def test_everything_that_is_wrong_is_told_at_once(check, place):
     for line, words in zip(problems, told, strict=True):
         assert re.search(words, line), line
     (copied,) = (line for line in out if "have a copy" in line)
-    assert re.search(r"WARNING: 1 labeled images have a copy among the val images.*/labeled3\.png = .*/val1\.png", copied)
+    assert re.search(
+        r"WARNING: 1 labeled images have a copy among the val images.*/labeled3\.png = .*/val1\.png", copied
+    )
 
 
 def test_a_data_set_without_fault(check, place):

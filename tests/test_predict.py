@@ -184,7 +184,7 @@ def test_no_mask_is_written_over(predict, photos, tmp_path):
     before = (masks / "b.png").read_bytes()
     (tmp_path / "list.txt").write_text("photos/b.png masks/b.png\n")
     for words in ((tmp_path / "list.txt",), (photos,), (photos / "b.png", "--index-only")):
-        with pytest.raises(UserError, match=r"masks/[ab]\.png: is there already, and no prediction"):
+        with pytest.raises(UserError, match=r"masks/[ab]\.png: exists and was not written by this program"):
             predict(*words, out="masks")
     assert (masks / "b.png").read_bytes() == before and files(masks) == ["a.png", "b.png"]
     assert files(predict(photos / "c.png", "--index-only", out="masks")) == ["a.png", "b.png", "c.png"]
@@ -194,7 +194,7 @@ def test_no_mask_is_written_over(predict, photos, tmp_path):
 def test_a_name_too_long_is_told_before_the_work(predict, photos, tmp_path):
     stem = "写" * 81  # 243 bytes
     (photos / "b.png").rename(photos / f"{stem}.png")
-    with pytest.raises(UserError, match="写_confidence.png: no file may have so long a name"):
+    with pytest.raises(UserError, match="写_confidence.png: the file name is too long"):
         predict(photos)
     assert not files(tmp_path / "out")
     assert files(predict(photos, "--index-only"))[-1] == f"{stem}.png"
@@ -233,8 +233,8 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
         (("{photos}/*.jpg",), r"\*\.jpg: no images there"),
         (("{photos}/empty",), "empty: no images there"),
         (("{photos}", "--out", "{photos}"), "photos: no images there.*--out"),
-        (("{photos}/a.png", "--out", "{photos}"), r"photos/a\.png.*part of the data"),
-        (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be made"),
+        (("{photos}/a.png", "--out", "{photos}"), r"photos/a\.png.*part of the input"),
+        (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be created"),
         (("{photos}/like_color",), r"f_color\.png: both .*f\.png and .*f_color\.png"),
         (("{photos}/missing.txt",), r"missing\.txt line 2: .*gone\.png does not exist.*without --data-root"),
         (("{photos}/nothing.txt",), r"nothing\.txt: this list names no image"),
@@ -355,7 +355,7 @@ def test_a_video_that_is_cut_short_is_told(predict, clip, photos, tmp_path, capf
     whole = clip.read_bytes()
     clip.write_bytes(whole[: len(whole) * 7 // 10])
     (tmp_path / "text.mp4").write_text("#EXTM3U\nhttp://127.0.0.1:9/x.ts\n")
-    with pytest.raises(UserError, match=r"clip\.avi: \d frames can be read, its header speaks of.*1 more, above"):
+    with pytest.raises(UserError, match=r"clip\.avi: \d frames can be read, its header states.*1 more, above"):
         predict(clip, tmp_path / "text.mp4", photos / "a.png", "--index-only")
     assert "text.mp4" in capfd.readouterr().err
     assert (tmp_path / "out/a.png").is_file() and (tmp_path / "out/clip/000001.png").is_file()
@@ -388,7 +388,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
         shutil.copy(photos / "a.png", folder / "a.png")
     with pytest.raises(UserError, match=r"clip: both .*clip/a\.png and the frames of .*clip\.avi"):
         predict(clip, tmp_path / "clip" / "a.png", tmp_path / "photos" / "a.png", out="not")
-    with pytest.raises(UserError, match="clip: this folder holds other pictures"):
+    with pytest.raises(UserError, match="clip: this folder contains other images"):
         predict(clip, out="photos")
     assert find_images([str(tmp_path / "*")], tmp_path / "out", None) == [clip, clip.with_suffix(".mkv")]
     with pytest.raises(UserError, match="name a video itself"):

@@ -76,7 +76,7 @@ def test_a_second_run_does_nothing_and_needs_no_archive(tutorial, tmp_path, caps
     emptied.write_bytes(b"")
     archive.write_bytes(kept)
     prepare("camvid", *words)
-    assert "2 files written, 1400 were there" in capsys.readouterr().out
+    assert "2 files written, 1400 existed" in capsys.readouterr().out
     after = ages(tmp_path / "out")
     assert {path for path in after if after[path] != before[path]} == {lost, emptied, tmp_path / "out/prepared.json"}
     assert Image.open(emptied).size == (8, 6)

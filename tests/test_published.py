@@ -261,7 +261,7 @@ def test_a_checkout_gives_what_it_holds(manifest, tmp_path, capsys):
         splits(*words, tmp_path / "out" / "pascal" / "3")
     with pytest.raises(UserError, match="nope: no such folder"):
         splits(*words, "nope")
-    with pytest.raises(UserError, match="--split 1_3: not known to be published for pascal; there are val, 3"):
+    with pytest.raises(UserError, match="--split 1_3: not published for pascal; available: val, 3"):
         splits(*words, tmp_path / "checkout", "--split", "1_3")
 
 
@@ -347,7 +347,7 @@ def test_build_refuses_data_that_is_not_whole(manifest, tmp_path):
     (out / "pascal" / "3").mkdir(parents=True)
     (out / "pascal" / "3" / "labeled.txt").write_text("JPEGImages/other.jpg x\n")
     with pytest.raises(
-        UserError, match="3/labeled.txt: JPEGImages/other.jpg is none of the 8 training images.*prepare the rest"
+        UserError, match="3/labeled.txt: JPEGImages/other.jpg is not one of the 8 training images.*prepare the rest"
     ):
         splits(*words, root)
 

@@ -88,8 +88,8 @@ def test_damaged_and_foreign_files(torchvision_net):
         (less, "1 tensors of this resnet50 are missing: layer2.1.bn2.weight"),
         (changed(state, bn1__bias=torch.full((64,), math.nan)), "bn1.bias .* contains NaN"),
         (changed(state, layer1__0__conv2__weight=torch.zeros(128, 64, 3, 3)), r"layer1.0.conv2.weight has shape \(128"),
-        (shallow, "3/4/5/3 blocks deep behind a stem of 64, which no encoder here is .*resnet101 .* 3/4/23/3"),
-        (basic, "2/2/2/2 blocks deep behind a stem of 64, which no encoder here is"),
+        (shallow, "3/4/5/3 blocks deep after a stem of 64, unlike any known encoder .*resnet101 .* 3/4/23/3"),
+        (basic, "2/2/2/2 blocks deep after a stem of 64, unlike any known encoder"),
         (other_stem, "tensors of this resnet50 are missing: conv1.weight"),
         (changed(state, bn1__weight=torch.zeros(7)), "a ResNet has a stem of 64 or 128"),
     ):

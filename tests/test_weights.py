@@ -346,7 +346,7 @@ def test_sources_that_are_none(source, original, call, tmp_path):
         ("pytorch_model-00001-of-00003.bin", ("one of several files", "max_shard_size")),
         ("model.safetensors.index.json", ("one of several files",)),
         ("half.pth", ("not a readable weight file",)),
-        ("code.pth", ("it holds argparse.Namespace", "save its state_dict alone")),
+        ("code.pth", ("it contains argparse.Namespace", "save only its state_dict")),
         ("absent.pth", ("no such weight file",)),
         (".", ("is a folder", "model.safetensors")),
     ):

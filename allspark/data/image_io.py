@@ -47,7 +47,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in RESOURCE_ERRNOS:
-            raise UserError(f"{path}: cannot be read, the machine ran out of {error or 'memory'}") from None
+            raise UserError(f"{path}: cannot be read, the machine is out of resources ({reason_of(error)})") from None
         raise BadSample(
             f"{path}: truncated or not an image ({reason_of(error)}); copy it again or remove it from the list"
         ) from None

@@ -120,7 +120,12 @@ def prepare(plan: Plan, options: Options) -> None:
     check_space(out, absent, index)
     if absent:
         run_tasks(make_tasks(plan, absent, index, out), len(absent), options.workers, f"prepare {plan.dataset}")
-    check_outputs(outputs, out)
+    finished = FileSet(out)
+    if missing := [target for target in outputs if not finished.has(target)]:
+        raise UserError(
+            f"{out / missing[0]} was not written ({len(missing)} files are missing): did an archive change meanwhile? "
+            "Run the same command again"
+        )
     write_lists(plan, splits, options)
     if has_official_counts(plan, splits) and splits.keys() == plan.counts.keys():  # otherwise a later run may add to it
         counts = {split: len(samples) for split, samples in splits.items()}
@@ -214,16 +219,6 @@ def make_tasks(plan: Plan, absent: Iterable[Output], index: Index, out: Path) ->
                 yield Task(out / output.target, name, content, output.make, output.args)
             if not keys:
                 break
-
-
-def check_outputs(outputs: Iterable[str], out: Path) -> None:
-    existing = FileSet(out)
-    missing = [target for target in outputs if not existing.has(target)]
-    if missing:
-        raise UserError(
-            f"{out / missing[0]} was not written ({len(missing)} files are missing): did an archive change meanwhile? "
-            "Run the same command again"
-        )
 
 
 def write_lists(plan: Plan, splits: dict[str, list[Sample]], options: Options) -> None:

@@ -184,7 +184,10 @@ def fetch_lists(args: argparse.Namespace) -> None:
         wanted = [ref for ref in wanted if any(Path(path).is_file() for path in list_urls(*ref[:2], args.source))]
         if not wanted:
             raise UserError(f"--from {args.source}: contains no published list of {folder}; give a checkout or a url")
-    states = {split.list_name(kind): list_state(out, (split, kind, record)) for split, kind, record in wanted}
+    states = {}
+    for ref in wanted:
+        path = out / f"{ref[0].list_name(ref[1])}.txt"
+        states[ref[0].list_name(ref[1])] = check_list(path, ref, lambda: None)[0] if path.is_file() else "absent"
     if (clashes := [name for name, state in states.items() if state == "DIFFERS"]) and not args.force:
         raise UserError(
             f"{out / clashes[0]}.txt exists and is not the published list ({len(clashes)} such lists); "
@@ -219,11 +222,6 @@ def select_lists(folder: str, names: Sequence[str] | None) -> list[ListRef]:
     if unknown := [name for name in names or () if name not in by_name]:
         raise UserError(f"--split {unknown[0]}: not published for {folder}; available: {', '.join(by_name)}")
     return [ref for name in names or by_name for ref in by_name[name]]
-
-
-def list_state(out: Path, ref: ListRef) -> str:
-    path = out / f"{ref[0].list_name(ref[1])}.txt"
-    return check_list(path, ref, lambda: None)[0] if path.is_file() else "absent"
 
 
 def list_urls(split: PublishedSplit, kind: str, source: str | None) -> list[str]:

@@ -91,7 +91,11 @@ def fetch(
     if digest is not None and not DIGEST.fullmatch(digest):
         raise UserError(f"digest '{digest}': neither sha256:<8 to 64 hex digits> nor md5:<32 hex digits>")
     if target.exists():
-        return check_existing(target, digest, check)
+        if not target.is_file():
+            raise UserError(f"{target}: is a folder, but a file is to be written; choose another path")
+        if reason := find_fault(target, digest, check):
+            raise UserError(f"{target}: exists, but {reason}; move it away first")
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         reasons = fetch_first(urls, target, Requirements(digest, check, size_limit, timeout, wait))
@@ -121,15 +125,6 @@ def fetch_first(urls: Sequence[str], target: Path, terms: Requirements) -> list[
             info_file(part).unlink(missing_ok=True)
             break
     return reasons
-
-
-def check_existing(target: Path, digest: str | None, check: Callable[[Path], str | None] | None) -> Path:
-    """Return an existing target if it is the wanted file, else raise UserError."""
-    if not target.is_file():
-        raise UserError(f"{target}: is a folder, but a file is to be written; choose another path")
-    if reason := find_fault(target, digest, check):
-        raise UserError(f"{target}: exists, but {reason}; move it away first")
-    return target
 
 
 def find_fault(path: Path, digest: str | None, check: Callable[[Path], str | None] | None) -> str | None:
@@ -346,7 +341,8 @@ def write_body(
     response: http.client.HTTPResponse, part: Path, start: int, size: int | None, terms: Requirements
 ) -> None:
     """Write the response from byte `start` on; raises Unavailable if it ends early, stalls or exceeds the limit."""
-    with open(part, "r+b" if start else "wb") as file, progress_bar(part, start, size) as progress:
+    bar = dict(desc=part.stem, unit="B", unit_scale=True, unit_divisor=1024, disable=None)  # on a terminal only
+    with open(part, "r+b" if start else "wb") as file, tqdm(initial=start, total=size, **bar) as progress:
         file.seek(start)
         file.truncate()
         done, checked_at, checked_done = start, time.monotonic(), start
@@ -371,8 +367,3 @@ def read_block(response: http.client.HTTPResponse, terms: Requirements) -> bytes
         return response.read1(BLOCK)  # returns what has arrived, so that a slow transfer is noticed
     except (OSError, http.client.HTTPException) as error:
         raise Unavailable(network_reason(error, terms), retry=True) from None
-
-
-def progress_bar(part: Path, start: int, size: int | None) -> tqdm:
-    """A progress bar, on a terminal only."""
-    return tqdm(desc=part.stem, initial=start, total=size, unit="B", unit_scale=True, unit_divisor=1024, disable=None)

@@ -65,7 +65,13 @@ def read_weights(path: str | Path) -> WeightFile:
             f"{path}: is one of several files of a model; save it as one file, "
             f"in transformers with save_pretrained(..., max_shard_size='100GB')"
         )
-    content = load_container(path)
+    try:
+        content = load_tensors(path)
+    except Exception as error:  # torch raises many kinds for truncated, foreign or malicious files
+        raise UserError(
+            f"{path}: not a readable weight file ({reason_of(error)}); fetch or copy it again, "
+            f"or, if it contains more than tensors, save only its state_dict with the program that wrote it"
+        ) from error
     others: Mapping[str, Any] = {}
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -76,16 +82,6 @@ def read_weights(path: str | Path) -> WeightFile:
     if not tensors:
         raise UserError(f"{path}: contains no named tensors; a weight file must contain a state_dict")
     return WeightFile(path, strip_wrappers(tensors), others)
-
-
-def load_container(path: Path) -> Any:
-    try:
-        return load_tensors(path)
-    except Exception as error:  # torch raises many kinds for truncated, foreign or malicious files
-        raise UserError(
-            f"{path}: not a readable weight file ({reason_of(error)}); fetch or copy it again, "
-            f"or, if it contains more than tensors, save only its state_dict with the program that wrote it"
-        ) from error
 
 
 def rename_released(name: str) -> str:

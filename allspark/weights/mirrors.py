@@ -79,10 +79,8 @@ def license_of(name: str) -> str:
 
 def mirrors(name: str) -> list[Mirror]:
     """The places that have an encoder's weights, in the order to try them: those that can be verified first."""
-    return resnet_mirrors(name) if name in RESNET_FILES else mit_mirrors(name)
-
-
-def resnet_mirrors(name: str) -> list[Mirror]:
+    if name not in RESNET_FILES:
+        return mit_mirrors(name)
     place, url = RESNET_FILES[name]
     digest = f"sha256:{url.rpartition('-')[2].removesuffix('.pth')}"
     hub, hub_digest = TIMM_HUB[name]
