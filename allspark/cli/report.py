@@ -128,7 +128,8 @@ def checked(run: Run) -> Run:
         whole = is_count(line["step"]) and ("miou" not in line or is_evaluation(line))
         if not whole:
             raise UserError(
-                f"{run.folder / METRICS}: not a line of train.py: {short_repr(json.dumps(line))}; remove the line"
+                f"{run.folder / METRICS}: not a line that train.py writes: "
+                f"{short_repr(json.dumps(line))}; remove the line"
             )
     return run
 
