@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ from allspark.utils.errors import UserError
 SUFFIX = ".preparing"  # of files that are being written
 REMEDY = "free disk space or choose another --out, then run the same command again: finished files are kept"
 QUEUED = 4  # tasks per worker that wait with their content in memory
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,8 @@ class Task:
 
 def run_tasks(tasks: Iterable[Task], total: int, workers: int, title: str) -> None:
     """Run all tasks; bad content is reported at the end in one UserError, a full disk stops immediately."""
-    problems = []
-    with Progress(title, total) as progress:
-        for problem in map(run_task, tasks) if workers == 1 else run_in_processes(tasks, workers):
-            progress.advance()
-            if problem is not None:
-                problems.append(problem)
+    results = map(run_task, tasks) if workers == 1 else run_in_processes(tasks, workers)
+    problems = [problem for problem in show_progress(results, title, total) if problem is not None]
     if problems:
         more = f" (and {len(problems) - 1} more of {total} files)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}. All other files are done; the same command resumes from there")
@@ -131,21 +128,10 @@ def remove_temporaries(folders: Iterable[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-class Progress:
-    """A progress bar on a terminal, elsewhere a line after each tenth."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
-        self.bar = tqdm(desc=title, total=total, unit="file", dynamic_ncols=True, disable=None)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def advance(self) -> None:
-        self.done += 1
-        self.bar.update()
-        if not sys.stderr.isatty() and self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
-            print(f"{self.title}: {self.done} of {self.total} files", flush=True)
+def show_progress(results: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """Pass results on with a progress bar on a terminal, elsewhere with a line after each tenth."""
+    bar = tqdm(results, title, total, unit="file", dynamic_ncols=True, disable=None)
+    for done, result in enumerate(bar, start=1):
+        if not sys.stderr.isatty() and done * 10 // total > (done - 1) * 10 // total:
+            print(f"{title}: {done} of {total} files", flush=True)
+        yield result

@@ -63,8 +63,8 @@ def hold_out(entries: Sequence[Entry], count: int, seed: int) -> tuple[list[Entr
     if not 0 < count < len(entries):
         raise UserError(f"--val: {count} of {len(entries)} images; give 1..{len(entries) - 1}")
     chosen = set(np.random.default_rng(seed).permutation(len(entries))[:count].tolist())
-    held = [entry for index, entry in enumerate(entries) if index in chosen]
-    return held, [entry for index, entry in enumerate(entries) if index not in chosen]
+    val = [entry for index, entry in enumerate(entries) if index in chosen]
+    return val, [entry for index, entry in enumerate(entries) if index not in chosen]
 
 
 def class_shares(sample: Sample, spec: DatasetSpec) -> np.ndarray:
