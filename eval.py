@@ -18,15 +18,19 @@ from allspark import inference as loading
 from allspark.cli.arguments import add_inference_arguments, precision_context
 from allspark.config import INSTALLED, Recipe
 from allspark.data import splits
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor, worker_count
+from allspark.data.image_io import read_image
+from allspark.data.spec import DatasetSpec, Sample
+from allspark.data.transforms import to_tensor
+from allspark.data.worker_pool import worker_count
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.metrics import Scores, finite, format_table
+from allspark.evaluation.metrics import EvalResult, format_table, nan_to_none
 from allspark.evaluation.sliding_window import Inference
 from allspark.inference import InferenceModel
-from allspark.split_lists.manifest import other_images
+from allspark.split_lists.manifest import name_clash
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, run_main
-from allspark.visualization.prediction_writer import PredictionFolder, unique_names
+from allspark.visualization.prediction_writer import PredictionWriter, unique_names
 
 SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, 1..150 for ADE20K,
 else class indices with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         inference = loaded.inference(args.mode, scales=args.scales, flip=args.flip)
         root = splits.find_data(recipe.data, spec)
         dataset = NamedImages(val_samples(recipe, spec, root, args), spec)
-        val = {"name": val_name(recipe, args), "sha256": splits.samples_hash(dataset.samples, root)}
+        val = {"name": val_name(recipe, args), "sha256": splits.hash_samples(dataset.samples, root)}
         folder = prepare_outputs(args, dataset)
         warn(changed_lists(loaded, val, args))
         with precision_context(args, device):
@@ -101,7 +105,9 @@ def recipe_for(loaded: InferenceModel, args: argparse.Namespace) -> Recipe:
 def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Namespace) -> list[Sample]:
     """The samples of --list, else the recipe's val; every file known to exist. No list of training images is read."""
     if args.list is not None:
-        entries = splits.each_once(splits.read_entries(splits.existing(args.list, "--list"), root, spec.mask_path))
+        entries = splits.drop_repeats(
+            splits.read_entries(splits.require_file(args.list, "--list"), root, spec.mask_path)
+        )
     else:
         entries = splits.val_entries(recipe.data, spec, root)
     bare = [entry for entry in entries if entry.sample.mask is None]
@@ -139,7 +145,7 @@ class NamedImages(SegmentationDataset):
         return image, mask, self.names[index]
 
 
-def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> PredictionFolder | None:
+def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> PredictionWriter | None:
     """Make the folders before the work, and refuse to write pictures over the data."""
     if args.json is not None:
         try:
@@ -154,7 +160,7 @@ def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> Predictio
         return None
     spec = dataset.spec
     pictures = spec.submission is None if args.pictures is None else args.pictures
-    folder = PredictionFolder(args.save_dir, spec.palette, encode=spec.submission, index_only=not pictures)
+    folder = PredictionWriter(args.save_dir, spec.palette, encode=spec.submission, index_only=not pictures)
     folder.prepare(dataset.names, [sample.image for sample in dataset.samples], dataset.masks)
     return folder
 
@@ -164,7 +170,7 @@ def changed_lists(loaded: InferenceModel, val: dict[str, str], args: argparse.Na
     split, folder = loaded.meta.get("split") or {}, loaded.spec.splits
     name, labeled = str(split.get("name")), split.get("labeled")
     path = splits.SPLITS_ROOT / folder / name / "labeled.txt"
-    told = [] if labeled is None else [other_images(name, labeled, folder)]
+    told = [] if labeled is None else [name_clash(name, labeled, folder)]
     if told == [None] and path.is_file():
         images = [sample.image.as_posix() for sample in splits.read_list(path, Path())]
         told.append(difference(f"split {name}, {path}", labeled, splits.list_hash(images)))
@@ -192,12 +198,12 @@ def how(inference: Inference, args: argparse.Namespace) -> dict:
     return {"mode": inference.mode, **options, **more}
 
 
-def summary(scores: Scores, spec: DatasetSpec, loaded: InferenceModel, val: dict[str, str]) -> dict:
+def summary(scores: EvalResult, spec: DatasetSpec, loaded: InferenceModel, val: dict[str, str]) -> dict:
     """What --json holds; `split` is the one that the checkpoint was trained on, not known of imported weights."""
     result = {
-        "miou": finite(scores.miou),
+        "miou": nan_to_none(scores.miou),
         "iou": scores.by_class(spec.classes),
-        "pixel_accuracy": finite(scores.pixel_accuracy),
+        "pixel_accuracy": nan_to_none(scores.pixel_accuracy),
         "num_images": scores.num_images,
         "split": loaded.meta.get("split") or {"name": None, "sha256": None},
         "val": val,

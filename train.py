@@ -16,15 +16,15 @@ from allspark import distributed, launch
 from allspark.build import build_method
 from allspark.cli import recipe as recipe_args
 from allspark.config import INSTALLED, Recipe, to_plain
-from allspark.data import spec_for
-from allspark.data.base import worker_count
+from allspark.data.datasets import spec_for
+from allspark.data.worker_pool import worker_count
 from allspark.engine.checkpoint import Position
 from allspark.engine.optim import poly_lr
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import autocast, micro_batch_size
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.metrics import Scores
-from allspark.evaluation.pseudo_label_quality import LabelQuality, label_quality
+from allspark.evaluation.metrics import EvalResult
+from allspark.evaluation.pseudo_label_quality import PseudoLabelQuality, measure_pseudo_labels
 from allspark.models.student import Student
 from allspark.run import Run, build_run
 from allspark.train_step import train_step
@@ -98,7 +98,7 @@ def train_epoch(run: Run, position: Position) -> Position:
     return position
 
 
-def validate(run: Run, snapshots: Snapshots) -> tuple[Scores, LabelQuality | None]:
+def validate(run: Run, snapshots: Snapshots) -> tuple[EvalResult, PseudoLabelQuality | None]:
     """Scores on val, and the quality of the pseudo-labels on unlabeled images, in the run's precision.
 
     Args:
@@ -106,7 +106,7 @@ def validate(run: Run, snapshots: Snapshots) -> tuple[Scores, LabelQuality | Non
         snapshots: collects pictures for TensorBoard.
 
     Returns:
-        Scores, and the quality, None if no unlabeled image has a known label.
+        EvalResult, and the quality, None if no unlabeled image has a known label.
     """
     recipe = run.recipe
     # Images have any size in evaluation: compile nothing for them
@@ -123,17 +123,17 @@ def validate(run: Run, snapshots: Snapshots) -> tuple[Scores, LabelQuality | Non
             progress=True,
             save=snapshots.prediction if snapshots.count else None,
         )
-        return scores, measure_pseudo_labels(run, snapshots) if recipe.evaluation.pseudo_labels else None
+        return scores, pseudo_label_quality(run, snapshots) if recipe.evaluation.pseudo_labels else None
 
 
-def measure_pseudo_labels(run: Run, snapshots: Snapshots) -> LabelQuality | None:
+def pseudo_label_quality(run: Run, snapshots: Snapshots) -> PseudoLabelQuality | None:
     """Quality of the method's pseudo-labels on unlabeled images; None if none of them has a known label."""
 
     def labeler(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         pseudo = run.method.pseudo_labels(Student(run.model), image, valid)
         return pseudo.label, pseudo.confidence
 
-    return label_quality(
+    return measure_pseudo_labels(
         labeler,
         run.crops,
         run.device,
@@ -146,7 +146,7 @@ def measure_pseudo_labels(run: Run, snapshots: Snapshots) -> LabelQuality | None
 
 
 def log_evaluation(
-    run: Run, position: Position, scores: Scores, quality: LabelQuality | None, snapshots: Snapshots
+    run: Run, position: Position, scores: EvalResult, quality: PseudoLabelQuality | None, snapshots: Snapshots
 ) -> None:
     memory = None
     if run.model.bottleneck is not None:  # share of each class's slots that was written, in percent
@@ -159,7 +159,7 @@ def log_evaluation(
         iou=scores.by_class(run.spec.classes),
         memory=memory,
         pictures=snapshots.strips,
-        **(quality.named() if quality else {}),
+        **(quality.metrics() if quality else {}),
     )
     best, more = position.best, f", {quality}" if quality else ""
     run.log.info(

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from allspark import distributed
 from allspark.config import CONFIG_ROOT, CriterionConfig, MethodConfig, Recipe, bind_options
-from allspark.data.base import DatasetSpec
 from allspark.data.batch import Views
 from allspark.data.loaders import TrainLoader
+from allspark.data.spec import DatasetSpec
 from allspark.data.splits import Lists
 from allspark.losses import build_criterion
 from allspark.methods import METHODS, Method

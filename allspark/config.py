@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from allspark.ranges import check_ranges
 from allspark.translations import rename_keys, rename_method
-from allspark.utils.errors import UserError, shown
+from allspark.utils.errors import UserError, short_repr
 from allspark.utils.safe_load import parse_yaml
 
 PACKAGE = Path(__file__).resolve().parent
@@ -196,12 +196,12 @@ def _with_method(content: Mapping[str, Any], dataset: str, method: str) -> dict[
         content = _with_method(content, dataset, str(base))
     sections = own.pop("datasets", None) or {}
     if not isinstance(sections, Mapping):
-        raise UserError(f"{path}: datasets={shown(sections)} must be a section of data set names")
+        raise UserError(f"{path}: datasets={short_repr(sections)} must be a section of data set names")
     for name in sections:
         _find("datasets", str(name))
     special = sections.get(dataset) or {}
     if not isinstance(special, Mapping):
-        raise UserError(f"{path}: datasets.{dataset}={shown(special)} must be a section of keys")
+        raise UserError(f"{path}: datasets.{dataset}={short_repr(special)} must be a section of keys")
     return merge(merge(content, own), special)
 
 
@@ -406,11 +406,11 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
         return value
     if type(value) is hint:
         raise UserError(
-            f"{source}: {path}={shown(value)} holds what no file can: give a number of 64 bits, or plain text"
+            f"{source}: {path}={short_repr(value)} holds what no file can: give a number of 64 bits, or plain text"
         )
     misread = hint is str and isinstance(value, bool)
     remedy = "; YAML reads yes, no, on and off as true or false: put it in quotes" if misread else ""
-    raise UserError(f"{source}: {path}={shown(value)} is {type(value).__name__}, must be {_worded(hint)}{remedy}")
+    raise UserError(f"{source}: {path}={short_repr(value)} is {type(value).__name__}, must be {_worded(hint)}{remedy}")
 
 
 def _worded(hint: Any) -> str:
@@ -437,7 +437,7 @@ def _convert_section(value: Any, kind: type, path: str, source: str) -> Any:
     if isinstance(value, str) and "name" in hints:
         value = {"name": value}
     if not isinstance(value, Mapping):
-        raise UserError(f"{source}: {path or 'the recipe'}={shown(value)} must be a section of keys")
+        raise UserError(f"{source}: {path or 'the recipe'}={short_repr(value)} must be a section of keys")
     if kind is MethodConfig:  # its options stand beside the name; the method itself checks them (bind_options)
         value = {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
     prefix = f"{path}." if path else ""

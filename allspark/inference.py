@@ -14,8 +14,8 @@ from torch import nn
 
 from allspark.build import build_method, complete
 from allspark.config import Recipe, build_recipe, load_recipe, to_plain
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
+from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.models.segmentor import build_model
@@ -169,7 +169,7 @@ def datasets_with(num_classes: int) -> str:
 def unnamed_spec(num_classes: int) -> DatasetSpec:
     """Numbered classes in the colors of PASCAL VOC."""
     classes = tuple(f"class {index}" for index in range(num_classes))
-    return DatasetSpec("unnamed", classes, bit_palette(num_classes))
+    return DatasetSpec("unnamed", classes, voc_palette(num_classes))
 
 
 def training_crop(stated: int | None, recipe_crop: int, stride: int = 32) -> int:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from allspark.device import choose_device
 from allspark.distributed import all_gather, is_main, rank, world_size
-from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, from_environment, mendable, reason_of
+from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, int_from_env, reason_of, user_error_message
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
 # For a collective that hangs; the launcher and the other processes notice a process that ends at once. Until then a
@@ -40,8 +40,8 @@ def launched_by() -> tuple[int, int, int]:
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
         if world in os.environ and (rank_ in os.environ or world != "WORLD_SIZE"):
-            count = from_environment(world, least=1)
-            return from_environment(rank_, most=count - 1), count, from_environment(local_rank, 0)
+            count = int_from_env(world, least=1)
+            return int_from_env(rank_, most=count - 1), count, int_from_env(local_rank, 0)
     return 0, 1, 0
 
 
@@ -58,7 +58,7 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
     rank_, world, local_rank = launched_by()
     if world > 1 and not torch.cuda.is_available() and device == "mps":
         raise UserError("device=mps takes one process: gloo has no collectives on it; start one, or set device=cpu")
-    if from_environment("SLURM_STEP_NUM_NODES", 1) > 1 and "MASTER_ADDR" not in os.environ:
+    if int_from_env("SLURM_STEP_NUM_NODES", 1) > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("srun over several nodes without MASTER_ADDR; start it with sbatch scripts/slurm_train.sh")
     chosen = choose_device(device, local_rank)
     if world > 1 and chosen.type == "mps":
@@ -69,7 +69,7 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
         return chosen, None
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(port or default_port()))
-    from_environment("MASTER_PORT", least=1, most=65535)
+    int_from_env("MASTER_PORT", least=1, most=65535)
     if os.name == "nt":
         os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows is built without libuv, but asks for it
     return chosen, join(chosen, rank_, world)
@@ -175,7 +175,7 @@ def leave(error: BaseException, store: dist.Store) -> NoReturn:
     elif isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     else:
-        code = 1 if mendable(error) is None else 2
+        code = 1 if user_error_message(error) is None else 2
         message, is_first = final_message(error, store)
     if message:  # before torchrun is notified, which may then end this process
         print(message, file=sys.stderr, flush=True)
@@ -191,7 +191,7 @@ def final_message(error: BaseException, store: dist.Store) -> tuple[str, bool]:
 
     The others fail because they lost it; they print one line.
     """
-    cause = mendable(error) or "".join(traceback.format_exception(error)).rstrip()
+    cause = user_error_message(error) or "".join(traceback.format_exception(error)).rstrip()
     lost = is_lost_peer(error)
     if lost:  # killed or hanging: a process that raised an error would have reported it
         reason = reason_of(error).rpartition("] ")[2]
@@ -202,7 +202,7 @@ def final_message(error: BaseException, store: dist.Store) -> tuple[str, bool]:
         first, first_cause = "0" if lost else str(rank()), ""
     if first == str(rank()):
         return cause, not lost
-    if mendable(error) is not None:
+    if user_error_message(error) is not None:
         return "" if first_cause == cause else cause, False
     return f"rank {rank()}: another process failed first; see its message", False
 

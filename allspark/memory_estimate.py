@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from allspark.config import Recipe
-from allspark.data.base import DatasetSpec
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
+from allspark.data.spec import DatasetSpec
 from allspark.engine.checkpoint import Position
 from allspark.engine.optim import build_optimizer
 from allspark.engine.stepper import AUTOCAST, Stepper, micro_batch_size

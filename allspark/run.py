@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from allspark import distributed, launch
 from allspark.build import build_loader, build_method, complete
 from allspark.config import OptimConfig, Recipe, build_recipe, differences, to_plain
-from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, SegmentationDataset
+from allspark.data.audit import preflight, select_hidden
+from allspark.data.datasets import spec_for
 from allspark.data.loaders import TrainLoader
-from allspark.data.preflight import check_data, hidden_sample
-from allspark.data.splits import Lists, provenance, resolve
+from allspark.data.spec import DatasetSpec
+from allspark.data.splits import Lists, describe_lists, resolve
 from allspark.engine.checkpoint import (
     LATEST,
     PREVIOUS,
@@ -46,7 +46,7 @@ from allspark.engine.provenance import revision, write_provenance
 from allspark.engine.run_lock import RunLock
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import Stepper, has_bf16, micro_batch_size, set_deterministic, set_precision
-from allspark.evaluation.pseudo_label_quality import CenterCrops
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method
 from allspark.models.segmentor import Segmentor, build_model
@@ -76,7 +76,7 @@ class Run(TrainState):
     spec: DatasetSpec
     loader: TrainLoader
     val: SegmentationDataset
-    crops: CenterCrops
+    crops: SegmentationDataset
     inference: Inference
     log: RunLog
     checkpointer: Checkpointer
@@ -115,8 +115,8 @@ def build_run(
     check_same_start(recipe, lists)
     optim = scaled(recipe.optim, recipe.batch_size)
     micro_batch_size(recipe, distributed.world_size())  # refuses one that does not fit, before a file is touched
-    data_notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
-    hidden, hidden_notes = hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)
+    data_notes = [*describe_lists(lists, spec), *preflight(recipe.data, spec, lists)]
+    hidden, hidden_notes = select_hidden(lists, spec, recipe.evaluation.pseudo_labels)
     data_notes += hidden_notes
 
     lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
@@ -128,7 +128,7 @@ def build_run(
     method.attach(model)
     stepper = Stepper(model, build_optimizer(optim, model), recipe.precision, optim.clip_norm)
     loader = build_loader(recipe, lists, spec, method.views)
-    val, crops = SegmentationDataset(lists.val, spec), CenterCrops(hidden, spec, recipe.data.crop_size)
+    val, crops = SegmentationDataset(lists.val, spec), SegmentationDataset(hidden, spec, recipe.data.crop_size)
     inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
 
     if fresh:

@@ -50,12 +50,12 @@ from allspark.bench.machine import copy_rate, matrix_rate
 from allspark.bench.step import StepBatch, StepCase, our_side, plain_side
 from allspark.build import build_method, complete
 from allspark.config import load_recipe
-from allspark.data import spec_for
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
+from allspark.data.datasets import spec_for
 from allspark.device import choose_device
 from allspark.engine.optim import build_optimizer, set_lr
 from allspark.engine.stepper import Stepper, autocast, set_deterministic, set_precision
-from allspark.evaluation.evaluate import predict, predict_in_strips
+from allspark.evaluation.evaluate import predict, predict_tiled
 from allspark.evaluation.sliding_window import inference_for
 from allspark.losses import OHEM
 from allspark.memory_estimate import allocator_peak, predict_step
@@ -439,7 +439,7 @@ def a7_evaluation(out: Path) -> dict[str, Any]:
             predictor = trainer.method.predictor(trainer.model).eval()
             with torch.no_grad():
                 if mode == "strips":
-                    labels = predict_in_strips(predictor, images[:1], spec, device, inference, ["image"])[0]
+                    labels = predict_tiled(predictor, images[:1], spec, device, inference, ["image"])[0]
                 else:
                     labels = predict(predictor, images, spec, device, inference, ["image"])
             found.append(labels.cpu())

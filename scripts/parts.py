@@ -31,9 +31,9 @@ sys.path.insert(0, str(REPO))
 
 from allspark import inference as loading  # noqa: E402
 from allspark.data import splits  # noqa: E402
-from allspark.data.base import SegmentationDataset  # noqa: E402
 from allspark.device import choose_device  # noqa: E402
 from allspark.engine.checkpoint import load_checkpoint  # noqa: E402
+from allspark.evaluation.dataset import SegmentationDataset  # noqa: E402
 from allspark.evaluation.evaluate import evaluate  # noqa: E402
 from allspark.evaluation.sliding_window import inference_for  # noqa: E402
 from allspark.models.bottleneck import CrossBatch  # noqa: E402

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 from allspark.bench.measure import aten, convolution_backward_flops  # noqa: E402
 from allspark.build import build_method, complete  # noqa: E402
 from allspark.config import CONFIG_ROOT, Recipe, load_recipe  # noqa: E402
-from allspark.data import DATASETS  # noqa: E402
-from allspark.data.base import DatasetSpec  # noqa: E402
+from allspark.data.datasets import DATASETS
+from allspark.data.spec import DatasetSpec
 from allspark.memory_estimate import GB, FakeMemoryCounter, TrainingStep, predict_step  # noqa: E402
 from allspark.models.segmentor import build_model  # noqa: E402
 from allspark.split_lists.manifest import load_manifest  # noqa: E402

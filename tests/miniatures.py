@@ -10,8 +10,8 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from allspark.data.base import bit_palette
 from allspark.data.datasets.coco import CLASSES as COCO_CLASSES
+from allspark.data.spec import voc_palette
 
 # the ids between 1 and 90 that COCO's 80 things leave out
 COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -38,7 +38,7 @@ def palette_png(mask):
     """As VOC stores its masks: indices into a palette, 255 among them."""
     image = Image.new("P", mask.shape[::-1])
     image.frombytes(mask.tobytes())
-    image.putpalette([channel for colour in bit_palette(256) for channel in colour])
+    image.putpalette([channel for colour in voc_palette(256) for channel in colour])
     return encode(image)
 
 

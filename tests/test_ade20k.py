@@ -13,8 +13,8 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.config import load_recipe
-from allspark.data import DATASETS
-from allspark.data.base import read_mask, read_pair
+from allspark.data.datasets import DATASETS
+from allspark.data.image_io import read_mask, read_pair
 from allspark.data.splits import resolve
 from allspark.prepare import PLANS
 from allspark.prepare.plan import Archive
@@ -49,7 +49,7 @@ def test_classes_are_the_stored_values_less_one(tmp_path):
     named = {1: "wall", 3: "sky", 13: "person", 67: "flower", 100: "buffet", 137: "traffic light", 150: "flag"}
     assert {value: SPEC.classes[value - 1] for value in named} == named  # objectInfo150.txt
     Image.fromarray(np.array([[151, 3]], np.uint8)).save(path)
-    with pytest.raises(UserError, match=r"m.png: illegal mask values 151 \(1 pixel\).*0 = none of the classes"):
+    with pytest.raises(UserError, match=r"m.png: illegal mask values 151 \(1 pixel\).*0 = no class"):
         read_mask(path, SPEC)
 
 
@@ -64,7 +64,7 @@ def test_the_archive_becomes_the_data_set(archive, tmp_path, capsys):
     with pytest.raises(UserError, match=r"train 5 of 20210, val 2 of 2000.*ADEChallengeData2016.zip.*--allow-partial"):
         prepare("--from", source, "--out", out)
     prepare("--from", source, "--out", out, "--allow-partial")
-    assert "train 5, val 2 images; 14 files made" in capsys.readouterr().out
+    assert "train 5, val 2 images; 14 files written" in capsys.readouterr().out
     there = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     kept = {name.removeprefix(f"{ROOT}/"): data for name, data in files.items() if not name.endswith(".txt")}
     assert there == kept  # nothing is decoded and written anew
@@ -110,10 +110,10 @@ def test_download_brings_the_archive_and_goes_on_from_it(archive, server, tmp_pa
     monkeypatch.setitem(PLANS, "ade20k", replace(PLAN, archives=(there,)))
     out = tmp_path / "data"
     prepare("--download", "--out", out, "--allow-partial")
-    assert "train 5, val 2 images; 14 files made" in capsys.readouterr().out
+    assert "train 5, val 2 images; 14 files written" in capsys.readouterr().out
     assert (out / ZIP).read_bytes() == archive[0].read_bytes()
     prepare("--download", "--out", out, "--allow-partial")
-    assert "0 files made, 14 were there" in capsys.readouterr().out
+    assert "0 files written, 14 existed" in capsys.readouterr().out
     official = PLAN.archives[0]
     assert official.urls[0].startswith("https://") and official.urls[0].endswith(f"/{official.name}")
     assert official.digest.startswith("md5:") and len(official.digest) == len(digest)

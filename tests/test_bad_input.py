@@ -17,7 +17,7 @@ import eval as eval_script
 import train
 from allspark import __main__ as verbs
 from allspark.config import load_config
-from allspark.data.preflight import some
+from allspark.data.audit import spread
 from allspark.data.splits import resolve
 from allspark.utils.errors import run_main
 
@@ -74,7 +74,7 @@ def assert_one_line(message):
         (("crop_size=10",), ("data.crop_size=10", "at least 64")),
         (("epochs=0",), ("epochs=0", "at least 1")),
         (("batch_size=0",), ("batch_size=0", "at least 1")),
-        (("batch_size=7",), ("batch_size 7", "6 unlabeled images", "smaller batch_size")),
+        (("batch_size=7",), ("one batch of 7", "6 unlabeled images", "smaller batch_size")),
         (("optim.lr=-1",), ("optim.lr=-1.0", "above 0")),
         (("optim.lr=.nan",), ("optim.lr=nan",)),
         (("optim.lr=[1",), ("optim.lr=[1", "YAML")),
@@ -87,7 +87,7 @@ def assert_one_line(message):
         (("data.dataset=pascal",), ("pascal", "data.custom")),
         (("data.custom=null",), ("data.dataset", "'tiny'", "pascal")),
         (("data.custom.classes=[ground, left]",), ("masks/labeled/labeled0.png", "illegal mask values 2 (")),
-        (("data.custom.classes=[a, a, b]",), ("data.custom.classes", "named twice: a")),
+        (("data.custom.classes=[a, a, b]",), ("data.custom.classes", "repeated a")),
         (("data_root=/no/where",), ("data.data_root: /no/where", "ALLSPARK_DATA_TINY")),
         (("data.custom.labeled_images=imgs",), ("data/imgs", "no such folder", "data.custom")),
         (("--split", "1_3"), ("tiny/1_3/labeled.txt", "python -m allspark splits make")),
@@ -252,7 +252,7 @@ def test_damage_that_the_start_did_not_open_is_told_no_worse(place, refused):
         folder = place.root / "images" / "unlabeled"
         shutil.copy(folder / "unlabeled0.png", folder / f"unlabeled{index}.png")
     lists = resolve(load_config(place.config).data)
-    opened = some(lists.unlabeled, 20, np.random.default_rng(0))
+    opened = spread(lists.unlabeled, 20)
     unopened = [sample.image for sample in lists.unlabeled if sample not in opened]
     for image in unopened:
         half(image)
@@ -270,8 +270,8 @@ def test_bad_samples_are_named_skipped_and_counted(place, refused):
     log = (place.run / "train.log").read_text(encoding="utf-8")
     for name in ("labeled1.png: truncated", "labeled2.png: illegal mask values 77", "unlabeled5.png: truncated"):
         assert len(re.findall(f"WARNING: .*{name}", log)) == 2, "once before the run, once in it"
-    assert "2 of 4 labeled samples checked cannot be read" in log
-    counts = [int(count) for count in re.findall(r"(\d+) samples were replaced so far, of 3", log)]
+    assert "2 of 4 labeled samples cannot be used" in log
+    counts = [int(count) for count in re.findall(r"(\d+) samples replaced so far, because 3 files", log)]
     assert len(counts) == 2 and 0 < counts[0] < counts[1]
 
 
@@ -284,7 +284,7 @@ def test_val_is_not_skipped(place, refused):
 def test_where_nothing_can_be_read_skipping_does_not_help(place, refused):
     for path in (place.root / "images" / "unlabeled").iterdir():
         path.write_text("hello")
-    told = ("images/unlabeled/unlabeled", "no other of 6 unlabeled samples checked can be read")
+    told = ("images/unlabeled/unlabeled", "and 5 more problems")
     refused(train.main, place.train("data.on_bad_sample=skip"), *told)
 
 

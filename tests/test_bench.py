@@ -23,10 +23,10 @@ from allspark.bench.plain import (
 )
 from allspark.cli import bench
 from allspark.config import BottleneckConfig, DataConfig, ModelConfig, OptimConfig
-from allspark.data import spec_for
-from allspark.data.base import IGNORE_INDEX, Sample
 from allspark.data.batch import IMAGENET_STD, LabeledBatch, UnlabeledBatch, Views, normalize
+from allspark.data.datasets import spec_for
 from allspark.data.loaders import LABELED, UNLABELED, TrainPairs
+from allspark.data.spec import IGNORE_INDEX, Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
 from allspark.engine.stepper import Stepper

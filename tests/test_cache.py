@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from allspark.config import CustomDataConfig
-from allspark.data.base import Sample, read_image, read_pair
-from allspark.data.cache import check_space, locked, open_files
+from allspark.data.cache import check_space, lock, open_reader
 from allspark.data.datasets.custom import make_spec
+from allspark.data.image_io import read_image, read_pair
+from allspark.data.spec import Sample
 from allspark.utils.errors import UserError
 
 SPEC = make_spec("mine", CustomDataConfig(classes=("a", "b", "c"), value_map={0: 0, 7: 1, 9: 2, 255: 255}))
@@ -47,7 +48,7 @@ def samples(tmp_path) -> list[Sample]:
 
 
 def opened(samples: list[Sample], root: Path, spec=SPEC):
-    return open_files(str(root), spec, [s.image for s in samples], [s.mask for s in samples])
+    return open_reader(str(root), spec, [s.image for s in samples], [s.mask for s in samples])
 
 
 def equal(files, samples: list[Sample], spec=SPEC) -> bool:
@@ -69,7 +70,7 @@ def folders(root: Path) -> list[str]:
 def test_cached_is_decoded(samples, tmp_path, capsys):
     files = opened([*samples, samples[0]], tmp_path / "cache")
     assert equal(files, samples) and files.image(samples[1].image).shape == (11, 13, 3)
-    assert equal(open_files("none", SPEC, [], []), samples)
+    assert equal(open_reader("none", SPEC, [], []), samples)
     announced = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", capsys.readouterr().out)]
     sizes = [path.stat().st_size for path in sorted((tmp_path / "cache").glob("*/pixels"))]
     areas = sum(read_image(sample.image).size for sample in samples)
@@ -132,7 +133,7 @@ def test_a_damaged_cache_is_made_anew(samples, tmp_path, harm):
 def test_workers_that_are_not_forked_get_the_way_to_it(samples, tmp_path):
     files = opened(samples, tmp_path / "cache")
     Image.fromarray(np.zeros((500, 500, 3), np.uint8)).save(tmp_path / "large.png")
-    large = open_files(str(tmp_path / "cache"), SPEC, [tmp_path / "large.png"], [samples[0].mask])
+    large = open_reader(str(tmp_path / "cache"), SPEC, [tmp_path / "large.png"], [samples[0].mask])
     sent = pickle.dumps(large)
     assert len(sent) < 10_000 and equal(pickle.loads(pickle.dumps(files)), samples)
     assert pickle.loads(sent).image(tmp_path / "large.png").shape == (500, 500, 3)
@@ -166,14 +167,14 @@ def test_a_whole_cache_needs_no_lock(samples, tmp_path):
     start, answers = fork.Event(), fork.Queue()
     start.set()
     process = fork.Process(target=open_and_tell, args=(samples, root, start, answers), daemon=True)
-    with locked(locks[0]), locked(locks[1]):
+    with lock(locks[0]), lock(locks[1]):
         process.start()
         assert answers.get(timeout=30) == [read_image(sample.image).tobytes() for sample in samples]
     process.join(30)
 
 
 def hold(path: Path, pipe: int) -> None:
-    with locked(path):
+    with lock(path):
         os.write(pipe, b"!")
         signal.pause()
 

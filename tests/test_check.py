@@ -8,7 +8,7 @@ from allspark import memory_estimate as memory
 from allspark.__main__ import main
 from allspark.build import build_method, complete
 from allspark.config import load_recipe
-from allspark.data import DATASETS
+from allspark.data.datasets import DATASETS
 from allspark.utils.errors import run_main
 
 SPEC = DATASETS["shapes"]

@@ -213,7 +213,7 @@ def test_twenty_rows_are_told_apart(tmp_path):
 
 def test_a_method_and_its_variants_have_one_colour():
     names = ["a", "a+allspark", "b", "b+none", "a+more", *(f"row {index}" for index in range(10)), "row 1+allspark"]
-    found = pictures.looks(names)
+    found = pictures.line_styles(names)
     kinds = {(look["color"], look["linestyle"]) for look in found.values()}
     assert len(kinds) == len(names)
     assert len({found[name]["color"] for name in ("a", "a+allspark", "a+more")}) == 1
@@ -235,7 +235,7 @@ def test_panels_of_many_rows_share_a_legend(tmp_path):
 def test_a_wide_grid_goes_on_in_bands():
     palette = [(10 * index, 200, 255 - 10 * index) for index in range(21)]
     masks = tuple(np.full((10, 20), index, np.uint8) for index in range(21))  # truth 0, predictions 1 to 20
-    example = pictures.Example("a", np.zeros((3, 10, 20), np.uint8), masks)
+    example = pictures.GridRow("a", np.zeros((3, 10, 20), np.uint8), masks)
     heads = ["image", "truth", *(f"a rather long name {index}" for index in range(1, 21))]
     page = pictures.draw_grid([example], heads, [str(index) for index in range(21)], palette, panel_width=60)
     margin, step = pictures.MARGIN, 60 + 8

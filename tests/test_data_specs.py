@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import Sample, SegmentationDataset, read_image, read_mask, read_pair
-from allspark.data.datasets import cityscapes
+from allspark.data.datasets import DATASETS, cityscapes, spec_for
 from allspark.data.datasets.custom import make_spec
+from allspark.data.image_io import read_image, read_mask, read_pair
+from allspark.data.spec import Sample
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.utils.errors import UserError
 
 SHARED = Path(os.environ.get("ALLSPARK_SHARED", Path(__file__).parents[2] / "shared"))
@@ -125,8 +126,8 @@ def test_custom_illegal_value_is_the_stored_one(tmp_path, options, stored, named
         ({"classes": ()}, "classes: 0 classes"),
         ({"classes": tuple(map(str, range(256)))}, "256 classes"),
         ({"classes": tuple(map(str, range(255))), "ignore_index": 0}, "255 classes"),
-        ({"classes": ("a", "a")}, "twice: a"),
-        ({"palette": ((0, 0, 0),)}, "1 colours for 3"),
+        ({"classes": ("a", "a")}, "repeated a"),
+        ({"palette": ((0, 0, 0),)}, "1 colors for 3"),
         ({"palette": ((0, 0, 0), (0, 0, 1), (0, 0, 256))}, r"\[0, 0, 256\]"),
         ({"ignore_index": 1}, "1 is also the index of class 'road'"),
         ({"ignore_index": 300}, "ignore_index: 300"),

@@ -22,7 +22,7 @@ from allspark.models.mlp_decoder import DECODERS, MLPDecoder
 from allspark.models.segmentor import ENCODERS, build_model
 from allspark.models.student import Student
 from allspark.utils.errors import UserError, run_main
-from allspark.weights.loading import variant
+from allspark.weights.loading import find_encoder
 
 CLASSES, CROP = 4, 64
 FIRST = Progress(step=0, epoch=0, total_steps=10)
@@ -73,7 +73,7 @@ def test_facts_agree_with_timm(name):
     assert encoder.strides == tuple(encoder.feature_info.reduction()) == (4, 8, 16, 16)
     assert encoder.channels == tuple(encoder.feature_info.channels())
     tensors = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
-    assert variant(tensors, "file.pth") == name
+    assert find_encoder(tensors, "file.pth") == name
     dilations = [module.dilation for key, module in encoder.named_modules() if re.fullmatch(r"layer4\.\d\.conv2", key)]
     assert dilations == [(1, 1), (2, 2), (2, 2)]
 

@@ -19,7 +19,7 @@ from allspark.engine.log import RunLog
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import Stepper
 from allspark.models.memory import SemanticMemory
-from allspark.utils.errors import UserError, mendable
+from allspark.utils.errors import UserError, user_error_message
 
 POLICIES = ("rank0", "gather", "local")
 
@@ -125,10 +125,13 @@ def test_processes_that_began_differently_are_told(pair):
 def test_what_a_user_can_mend_is_no_bug_of_several_processes_either():
     """leave: exit code 2 and a line, in place of a traceback."""
     place = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/shapes")
-    assert mendable(place) == "error: /etc/passwd/shapes: Not a directory; mend that, or choose another place"
-    assert mendable(UserError("lower it")) == "error: lower it" and mendable(RuntimeError("closed by peer")) is None
+    assert user_error_message(place) == "error: /etc/passwd/shapes: Not a directory; mend that, or choose another place"
+    assert (
+        user_error_message(UserError("lower it")) == "error: lower it"
+        and user_error_message(RuntimeError("closed by peer")) is None
+    )
     store = dist.HashStore()
-    assert launch.final_message(place, store) == (mendable(place), True)
+    assert launch.final_message(place, store) == (user_error_message(place), True)
 
 
 def saves_last(folder):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from allspark.utils import download
-from allspark.utils.download import fetch, file_digest, is_loopback, refused
+from allspark.utils.download import fetch, file_digest, is_loopback, refusal
 from allspark.utils.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -220,20 +220,20 @@ def test_the_next_source_is_asked_when_one_fails(get, server):
 
 
 def test_a_corrupt_file_is_thrown_away(get, tmp_path):
-    with pytest.raises(UserError, match=r"corrupt: is damaged or another file \(sha256:\w+, expected sha256:"):
+    with pytest.raises(UserError, match=r"corrupt: it is damaged or another file \(sha256:\w+, expected sha256:"):
         get("corrupt", digest=SHA)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("path", ["longer", "page", "untold"])
 def test_without_digest_what_is_not_whole_is_refused(get, tmp_path, path):
-    with pytest.raises(UserError, match=f"{path}: .*(of 300010 bytes|a web page came|does not tell the file's length)"):
+    with pytest.raises(UserError, match=f"{path}: .*(of 300010 bytes|got a web page|does not state the file's length)"):
         get(path)
     assert not (tmp_path / "out" / "file.bin").exists()
 
 
 def test_a_digest_sees_what_a_wrong_length_hides(get):
-    with pytest.raises(UserError, match="shorter: is damaged"):
+    with pytest.raises(UserError, match="shorter: it is damaged"):
         get("shorter", digest=SHA)
     assert get("untold", digest=SHA) == CONTENT
 
@@ -245,7 +245,7 @@ def test_a_busy_server_is_asked_again(get, server):
 @pytest.mark.parametrize("path", ["stall", "trickle"])
 def test_a_server_that_stalls_does_not_hold_us(get, path):
     begin = time.monotonic()
-    with pytest.raises(UserError, match=f"{path}: (no answer within 0.2 s|stalled at)"):
+    with pytest.raises(UserError, match=f"{path}: (no response within 0.2 s|stalled at)"):
         get(path, timeout=0.2)
     assert time.monotonic() - begin < 5
 
@@ -258,10 +258,10 @@ def test_redirects(get, server, start):
 
 
 def test_unencrypted_sources_need_a_full_hash():
-    assert refused("http://example.org/f", None) and refused("http://example.org/f", SHA[:20])
-    assert not refused("http://example.org/f", SHA) and not refused("http://example.org/f", MD5)
-    assert not refused("https://example.org/f", None) and not refused("http://localhost:1/f", None)
-    assert refused("ftp://example.org/f", SHA) and not refused("some/path", None)
+    assert refusal("http://example.org/f", None) and refusal("http://example.org/f", SHA[:20])
+    assert not refusal("http://example.org/f", SHA) and not refusal("http://example.org/f", MD5)
+    assert not refusal("https://example.org/f", None) and not refusal("http://localhost:1/f", None)
+    assert refusal("ftp://example.org/f", SHA) and not refusal("some/path", None)
     assert is_loopback("http://[::1]:80/f") and not is_loopback("http://localhost.example.org/f")
 
 
@@ -273,7 +273,7 @@ def test_every_source_and_its_reason_are_named(tmp_path, server):
     for source, reason in zip(sources, ("404", "full hash", "no such file", "not supported", "refused"), strict=True):
         line = next(line for line in message.splitlines() if line.strip().startswith(f"{source}: "))
         assert reason in line
-    assert "download the file by hand and put it there" in message and str(tmp_path / "file") in message
+    assert "download the file manually and put it there" in message and str(tmp_path / "file") in message
 
 
 def test_files_of_the_disk(tmp_path):
@@ -283,7 +283,7 @@ def test_files_of_the_disk(tmp_path):
         assert fetch([url], tmp_path / f"{index}", digest=SHA).read_bytes() == CONTENT
     with pytest.raises(UserError, match="is damaged"):
         fetch([str(source)], tmp_path / "x", digest="sha256:00000000")
-    with pytest.raises(UserError, match="names a file of this machine"):
+    with pytest.raises(UserError, match="must name a file on this machine"):
         fetch(["file://elsewhere/file"], tmp_path / "x")
     assert source.read_bytes() == CONTENT and not (tmp_path / "x").exists()
 
@@ -292,7 +292,7 @@ def test_a_target_that_is_another_file_is_left_alone(tmp_path, get):
     target = tmp_path / "out" / "file.bin"
     target.parent.mkdir()
     target.write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"file.bin: is there, but is damaged or another file.*move it away"):
+    with pytest.raises(UserError, match=r"file.bin: exists, but it is damaged or another file.*move it away"):
         get("good", digest=SHA)
     assert target.read_bytes() == b"mine" and get("good") == b"mine"
     with pytest.raises(UserError, match="is a folder"):
@@ -311,14 +311,14 @@ def test_a_check_of_ones_own(get, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
     assert get("corrupt", "good", check=check) == CONTENT and len(seen) == 3
     (tmp_path / "out" / "file.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="is there, but is not ours"):
+    with pytest.raises(UserError, match="exists, but is not ours"):
         get("good", check=check)
 
 
 def test_more_than_is_plausible_is_refused(get, tmp_path):
-    with pytest.raises(UserError, match="300000 bytes, more than the 1000"):
+    with pytest.raises(UserError, match="300000 bytes, above the limit of 1000"):
         get("good", size_limit=1000)
-    with pytest.raises(UserError, match="more than the 1000"):
+    with pytest.raises(UserError, match="above the limit of 1000"):
         get("untold", size_limit=1000, digest=SHA)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark.weights.loading import VARIANTS, WeightFile, read_weights, recognize
+from allspark.weights.loading import MIT_SIZES, WeightFile, read_weights, recognize
 
 TOLERANCE = 1e-5  # of the largest value
 
@@ -64,10 +64,10 @@ def imported(source, variant):
     return found.module.eval()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIT_SIZES)
 @torch.no_grad()
 def test_transformers(variant, image, tmp_path):
-    config = transformers_config(VARIANTS[variant])
+    config = transformers_config(MIT_SIZES[variant])
     from transformers import SegformerModel
 
     model = filled(SegformerModel(config))
@@ -80,7 +80,7 @@ def test_transformers(variant, image, tmp_path):
         same_maps(imported(model.state_dict(), variant)(image), theirs)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIT_SIZES)
 @torch.no_grad()
 def test_segmentation_models_pytorch(variant, image):
     smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
@@ -103,7 +103,7 @@ def test_encoder_of_a_whole_model_of_segmentation_models_pytorch(image, tmp_path
 
 @torch.no_grad()
 def test_logits_of_transformers(image, tmp_path):
-    config = transformers_config(VARIANTS["mit_b0"], num_labels=7)
+    config = transformers_config(MIT_SIZES["mit_b0"], num_labels=7)
     from transformers import SegformerForSemanticSegmentation
 
     model = filled(SegformerForSemanticSegmentation(config))

@@ -17,12 +17,13 @@ from torch import nn
 
 from allspark import distributed
 from allspark.config import DataConfig, OptimConfig
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset
 from allspark.data.loaders import TrainLoader
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.pseudo_label_quality import CenterCrops, label_quality
+from allspark.evaluation.pseudo_label_quality import measure_pseudo_labels
 from allspark.evaluation.sliding_window import Inference
 from allspark.losses import CrossEntropy
 from allspark.methods import Progress, imas, pseudoseg, self_training
@@ -172,8 +173,8 @@ def scores_of(root):
             pseudo = predict(model, image)
             return pseudo.label, pseudo.confidence
 
-        crops = CenterCrops(samples[:count], SPEC, CROP)
-        found.append(tuple(label_quality(label, crops, torch.device("cpu"), threshold=0.25).named().values()))
+        crops = SegmentationDataset(samples[:count], SPEC, CROP)
+        found.append(tuple(measure_pseudo_labels(label, crops, torch.device("cpu"), threshold=0.25).metrics().values()))
     return found
 
 

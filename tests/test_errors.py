@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark.utils.errors import UserError, mendable, reason_of, run_main
+from allspark.utils.errors import UserError, reason_of, run_main, user_error_message
 
 REPO = Path(__file__).parent.parent
 RUN = (
@@ -67,8 +67,8 @@ class Calls:
     ("content", "told"),
     [
         (b"# A text\n\nNo weights.", "Weights only load failed"),
-        ({"model": {}, "args": argparse.Namespace(lr=1)}, "it holds argparse.Namespace, and nothing but tensors"),
-        ({"model": Calls()}, r"it holds print, and nothing but tensors"),
+        ({"model": {}, "args": argparse.Namespace(lr=1)}, "it contains argparse.Namespace, but only tensors"),
+        ({"model": Calls()}, r"it contains print, but only tensors"),
         (b"", "EOFError"),
     ],
 )
@@ -87,4 +87,4 @@ def test_out_of_memory_is_one_sentence():
     result = subprocess.run([sys.executable, "-c", RUN.format(code)], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.match("error: out of memory .*micro_batch=1, model.checkpointing=true", result.stderr)
-    assert mendable(RuntimeError("shapes do not match")) is None
+    assert user_error_message(RuntimeError("shapes do not match")) is None

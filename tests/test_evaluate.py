@@ -15,11 +15,14 @@ from torch import nn
 
 import eval as eval_script
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
-from allspark.data import DATASETS, splits
-from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, read_mask, to_tensor
+from allspark.data import splits
 from allspark.data.batch import normalize
-from allspark.data.datasets import cityscapes
+from allspark.data.datasets import DATASETS, cityscapes
+from allspark.data.image_io import read_image, read_mask
+from allspark.data.spec import DatasetSpec, Sample
+from allspark.data.transforms import to_tensor
 from allspark.engine.checkpoint import save_checkpoint
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import ConfusionMatrix
 from allspark.evaluation.sliding_window import Inference
@@ -76,7 +79,7 @@ def test_scores_equal_image_by_image(dataset):
     for image, mask, _ in dataset:
         confusion.update(model(normalize(image)[None]).logits.argmax(1)[0], mask)
     scores = run(dataset)
-    same(scores, confusion.scores(5))
+    same(scores, confusion.result(5))
     assert 0 < scores.miou < 100
 
 
@@ -105,7 +108,7 @@ def test_center_crop_counts_the_center_alone(dataset):
         inside = guess != 255
         assert inside.sum() == min(34, mask.shape[0]) * min(34, mask.shape[1])
         confusion.update(guess[inside], mask[inside])
-    same(confusion.scores(5), run(dataset, Inference("center_crop", 34)))
+    same(confusion.result(5), run(dataset, Inference("center_crop", 34)))
 
 
 def test_save_gets_every_image_once(dataset):
@@ -176,7 +179,7 @@ def test_overlay_blends_inside_and_leaves_ignored_pixels():
 
 
 def test_grid_and_curves_are_drawn(dataset, tmp_path):
-    examples = [pictures.Example(name, image, (mask, mask)) for image, mask, name in dataset]
+    examples = [pictures.GridRow(name, image, (mask, mask)) for image, mask, name in dataset]
     page = pictures.draw_grid(examples, ("image", "truth", "prediction"), SPEC.classes, PALETTE, panel_width=60)
     assert np.unique(np.asarray(page).reshape(-1, 3), axis=0).shape[0] > 10
     scores = {"supervised": [[(10, 20.0), (20, 30.0)]], "empty": [[]]}
@@ -237,7 +240,7 @@ def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
     for index in range(5):  # the index PNGs are the predictions that were counted
         guess, mask = (np.array(Image.open(f / f"{n}{index}.png")) for f, n in ((out, "image"), (tmp_path, "mask")))
         confusion.update(torch.from_numpy(guess), torch.from_numpy(mask))
-    assert confusion.scores(5).miou == pytest.approx(result["miou"])
+    assert confusion.result(5).miou == pytest.approx(result["miou"])
 
 
 def test_eval_options_reach_the_inference(checkpoint, tmp_path, capsys):
@@ -408,7 +411,7 @@ def test_a_list_that_changed_under_its_name_is_told(tmp_path, capsys, monkeypatc
         (("--json", "{root}"), "--json.*folder"),
         (("--json", "{root}/val.txt"), "--json.*val.txt: is there"),
         (("--save-dir", "{root}/val.txt"), "val.txt"),
-        (("--save-dir", "{root}"), "part of the data"),
+        (("--save-dir", "{root}"), "part of the input"),
         (("--list", "{root}/missing.txt"), "gone.png"),
         (("--list", "{root}/bare.txt"), "no mask"),
         (("--list", "{root}/ignored.txt"), "no pixel"),

@@ -20,7 +20,7 @@ from allspark.losses import OHEM, CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
 from allspark.models.student import Student, predict
-from allspark.weights.loading import from_released
+from allspark.weights.loading import rename_released
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = json.loads((GOLDEN / "names.json").read_text())
@@ -68,7 +68,7 @@ def released_model(config, classes, crop, heads=2):
     bottleneck = BottleneckConfig(name="none" if "baseline" in config else "allspark", num_heads=heads, dropout=0.0)
     cfg = ModelConfig(encoder="mit_b0", drop_path=0.0, dropout=0.0, bottleneck=bottleneck)
     model = build_model(cfg, classes, crop)
-    state = {from_released(name): formula(name, shape) for name, shape in NAMES[config].items()}
+    state = {rename_released(name): formula(name, shape) for name, shape in NAMES[config].items()}
     model.load_state_dict(state, strict=True)
     return model
 
@@ -147,7 +147,7 @@ def test_train_step(case):
     parameters = dict(model.named_parameters())
     assert len(golden["grad_names"]) == len(parameters)
     for name, norm in zip(golden["grad_names"], golden["grad_norms"], strict=True):
-        grad = parameters[from_released(str(name))].grad
+        grad = parameters[rename_released(str(name))].grad
         assert (grad is None) == bool(np.isnan(norm)), name
         if grad is not None:
             assert abs(grad.norm().item() - norm) <= max(0.01 * norm, 1e-6), name
@@ -188,5 +188,5 @@ def test_trajectory():
         assert torch.equal(model.bottleneck.memory.pointer, torch.from_numpy(golden["queue_ptrs"][step]))
     parameters = dict(model.named_parameters())
     for name, norm in zip(golden["param_names"], golden["param_norms"], strict=True):
-        assert abs(parameters[from_released(str(name))].norm().item() / norm - 1) < 1e-4, name
+        assert abs(parameters[rename_released(str(name))].norm().item() / norm - 1) < 1e-4, name
     np.testing.assert_allclose(model.decoder.fuse.bn.running_mean.numpy(), golden["bn_mean"], rtol=1e-4, atol=1e-5)

@@ -10,8 +10,8 @@ from test_methods import CLASSES, CROP, FIRST, make_method, make_model, random_b
 
 from allspark.build import build_method, complete
 from allspark.config import CustomDataConfig, load_recipe
-from allspark.data import DATASETS, spec_for
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
+from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.datasets.custom import make_spec
 from allspark.data.transforms import IMAS_OPERATIONS, PHOTOMETRIC
 from allspark.methods import METHODS, Progress

@@ -8,8 +8,8 @@ from torch import nn
 
 from allspark.evaluation.sliding_window import (
     Inference,
+    average_views,
     best_class,
-    class_prob,
     class_scores,
     predict_sliding,
     window_positions,
@@ -159,7 +159,7 @@ def test_training_flags_come_back_one_by_one():
 
 def test_prob_sums_to_one_and_has_the_maximum_of_the_logits():
     model, picture = Pointwise(), image(2, 3, 40, 40)
-    prob = class_prob(model, picture, Inference())
+    prob = average_views(model, picture, Inference())
     torch.testing.assert_close(prob.sum(1), torch.ones(2, 40, 40))
     assert torch.equal(prob.max(1)[1], class_scores(model, picture, Inference()).max(1)[1])
 
@@ -168,7 +168,7 @@ def test_prob_sums_to_one_and_has_the_maximum_of_the_logits():
 def test_best_class_and_its_probability(inference):
     model, picture = Blurred(), image(2, 3, 40, 40)
     label, prob = best_class(class_scores(model, picture, inference), inference)
-    expected = class_prob(model, picture, inference).max(1)
+    expected = average_views(model, picture, inference).max(1)
     assert torch.equal(label, expected.indices)
     torch.testing.assert_close(prob, expected.values)
 

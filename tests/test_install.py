@@ -20,16 +20,16 @@ from allspark import __main__ as command
 from allspark import memory_estimate as memory
 from allspark.bench import scale
 from allspark.config import CONFIG_ROOT, load_config
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import SegmentationDataset, read_image
 from allspark.data.batch import Views
-from allspark.data.cache import open_files
+from allspark.data.cache import open_reader
+from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.image_io import read_image
 from allspark.data.loaders import TrainPairs, collate
 from allspark.data.splits import resolve
-from allspark.data.worker_pool import begin
-from allspark.evaluation.evaluate import Shard
+from allspark.data.worker_pool import init_worker
+from allspark.evaluation.dataset import SegmentationDataset, Shard
 from allspark.prepare import PLANS
-from allspark.split_lists.manifest import SHIPPED_SPLITS, SPLITS_ROOT, roots
+from allspark.split_lists.manifest import SHIPPED_SPLITS, SPLITS_ROOT, split_roots
 from allspark.utils.errors import UserError, run_main
 
 REPO = Path(train.__file__).parent
@@ -112,7 +112,7 @@ def test_it_works_in_another_folder(wheel, tmp_path):
 
 def test_in_a_checkout_its_own_files_are_used(monkeypatch, capsys):
     assert REPO / "configs" == CONFIG_ROOT and REPO / "splits" == SPLITS_ROOT == SHIPPED_SPLITS
-    assert roots(SPLITS_ROOT) == (SPLITS_ROOT,) and roots(Path("elsewhere")) == (Path("elsewhere"),)
+    assert split_roots(SPLITS_ROOT) == (SPLITS_ROOT,) and split_roots(Path("elsewhere")) == (Path("elsewhere"),)
     assert command.script("train") is train.main and command.script("eval") is eval_script.main
     words = ["--dataset", "shapes", "--method", "supervised", "--split", "1_8", "--print-config"]
     assert run_main(command.main, ["train", *words]) == 0
@@ -156,7 +156,7 @@ def test_what_windows_lacks_is_done_without(tiny_root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     images = sorted((tiny_root / "images/labeled").iterdir())
     masks = sorted((tiny_root / "masks/labeled").iterdir())
-    files = open_files(str(tmp_path / "cache"), DATASETS["camvid"], images, masks)
+    files = open_reader(str(tmp_path / "cache"), DATASETS["camvid"], images, masks)
     assert images and all(np.array_equal(files.image(path), read_image(path)) for path in images)
     assert (memory.resident_peak(), memory.free_memory("cpu"), memory.main_memory()) == (None, None, 0)
     child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
@@ -171,7 +171,7 @@ def test_loader_processes_need_not_be_forked(place):
     spec, lists = spec_for(recipe.data), resolve(recipe.data)
     pairs = TrainPairs(lists, spec, recipe.data, Views(labeled="weak", strong=("strong",)), seed=0)
     shard = Shard(SegmentationDataset(lists.val, spec), 0, 1)
-    sent = pickle.loads(pickle.dumps((pairs, collate, begin, shard, list(DATASETS.values()))))
+    sent = pickle.loads(pickle.dumps((pairs, collate, init_worker, shard, list(DATASETS.values()))))
     assert sent[0].spec.decode_mask(np.zeros((1, 1), np.uint8)) == 0
     assert all(pickle.loads(pickle.dumps(plan)).samples for plan in PLANS.values())
     loader = DataLoader(
@@ -179,7 +179,7 @@ def test_loader_processes_need_not_be_forked(place):
         batch_sampler=[[(0, 0, 0, 0), (0, 1, 1, 1)]],
         num_workers=1,
         collate_fn=collate,
-        worker_init_fn=begin,
+        worker_init_fn=init_worker,
         multiprocessing_context="spawn",
     )
     (batch,) = loader

@@ -20,13 +20,15 @@ import train
 from allspark import launch
 from allspark.build import build_method, complete
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
-from allspark.data import spec_for
-from allspark.data.base import Sample, read_image, read_mask
+from allspark.data.audit import select_hidden
 from allspark.data.batch import normalize
-from allspark.data.preflight import hidden_sample
+from allspark.data.datasets import spec_for
+from allspark.data.image_io import read_image, read_mask
+from allspark.data.spec import Sample
 from allspark.data.splits import Lists, resolve
 from allspark.engine.log import RunLog
-from allspark.evaluation.pseudo_label_quality import CenterCrops, LabelQuality, label_quality
+from allspark.evaluation.dataset import SegmentationDataset
+from allspark.evaluation.pseudo_label_quality import PseudoLabelQuality, measure_pseudo_labels
 from allspark.methods import METHODS
 from allspark.models.segmentor import build_model
 from allspark.models.student import Student
@@ -108,12 +110,12 @@ def by_loops(samples, threshold):
             hit[k] += guess == k and truth == k
             seen[k] += guess == k or truth == k
     miou = 100 * sum(h / s for h, s in zip(hit, seen, strict=True)) / 3
-    return LabelQuality(100 * right / confident, 100 * confident / known, miou)
+    return PseudoLabelQuality(100 * right / confident, 100 * confident / known, miou)
 
 
 def quality(samples, threshold=None, **options):
     threshold = torch.tensor(threshold) if isinstance(threshold, tuple) else threshold
-    return label_quality(labeler, CenterCrops(samples, SPEC, CROP), CPU, threshold=threshold, **options)
+    return measure_pseudo_labels(labeler, SegmentationDataset(samples, SPEC, CROP), CPU, threshold=threshold, **options)
 
 
 def approx(expected):
@@ -134,8 +136,12 @@ def test_accuracy_and_coverage_equal_the_loops(samples, threshold):
 
 def test_where_nothing_is_confident_nothing_is_right_or_wrong(samples):
     found = quality(samples, 1e9)
-    assert found == LabelQuality(None, 0.0, None)
-    assert json.loads(json.dumps(found.named())) == {"pseudo_accuracy": None, "pseudo_coverage": 0, "pseudo_miou": None}
+    assert found == PseudoLabelQuality(None, 0.0, None)
+    assert json.loads(json.dumps(found.metrics())) == {
+        "pseudo_accuracy": None,
+        "pseudo_coverage": 0,
+        "pseudo_miou": None,
+    }
     assert str(found) == "no pixel is confident enough for a pseudo-label"
 
 
@@ -186,7 +192,7 @@ def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, sa
     if hasattr(method, "threshold"):
         method.threshold = 0.4  # of 3 classes, untrained
     model.train()
-    crops = CenterCrops(samples, SPEC, 64)
+    crops = SegmentationDataset(samples, SPEC, 64)
     before = {key: value.clone() for key, value in (model.state_dict() | method.state_dict()).items()}
     random = torch.get_rng_state()
     shown = Snapshots(SPEC.palette, 2)
@@ -235,15 +241,15 @@ def test_hidden_labels_are_those_that_the_list_names_and_the_disk_has(tmp_path, 
     (tmp_path / "splits" / "mine" / "few" / "unlabeled.txt").write_text(images_alone)
     again = resolve(data, tmp_path / "splits")
     assert again.hidden == () and again.hash == found.hash and again.unlabeled == found.unlabeled
-    assert hidden_sample(again, SPEC, 64) == ([], [])
+    assert select_hidden(again, SPEC, 64) == ([], [])
 
 
 def test_the_sample_is_at_equal_distances(samples):
     lists = Lists((), (), (), hash="", name="tiny", hidden=tuple(samples))
-    assert hidden_sample(lists, SPEC, 3)[0] == samples[::2]
-    good, (note,) = hidden_sample(lists, SPEC, 64)
+    assert select_hidden(lists, SPEC, 3)[0] == samples[::2]
+    good, (note,) = select_hidden(lists, SPEC, 64)
     assert good == samples and "6 unlabeled images" in note
-    assert hidden_sample(lists, SPEC, 0) == ([], [])
+    assert select_hidden(lists, SPEC, 0) == ([], [])
 
 
 def damage_bytes(sample):
@@ -276,7 +282,7 @@ def make_folder(sample):
 def test_what_cannot_be_read_is_named_and_left_out(samples, damage):
     whole = quality([samples[0], *samples[2:]], 0.6)
     damage(samples[1])
-    good, notes = hidden_sample(Lists((), (), (), hash="", name="tiny", hidden=tuple(samples)), SPEC, 64)
+    good, notes = select_hidden(Lists((), (), (), hash="", name="tiny", hidden=tuple(samples)), SPEC, 64)
     assert good == [samples[0], *samples[2:]]
     (warning,) = (note for note in notes if "WARNING" in note)
     assert str(samples[1].image if damage in (damage_image, make_tiny) else samples[1].mask) in warning
@@ -287,7 +293,7 @@ def test_many_broken_labels_are_one_warning(samples):
     for sample in samples:
         sample.mask.write_bytes(b"no mask")
     lists = Lists((), (), (), hash="", name="tiny", hidden=tuple(samples))
-    good, (warning,) = hidden_sample(lists, SPEC, 64)
+    good, (warning,) = select_hidden(lists, SPEC, 64)
     assert good == [] and str(samples[0].mask) in warning and "and 5 more of 6" in warning and "\n" not in warning
 
 
@@ -374,7 +380,7 @@ def test_a_run_logs_the_quality_and_survives_a_broken_label(measured, known, rea
     (warning,) = (line for line in log.splitlines() if "WARNING" in line)
     assert f"{known[1]}/masks/unlabeled/unlabeled2.png" in warning and "measured on 5 unlabeled images" in log
     for epoch, line in enumerate(scores):
-        told = f"pseudo-labels {line['pseudo_accuracy']:.1f} % right on 100.0 % of the pixels"
+        told = f"pseudo-labels {line['pseudo_accuracy']:.1f} % correct on 100.0 % of the pixels"
         assert any(f"epoch {epoch}: mIoU {line['miou']:.2f}" in text and told in text for text in log.splitlines())
     events = EventAccumulator(str(run)).Reload()
     logged = [event.value for event in events.Scalars("eval/pseudo_accuracy")]

@@ -14,12 +14,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data import spec_for
-from allspark.data.base import Sample, worker_count
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views, normalize
+from allspark.data.datasets import spec_for
 from allspark.data.loaders import REPLACEMENTS, StepSampler, TrainLoader
+from allspark.data.spec import Sample
 from allspark.data.splits import Lists
-from allspark.data.worker_pool import make_loader
+from allspark.data.worker_pool import make_loader, worker_count
 from allspark.utils.errors import UserError
 
 VIEWS = Views(labeled="strong", strong=("strong", "strong"), cutmix=0.5)
@@ -314,7 +314,7 @@ def test_bad_samples_are_replaced_counted_and_named_once(lists):
     for path in paths:
         assert len([note for note in warnings if re.search(rf"{path.with_suffix('')}(_mask)?\.png", note)]) == 1
     summaries = [note for note in told if note not in warnings]
-    assert len(summaries) == 5 and f"{sum(train.bad.values())} samples were replaced" in summaries[-1]
+    assert len(summaries) == 5 and f"{sum(train.bad.values())} samples replaced" in summaries[-1]
     # 40 places of labeled samples, 3 of 5 of them bad, and what stands in may be bad again
     assert sum(train.bad.values()) > 24
 
@@ -362,7 +362,7 @@ def test_what_is_not_the_files_fault_is_not_skipped(lists, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(Image, "open", no_memory)
-    with pytest.raises(UserError, match="the machine has too little"):
+    with pytest.raises(UserError, match="the machine is out of resources"):
         epoch_of(loader(lists, on_bad_sample="skip"))
 
 
@@ -375,9 +375,9 @@ def test_error_is_the_default_and_names_the_choice(lists):
     ("options", "message"),
     [
         ({"batch_size": 3, "world_size": 2}, "batch_size: 3 .*2 processes"),
-        ({"batch_size": 12}, "11 unlabeled images make no step of batch_size 12.*epoch_of=labeled"),
-        ({"batch_size": 6, "epoch_of": "labeled"}, "5 labeled images make no step of batch_size 6"),
-        ({"views": Views(strong=("loud",))}, "'loud'; there are weak, strong"),
+        ({"batch_size": 12}, "11 unlabeled images are less than one batch of 12.*epoch_of=labeled"),
+        ({"batch_size": 6, "epoch_of": "labeled"}, "5 labeled images are less than one batch of 6"),
+        ({"views": Views(strong=("loud",))}, "'loud'; available: weak, strong"),
     ],
 )
 def test_impossible_requests_are_named(lists, options, message):

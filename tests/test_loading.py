@@ -15,9 +15,11 @@ import train
 from allspark import __main__ as verbs
 from allspark.build import build_method, complete
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe, load_config, to_plain
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import bit_palette, read_image, to_tensor
 from allspark.data.batch import normalize
+from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.image_io import read_image
+from allspark.data.spec import voc_palette
+from allspark.data.transforms import to_tensor
 from allspark.engine.checkpoint import save_checkpoint
 from allspark.inference import load_for_inference, training_crop
 from allspark.models.segmentor import build_model
@@ -110,7 +112,7 @@ def test_imported_weights_are_the_network(tmp_path, crop, bottleneck):
         assert torch.equal(loaded.model(picture).logits, model(picture).logits)
     assert not loaded.model.training
     assert (loaded.recipe, loaded.crop_size, loaded.spec.num_classes) == (None, crop, 4)
-    assert loaded.spec.palette == bit_palette(4) and loaded.inference().mode == "whole"
+    assert loaded.spec.palette == voc_palette(4) and loaded.inference().mode == "whole"
     assert loaded.meta == {"source": SOURCE, "sha256": file_digest(tmp_path / "imported.pth")}
 
 
@@ -136,7 +138,7 @@ def test_predict_of_imported_weights_with_and_without_a_data_set(imported, camvi
     for name, more in (("bare", ()), ("named", ("--dataset", "camvid"))):
         predict("--checkpoint", path, "--out", tmp_path / name, image, *more)
         np.testing.assert_array_equal(stored(tmp_path / name / "0.png"), classes_of(model, image))
-    for name, palette in (("bare", bit_palette(CAMVID)), ("named", DATASETS["camvid"].palette)):
+    for name, palette in (("bare", voc_palette(CAMVID)), ("named", DATASETS["camvid"].palette)):
         with Image.open(tmp_path / name / "0.png") as picture:
             assert picture.getpalette()[: 3 * CAMVID] == [value for color in palette for value in color]
 

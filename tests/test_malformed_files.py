@@ -17,8 +17,8 @@ import eval as eval_script
 import train
 from allspark import __main__ as verbs
 from allspark.config import load_config
-from allspark.data import spec_for
-from allspark.data.base import read_image, read_mask
+from allspark.data.datasets import spec_for
+from allspark.data.image_io import read_image, read_mask
 from allspark.engine.checkpoint import load_checkpoint
 from allspark.utils.errors import UserError, run_main
 from allspark.weights.loading import read_weights

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from allspark.data.splits import columns_of, read_list
+from allspark.data.splits import read_list, split_columns
 from allspark.split_lists import manifest
 from allspark.split_lists.layouts import LAYOUTS, complement
 from allspark.split_lists.manifest import (
     MANIFEST,
     SPLITS_ROOT,
-    Facts,
+    ListRecord,
     Verdict,
-    judge,
-    known_as,
+    compare,
     list_hash,
     load_manifest,
-    other_images,
+    name_clash,
+    published_name,
 )
 from allspark.utils.errors import UserError
 
@@ -41,7 +41,7 @@ def images(name: str) -> list[str]:
     path = SHARED / f"{name}.txt"
     if not path.is_file():
         pytest.skip(f"{path} is absent: no published lists beside the project")
-    return [columns_of(line)[0] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [split_columns(line)[0] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def shared(first: str, second: str) -> int:
@@ -51,7 +51,7 @@ def shared(first: str, second: str) -> int:
 @pytest.fixture
 def content() -> dict:
     """A small manifest, as plain values."""
-    source = {"repository": "somebody/lists", "revision": "0" * 40, "licence": "MIT"}
+    source = {"repository": "somebody/lists", "revision": "0" * 40, "license": "MIT"}
     facts = {"count": 1, "sha256": "1" * 64, "sorted": None}
     split = {"name": "pascal/7", "lists": {"labeled": facts}, "places": [{"source": "s", "path": "splits/7"}]}
     return {"sources": {"s": source}, "splits": [split]}
@@ -66,7 +66,7 @@ def load(content, tmp_path):
 def test_a_manifest_is_read(content, tmp_path):
     read = load(content, tmp_path)
     split, kind, facts = read.find("pascal/7/labeled")
-    assert (split.name, kind, facts) == ("pascal/7", "labeled", Facts(1, "1" * 64))
+    assert (split.name, kind, facts) == ("pascal/7", "labeled", ListRecord(1, "1" * 64))
     assert split.places[0].url("labeled") == (
         "https://raw.githubusercontent.com/somebody/lists/" + "0" * 40 + "/splits/7/labeled.txt"
     )
@@ -78,18 +78,18 @@ def test_a_manifest_is_read(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(more=1), r"unknown key 'more'; there are sources, splits"),
-        (lambda c: c.pop("splits"), "the key 'splits' is missing"),
-        (lambda c: c["sources"]["s"].update(revision="0324f3d"), r"sources.s.revision: '0324f3d' is no full commit"),
-        (lambda c: c["sources"]["s"].pop("licence"), r"sources.s: the key 'licence' is missing"),
-        (lambda c: c["splits"][0].update(traps="one"), r"splits\[0\].traps: 'one' is no list"),
-        (lambda c: c["splits"][0].update(name="../x"), r"splits\[0\]: '../x' is no name"),
-        (lambda c: c["splits"][0]["lists"].update({"../up": {"count": 1}}), "'../up' is no name"),
-        (lambda c: c["splits"][0]["lists"]["labeled"].update(sha256="12"), r"labeled.sha256: '12' is no SHA-256"),
-        (lambda c: c["splits"][0]["lists"]["labeled"].update(count="9"), r"lists.labeled.count: '9' is no int"),
+        (lambda c: c.update(more=1), r"unknown key 'more'; allowed: sources, splits"),
+        (lambda c: c.pop("splits"), "missing key 'splits'"),
+        (lambda c: c["sources"]["s"].update(revision="0324f3d"), r"sources.s.revision: '0324f3d' is not a full commit"),
+        (lambda c: c["sources"]["s"].pop("license"), r"sources.s: missing key 'license'"),
+        (lambda c: c["splits"][0].update(traps="one"), r"splits\[0\].traps: 'one' is not a list"),
+        (lambda c: c["splits"][0].update(name="../x"), r"splits\[0\]: '../x' is not a valid name"),
+        (lambda c: c["splits"][0]["lists"].update({"../up": {"count": 1}}), "'../up' is not a valid name"),
+        (lambda c: c["splits"][0]["lists"]["labeled"].update(sha256="12"), r"labeled.sha256: '12' is not a SHA-256"),
+        (lambda c: c["splits"][0]["lists"]["labeled"].update(count="9"), r"lists.labeled.count: '9' is not a int"),
         (lambda c: c["splits"][0]["lists"]["labeled"].update(hash="9"), r"lists.labeled: unknown key 'hash'"),
-        (lambda c: c["splits"][0]["places"].append({"source": "t", "path": "x"}), "there is no source 't'"),
-        (lambda c: c["splits"].append(dict(c["splits"][0])), "pascal/7 stands there twice"),
+        (lambda c: c["splits"][0]["places"].append({"source": "t", "path": "x"}), "unknown source 't'"),
+        (lambda c: c["splits"].append(dict(c["splits"][0])), "pascal/7 occurs twice"),
     ],
 )
 def test_what_is_wrong_in_a_manifest_is_named(content, tmp_path, change, message):
@@ -105,12 +105,12 @@ def test_what_is_no_manifest_is_refused(tmp_path, text):
 
 
 def test_judge_tells_order_from_images():
-    facts = Facts(3, list_hash("bac"), list_hash("abc"))
-    assert judge("bac", facts) is Verdict.IDENTICAL and judge("abc", facts) is Verdict.REORDERED
-    assert judge("ab", facts) is Verdict.COUNT and judge("abd", facts) is Verdict.OTHER
-    assert judge("xyz", Facts(3)) is Verdict.UNRECORDED and judge("xy", Facts(3)) is Verdict.COUNT
-    assert judge("cab", Facts(3, None, list_hash("abc"))) is Verdict.REORDERED
-    assert judge("cad", Facts(3, None, list_hash("abc"))) is Verdict.OTHER
+    facts = ListRecord(3, list_hash("bac"), list_hash("abc"))
+    assert compare("bac", facts) is Verdict.IDENTICAL and compare("abc", facts) is Verdict.REORDERED
+    assert compare("ab", facts) is Verdict.COUNT and compare("abd", facts) is Verdict.OTHER
+    assert compare("xyz", ListRecord(3)) is Verdict.UNRECORDED and compare("xy", ListRecord(3)) is Verdict.COUNT
+    assert compare("cab", ListRecord(3, None, list_hash("abc"))) is Verdict.REORDERED
+    assert compare("cad", ListRecord(3, None, list_hash("abc"))) is Verdict.OTHER
 
 
 def test_the_manifest_of_this_project():
@@ -128,28 +128,28 @@ def test_the_manifest_of_this_project():
 def test_a_hash_tells_whose_list_it_is():
     ours = load_manifest().splits["camvid/1_8"].lists["labeled"].sha256
     theirs = load_manifest().splits["pascal/1_8"].lists
-    assert known_as(ours) == "camvid/1_8 of this project"
-    assert known_as(theirs["labeled"].sha256) == "pascal/1_8 of LiheYoung/UniMatch"
-    assert known_as(theirs["unlabeled"].sha256, "pascal") == "pascal/1_8/unlabeled of LiheYoung/UniMatch"
-    assert known_as(theirs["labeled"].sha256, "coco") is None and known_as("0" * 64) is None
+    assert published_name(ours) == "camvid/1_8 of this project"
+    assert published_name(theirs["labeled"].sha256) == "pascal/1_8 of LiheYoung/UniMatch"
+    assert published_name(theirs["unlabeled"].sha256, "pascal") == "pascal/1_8/unlabeled of LiheYoung/UniMatch"
+    assert published_name(theirs["labeled"].sha256, "coco") is None and published_name("0" * 64) is None
 
 
 def test_a_published_name_on_other_images_is_a_warning():
     splits = load_manifest().splits
     published, u2pl = (splits[f"pascal/{name}"].lists["labeled"].sha256 for name in ("1_8", "u2pl_1_8"))
-    assert other_images("1_8", published, "pascal") is None
-    assert other_images("mine", "0" * 64, "pascal") is None and other_images("1_8", "0" * 64, "mine") is None
-    warning = other_images("1_8", u2pl, "pascal")
+    assert name_clash("1_8", published, "pascal") is None
+    assert name_clash("mine", "0" * 64, "pascal") is None and name_clash("1_8", "0" * 64, "mine") is None
+    warning = name_clash("1_8", u2pl, "pascal")
     assert f"sha256 {u2pl[:12]}, that of pascal/u2pl_1_8 of Haochen-Wang409/U2PL" in warning
     assert f"published: {published[:12]}" in warning and "split 1_8" in warning
-    assert other_images("u2pl_1_2", "0" * 64, "pascal") is None  # nobody knows its hash
+    assert name_clash("u2pl_1_2", "0" * 64, "pascal") is None  # nobody knows its hash
 
 
 def test_our_own_lists_are_those_of_the_manifest():
     for name in ("camvid", "shapes"):
         for split, kind, facts in load_manifest().all_lists(name):
             listed = read_list(SPLITS_ROOT / f"{split.list_name(kind)}.txt", Path())
-            assert judge([sample.image.as_posix() for sample in listed], facts) is Verdict.IDENTICAL
+            assert compare([sample.image.as_posix() for sample in listed], facts) is Verdict.IDENTICAL
 
 
 def test_no_published_list_lies_in_the_repository():
@@ -178,7 +178,7 @@ def test_every_half_completes_the_same_training_images():
         assert len(splits) >= 5 and all(half == whole for half in halves) and len(whole) == TRAIN[folder]
         assert not whole & set(images(f"{folder}/val"))
         facts = load_manifest().splits[folder].lists[LAYOUTS[folder].train]
-        assert judge(sorted(whole), facts) is Verdict.IDENTICAL
+        assert compare(sorted(whole), facts) is Verdict.IDENTICAL
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_hashes_of_the_manifest_are_those_of_the_published_lists():
     for split, kind, facts in load_manifest().all_lists():
         if facts.sha256 and split.places and not facts.derived and (SHARED / split.name).is_dir():
             name = split.list_name(kind)
-            assert judge(images(name), facts) is Verdict.IDENTICAL, name
+            assert compare(images(name), facts) is Verdict.IDENTICAL, name
             assert list_hash(sorted(images(name))) == facts.sorted and len(images(name)) == facts.count
         elif split.places:
             missing.append(split.list_name(kind))
@@ -238,5 +238,5 @@ def test_which_unlabeled_lists_are_the_complement_in_order():
     """So that what `splits build` says of them is known: blended VOC lists identical, the others reordered."""
     for split in LABELED["pascal"]:
         derived = complement(images("pascal/train_aug"), images(f"pascal/{split}/labeled"))
-        verdict = judge(derived, manifest.load_manifest().splits[f"pascal/{split}"].lists["unlabeled"])
+        verdict = compare(derived, manifest.load_manifest().splits[f"pascal/{split}"].lists["unlabeled"])
         assert verdict is (Verdict.IDENTICAL if split.startswith("1_") else Verdict.REORDERED), split

@@ -9,10 +9,9 @@ import torch
 
 from allspark.build import build_loader, build_method, complete
 from allspark.config import BottleneckConfig, ModelConfig, bind_options, load_recipe
-from allspark.data import DATASETS
-from allspark.data.base import Sample
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
-from allspark.data.datasets import shapes
+from allspark.data.datasets import DATASETS, shapes
+from allspark.data.spec import Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy

@@ -35,7 +35,7 @@ def test_scores_equal_intersection_over_union():
     prediction, mask = random_pair(5, 4, 255)
     confusion = ConfusionMatrix(4, 255)
     confusion.update(prediction, mask)
-    scores = confusion.scores(num_images=2)
+    scores = confusion.result(num_images=2)
     seen = (mask != 255).numpy()
     truth, guess = mask.numpy()[seen], prediction.numpy()[seen]
     iou = [100 * ((truth == k) & (guess == k)).sum() / ((truth == k) | (guess == k)).sum() for k in range(4)]
@@ -49,10 +49,10 @@ def test_absent_class_is_nan_or_zero():
     """Class 2 is nowhere; class 1 is predicted but not there, which is a real 0."""
     confusion = ConfusionMatrix(3, 255)
     confusion.update(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 0]))
-    scores = confusion.scores(1)
+    scores = confusion.result(1)
     assert scores.iou[:2] == (75.0, 0.0) and math.isnan(scores.iou[2])
     assert scores.miou == 37.5
-    released = confusion.scores(1, absent_as_zero=True)
+    released = confusion.result(1, absent_as_zero=True)
     assert released.iou == (75.0, 0.0, 0.0) and released.miou == 25.0
 
 
@@ -60,7 +60,7 @@ def test_ignored_pixels_alone_give_nan():
     confusion = ConfusionMatrix(3, 255)
     confusion.update(torch.tensor([0, 1]), torch.tensor([255, 255]))
     assert confusion.matrix.sum() == 0
-    assert math.isnan(confusion.scores(1).miou)
+    assert math.isnan(confusion.result(1).miou)
 
 
 def test_mask_value_without_class_is_not_counted_silently():
@@ -71,7 +71,7 @@ def test_mask_value_without_class_is_not_counted_silently():
 def test_table_and_json_hold_every_class():
     confusion = ConfusionMatrix(3, 255)
     confusion.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
-    scores = confusion.scores(1)
+    scores = confusion.result(1)
     classes = ("sky", "traffic light", "boat")
     table = format_table(scores, classes)
     assert len({line.index("50.00") for line in table.splitlines() if "50.00" in line}) == 1  # columns line up

@@ -160,7 +160,7 @@ def test_fine_tuning_needs_its_decoder(theirs, tmp_path):
     with pytest.raises(UserError, match=r"does not fit this model.*decoder\.linears.*decoder and decoder_channels"):
         init_from(build_model(cfg, 3, 65), tmp_path / "segformer.pth")
     model = build_model(replace(cfg, decoder="mlp_bn"), 3, 65)
-    assert "fresh: decoder.classifier" in init_from(model, tmp_path / "segformer.pth")
+    assert "newly initialized: decoder.classifier" in init_from(model, tmp_path / "segformer.pth")
     assert torch.equal(model.decoder.fuse.conv.weight, theirs.decode_head.fusion_conv["conv"].weight)
 
 

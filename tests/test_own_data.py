@@ -14,9 +14,10 @@ from test_methods import ENCODERS
 import train
 from allspark.__main__ import main
 from allspark.config import CustomDataConfig, load_config
-from allspark.data import spec_for, survey
-from allspark.data.base import read_mask
+from allspark.data import audit
+from allspark.data.datasets import spec_for
 from allspark.data.datasets.custom import make_spec
+from allspark.data.image_io import read_mask
 from allspark.data.splits import read_list, resolve
 from allspark.utils.errors import UserError, run_main
 
@@ -69,7 +70,7 @@ def test_everything_that_is_wrong_is_told_at_once(check, place):
     told = [
         r"masks/labeled/labeled1\.png: does not exist \(labeled\)",
         r"images/labeled/labeled0\.png: truncated",
-        r"masks/val/val0\.png is 79 x 64; make the mask again",
+        r"masks/val/val0\.png is 79 x 64; create the mask again",
         r"images/unlabeled/unlabeled3\.png: truncated or not an image",
         r"labeled2\.png: illegal mask values 7 \(\d+ pixels\).*tiny has classes 0\.\.2.*hold 0 \(\d+\.\d+%\), 1 ",
         r"/no/weights\.pth: no such weight file",
@@ -78,7 +79,9 @@ def test_everything_that_is_wrong_is_told_at_once(check, place):
     for line, words in zip(problems, told, strict=True):
         assert re.search(words, line), line
     (copied,) = (line for line in out if "have a copy" in line)
-    assert re.search(r"WARNING: 1 labeled images have a copy among the val ones.*/labeled3\.png = .*/val1\.png", copied)
+    assert re.search(
+        r"WARNING: 1 labeled images have a copy among the val images.*/labeled3\.png = .*/val1\.png", copied
+    )
 
 
 def test_a_data_set_without_fault(check, place):
@@ -117,8 +120,8 @@ SPEC = make_spec("tiny", CustomDataConfig(classes=("ground", "left", "right")))
 
 
 def offered(message, key):
-    """The map that the message says should be put into the recipe."""
-    return yaml.safe_load(re.search(rf"put into the recipe: data\.custom\.{key}: (\{{.*\}})", message)[1])
+    """The map that the message says should be add to the config."""
+    return yaml.safe_load(re.search(rf"add to the config: data\.custom\.{key}: (\{{.*\}})", message)[1])
 
 
 def test_masks_of_0_and_255_are_told_with_the_map_to_put_into_the_recipe(check, place):
@@ -154,17 +157,17 @@ def test_masks_in_colours_are_told_with_the_map_and_read_by_it(check, place):
         np.testing.assert_array_equal(read_mask(path, spec), mask)
     rewrite(masks_of(place.root)[0], lambda mask: np.where(mask == 90, 91, mask))
     assert re.search(
-        r"illegal mask colours 0,91,0 \(\d+ pixels\); data.custom.color_map names 0,0,0", check(words, "--data-only")[2]
+        r"illegal mask colors 0,91,0 \(\d+ pixels\); data.custom.color_map lists 0,0,0", check(words, "--data-only")[2]
     )
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"color_map": {"0,0,0": 0}, "value_map": {0: 0}}, "leave one out"),
-        ({"color_map": {}}, "names no colour"),
-        ({"color_map": {"0,0": 0}}, '"0,0" is not a colour'),
-        ({"color_map": {"0,0,256": 0}}, '"0,0,256" is not a colour'),
+        ({"color_map": {"0,0,0": 0}, "value_map": {0: 0}}, "both value_map and color_map"),
+        ({"color_map": {}}, "color_map: empty"),
+        ({"color_map": {"0,0": 0}}, '"0,0" is not a color'),
+        ({"color_map": {"0,0,256": 0}}, '"0,0,256" is not a color'),
         ({"color_map": {"1,2,3": 2}}, '"1,2,3": 2 is neither a class index 0..1 nor ignore_index 255'),
     ],
 )
@@ -187,14 +190,14 @@ def test_a_color_map_that_cannot_be(options, told):
     ],
 )
 def test_which_map_is_offered(values, classes, found):
-    assert survey.guessed_map(list(values), classes, colored=False) == found
+    assert audit.guess_map(list(values), classes, colored=False) == found
 
 
 def test_masks_that_were_saved_with_loss(check, place):
     for path in masks_of(place.root):
         rewrite(path, lambda mask: np.arange(mask.size, dtype=np.uint8).reshape(mask.shape))
     code, _, err = check("--data-only")
-    assert code == 2 and "and 248 more" in err and "come from JPEG" in err and "put into the recipe" not in err
+    assert code == 2 and "and 248 more" in err and "come from JPEG" in err and "add to the config" not in err
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".PNG"])
@@ -228,8 +231,8 @@ def test_masks_of_photos_as_they_were_stored(check, place):
         exif[0x0112] = 6
         image.save(file, exif=exif)
     code, _, told = check("--data-only")
-    assert code == 2 and "labeled0.png is 64 x 80, " in told and "turned by its EXIF orientation" in told
-    with pytest.raises(UserError, match="turned by its EXIF orientation and the mask is not: turn the mask, too"):
+    assert code == 2 and "labeled0.png is 64 x 80, " in told and "rotated by its EXIF orientation" in told
+    with pytest.raises(UserError, match="rotated by its EXIF orientation and the mask is not: rotate the mask"):
         train.main(place.train())
 
 
@@ -251,8 +254,8 @@ def test_allspark_without_its_bottleneck_is_self_training(check):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("{}.jpg", "there is labeled0.jpg, which may hold other values than were painted: save masks as PNG"),
-        ("{}_mask.png", "there is labeled0_mask.png: a mask in a folder has its image's name"),
+        ("{}.jpg", "found labeled0.jpg, whose format may have changed the values: save masks as PNG"),
+        ("{}_mask.png", "found labeled0_mask.png: a mask must have its image's name"),
         ("other_{}.png", "; correct the list, data.custom or data_root"),
     ],
 )
@@ -320,4 +323,4 @@ def test_images_without_a_mask_are_unlabeled_in_every_split(place, capsys, tmp_p
     for path in masks_of(place.root):
         rewrite(path, lambda mask: np.where(mask == 1, 255, 0).astype(np.uint8))
     assert run_main(main, [*map(str, make), "--sizes", "1", "--out", str(tmp_path / "none")]) == 2
-    assert re.search("one of 3 classes at most, and ignored pixels.*allspark check", capsys.readouterr().err)
+    assert re.search("at most one of 3 classes, and ignored pixels.*allspark check", capsys.readouterr().err)

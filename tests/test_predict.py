@@ -14,14 +14,15 @@ from PIL import Image
 from allspark import __main__ as verbs
 from allspark.cli import predict as verb
 from allspark.cli.predict import batches, find_images
-from allspark.data.base import read_image, to_tensor
 from allspark.data.batch import normalize
-from allspark.evaluation.sliding_window import Inference, class_prob
+from allspark.data.image_io import read_image
+from allspark.data.transforms import to_tensor
+from allspark.evaluation.sliding_window import Inference, average_views
 from allspark.inference import load_for_inference
 from allspark.memory_estimate import MemoryCounter
 from allspark.utils.errors import UserError, run_main
 from allspark.visualization import video
-from allspark.visualization.pictures import colorize, is_ours, overlay, save_image, save_pixels
+from allspark.visualization.pictures import colorize, is_own_file, overlay, save_image, save_pixels
 
 KINDS = ("", "_color", "_overlay", "_confidence")
 SIZES = {"a": (64, 80), "b": (70, 45), "c": (64, 80), "d": (33, 96), "e": (64, 80)}  # height, width
@@ -85,7 +86,7 @@ def test_mode_scales_and_flip_reach_the_model(predict, photos, finished):
     out = predict(photos / "a.png", "--mode", "sliding_window", "--scales", "0.75,1", "--flip")
     loaded = load_for_inference(finished.run / "best.pth", torch.device("cpu"))
     image = normalize(to_tensor(read_image(photos / "a.png")))[None]
-    prob = class_prob(loaded.model, image, Inference("sliding_window", 65, (0.75, 1.0), True))[0]
+    prob = average_views(loaded.model, image, Inference("sliding_window", 65, (0.75, 1.0), True))[0]
     np.testing.assert_array_equal(stored(out / "a.png"), prob.argmax(0))
     assert np.abs(stored(out / "a_confidence.png") - 255 * prob.max(0).values.numpy()).max() < 0.51
     cropped = predict(photos / "a.png", "--mode", "center_crop", out="crop")
@@ -183,7 +184,7 @@ def test_no_mask_is_written_over(predict, photos, tmp_path):
     before = (masks / "b.png").read_bytes()
     (tmp_path / "list.txt").write_text("photos/b.png masks/b.png\n")
     for words in ((tmp_path / "list.txt",), (photos,), (photos / "b.png", "--index-only")):
-        with pytest.raises(UserError, match=r"masks/[ab]\.png: is there already, and no prediction"):
+        with pytest.raises(UserError, match=r"masks/[ab]\.png: exists and was not written by this program"):
             predict(*words, out="masks")
     assert (masks / "b.png").read_bytes() == before and files(masks) == ["a.png", "b.png"]
     assert files(predict(photos / "c.png", "--index-only", out="masks")) == ["a.png", "b.png", "c.png"]
@@ -193,7 +194,7 @@ def test_no_mask_is_written_over(predict, photos, tmp_path):
 def test_a_name_too_long_is_told_before_the_work(predict, photos, tmp_path):
     stem = "写" * 81  # 243 bytes
     (photos / "b.png").rename(photos / f"{stem}.png")
-    with pytest.raises(UserError, match="写_confidence.png: no file may have so long a name"):
+    with pytest.raises(UserError, match="写_confidence.png: the file name is too long"):
         predict(photos)
     assert not files(tmp_path / "out")
     assert files(predict(photos, "--index-only"))[-1] == f"{stem}.png"
@@ -207,7 +208,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         save_image(Image.new("CMYK", (4, 4)), path)  # which PNG cannot hold: the write dies behind the file's opening
     assert files(tmp_path) == ["new/picture.png"] and (stored(path) == 7).all()
     save_image(Image.new("1", (18000, 10000)), path)  # more than Pillow opens unasked
-    assert is_ours(path)
+    assert is_own_file(path)
 
 
 def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_path, capsys, finished):
@@ -232,8 +233,8 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
         (("{photos}/*.jpg",), r"\*\.jpg: no images there"),
         (("{photos}/empty",), "empty: no images there"),
         (("{photos}", "--out", "{photos}"), "photos: no images there.*--out"),
-        (("{photos}/a.png", "--out", "{photos}"), r"photos/a\.png.*part of the data"),
-        (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be made"),
+        (("{photos}/a.png", "--out", "{photos}"), r"photos/a\.png.*part of the input"),
+        (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be created"),
         (("{photos}/like_color",), r"f_color\.png: both .*f\.png and .*f_color\.png"),
         (("{photos}/missing.txt",), r"missing\.txt line 2: .*gone\.png does not exist.*without --data-root"),
         (("{photos}/nothing.txt",), r"nothing\.txt: this list names no image"),
@@ -343,7 +344,7 @@ def test_the_frames_of_a_video(predict, clip, photos, capsys):
     names = [f"clip/00000{number}" for number in (0, 4, 8)]
     assert files(out) == sorted(f"{name}{kind}.png" for name in ("a", *names) for kind in KINDS)
     assert "1 of 1 images and 3 frames of 1 video(s) predicted" in capsys.readouterr().out
-    decoded = dict(video.frames(clip, 4))
+    decoded = dict(video.read_frames(clip, 4))
     assert sorted(decoded) == [0, 4, 8]
     assert decoded[8][30, 74, 0] > 200 > 90 > decoded[8][30, 20, 0], "red first, and each frame its own"
     for number, frame in decoded.items():
@@ -357,7 +358,7 @@ def test_a_video_that_is_cut_short_is_told(predict, clip, photos, tmp_path, capf
     whole = clip.read_bytes()
     clip.write_bytes(whole[: len(whole) * 7 // 10])
     (tmp_path / "text.mp4").write_text("#EXTM3U\nhttp://127.0.0.1:9/x.ts\n")
-    with pytest.raises(UserError, match=r"clip\.avi: \d frames can be read, its header speaks of.*1 more, above"):
+    with pytest.raises(UserError, match=r"clip\.avi: \d frames can be read, its header states.*1 more, above"):
         predict(clip, tmp_path / "text.mp4", photos / "a.png", "--index-only")
     assert "text.mp4" in capfd.readouterr().err
     assert (tmp_path / "out/a.png").is_file() and (tmp_path / "out/clip/000001.png").is_file()
@@ -376,7 +377,7 @@ def test_a_video_stands_upright(tmp_path):
     content = bytearray(path.read_bytes())
     struct.pack_into(">9i", content, content.index(b"tkhd") + 44, 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
     path.write_bytes(content)
-    shown = next(video.frames(path))[1]
+    shown = next(video.read_frames(path))[1]
     assert shown.shape == (96, 64, 3) and np.abs(shown.astype(int) - np.rot90(frame, -1)).mean() < 5
 
 
@@ -390,7 +391,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
         shutil.copy(photos / "a.png", folder / "a.png")
     with pytest.raises(UserError, match=r"clip: both .*clip/a\.png and the frames of .*clip\.avi"):
         predict(clip, tmp_path / "clip" / "a.png", tmp_path / "photos" / "a.png", out="not")
-    with pytest.raises(UserError, match="clip: this folder holds other pictures"):
+    with pytest.raises(UserError, match="clip: this folder contains other images"):
         predict(clip, out="photos")
     assert find_images([str(tmp_path / "*")], tmp_path / "out", None) == [clip, clip.with_suffix(".mkv")]
     with pytest.raises(UserError, match="name a video itself"):

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.data import DATASETS
-from allspark.data.base import read_pair
+from allspark.data.datasets import DATASETS
+from allspark.data.image_io import read_pair
 from allspark.data.splits import read_list
-from allspark.prepare.jobs import TEMPORARY, Task, remove_temporaries, run
+from allspark.prepare.jobs import SUFFIX, Task, remove_temporaries, run_tasks
 from allspark.utils.errors import UserError, run_main
 
 REPO = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_whole_data_set_by_several_processes(tutorial, tmp_path, capsys):
     out = tmp_path / "out"
     prepare("camvid", "--from", archive, "--out", out, "--workers", 2)
     told = capsys.readouterr().out
-    assert "train 367, val 101, test 233 images; 1402 files made, 0 were there" in told
+    assert "train 367, val 101, test 233 images; 1402 files written, 0 existed" in told
     assert "prepare camvid: 1402 of 1402 files" in told
     assert f"next: python -m allspark check --dataset camvid --method allspark --split 1_8 data_root={out}" in told
     for listed in ("val", "1_8/labeled", "1_8/unlabeled"):  # the project's own lists
@@ -67,7 +67,7 @@ def test_a_second_run_does_nothing_and_needs_no_archive(tutorial, tmp_path, caps
     kept = archive.read_bytes()
     archive.unlink()
     prepare("camvid", *words)
-    assert "prepared already; --force makes it again" in capsys.readouterr().out
+    assert "already prepared; --force prepares it again" in capsys.readouterr().out
     assert ages(tmp_path / "out") == before
 
     lost = tmp_path / "out/labels/val/0016E5_07959.png"
@@ -76,7 +76,7 @@ def test_a_second_run_does_nothing_and_needs_no_archive(tutorial, tmp_path, caps
     emptied.write_bytes(b"")
     archive.write_bytes(kept)
     prepare("camvid", *words)
-    assert "2 files made, 1400 were there" in capsys.readouterr().out
+    assert "2 files written, 1400 existed" in capsys.readouterr().out
     after = ages(tmp_path / "out")
     assert {path for path in after if after[path] != before[path]} == {lost, emptied, tmp_path / "out/prepared.json"}
     assert Image.open(emptied).size == (8, 6)
@@ -91,10 +91,10 @@ def test_force_alone_overwrites(tmp_path, capsys):
     mine.write_bytes(b"mine")
     prepare("camvid", *words)
     assert mine.read_bytes() == b"mine"
-    assert "5 files made, 1 were there" in capsys.readouterr().out
+    assert "5 files written, 1 existed" in capsys.readouterr().out
     prepare("camvid", *words, "--force")
     assert mine.read_bytes() != b"mine"
-    assert "6 files made, 0 were there" in capsys.readouterr().out
+    assert "6 files written, 0 existed" in capsys.readouterr().out
 
 
 def test_files_of_a_folder_are_linked_and_never_written_through(tmp_path):
@@ -109,7 +109,7 @@ def test_files_of_a_folder_are_linked_and_never_written_through(tmp_path):
     prepare("cityscapes", *words, "--force")
     assert files_of(root) == before
     assert (tmp_path / "out" / image).read_bytes() == before[image]
-    assert not list((tmp_path / "out").rglob(f"*{TEMPORARY}"))
+    assert not list((tmp_path / "out").rglob(f"*{SUFFIX}"))
 
 
 def wait_until(condition, process, seconds=60):
@@ -141,7 +141,7 @@ def test_stopped_in_the_middle(tutorial, tmp_path, start_process, how):
     done = ages(out)
     assert 3 < sum(not path.name.startswith(".") for path in done) < 1402
     assert not (out / "prepared.json").exists()
-    (out / f"labels/train/.0001TP_006690.png.1{TEMPORARY}").write_bytes(b"half of a fi")
+    (out / f"labels/train/.0001TP_006690.png.1{SUFFIX}").write_bytes(b"half of a fi")
 
     prepare("camvid", "--from", tutorial[0], "--out", out, "--workers", 1)
     whole = ages(out)
@@ -165,9 +165,9 @@ def greet(content, name):
 def test_a_worker_that_dies(tmp_path):
     tasks = [Task(tmp_path / str(number), "x", b"you", greet) for number in range(30)]
     tasks.insert(20, Task(tmp_path / "last", "x", b"", die))
-    with pytest.raises(UserError, match=r"a worker process died.*smaller --workers"):
-        run(tasks, len(tasks), 2, "work")
-    run(tasks[:20] + tasks[21:], 30, 2, "work")
+    with pytest.raises(UserError, match=r"a worker process died.*fewer --workers"):
+        run_tasks(tasks, len(tasks), 2, "work")
+    run_tasks(tasks[:20] + tasks[21:], 30, 2, "work")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {str(n): b"hello you" for n in range(30)}
 
 
@@ -180,13 +180,13 @@ def test_content_is_not_read_ahead_of_the_workers(tmp_path):
             taken.append(len(list(tmp_path.iterdir())))
             yield Task(tmp_path / f"{number:03d}", "x", b"", greet)
 
-    run(tasks(), 200, 2, "work")
+    run_tasks(tasks(), 200, 2, "work")
     ahead = [number - done for number, done in enumerate(taken)]
     assert max(ahead) <= 2 * 4 + 2
 
 
 def test_left_over_files_of_others_stay(tmp_path):
-    for name in (f".a.png.77{TEMPORARY}", "VOCtrainval.tar.part", ".hidden", "b.png"):
+    for name in (f".a.png.77{SUFFIX}", "VOCtrainval.tar.part", ".hidden", "b.png"):
         (tmp_path / name).write_bytes(b"")
     remove_temporaries([tmp_path, tmp_path / "nowhere"])
     assert {path.name for path in tmp_path.iterdir()} == {"VOCtrainval.tar.part", ".hidden", "b.png"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from allspark.__main__ import main
-from allspark.prepare.jobs import TEMPORARY
+from allspark.prepare.jobs import SUFFIX
 from allspark.utils.errors import run_main
 
 REPO = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ def test_a_disk_that_fills_up(small_disk, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(REPO)))
     told = [line for line in result.stderr.splitlines() if line]
     assert len(told) == 1, told
-    assert "cannot be written (the disk is full); make room" in told[0]
+    assert "cannot be written (the disk is full); free disk space" in told[0]
     lines = [line for line in result.stdout.splitlines() if not line.startswith(("prepare coco:", "next:"))]
     assert lines[:2] == ["exit 2", "0"]
     assert 0 < int(lines[2]) < 20
@@ -84,7 +84,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(small_disk, tmp_pat
     words = [*PREPARE, "camvid", "--from", source, "--out", small_disk / "out", "--allow-partial"]
     command = in_small_disk(small_disk, 200, ["sh", "-c", f'cd "{small_disk}"; {script}', "sh", *words])
     result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(REPO)))
-    assert "GiB are to be written, 0.00 GiB are free; make room" in result.stderr
+    assert "GiB will be written, 0.00 GiB are free; free disk space" in result.stderr
     assert result.stdout.split() == ["exit", "2", "0"]
 
 
@@ -110,7 +110,7 @@ def test_a_file_that_cannot_grow(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     told = capsys.readouterr().err
     assert "cannot be written (the disk is full)" in told
-    assert not list((tmp_path / "out").rglob(f"*{TEMPORARY}"))
+    assert not list((tmp_path / "out").rglob(f"*{SUFFIX}"))
     main(words)
     assert len(ages(tmp_path / "out")) == 8
 

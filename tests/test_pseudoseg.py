@@ -11,8 +11,8 @@ from test_methods import CLASSES, CROP, FIRST, make_model, quiet_model, random_b
 
 from allspark.build import build_method, complete
 from allspark.config import ModelConfig, load_recipe
-from allspark.data import spec_for
 from allspark.data.batch import LabeledBatch
+from allspark.data.datasets import spec_for
 from allspark.data.transforms import PHOTOMETRIC
 from allspark.losses import CrossEntropy, consistency_loss
 from allspark.methods.pseudoseg import PseudoSeg, cut_out, fuse

@@ -60,8 +60,8 @@ def test_lists_as_they_were_published_are_identical(own, capsys):
     out = capsys.readouterr().out.splitlines()
     there = {line.split()[1]: line for line in out if not line.startswith("absent")}
     assert len(there) == 12 and sum(line.startswith("identical") for line in there.values()) == 10
-    assert there["shapes/mine"].startswith("unknown") and there["shapes/mine"].endswith("in no manifest")
-    assert "has the images of shapes/val of this project" in there["shapes/copy"]
+    assert there["shapes/mine"].startswith("unknown") and there["shapes/mine"].endswith("not in the manifest")
+    assert "same images as shapes/val of this project" in there["shapes/copy"]
     assert out[-1].startswith("absent: pascal/val, pascal/train_aug, pascal/92, ") and "shapes" not in out[-1]
     splits("verify", "--from", own, "--dataset", "shapes")
     assert "pascal" not in capsys.readouterr().out
@@ -74,7 +74,7 @@ def swapped(old):
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (swapped, "same images in another order"),
+        (swapped, "same images in a different order"),
         (
             lambda old: ["images/train/9999.png labels/train/9999.png", *old[1:]],
             "1 lines differ, first .*line 1: .*9999",
@@ -87,7 +87,7 @@ def swapped(old):
 )
 def test_what_differs_is_told(own, capsys, edit, told):
     change(own / "shapes" / "1_8" / "labeled.txt", edit)
-    with pytest.raises(UserError, match=r"1 of 10 lists are not what was published: shapes/1_8/labeled; .*--force"):
+    with pytest.raises(UserError, match=r"1 of 10 lists differ from the published ones: shapes/1_8/labeled; .*--force"):
         splits("verify", "--from", own)
     wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DIFFERS")]
     assert len(wrong) == 1 and wrong[0].split()[1] == "shapes/1_8/labeled"
@@ -112,7 +112,7 @@ def test_verify_through_a_real_process(own, fork_process):
     change(own / "shapes" / "val.txt", swapped)
     process = fork_process(["-m", "allspark", "splits", "verify", "--from", own])
     out, error = process.communicate(timeout=240)
-    assert process.returncode == 2 and "same images in another order" in out and error.count("\n") == 1
+    assert process.returncode == 2 and "same images in a different order" in out and error.count("\n") == 1
 
 
 @needs_shared
@@ -124,10 +124,10 @@ def test_the_published_lists_verify(tmp_path, capsys):
     change(tmp_path / "copy" / "coco" / "1_512" / "labeled.txt", lambda old: [*old[:-1], "train2017/1.jpg masks/1.png"])
     path = tmp_path / "copy" / "cityscapes" / "1_16" / "labeled.txt"
     change(path, lambda old: [old[0].replace("_labelTrainIds", "_color"), *old[1:]])
-    with pytest.raises(UserError, match="2 of 45 lists are not .*: cityscapes/1_16/labeled, coco/1_512/labeled"):
+    with pytest.raises(UserError, match="2 of 45 lists differ .*: cityscapes/1_16/labeled, coco/1_512/labeled"):
         splits("verify", "--from", tmp_path / "copy")
     out = capsys.readouterr().out
-    assert "the mask is gtFine" in out and "other images" in out
+    assert "the mask is gtFine" in out and "different images" in out
 
 
 # fetch
@@ -143,7 +143,7 @@ def manifest(tmp_path, monkeypatch):
     rest = [i for i in TRAIN if i not in LABELED]
     places = [{"source": name, "path": f"{name}/3"} for name in ("first", "second")]
     content = {
-        "sources": {n: {"repository": f"x/{n}", "revision": "1" * 40, "licence": "MIT"} for n in ("first", "second")},
+        "sources": {n: {"repository": f"x/{n}", "revision": "1" * 40, "license": "MIT"} for n in ("first", "second")},
         "splits": [
             {"name": "pascal", "lists": {"val": facts(voc(VAL)), "train_aug": {**facts(voc(TRAIN)), "derived": True}}}
             | {"places": [{"source": "first", "path": "first"}]},
@@ -205,7 +205,7 @@ def test_lists_are_fetched_verified_and_written_as_pairs(manifest, server, tmp_p
     assert sorted(path.name for path in out.rglob("*.*")) == ["labeled.txt", "unlabeled.txt", "val.txt"]
     server.asked.clear()
     splits("fetch", "--dataset", "pascal", "--from", server.url, "--out", out)
-    assert capsys.readouterr().out.count("there already") == 3 and not server.asked
+    assert capsys.readouterr().out.count("already exists") == 3 and not server.asked
 
 
 def test_a_list_that_is_not_the_published_one_is_not_put_in_place(manifest, server, tmp_path):
@@ -215,8 +215,8 @@ def test_a_list_that_is_not_the_published_one_is_not_put_in_place(manifest, serv
     with pytest.raises(UserError) as caught:
         splits(*words, "--out", out)
     message = str(caught.value)
-    assert "pascal/3/labeled: no place has the published list" in message and not list(out.rglob("*.txt"))
-    assert "first/3/labeled.txt: is not the published list: other images (3 lines" in message
+    assert "pascal/3/labeled: no source has the published list" in message and not list(out.rglob("*.txt"))
+    assert "first/3/labeled.txt: it is not the published list: different images (3 lines" in message
     assert "pascal/3/labeled.txt: HTTP status 404" in message and "--from DIR" in message
     server.files["/base/second/3/labeled.txt"] = "\n".join(LABELED)  # the next place is asked when the first is wrong
     splits(*words, "--out", out)
@@ -227,7 +227,7 @@ def test_a_list_that_is_not_the_published_one_is_not_put_in_place(manifest, serv
 def test_what_no_hash_vouches_for_must_be_plain(manifest, server, tmp_path, bad):
     rest = voc(i for i in TRAIN if i not in LABELED)
     server.files["/base/second/3/unlabeled.txt"] = "\n".join([*rest[:4], bad if bad not in rest else rest[1]])
-    with pytest.raises(UserError, match="unlabeled.txt: is not the published list"):
+    with pytest.raises(UserError, match="unlabeled.txt: it is not the published list"):
         splits("fetch", "--dataset", "pascal", "--split", "3", "--from", server.url, "--out", tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_nothing_is_overwritten_without_force(manifest, server, tmp_path, capsys
     path.parent.mkdir(parents=True)
     path.write_text("my own\n")
     words = ["fetch", "--dataset", "pascal", "--from", server.url, "--out", tmp_path]
-    with pytest.raises(UserError, match="labeled.txt is there and is not the published list.*--force"):
+    with pytest.raises(UserError, match="labeled.txt exists and is not the published list.*--force"):
         splits(*words)
     assert path.read_text() == "my own\n" and not server.asked and not (tmp_path / "pascal" / "val.txt").exists()
     splits(*words, "--force")
@@ -255,13 +255,13 @@ def test_a_checkout_gives_what_it_holds(manifest, tmp_path, capsys):
     words = ["fetch", "--dataset", "pascal", "--out", tmp_path / "out", "--from"]
     splits(*words, tmp_path / "checkout")
     assert capsys.readouterr().out.count("\n") == 1 and (tmp_path / "out" / "pascal" / "3" / "labeled.txt").is_file()
-    with pytest.raises(UserError, match="val.txt: there is no such file"):
+    with pytest.raises(UserError, match="val.txt: no such file"):
         splits(*words, tmp_path / "checkout", "--split", "val")
-    with pytest.raises(UserError, match="holds no published list of pascal"):
+    with pytest.raises(UserError, match="contains no published list of pascal"):
         splits(*words, tmp_path / "out" / "pascal" / "3")
     with pytest.raises(UserError, match="nope: no such folder"):
         splits(*words, "nope")
-    with pytest.raises(UserError, match="--split 1_3: not known to be published for pascal; there are val, 3"):
+    with pytest.raises(UserError, match="--split 1_3: not published for pascal; available: val, 3"):
         splits(*words, tmp_path / "checkout", "--split", "1_3")
 
 
@@ -272,7 +272,7 @@ def test_unencrypted_addresses_are_refused(manifest, tmp_path):
 
 def test_data_sets_of_our_own_are_not_fetched():
     for name in ("camvid", "shapes"):
-        with pytest.raises(UserError, match=f"--dataset {name}: its lists are not published elsewhere"):
+        with pytest.raises(UserError, match=f"--dataset {name}: its lists are this project's own"):
             splits("fetch", "--dataset", name)
         with pytest.raises(UserError, match=f"this project's own, in splits/{name}"):
             splits("build", "--dataset", name, "--data-root", "nowhere")
@@ -320,9 +320,9 @@ def test_build_derives_what_the_data_gives(manifest, tmp_path, capsys):
         pairs = [f"JPEGImages/{i}.jpg SegmentationClass/{i}.png" for i in ids]
         assert lines(out / "pascal" / f"{name}.txt") == pairs
     splits(*words)
-    assert capsys.readouterr().out.count("there already") == 5
+    assert capsys.readouterr().out.count("already exists") == 5
     (out / "pascal" / "1464" / "unlabeled.txt").write_text("a b\n")
-    with pytest.raises(UserError, match="1464/unlabeled.txt is there and holds other images.*--force"):
+    with pytest.raises(UserError, match="1464/unlabeled.txt exists with different images.*--force"):
         splits(*words)
     splits(*words, "--force")
     assert len(lines(out / "pascal" / "1464" / "unlabeled.txt")) == 6
@@ -337,17 +337,17 @@ def test_build_refuses_data_that_is_not_whole(manifest, tmp_path):
     with pytest.raises(UserError, match="ImageSets/Segmentation/train.txt: does not exist.*prepare"):
         splits(*words, tmp_path / "empty")
     root = voc_root(tmp_path / "data", TRAIN[:2], VAL, TRAIN[:-1])
-    with pytest.raises(UserError, match="pascal/train_aug: the data gives 7 images, the list has 8"):
+    with pytest.raises(UserError, match="pascal/train_aug: the data gives 7 images, the published list has 8"):
         splits(*words, root)
     shutil.rmtree(root / "SegmentationClass")
-    with pytest.raises(UserError, match=r"SegmentationClass: holds no \*.png"):
+    with pytest.raises(UserError, match=r"SegmentationClass: contains no \*.png"):
         splits(*words, root)
     assert not out.exists()
     root = voc_root(tmp_path / "data", TRAIN[:2], VAL, TRAIN)
     (out / "pascal" / "3").mkdir(parents=True)
     (out / "pascal" / "3" / "labeled.txt").write_text("JPEGImages/other.jpg x\n")
     with pytest.raises(
-        UserError, match="3/labeled.txt: JPEGImages/other.jpg is none of the 8 training images.*prepare the rest"
+        UserError, match="3/labeled.txt: JPEGImages/other.jpg is not one of the 8 training images.*prepare the rest"
     ):
         splits(*words, root)
 
@@ -385,7 +385,7 @@ def test_build_gives_the_published_lists_of_voc(tmp_path, capsys):
     for name in ("val", "train_aug", "1464/labeled", "1_8/unlabeled"):
         assert shown[f"pascal/{name}"].endswith("identical")
         assert lines(out / "pascal" / f"{name}.txt") == lines(SHARED / "pascal" / f"{name}.txt")
-    assert shown["pascal/1464/unlabeled"].endswith("same images in another order")
+    assert shown["pascal/1464/unlabeled"].endswith("same images in a different order")
 
 
 @needs_shared
@@ -394,8 +394,8 @@ def test_build_gives_the_published_lists_of_cityscapes_and_coco(tmp_path, capsys
     touch(tmp_path / "city", [image for name in names for image, _ in published_pairs(name)])
     splits("build", "--dataset", "cityscapes", "--data-root", tmp_path / "city", "--out", tmp_path / "out")
     out = capsys.readouterr().out.splitlines()
-    assert [line.split(maxsplit=2)[2] for line in out] == ["identical", "same images in another order"]
+    assert [line.split(maxsplit=2)[2] for line in out] == ["identical", "same images in a different order"]
     touch(tmp_path / "coco", [image for image, _ in published_pairs("coco/val")])
     touch(tmp_path / "coco", ["train2017/000000000009.jpg"])
-    with pytest.raises(UserError, match="coco/train: the data gives 1 images, the list has 118287"):
+    with pytest.raises(UserError, match="coco/train: the data gives 1 images, the published list has 118287"):
         splits("build", "--dataset", "coco", "--data-root", tmp_path / "coco", "--out", tmp_path / "out")

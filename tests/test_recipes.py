@@ -8,7 +8,7 @@ import yaml
 import train
 from allspark.build import build_method, complete
 from allspark.config import CONFIG_ROOT, load_config, load_recipe, to_plain
-from allspark.data import spec_for
+from allspark.data.datasets import spec_for
 from allspark.methods import METHODS
 from allspark.utils.errors import run_main
 

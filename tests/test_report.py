@@ -17,9 +17,9 @@ from allspark.__main__ import main
 from allspark.cli import report
 from allspark.cli.compare import named_folders, read_run
 from allspark.config import merge
-from allspark.data.base import DatasetSpec, bit_palette
+from allspark.data.spec import DatasetSpec, voc_palette
 from allspark.utils.errors import UserError
-from allspark.visualization.best_worst import Extremes, encoded
+from allspark.visualization.best_worst import BestWorst, encode_image
 
 CLASSES = ["ground", "left", "right"]
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -220,12 +220,12 @@ def test_folders_of_one_name_are_told_apart():
     assert [name for name, _ in named_folders(["/a/x", "/a/x"])] == ["x", "x"]
 
 
-SPEC = DatasetSpec("any", ("a", "b", "c"), bit_palette(3))
+SPEC = DatasetSpec("any", ("a", "b", "c"), voc_palette(3))
 
 
-def scored(count: int, images: int) -> tuple[Extremes, list[float]]:
+def scored(count: int, images: int) -> tuple[BestWorst, list[float]]:
     """Extremes of images whose share of wrong pixels differs, in a shuffled order, and that share of each."""
-    extremes, wrong = Extremes(SPEC, count, side=20), np.random.default_rng(0).permutation(images) / images
+    extremes, wrong = BestWorst(SPEC, count, side=20), np.random.default_rng(0).permutation(images) / images
     for index, share in enumerate(wrong):
         mask = torch.zeros(32, 40, dtype=torch.uint8)
         mask[:, 20:], mask[0] = 1, 255
@@ -245,7 +245,7 @@ def test_the_best_and_the_worst_of_many():
     assert extremes.best[0].iou[:2] == (100.0, 100.0) and extremes.best[0].image.size == (20, 16)
     mask = np.asarray(extremes.best[0].truth)
     assert set(np.unique(mask)) <= {0, 1, 255} and mask.shape == (16, 20)  # no class from between two others
-    with Image.open(io.BytesIO(encoded(extremes.best[0].truth, "PNG"))) as stored:
+    with Image.open(io.BytesIO(encode_image(extremes.best[0].truth, "PNG"))) as stored:
         assert stored.format == "PNG"
         opaque = np.asarray(stored.convert("RGBA"))[..., 3] > 0
     assert SPEC.palette[0] == (0, 0, 0)
@@ -264,7 +264,7 @@ def test_a_page_stays_below_its_limit(finished, tmp_path):
     assert told == []
     extremes = scored(8, 17)[0]
     entry.evaluated = report.Evaluated(
-        extremes.confusion.scores(17), extremes, "whole", {"step": 6, "sha256": "0" * 64, "split": {}}
+        extremes.confusion.result(17), extremes, "whole", {"step": 6, "sha256": "0" * 64, "split": {}}
     )
     limit = len(whole) + 6000
     text, (note,) = report.page_below(limit, [entry], [])

@@ -15,8 +15,8 @@ from allspark.inference import load_for_inference, training_crop
 from allspark.models import resnet
 from allspark.models.segmentor import ENCODERS
 from allspark.utils.errors import UserError, run_main
-from allspark.weights.loading import WeightFile, load_pretrained, read_shapes, recognize, translated
-from allspark.weights.mirrors import LICENCE, licence, mirrors
+from allspark.weights.loading import WeightFile, infer_architecture, load_pretrained, recognize, to_our_names
+from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_torchvision_weights_give_its_maps(torchvision_net, suffix, tmp_path):
     model = make_model(decoder_channels=16).eval()
     (said,) = load_pretrained(model, str(file), "none")
     file.unlink()
-    assert re.search(r": (265|318) tensors, left out: fc.(weight, fc.bias|bias, fc.weight)", said)
+    assert re.search(r": (265|318) tensors, unused: fc.(weight, fc.bias|bias, fc.weight)", said)
     image, net = torch.randn(1, 3, 65, 97), torchvision_net
     ours, x = model.encoder(image), net.maxpool(net.relu(net.bn1(net.conv1(image))))
     for index, feature in enumerate(ours):
@@ -68,7 +68,7 @@ def told(state, path="resnet.pth"):
 def test_recognized_by_its_keys(torchvision_net, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in torchvision_net.state_dict().items()}
     found = told({**state, "segmentation_head.0.weight": torch.zeros(1)})
-    assert "ResNet" in found.naming.title and found.architecture.model.encoder == "resnet50"
+    assert "ResNet" in found.key_map.title and found.architecture.model.encoder == "resnet50"
     assert found.result.unexpected == [f"{prefix}fc.weight", f"{prefix}fc.bias", "segmentation_head.0.weight"]
     assert torch.equal(found.state()["layer4.2.conv3.weight"], state[f"{prefix}layer4.2.conv3.weight"])
 
@@ -86,10 +86,10 @@ def test_damaged_and_foreign_files(torchvision_net):
         basic = torchvision.models.resnet18().state_dict()
     for content, words in (
         (less, "1 tensors of this resnet50 are missing: layer2.1.bn2.weight"),
-        (changed(state, bn1__bias=torch.full((64,), math.nan)), "bn1.bias .* holds NaN"),
-        (changed(state, layer1__0__conv2__weight=torch.zeros(128, 64, 3, 3)), r"layer1.0.conv2.weight is \(128"),
-        (shallow, "3/4/5/3 blocks deep behind a stem of 64, which no encoder here is .*resnet101 .* 3/4/23/3"),
-        (basic, "2/2/2/2 blocks deep behind a stem of 64, which no encoder here is"),
+        (changed(state, bn1__bias=torch.full((64,), math.nan)), "bn1.bias .* contains NaN"),
+        (changed(state, layer1__0__conv2__weight=torch.zeros(128, 64, 3, 3)), r"layer1.0.conv2.weight has shape \(128"),
+        (shallow, "3/4/5/3 blocks deep after a stem of 64, unlike any known encoder .*resnet101 .* 3/4/23/3"),
+        (basic, "2/2/2/2 blocks deep after a stem of 64, unlike any known encoder"),
         (other_stem, "tensors of this resnet50 are missing: conv1.weight"),
         (changed(state, bn1__weight=torch.zeros(7)), "a ResNet has a stem of 64 or 128"),
     ):
@@ -110,7 +110,7 @@ def test_the_file_of_another_variant_is_refused(torchvision_net, tmp_path):
 def test_a_whole_model_is_read_off_its_shapes(decoder, crop):
     with torch.device("meta"):
         model = make_model(crop=crop, bottleneck="allspark", decoder=decoder, decoder_channels=24)
-    read = read_shapes(model.state_dict(), "whole.pth", whole=True)
+    read = infer_architecture(model.state_dict(), "whole.pth", is_model=True)
     assert (read.model.encoder, read.model.decoder, read.model.decoder_channels) == ("resnet50", decoder, 24)
     assert (read.num_classes, read.crop_size) == (CLASSES, crop)
     assert training_crop(520, 513, 16) == 513 and training_crop(530, 513, 16) == 530
@@ -138,12 +138,12 @@ def test_whole_model_of_unimatch(shared):
     """Its three 3x3 convolutions and all; another's classifier beside a backbone does not make it one."""
     with torch.device("meta"):
         deep = make_model("resnet101s", decoder_channels=16).state_dict()
-    _, found = translated(WeightFile("meta.pth", {as_unimatch(name): tensor for name, tensor in deep.items()}, {}))
-    read = read_shapes(found.tensors, "meta.pth", whole=True)
+    _, found = to_our_names(WeightFile("meta.pth", {as_unimatch(name): tensor for name, tensor in deep.items()}, {}))
+    read = infer_architecture(found.tensors, "meta.pth", is_model=True)
     assert (read.model.encoder, read.model.decoder, read.num_classes) == ("resnet101s", "deeplab", CLASSES)
     state = shared.state_dict()
     found = told({as_unimatch(name): tensor for name, tensor in state.items()})
-    assert found.naming.title == "UniMatch, DeepLabV3+" and not found.result.unexpected
+    assert found.key_map.title == "UniMatch, DeepLabV3+" and not found.result.unexpected
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.state().items())
     other = {as_unimatch(f"encoder.{name}"): tensor for name, tensor in shared.encoder.state_dict().items()}
     assert told({**other, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}).architecture.num_classes is None
@@ -181,7 +181,7 @@ def test_mirrors(name):
     assert others and first.digest and first.digest.removeprefix("sha256:") in first.url
     urls = [mirror.url for mirror in (first, *others)]
     assert all(url.startswith("https://") and name.removesuffix("s") in url for url in urls)
-    assert licence(name) != LICENCE == licence("mit_b5")
+    assert license_of(name) != MIT_LICENSE == license_of("mit_b5")
 
 
 def test_mirrors_are_those_that_torchvision_and_timm_name():

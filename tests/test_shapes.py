@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark.data.base import IGNORE_INDEX
 from allspark.data.datasets import shapes
+from allspark.data.spec import IGNORE_INDEX
 from allspark.utils.errors import UserError
 
 # As first written: sha256 of the mask, every 32nd pixel, mean per channel. A change here voids recorded results.

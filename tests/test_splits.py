@@ -14,19 +14,18 @@ from PIL import Image
 
 from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import Sample
-from allspark.data.datasets import shapes
-from allspark.data.preflight import check_data
+from allspark.data.audit import preflight
+from allspark.data.datasets import DATASETS, shapes, spec_for
+from allspark.data.spec import Sample
 from allspark.data.splits import (
     SPLITS_ROOT,
+    describe_lists,
     find_data,
+    hash_samples,
     list_hash,
-    provenance,
     read_entries,
     read_list,
     resolve,
-    samples_hash,
 )
 from allspark.split_lists.make_splits import balanced_order, list_line, make_splits, parse_sizes
 from allspark.utils.errors import UserError
@@ -73,7 +72,7 @@ def edit(tmp_path: Path, name: str, line: int, text: str) -> Path:
 
 
 def check(data: DataConfig, tmp_path: Path) -> list[str]:
-    return check_data(data, spec_for(data), resolve(data, tmp_path / "splits"))
+    return preflight(data, spec_for(data), resolve(data, tmp_path / "splits"))
 
 
 def test_read_list(tmp_path):
@@ -113,7 +112,7 @@ def test_hash_is_of_the_image_column_in_normal_form(tmp_path):
     assert list_hash(["a.jpg", "b.jpg"]) == expected != list_hash(["b.jpg", "a.jpg"])
     for text in ("a.jpg m.png\nb.jpg n.png", "a.jpg\r\nb.jpg \r\n\r\n", "a.jpg\tx\nb.jpg\ty\n"):
         (tmp_path / "l.txt").write_bytes(text.encode())
-        assert samples_hash(read_list(tmp_path / "l.txt", tmp_path), tmp_path) == expected
+        assert hash_samples(read_list(tmp_path / "l.txt", tmp_path), tmp_path) == expected
 
 
 def test_resolve_a_split(data, tmp_path):
@@ -195,12 +194,12 @@ def test_a_run_tells_whose_its_lists_are(data, tmp_path):
     labeled = list_hash(f"train/{i:03}.jpg" for i in range(6))
     assert lists.split == {"name": "few", "sha256": lists.hash, **lists.hashes} and lists.hashes["labeled"] == labeled
     assert lists.hashes["val"] == list_hash(f"val/{i:03}.jpg" for i in range(4))
-    (note,) = provenance(lists, spec_for(data))
+    (note,) = describe_lists(lists, spec_for(data))
     assert note.startswith(f"split few: labeled list sha256 {labeled[:12]} (not published), val list sha256 ")
     lists = resolve(DataConfig(dataset="shapes", data_root="data/shapes", crop_size=64, split="1_8"))
-    assert "(= shapes/1_8 of this project)" in provenance(lists, DATASETS["shapes"])[0]
+    assert "(= shapes/1_8 of this project)" in describe_lists(lists, DATASETS["shapes"])[0]
     other = replace(lists, hashes={**lists.hashes, "labeled": labeled})
-    assert provenance(other, DATASETS["shapes"])[1].startswith("WARNING: split 1_8 has the name of shapes/1_8")
+    assert describe_lists(other, DATASETS["shapes"])[1].startswith("WARNING: split 1_8 has the name of shapes/1_8")
 
 
 def test_missing_root_names_key_path_and_variable(data, tmp_path):
@@ -211,7 +210,7 @@ def test_missing_root_names_key_path_and_variable(data, tmp_path):
 def test_missing_lists_are_named(data, tmp_path):
     with pytest.raises(UserError, match=r"nope.txt: this list does not exist.*data.labeled_id_path"):
         resolve(replace(data, labeled_id_path="nope.txt"), tmp_path / "splits")
-    with pytest.raises(UserError, match=r"no labeled images: name data.split \(--split NAME; splits of mine: few\)"):
+    with pytest.raises(UserError, match=r"no labeled images: set data.split \(--split NAME; splits of mine: few\)"):
         resolve(replace(data, split=None), tmp_path / "splits")
     (tmp_path / "splits" / "mine" / "val.txt").unlink()
     with pytest.raises(UserError, match=r"mine/val.txt: this list does not exist.*val_id_path"):
@@ -259,9 +258,9 @@ def test_check_tells_what_is_worth_knowing(data, tmp_path):
     edit(tmp_path, "few/unlabeled.txt", 3, "val/000.jpg")
     notes = check(replace(data, custom=replace(CUSTOM, classes=("a", "b", "c", "d"))), tmp_path)[1:]
     assert "none of the labeled images: d" in notes[0]
-    assert "1 images stand more than once in the unlabeled list" in notes[1]
+    assert "1 images occur more than once in the unlabeled list" in notes[1]
     assert "both labeled and unlabeled, such as" in notes[2] and notes[2].endswith("train/000.jpg")
-    assert notes[3].startswith("1 images are both unlabeled and val") and len(notes) == 4
+    assert notes[3].startswith("WARNING: 1 images are both unlabeled and val") and len(notes) == 4
 
 
 @pytest.mark.parametrize("folder", ["train", "val"])
@@ -269,7 +268,7 @@ def test_check_tells_what_is_worth_knowing(data, tmp_path):
     ("mask", "message"),
     [
         (np.full((40, 48), 7, np.uint8), r"001.png: illegal mask values 7 \(1920 pixels\)"),
-        (np.zeros((40, 48, 3), np.uint8), r"001.png: masks hold class indices.*found RGB"),
+        (np.zeros((40, 48, 3), np.uint8), r"001.png: masks must hold class indices.*found RGB"),
         (np.zeros((48, 40), np.uint8), r"001.jpg is 48 x 40, .*001.png is 40 x 48"),
     ],
 )
@@ -290,14 +289,14 @@ def test_check_refuses_damaged_files(data, tmp_path, name):
 def test_check_counts_what_failed(data, tmp_path):
     for index in (1, 3):
         (tmp_path / "data" / "train" / f"{index:03}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"001.jpg: truncated.*1 more of 19 samples checked"):
+    with pytest.raises(UserError, match=r"001.jpg: truncated.*1 more problems"):
         check(data, tmp_path)
 
 
 def test_check_refuses_labels_that_are_all_ignored(data, tmp_path):
     for path in (tmp_path / "data" / "train_masks").glob("*.png"):
         Image.fromarray(np.full((40, 48), 255, np.uint8)).save(path)
-    with pytest.raises(UserError, match="split few: no pixel"):
+    with pytest.raises(UserError, match="no pixel of the labeled masks"):
         check(data, tmp_path)
 
 
@@ -373,7 +372,7 @@ def test_verb_make_writes_lists_that_can_be_read(make, tmp_path, capsys):
     assert len(read_list(out / "1_4" / "unlabeled.txt", tmp_path / "voc")) == 9
     before = (out / "6" / "labeled.txt").read_bytes()
     assert before.endswith(b".png\n") and b"\r" not in before
-    with pytest.raises(UserError, match=r"1_4/labeled.txt is there already.*--force"):
+    with pytest.raises(UserError, match=r"1_4/labeled.txt already exists.*--force"):
         run_verb(*make, str(tmp_path / "train.txt"), "--seed", "5")
     assert (out / "6" / "labeled.txt").read_bytes() == before
     run_verb(*make, str(tmp_path / "train.txt"), "--seed", "5", "--force")
@@ -393,7 +392,7 @@ def test_verb_make_draws_images_and_not_lines(make, tmp_path, capsys):
     lines = (tmp_path / "train.txt").read_text().splitlines()
     (tmp_path / "twice.txt").write_text("\n".join([*lines, *lines[:3]]))
     run_verb(*make, str(tmp_path / "twice.txt"), "--force")
-    assert "3 lines name an image again and are left out" in capsys.readouterr().out
+    assert "3 lines repeat an image and are dropped" in capsys.readouterr().out
     assert drawn == {path: path.read_bytes() for path in drawn}
     (tmp_path / "twice.txt").write_text("\n".join([*lines, f"{lines[0].split()[0]} {lines[1].split()[1]}"]))
     with pytest.raises(UserError, match=r"twice\.txt line 13: .* has another mask in .*twice\.txt line 1; "):

@@ -7,19 +7,18 @@ import torch.nn.functional as F
 from PIL import Image
 from test_inference import Blurred, Pointwise, image, sliding
 
-from allspark.data.base import DatasetSpec, bit_palette
+from allspark.bench.measure import Ledger
 from allspark.data.batch import normalize
+from allspark.data.spec import DatasetSpec, voc_palette
 from allspark.evaluation import tiled as strips
 from allspark.evaluation.evaluate import predict, predict_with_confidence
-from allspark.evaluation.sliding_window import Inference, class_scores
-from allspark.memory_estimate import MemoryCounter
-from allspark.models.eval_mode import eval_mode
+from allspark.evaluation.sliding_window import Inference, class_scores, eval_mode
 from allspark.utils.errors import UserError
 from allspark.visualization import prediction_writer as outputs
 from allspark.visualization.pictures import overlay
 
 CPU = torch.device("cpu")
-SPEC = DatasetSpec("five", tuple("abcde"), bit_palette(5))
+SPEC = DatasetSpec("five", tuple("abcde"), voc_palette(5))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +30,7 @@ def pixels(*shape):
 def in_strips(model, picture, inference):
     """All rows of strip_scores, one below the other."""
     with eval_mode(model):
-        found = list(strips.strip_scores(model, picture, inference, CPU))
+        found = list(strips.tiled_scores(model, picture, inference, CPU))
     assert [rows.start for rows, _ in found] == list(range(0, picture.shape[-2], strips.ROWS))
     return torch.cat([scores for _, scores in found], 2)
 
@@ -69,9 +68,9 @@ def test_memory_is_that_of_a_strip():
     model, inference = Pointwise(64), sliding(48, flip=True)
 
     def peak(height):
-        picture, ledger = pixels(1, 3, height, 64), MemoryCounter()
+        picture, ledger = pixels(1, 3, height, 64), Ledger()
         with eval_mode(model), ledger:
-            for _ in strips.strip_scores(model, picture, inference, CPU):
+            for _ in strips.tiled_scores(model, picture, inference, CPU):
                 pass
         return ledger.peak
 
@@ -86,14 +85,14 @@ def test_large_images_take_this_way(monkeypatch):
     asked = []
     monkeypatch.setattr(strips, "MAX_SCORES", 1000)
     monkeypatch.setattr(
-        "allspark.evaluation.evaluate.strip_scores", lambda *a: asked.append(1) or strips.strip_scores(*a)
+        "allspark.evaluation.evaluate.tiled_scores", lambda *a: asked.append(1) or strips.tiled_scores(*a)
     )
     large = predict_with_confidence(model.train(), picture, *arguments)
     assert torch.equal(large[0], label) and torch.equal(large[1], prob) and large[0].dtype == torch.uint8
     assert torch.equal(predict(model, picture, *arguments), label)
     assert len(asked) == 2 and model.training
     with pytest.raises(UserError, match="5 classes.*five has 4"):
-        predict(model, picture, DatasetSpec("five", tuple("abcd"), bit_palette(4)), *arguments[1:])
+        predict(model, picture, DatasetSpec("five", tuple("abcd"), voc_palette(4)), *arguments[1:])
     predict(model, picture, SPEC, CPU, Inference(), ["a", "b"])  # as a whole there is no other way
     assert len(asked) == 3
 
@@ -104,5 +103,5 @@ def test_pictures_of_large_images_are_drawn_by_bands(monkeypatch):
     mask = torch.from_numpy(np.array(Image.fromarray(rng.integers(0, 5, (5, 4), np.uint8)).resize((40, 50), 0)))
     monkeypatch.setattr(outputs, "BAND", 7 * 40)
     np.testing.assert_array_equal(
-        outputs.overlay_by_bands(photo, mask, SPEC.palette), overlay(photo, mask, SPEC.palette)
+        outputs.overlay_in_bands(photo, mask, SPEC.palette), overlay(photo, mask, SPEC.palette)
     )

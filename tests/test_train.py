@@ -13,7 +13,7 @@ from test_methods import CASES, learning
 import train
 from allspark.config import load_recipe
 from allspark.utils.errors import run_main
-from allspark.weights.loading import from_released
+from allspark.weights.loading import rename_released
 
 NAMES = Path(__file__).parent / "golden" / "names.json"
 NO_STEP = "optim.lr=1e-30"  # a run whose weights stay where they were to the last bit
@@ -226,7 +226,7 @@ def test_encoder_weights_are_taken_under_the_names_of_the_original_files(place):
         ("norm4.weight", "encoder.stages.3.norm.weight"),
     ):
         assert torch.equal(original[theirs], state[ours]), ours
-    expected = {f"encoder.{from_released(name)}": tensor for name, tensor in original.items() if name in encoder}
+    expected = {f"encoder.{rename_released(name)}": tensor for name, tensor in original.items() if name in encoder}
     assert_same_tensors(expected, {name: tensor for name, tensor in state.items() if name.startswith("encoder.")})
     log = (place.run / "train.log").read_text(encoding="utf-8")
     assert f"mit_b0.pth: {len(encoder)} tensors, left out: head.weight" in log

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
-from allspark.data import resize
+from allspark.data import resize_crop
 from allspark.data.transforms import CV2, PHOTOMETRIC, PILLOW, Geometry, cutmix_box, draw_geometry
 
 CROP = 64
@@ -68,7 +68,7 @@ def any_geometries(count: int):
 @pytest.mark.parametrize("fast", [True, False], ids=["torch", "pillow"])
 def test_image_is_within_2_grey_levels_of_resizing_it_whole(monkeypatch, fast):
     """The worst there is: noise, of all values and of black and white alone. On a smooth image 1 in a few pixels."""
-    monkeypatch.setattr(resize, "FAST_TORCH", fast)
+    monkeypatch.setattr(resize_crop, "FAST_TORCH", fast)
     kinds, worst, cut = (lambda v: v, lambda v: v // 128 * 255), [], 0
     for index, (rng, height, width, geometry) in enumerate(any_geometries(400)):
         image = kinds[index % 2](rng.integers(0, 256, (height, width, 3), np.uint8))
@@ -89,7 +89,7 @@ def test_image_is_within_2_grey_levels_of_resizing_it_whole(monkeypatch, fast):
 def test_fast_resize_resizes_little_more_than_the_window(monkeypatch):
     """Of sides of 2048 pixels for crops of 801: that is what makes it fast."""
     drawn = [draw_geometry(np.random.default_rng([9, i]), 2048, 1024, 801) for i in range(300)]
-    spans = [resize.span(g.offset[0], 801, g.size[0], 2048) for g in drawn]
+    spans = [resize_crop.plan_side(g.offset[0], 801, g.size[0], 2048) for g in drawn]
     made = [(one.last - one.first) * one.factor / min(g.size[0], 801) for one, g in zip(spans, drawn, strict=True)]
     assert np.mean(made) < 1.3 and np.mean(np.array(made) > 2) < 0.05
 
@@ -213,7 +213,7 @@ DIFFERENCES = {
     "brightness": ((0.1, 1.5), (0, 0), (0, 0)),
     "contrast": ((0.1, 1.5), (0, 0), (0, 0)),
     "saturation": ((0.1, 1.5), (1, 0.002), (1, 0.002)),
-    "grey": ((0, 1), (1, 0.002), (1, 0.002)),
+    "gray": ((0, 1), (1, 0.002), (1, 0.002)),
     "hue": ((-0.25, 0.5), (9, 0.3), (13, 1.2)),
     "blur": ((0.1, 2.0), (3, 0.4), (3, 0.5)),
 }

@@ -18,12 +18,12 @@ from test_golden import GOLDEN, NAMES, close, formula, image
 
 from allspark.__main__ import main
 from allspark.config import ModelConfig, build_recipe
-from allspark.data import spec_for
+from allspark.data.datasets import spec_for
 from allspark.inference import build_method, load_for_inference
 from allspark.models.segmentor import build_model
 from allspark.models.student import predict
 from allspark.utils.errors import run_main
-from allspark.weights.loading import VARIANTS, from_released, init_from, load_encoder
+from allspark.weights.loading import MIT_SIZES, init_from, load_encoder, rename_released
 
 CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def b5_shapes():
             wide = [*(size if size in (1, 3) else 2 * size for size in shape[:2]), *shape[2:]]
         if match := re.fullmatch(r"backbone\.block(\d)\.([01])\.(.*)", name):
             if match[2] == "0":
-                depth = VARIANTS["mit_b5"].depths[int(match[1]) - 1]
+                depth = MIT_SIZES["mit_b5"].depths[int(match[1]) - 1]
                 shapes |= {f"backbone.block{match[1]}.{block}.{match[3]}": wide for block in range(depth)}
         else:
             shapes[name] = wide
@@ -154,7 +154,7 @@ def test_released_checkpoint_of_b5(call, tmp_path):
     assert content["architecture"]["model"]["decoder_channels"] == 768
     own = model.state_dict()
     assert len(own) == len(state) + 1  # the memory's count of what was written
-    assert all(torch.equal(own[from_released(name)], tensor) for name, tensor in state.items())
+    assert all(torch.equal(own[rename_released(name)], tensor) for name, tensor in state.items())
     logits = predict(model, image(2, 1, 65, 65), share_keys=False).logits
     assert logits.shape == (1, 21, 65, 65) and logits.isfinite().all() and logits.std() > 0.1
 
@@ -176,7 +176,7 @@ def test_checkpoint_as_the_authors_published_it(call, tmp_path):
     state["decoder.allspark.encoder.layer.0.attn_norm1.weight"] = torch.zeros(256)
     save_released(state, tmp_path / "published.pth")
     said = call("import", tmp_path / "published.pth", "--out", tmp_path / "ours.pth", code=2)
-    assert "another architecture" in said and "https://github.com/xmed-lab/AllSpark/issues/3" in said
+    assert "different architecture" in said and "https://github.com/xmed-lab/AllSpark/issues/3" in said
     model = build_model(ModelConfig(encoder="mit_b0"), 3, 65)
     load_encoder(model, tmp_path / "published.pth")  # as the message says
     theirs = state["backbone.norm1.weight"]
@@ -233,7 +233,7 @@ def test_encoder_file(suffix, source, original, call, tmp_path):
     assert "mit_b0" in said and f"{len(original) - 2} matched, 0 missing, 0 unexpected" in said
     assert "head.weight, head.bias" in said and f"model.pretrained={out}" in said
     state = torch.load(out, weights_only=True) if suffix == ".pth" else load_file(out)
-    assert all(torch.equal(state[from_released(name)], original[name]) for name in original if "head." not in name)
+    assert all(torch.equal(state[rename_released(name)], original[name]) for name in original if "head." not in name)
     model = build_model(ModelConfig(encoder="mit_b0"), 3, 65)
     assert f"{len(state)} tensors" in load_encoder(model, out)
     assert all(torch.equal(model.encoder.state_dict()[name], tensor) for name, tensor in state.items())
@@ -258,7 +258,7 @@ def test_fine_tuning_from_a_foreign_whole_model(tmp_path):
     cfg = ModelConfig(encoder="mit_b0", bottleneck=build_bottleneck("allspark"))
     model = build_model(cfg, 4, 97)
     queue = model.bottleneck.memory.queue.clone()
-    assert "fresh: bottleneck.memory, decoder.classifier" in init_from(model, tmp_path / "best.pth")
+    assert "newly initialized: bottleneck.memory, decoder.classifier" in init_from(model, tmp_path / "best.pth")
     theirs = released("b0_pascal_crop65")
     assert torch.equal(model.decoder.fuse.conv.weight, theirs["decoder.decoder.linear_fuse.conv.weight"])
     assert torch.equal(model.bottleneck.cross_branch.q.weight, theirs["decoder.allspark.attn.q_l2u.weight"])
@@ -314,7 +314,7 @@ def test_damaged_encoder(damage, told, original, call, tmp_path):
         (without("decoder.decoder.linear_pred.weight"), ("decoder.classifier.weight is missing",)),
         (without("decoder.decoder.linear_fuse.bn.running_mean"), ("missing", "decoder.fuse.bn.running_mean")),
         (without("decoder.allspark.map_in.0.bias"), ("missing", "bottleneck.map_in.bias")),
-        (replaced("decoder.allspark.attn.kv_queue", 21, 256, 10), ("10 values", "no square")),
+        (replaced("decoder.allspark.attn.kv_queue", 21, 256, 10), ("10 slots", "not a square number")),
         (replaced("decoder.allspark.attn.k_u.weight", 256, 256), ("bottleneck.self_branch.k.weight", "(512, 256)")),
     ],
     ids=["classifier", "statistics", "bottleneck", "memory", "heads"],
@@ -342,11 +342,11 @@ def test_sources_that_are_none(source, original, call, tmp_path):
     (tmp_path / "half.pth").write_bytes(source.read_bytes()[:100_000])
     torch.save({"model": original, "args": argparse.Namespace(lr=1)}, tmp_path / "code.pth")
     for name, told in (
-        ("resnet.pth", ("no MiT encoder", "layer1.0.conv1.weight", "mmsegmentation")),
-        ("pytorch_model-00001-of-00003.bin", ("in several files", "max_shard_size")),
-        ("model.safetensors.index.json", ("in several files",)),
+        ("resnet.pth", ("no MiT or ResNet encoder", "layer1.0.conv1.weight", "mmsegmentation")),
+        ("pytorch_model-00001-of-00003.bin", ("one of several files", "max_shard_size")),
+        ("model.safetensors.index.json", ("one of several files",)),
         ("half.pth", ("not a readable weight file",)),
-        ("code.pth", ("it holds argparse.Namespace", "save its state_dict alone")),
+        ("code.pth", ("it contains argparse.Namespace", "save only its state_dict")),
         ("absent.pth", ("no such weight file",)),
         (".", ("is a folder", "model.safetensors")),
     ):

@@ -14,7 +14,7 @@ from allspark.__main__ import main
 from allspark.config import ModelConfig
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import run_main
-from allspark.weights.loading import VARIANTS, load_encoder
+from allspark.weights.loading import MIT_SIZES, load_encoder
 from allspark.weights.mirrors import NVIDIA, mirrors
 
 
@@ -118,7 +118,7 @@ def test_fetch_refusals(source, call, tmp_path):
         (("mit_b0", "--from", source, "--sha256", "0" * 64), "expected sha256:000"),
         (("mit_b0", "--from", source, "--sha256", "xyz"), "--sha256 xyz: give 8 to 64 hex digits"),
         (("mit_b0", "--from", "http://example.com/mit_b0.pth"), "http:// is refused"),
-        (("mit_b0", "--from", tmp_path / "absent.pth"), f"{tmp_path / 'absent.pth'}: there is no such file\n"),
+        (("mit_b0", "--from", tmp_path / "absent.pth"), f"{tmp_path / 'absent.pth'}: no such file\n"),
         (("mit_b0", "--from", tmp_path / "text.pth"), f"  {tmp_path / 'text.pth'}: not a readable weight file"),
         (("mit_b0", "--sha256", "0" * 64), "--from"),
     ):
@@ -131,14 +131,14 @@ def test_fetch_refusals(source, call, tmp_path):
 
 
 def test_mirrors():
-    for name in VARIANTS:
+    for name in MIT_SIZES:
         found = mirrors(name)
         assert len(found) >= 3 and len({mirror.url for mirror in found}) == len(found)
-        assert all(mirror.url.startswith("https://") and mirror.licence for mirror in found)
+        assert all(mirror.url.startswith("https://") and mirror.license for mirror in found)
         verified = [mirror for mirror in found if mirror.digest]
         assert verified[0] is found[0], "what can be verified comes first"
         for mirror in verified:  # the file's name repeats the digits
             assert re.fullmatch(r"sha256:[0-9a-f]{8,64}", mirror.digest)
             assert mirror.digest.removeprefix("sha256:") in mirror.url
         assert any("nvidia/" in mirror.url for mirror in found) == (name in NVIDIA)
-    assert len({mirror.url for name in VARIANTS for mirror in mirrors(name)}) == 3 * len(VARIANTS) + len(NVIDIA)
+    assert len({mirror.url for name in MIT_SIZES for mirror in mirrors(name)}) == 3 * len(MIT_SIZES) + len(NVIDIA)

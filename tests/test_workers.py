@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from allspark.data.worker_pool import WorkerDied, batches, make_loader
+from allspark.data.worker_pool import WorkerDied, iterate, make_loader
 from allspark.utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ def die(number: int):
 
 
 def run(dataset, workers=2, **options) -> list[torch.Tensor]:
-    return list(batches(make_loader(dataset, workers, batch_size=None, **options)))
+    return list(iterate(make_loader(dataset, workers, batch_size=None, **options)))
 
 
 def gone(pid: int) -> bool:
@@ -54,24 +54,24 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_worker_that_dies_is_named_with_its_signal(number, remedy, persistent):
     begin = time.monotonic()
-    with pytest.raises(WorkerDied, match=rf"worker \d+ was ended by {number}; .*{remedy}"):
+    with pytest.raises(WorkerDied, match=rf"worker \d+ was killed by {number}; .*{remedy}"):
         run(Obeys(at4=die(getattr(signal, number))), persistent_workers=persistent)
     assert time.monotonic() - begin < 4
 
 
 def test_a_worker_that_exits_is_named():
-    with pytest.raises(WorkerDied, match="exit code 7; try data.num_workers=0"):
+    with pytest.raises(WorkerDied, match="exited with code 7; use data.num_workers=0"):
         run(Obeys(at4=lambda: os._exit(7)))
 
 
 def test_a_worker_that_dies_between_two_epochs_is_found():
     loader = make_loader(Obeys(), 2, batch_size=None, persistent_workers=True)
-    pids = {int(item[0]) for item in batches(loader)}
+    pids = {int(item[0]) for item in iterate(loader)}
     victim, other = sorted(pids)
     os.kill(victim, signal.SIGKILL)
     time.sleep(0.1)  # nobody waits for it now
-    with pytest.raises(WorkerDied, match=f"worker {victim} was ended by SIGKILL"):
-        list(batches(loader))
+    with pytest.raises(WorkerDied, match=f"worker {victim} was killed by SIGKILL"):
+        list(iterate(loader))
     time.sleep(0.1)
     del loader
     assert gone(other)
@@ -102,7 +102,7 @@ def test_the_main_process_keeps_its_look_at_children():
     before = signal.signal(signal.SIGCHLD, lambda *_: seen.append(1))
     try:
         mine = signal.getsignal(signal.SIGCHLD)
-        for _ in batches(make_loader(Obeys(), 2, batch_size=None)):
+        for _ in iterate(make_loader(Obeys(), 2, batch_size=None)):
             assert signal.getsignal(signal.SIGCHLD) is mine  # not torch's, which raises in the middle of a step
     finally:
         signal.signal(signal.SIGCHLD, before)
@@ -123,7 +123,7 @@ def test_a_bug_in_a_worker_keeps_its_traceback():
 
 
 def test_shared_memory_that_ran_out_is_no_bug():
-    with pytest.raises(WorkerDied, match="shared memory ran out: enlarge /dev/shm"):
+    with pytest.raises(WorkerDied, match="out of shared memory: enlarge /dev/shm"):
         run(Obeys(at4=no_shared_memory))
 
 

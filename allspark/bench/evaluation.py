@@ -12,8 +12,8 @@ from torch import Tensor
 from allspark.bench.measure import Row, Side, measure
 from allspark.bench.plain import PlainSegmentor, plain_copy, plain_counts, plain_label, plain_sliding
 from allspark.config import BottleneckConfig, ModelConfig
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
 from allspark.data.batch import normalize
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
 from allspark.engine.stepper import autocast
 from allspark.evaluation.evaluate import predict
 from allspark.evaluation.metrics import ConfusionMatrix
@@ -34,7 +34,7 @@ class EvalCase:
     @property
     def spec(self) -> DatasetSpec:
         names = tuple(f"class {k}" for k in range(self.classes))
-        return DatasetSpec("bench", names, bit_palette(self.classes))
+        return DatasetSpec("bench", names, voc_palette(self.classes))
 
 
 def bench_eval(case: EvalCase, precisions: Sequence[str], repeats: int, device: torch.device) -> list[Row]:

@@ -16,10 +16,10 @@ from allspark.bench.measure import Row, Run, Side, measure
 from allspark.bench.photos import LIKENESSES, write_photos
 from allspark.bench.plain import PlainStream
 from allspark.config import DataConfig
-from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, Sample
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.data.datasets import spec_for
 from allspark.data.loaders import LABELED, UNLABELED, TrainLoader, TrainPairs
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Lists
 from allspark.data.worker_pool import make_loader
 

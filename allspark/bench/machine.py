@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from allspark.bench.measure import Run, timed
-from allspark.data.base import usable_cores
 from allspark.engine.stepper import AUTOCAST, has_bf16, set_precision
 from allspark.memory_estimate import main_memory
+from allspark.utils.parallel import usable_cores
 
 # Variables that begin so decide on speed
 ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")

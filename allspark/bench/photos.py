@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from allspark.data.base import DatasetSpec, Sample
+from allspark.data.spec import DatasetSpec, Sample
 
 
 @dataclass(frozen=True)

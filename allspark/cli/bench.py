@@ -24,7 +24,7 @@ from allspark.bench.step import StepCase, bench_step
 from allspark.cli.arguments import positive
 from allspark.cli.compare import markdown
 from allspark.config import PRECISIONS
-from allspark.data.base import IGNORE_INDEX
+from allspark.data.spec import IGNORE_INDEX
 from allspark.engine.stepper import has_bf16, set_precision
 from allspark.models.mit import MiT
 from allspark.models.segmentor import ENCODERS

@@ -13,11 +13,10 @@ import torch
 from allspark.build import build_loader, build_method
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe
-from allspark.data import spec_for
-from allspark.data.base import DatasetSpec
-from allspark.data.preflight import hidden_sample
-from allspark.data.splits import Lists, provenance, resolve
-from allspark.data.survey import Findings, survey
+from allspark.data.audit import AuditReport, audit, select_hidden
+from allspark.data.datasets import spec_for
+from allspark.data.spec import DatasetSpec
+from allspark.data.splits import Lists, describe_lists, resolve
 from allspark.device import choose_device
 from allspark.engine.optim import scaled
 from allspark.engine.stepper import micro_batch_size, set_precision
@@ -49,29 +48,29 @@ def main(args: argparse.Namespace) -> None:
     method = build_method(recipe, spec)
     if args.processes < 1 or recipe.batch_size % args.processes:
         raise UserError(f"--processes {args.processes}: give a number that divides batch_size={recipe.batch_size}")
-    found = Findings()
-    with found.told():
+    found = AuditReport()
+    with found.collect_errors():
         lists = resolve(recipe.data, problems=found.problems)
-        found.add(data_findings(recipe, spec, lists, args.quick))
+        found.extend(data_findings(recipe, spec, lists, args.quick))
         if not found.problems or recipe.data.cache == "none":  # a cache would be built now, and find the same
             loader = build_loader(recipe, lists, spec, method.views)
             found.notes += batch_notes(recipe, published(args), loader.steps_per_epoch, args.processes)
             found.notes += recipe_words.changes(args, recipe)
     if args.data_only:
         return tell(found)
-    with found.told():
+    with found.collect_errors():
         inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
-        found.add(model_findings(recipe, spec))
+        found.extend(model_findings(recipe, spec))
         memory, kind = predicted(recipe, spec, args.processes)
         found.notes.append(told_memory(memory, kind, recipe, args.processes))
         found.warnings += too_little(memory, kind)
-        found.add(disk_findings(memory, args.save_path))
+        found.extend(disk_findings(memory, args.save_path))
         if args.dry_run:
             found.notes += measured(recipe, spec)
     tell(found)
 
 
-def tell(found: Findings) -> None:
+def tell(found: AuditReport) -> None:
     """Notes, warnings and problems, a line each; UserError for problems: of a single one, that one."""
     print("\n".join((*found.notes, *(f"WARNING: {line}" for line in found.warnings))))
     if not found.problems:
@@ -84,10 +83,10 @@ def tell(found: Findings) -> None:
     raise UserError(f"{len(found.problems)} problems, listed above; the first: {first}")
 
 
-def data_findings(recipe: Recipe, spec: DatasetSpec, lists: Lists, quick: bool) -> Findings:
+def data_findings(recipe: Recipe, spec: DatasetSpec, lists: Lists, quick: bool) -> AuditReport:
     """Whose the lists are, and what their files hold."""
-    found = survey(recipe.data, spec, lists, QUICK if quick else None)
-    for line in (*provenance(lists, spec), *hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)[1]):
+    found = audit(recipe.data, spec, lists, QUICK if quick else None)
+    for line in (*describe_lists(lists, spec), *select_hidden(lists, spec, recipe.evaluation.pseudo_labels)[1]):
         warning = line.removeprefix("WARNING: ")
         (found.notes if warning == line else found.warnings).append(warning)
     return found
@@ -121,11 +120,11 @@ def batch_notes(recipe: Recipe, plain: Recipe, steps: int, processes: int) -> li
     return notes
 
 
-def model_findings(recipe: Recipe, spec: DatasetSpec) -> Findings:
+def model_findings(recipe: Recipe, spec: DatasetSpec) -> AuditReport:
     """Whether the network can be built and its weights be loaded."""
-    found = Findings()
+    found = AuditReport()
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
-    with found.told():
+    with found.collect_errors():
         found.notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     if recipe.model.pretrained == recipe.model.init_from == "none":
         way = "model.pretrained=FILE, see `python -m allspark weights fetch`"
@@ -155,7 +154,7 @@ def too_little(memory: StepMemory, kind: str) -> list[str]:
     return [f"a training step takes more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"]
 
 
-def disk_findings(memory: StepMemory, save_path: Path) -> Findings:
+def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
     """Room for the checkpoints, each of which holds what a process keeps from step to step."""
     place = Path(os.path.abspath(save_path))
     while not place.exists():
@@ -163,8 +162,8 @@ def disk_findings(memory: StepMemory, save_path: Path) -> Findings:
     needed, free = CHECKPOINTS * sum(memory.persistent.values()), shutil.disk_usage(place).free
     told = f"{save_path}: {CHECKPOINTS} checkpoints take up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
     if needed > free:
-        return Findings(problems=[f"{told}; make room, or choose another --save-path"])
-    return Findings(notes=[f"disk of {told}"])
+        return AuditReport(problems=[f"{told}; make room, or choose another --save-path"])
+    return AuditReport(notes=[f"disk of {told}"])
 
 
 def measured(recipe: Recipe, spec: DatasetSpec) -> list[str]:

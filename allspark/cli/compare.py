@@ -15,20 +15,21 @@ from typing import Any
 from allspark.build import complete
 from allspark.cli.arguments import positive
 from allspark.config import DataConfig, Recipe, differences, load_config, to_plain
-from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, SegmentationDataset
+from allspark.data.datasets import spec_for
+from allspark.data.spec import DatasetSpec
 from allspark.data.splits import check_files, find_data, val_entries
 from allspark.device import choose_device
 from allspark.engine.checkpoint import LATEST
 from allspark.engine.log import METRICS, read_metrics
 from allspark.engine.provenance import read_provenance
+from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import predict
 from allspark.inference import load_for_inference, prefix_errors
-from allspark.split_lists.manifest import known_as
+from allspark.split_lists.manifest import published_name
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
 from allspark.visualization.pictures import (
-    Example,
+    GridRow,
     Points,
     draw_grid,
     plot_curves,
@@ -234,7 +235,7 @@ def differing_lists(splits: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def list_name(sha256: str) -> str:
     """'sha256 1a88d02c7870 (pascal/1_8 of LiheYoung/UniMatch)'."""
-    whose = known_as(sha256)
+    whose = published_name(sha256)
     return f"sha256 {sha256[:12]}{f' ({whose})' if whose else ''}"
 
 
@@ -386,7 +387,7 @@ def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path
         inference = loaded.inference()
         columns.append([predict(loaded.model, im[None], spec, device, inference, [n])[0].cpu() for im, _, n in items])
     examples = [
-        Example(name, image, (mask, *(column[place] for column in columns)))
+        GridRow(name, image, (mask, *(column[place] for column in columns)))
         for place, (image, mask, name) in enumerate(items)
     ]
     heads = ["image", "truth", *(row.name for row in rows)]

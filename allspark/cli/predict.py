@@ -18,15 +18,18 @@ from tqdm import tqdm
 
 from allspark import inference as loading
 from allspark.cli.arguments import add_inference_arguments, positive, precision_context
-from allspark.data.base import Sample, all_below, read_image, to_tensor
+from allspark.data.image_io import read_image, walk
+from allspark.data.spec import Sample
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
+from allspark.data.transforms import to_tensor
 from allspark.device import choose_device
-from allspark.evaluation.evaluate import check_size, equal_sizes, predict_with_confidence
+from allspark.evaluation.dataset import check_min_size, group_by_size
+from allspark.evaluation.evaluate import predict_with_confidence
 from allspark.evaluation.sliding_window import Inference
 from allspark.memory_estimate import GB, FakeMemoryCounter, free_memory
 from allspark.utils.errors import UserError
-from allspark.visualization.prediction_writer import PredictionFolder, real, unique_names
-from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, frames, is_video
+from allspark.visualization.prediction_writer import PredictionWriter, real_path, unique_names
+from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, is_video, read_frames
 
 LARGE = 4_000_000  # pixels, from which on it is asked whether an image fits into memory: half a second for each size
 Check = Callable[[Tensor, Path], None]  # image (3, H, W), its file: UserError where it cannot be predicted
@@ -55,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
     inference = loaded.inference(args.mode, scales=args.scales, flip=args.flip)
-    folder = PredictionFolder(args.out, loaded.spec.palette, index_only=args.index_only, confidence=True)
+    folder = PredictionWriter(args.out, loaded.spec.palette, index_only=args.index_only, confidence=True)
     named = dict(zip(found, unique_names(found), strict=True))
     images = [path for path in found if not is_video(path)]
     videos = {path: name for path, name in named.items() if is_video(path)}
@@ -85,7 +88,7 @@ def batches(
     size: int,
     unreadable: dict[Path, UserError],
     every: int = 1,
-    check: Check = check_size,
+    check: Check = check_min_size,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Images (B, 3, H, W) uint8 of equal size with their names, read `size` at a time, and no more held.
 
@@ -95,7 +98,7 @@ def batches(
     items = read_each(named, unreadable, every, check)
     with tqdm(total=expected, desc="predict", unit="image", leave=False, disable=None) as bar:
         while chunk := list(itertools.islice(items, size)):
-            for (image,), names in equal_sizes(chunk):
+            for (image,), names in group_by_size(chunk):
                 yield image, names
             bar.update(len(chunk))
 
@@ -107,7 +110,7 @@ def read_each(
     for path, name in named.items():
         try:
             if is_video(path):
-                for number, frame in frames(path, every):
+                for number, frame in read_frames(path, every):
                     yield checked(frame, path, check), f"{name}/{number:06d}"
             else:
                 yield checked(read_image(path), path, check), name
@@ -127,7 +130,7 @@ def fitting(model: nn.Module, inference: Inference, device: torch.device) -> Che
     known: dict[torch.Size, int] = {}
 
     def check(image: Tensor, path: Path) -> None:
-        check_size(image, path)
+        check_min_size(image, path)
         height, width = image.shape[-2:]
         if inference.mode != "whole" or height * width < LARGE:
             return
@@ -157,11 +160,11 @@ def find_images(words: list[str], out: Path, data_root: Path | None) -> list[Pat
     """The images and videos that the words mean, each once, in their order; nothing below `out` is one of them."""
     found: dict[Path, Path] = {}
     for word in words:
-        for image in images_of(word, real(out), data_root):
+        for image in images_of(word, real_path(out), data_root):
             if image.is_symlink():
-                found.setdefault(real(image), image)
+                found.setdefault(real_path(image), image)
             else:  # its own name goes before a link's
-                found[real(image)] = image
+                found[real_path(image)] = image
     return list(found.values())
 
 
@@ -173,13 +176,13 @@ def images_of(word: str, out: Path, data_root: Path | None) -> list[Path]:
         return listed(path, data_root) if path.suffix.lower() == ".txt" else [path]
     suffixes = IMAGE_SUFFIXES
     if path.is_dir():  # videos in it are asked for by name or glob: a folder of photos has some that nobody thinks of
-        files = (file for file in all_below(path) if not hidden(file.relative_to(path)))
+        files = (file for file in walk(path) if not hidden(file.relative_to(path)))
     elif any(sign in word for sign in "*?["):
         files = (Path(match) for match in glob.glob(str(path), recursive=True))
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     else:
         raise UserError(f"{word}: no such image, folder or list; correct the path")
-    named = (file for file in files if file.suffix.lower() in suffixes and out not in real(file).parents)
+    named = (file for file in files if file.suffix.lower() in suffixes and out not in real_path(file).parents)
     images = [file for file in named if file.is_file() or not file.exists()]  # a link to nothing is told
     if not images:
         kinds = ", ".join(sorted(suffixes))

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 from allspark.config import root_variable
-from allspark.data.base import usable_cores
 from allspark.prepare import PLANS
 from allspark.prepare.coco import OVERLAP
 from allspark.prepare.plan import Options, Plan, prepare
 from allspark.utils.download import fetch
 from allspark.utils.errors import UserError
+from allspark.utils.parallel import usable_cores
 
 NOTES = {
     "voc": "The masks of VOC and SBD together: SegmentationClassAug, train_aug of 10,582 images.",

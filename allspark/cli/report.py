@@ -20,16 +20,17 @@ import yaml
 from allspark.cli.arguments import positive
 from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
 from allspark.config import DEVICES, RUN_KEYS, DataConfig, to_plain
-from allspark.data import spec_for
-from allspark.data.base import DatasetSpec, worker_count
+from allspark.data.datasets import spec_for
+from allspark.data.spec import DatasetSpec
+from allspark.data.worker_pool import worker_count
 from allspark.device import choose_device
 from allspark.engine.log import METRICS
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.metrics import Scores, finite
+from allspark.evaluation.metrics import EvalResult, nan_to_none
 from allspark.inference import load_for_inference
 from allspark.utils.atomic import write_text
-from allspark.utils.errors import UserError, shown
-from allspark.visualization.best_worst import Extremes, Scored, encoded
+from allspark.utils.errors import UserError, short_repr
+from allspark.visualization.best_worst import BestWorst, ScoredImage, encode_image
 
 PARTS = Path(__file__).parent  # report.html, report.css and report.js lie beside this file
 LIMIT = 10 * 10**6  # bytes of a page; images are left out above it
@@ -45,8 +46,8 @@ CHECKPOINTS = ("best", "latest")
 class Evaluated:
     """What the evaluation of a run's checkpoint on val gave; meta: that of Loaded."""
 
-    scores: Scores
-    extremes: Extremes
+    scores: EvalResult
+    extremes: BestWorst
     mode: str
     meta: Mapping[str, Any]
 
@@ -128,7 +129,8 @@ def checked(run: Run) -> Run:
         whole = is_count(line["step"]) and ("miou" not in line or is_evaluation(line))
         if not whole:
             raise UserError(
-                f"{run.folder / METRICS}: not a line that train.py writes: {shown(json.dumps(line))}; remove the line"
+                f"{run.folder / METRICS}: not a line that train.py writes: "
+                f"{short_repr(json.dumps(line))}; remove the line"
             )
     return run
 
@@ -156,7 +158,7 @@ def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluate
         if loaded.recipe is None or loaded.spec.classes != spec_for(entry.run.recipe.data).classes:
             raise UserError(f"{path}: not the checkpoint of the recipe beside it; bring that one back")
         data = loaded.recipe.data if args.data_root is None else replace(loaded.recipe.data, data_root=args.data_root)
-        extremes, inference = Extremes(loaded.spec, count), loaded.inference()
+        extremes, inference = BestWorst(loaded.spec, count), loaded.inference()
         scores = evaluate(
             loaded.model,
             val_images(data, loaded.spec),
@@ -242,7 +244,7 @@ def run_content(entry: Entry, spec: DatasetSpec) -> dict[str, Any]:
     evaluated, logged = entry.evaluated, entry.best["iou"]
     iou = [logged.get(name) for name in spec.classes]
     if evaluated is not None:
-        iou = [finite(value) for value in evaluated.scores.iou]
+        iou = [nan_to_none(value) for value in evaluated.scores.iou]
     return {
         "name": entry.name,
         "facts": facts(entry),
@@ -341,14 +343,14 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def example(scored: Scored) -> dict[str, Any]:
+def example(scored: ScoredImage) -> dict[str, Any]:
     pictures = {"image": "JPEG", "truth": "PNG", "prediction": "PNG"}
     return {
         "name": scored.name,
         "miou": rounded(scored.miou),
         "size": scored.image.size,
         "iou": [[index, rounded(value)] for index, value in enumerate(scored.iou) if not math.isnan(value)],
-        **{name: data_uri(encoded(getattr(scored, name), kind), kind) for name, kind in pictures.items()},
+        **{name: data_uri(encode_image(getattr(scored, name), kind), kind) for name, kind in pictures.items()},
     }
 
 

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from allspark.config import DataConfig, load_config, root_variable
-from allspark.data import DATASETS, spec_for
-from allspark.data.base import Sample
+from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.spec import Sample
 from allspark.data.splits import (
     Entry,
-    each_once,
-    existing,
+    drop_repeats,
     find_data,
     folder_entries,
-    folder_reader,
+    hash_samples,
+    make_exists_check,
     read_entries,
     read_list,
-    samples_hash,
+    require_file,
 )
 from allspark.split_lists import published
-from allspark.split_lists.layouts import LAYOUTS, layout_of
+from allspark.split_lists.layouts import LAYOUTS, get_layout
 from allspark.split_lists.make_splits import hold_out, make_splits, parse_sizes, write_splits
-from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images, roots
+from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, name_clash, split_roots
 from allspark.utils.errors import UserError
 
 OUTCOMES = (
@@ -84,16 +84,22 @@ def add_make(make: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    verbs = {"make": make, "list": show, "verify": published.verify, "fetch": published.fetch_lists, "build": build}
+    verbs = {
+        "make": make,
+        "list": show,
+        "verify": published.verify_lists,
+        "fetch": published.fetch_lists,
+        "build": build,
+    }
     verbs[args.verb](args)
 
 
 def build(args: argparse.Namespace) -> None:
-    layout_of(published.folder_of(args.dataset))  # refuses one that has none, whatever lies there
+    get_layout(published.folder_of(args.dataset))  # refuses one that has none, whatever lies there
     root = data_root(args)
     if not root.is_dir():
         raise UserError(f"--data-root {root} is not a folder; correct it or set {root_variable(args.dataset)}=DIR")
-    published.build(args, root)
+    published.build_lists(args, root)
 
 
 def make(args: argparse.Namespace) -> None:
@@ -104,7 +110,7 @@ def make(args: argparse.Namespace) -> None:
     root = find_data(data, spec)
     bare: list[Entry] = []
     if args.masks is None:
-        entries = each_once(read_entries(existing(Path(args.train), "--train"), root, spec.mask_path))
+        entries = drop_repeats(read_entries(require_file(Path(args.train), "--train"), root, spec.mask_path))
     else:
         entries, bare = without_masks(folder_entries(root, args.train, args.masks))
     val = None
@@ -119,16 +125,16 @@ def make(args: argparse.Namespace) -> None:
     if bare:
         print(f"{len(bare)} images have no mask, such as {bare[0].sample.image}: unlabeled in every split")
     if val is not None:
-        digest = samples_hash([entry.sample for entry in val], root)
+        digest = hash_samples([entry.sample for entry in val], root)
         print(f"{out / 'val.txt'}: {len(val)} images to evaluate on, sha256 {digest[:12]}")
     for name, (labeled, unlabeled) in splits.items():
-        digest = samples_hash([entry.sample for entry in labeled], root)
+        digest = hash_samples([entry.sample for entry in labeled], root)
         print(f"{out / name}: {len(labeled)} labeled, {len(unlabeled)} unlabeled, sha256 {digest[:12]}")
 
 
 def without_masks(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
     """The images of a folder that have a mask, and those that have none, unless it is all of them."""
-    exists = folder_reader()
+    exists = make_exists_check()
     masked = [entry for entry in entries if exists(entry.sample.mask)]
     bare = [Entry(Sample(entry.sample.image), entry.source) for entry in entries if not exists(entry.sample.mask)]
     return (masked, bare) if masked else (entries, [])
@@ -156,7 +162,7 @@ def show(args: argparse.Namespace, splits_root: Path = SPLITS_ROOT) -> None:
     hashes: dict[str, dict[str, str]] = defaultdict(dict)  # split -> kind -> sha256
     lines: dict[str, list[str]] = defaultdict(list)
     pattern, files = f"{only or '*'}/**/*.txt", {}
-    for root in reversed(roots(splits_root)):  # the first has the last word
+    for root in reversed(split_roots(splits_root)):  # the first has the last word
         files |= {path.relative_to(root).with_suffix(""): path for path in root.glob(pattern)}
     for name, path in sorted(files.items()):
         images = [sample.image.as_posix() for sample in read_list(path, Path())]
@@ -182,12 +188,12 @@ def what_is_known(name: str, hashes: dict[str, str]) -> list[str]:
     told = []
     found = [load_manifest().by_hash(sha256) for sha256 in hashes.values()]
     for split in {split.name: split for split, _ in filter(None, found)}.values():
-        whose = "; ".join(f"{place.source} {place.path} ({place.source.licence})" for place in split.places)
-        told.append(f"= {split.name} of {whose or split.whose}")
+        whose = "; ".join(f"{place.source} {place.path} ({place.source.license})" for place in split.places)
+        told.append(f"= {split.name} of {whose or split.owner}")
         told += [f"used by {user}" for user in split.used_by]
         told += [split.note] if split.note else []
         told += [f"trap: {trap}" for trap in split.traps]
     folder, _, split_name = name.partition("/")
-    if "labeled" in hashes and (warning := other_images(split_name, hashes["labeled"], folder)):
+    if "labeled" in hashes and (warning := name_clash(split_name, hashes["labeled"], folder)):
         told.append(f"WARNING: {warning}")
     return [f"    {line}" for line in told]

@@ -26,8 +26,16 @@ from allspark.utils.atomic import writing
 from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError, reason_of
 from allspark.weights.key_maps import OURS
-from allspark.weights.loading import KNOWN, Recognized, WeightFile, check_finite, read_weights, recognize, shortened
-from allspark.weights.mirrors import LICENCE, licence, mirrors
+from allspark.weights.loading import (
+    ENCODER_SIZES,
+    RecognizedModel,
+    WeightFile,
+    abbreviate,
+    check_finite,
+    read_weights,
+    recognize,
+)
+from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
 
 TORCH = (".pth", ".pt")
 FORMATS = "The format is told by the names of the tensors; pretrained_weights/README.md lists those that are known."
@@ -45,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
     what = "ImageNet weights of an encoder, from the first public mirror that has them"
     get = verbs.add_parser("fetch", help=what, description=f"{what}, converted and put in place.")
-    get.add_argument("name", choices=KNOWN, metavar="NAME", help=", ".join(KNOWN))
+    get.add_argument("name", choices=ENCODER_SIZES, metavar="NAME", help=", ".join(ENCODER_SIZES))
     get.add_argument("--out", type=Path, metavar="DST", help="default: pretrained_weights/NAME.pth")
     get.add_argument(
         "--from", dest="sources", action="append", metavar="URL|PATH", help="instead of the mirrors; several: in turn"
@@ -74,7 +82,7 @@ def import_weights(args: argparse.Namespace) -> None:
     else:
         architecture = found.architecture
         plain = {**vars(architecture), "model": to_plain(architecture.model)}
-        source = source_of(file, found.naming.title)
+        source = source_of(file, found.key_map.title)
         write_checkpoint(args.out, {"model": state, "architecture": plain, "source": source})
 
 
@@ -97,7 +105,7 @@ def source_of(file: WeightFile, title: str) -> dict[str, str]:
     return {"format": title, "file": file.path.name, "sha256": file_digest(file.path)}
 
 
-def described(found: Recognized, source: str | None = None) -> list[str]:
+def described(found: RecognizedModel, source: str | None = None) -> list[str]:
     """Format, network and keys in a few lines. source: where the file came from, if it lay elsewhere."""
     model, classes = found.architecture.model, found.architecture.num_classes
     network = f"encoder {model.encoder}"
@@ -108,11 +116,11 @@ def described(found: Recognized, source: str | None = None) -> list[str]:
         network += f", bottleneck of {model.bottleneck.num_heads} heads with a memory for crops of {crop}"
     fit, left = found.result, found.leftovers
     others = [name for name in fit.unexpected if name not in left]
-    lines = [f"{source or found.file.path}: {found.naming.title}; {network}"]
-    lines.append(f"  keys: {len(fit.taken)} matched, {len(fit.missing)} missing, {len(others)} unexpected")
-    lines += [f"  missing: {shortened(fit.missing)}"] * bool(fit.missing)
-    lines += [f"  left out: {shortened(others)}"] * bool(others)
-    lines += [f"  left out, a classifier that is of no use here: {shortened(left)}"] * bool(left)
+    lines = [f"{source or found.file.path}: {found.key_map.title}; {network}"]
+    lines.append(f"  keys: {len(fit.loaded)} matched, {len(fit.missing)} missing, {len(others)} unexpected")
+    lines += [f"  missing: {abbreviate(fit.missing)}"] * bool(fit.missing)
+    lines += [f"  left out: {abbreviate(others)}"] * bool(others)
+    lines += [f"  left out, a classifier that is of no use here: {abbreviate(left)}"] * bool(left)
     return lines + [f"  does not fit: {name} {why}" for name, why in list(fit.wrong.items())[:4]]
 
 
@@ -132,7 +140,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     print(f"{path}: a checkpoint for predict, eval.py and model.init_from")
 
 
-def write_encoder(path: Path, state: Mapping[str, Tensor], found: Recognized) -> None:
+def write_encoder(path: Path, state: Mapping[str, Tensor], found: RecognizedModel) -> None:
     with written_whole(path) as temporary:
         if path.suffix == ".safetensors":
             save_file(dict(state), temporary, metadata={"format": "pt"})
@@ -183,11 +191,11 @@ def origin_of(content: Mapping[str, Any], path: Path) -> str:
 
 
 def licence_of(digest: str) -> str:
-    for name in KNOWN:
+    for name in ENCODER_SIZES:
         for mirror in mirrors(name):
             if mirror.digest is not None and f"sha256:{digest}".startswith(mirror.digest):
-                return f"{name} of {mirror.place}; {licence(name)}"
-    return f"not known from the file. Published MiT weights and all that is trained from them: {LICENCE}"
+                return f"{name} of {mirror.place}; {license_of(name)}"
+    return f"not known from the file. Published MiT weights and all that is trained from them: {MIT_LICENSE}"
 
 
 def fetch_weights(args: argparse.Namespace) -> None:
@@ -195,7 +203,7 @@ def fetch_weights(args: argparse.Namespace) -> None:
     check_target(out, args.force)
     if args.sha256 and not args.sources:
         raise UserError("--sha256: says which file --from must bring; the mirrors' files differ from each other")
-    print(f"licence: {licence(args.name)}")
+    print(f"licence: {license_of(args.name)}")
     folder = out.parent / f".{args.name}.download"  # what an interrupted download has brought waits here
     reasons = []
     for place, url, digest, terms in sources(args):
@@ -221,7 +229,7 @@ def sources(args: argparse.Namespace) -> list[tuple[str, str, str | None, str]]:
         if digest and not DIGEST.fullmatch(digest):
             raise UserError(f"--sha256 {args.sha256}: give 8 to 64 hex digits")
         return [(source, source, digest, "") for source in args.sources]
-    return [(mirror.place, mirror.url, mirror.digest, mirror.licence) for mirror in mirrors(args.name)]
+    return [(mirror.place, mirror.url, mirror.digest, mirror.license) for mirror in mirrors(args.name)]
 
 
 def bring(url: str, digest: str | None, name: str, folder: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tensors of a training step, and the names of the views that a method asks for. Making them is data's business."""
+"""The tensors of a training step, and which views of an image a method asks for."""
 
 from __future__ import annotations
 
@@ -14,28 +14,34 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize(image: Tensor) -> Tensor:
-    """uint8 RGB (..., 3, H, W) in 0..255 -> float32 with ImageNet mean and standard deviation, on the same device."""
-    mean, std = (of_channels(values, image.device) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    """uint8 RGB (..., 3, H, W) -> float32 with ImageNet mean and standard deviation, on the same device."""
+    mean, std = (channel_constant(values, image.device) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
     return image.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
-def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) float32, made on the device: for a copy from here the host would wait until a GPU has done all else."""
+def channel_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) float32, filled on the device: a copy from the host would wait for all work queued on a GPU."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 @dataclass(frozen=True)
 class Views:
-    """Which photometric views of an image a method trains on; each names a policy in data.transforms.PHOTOMETRIC.
+    """Which photometric views of an image a method trains on; names from data.transforms.PHOTOMETRIC.
 
-    The geometry (scale, crop, flip) is shared by all views of one image. Unlabeled images always have the weak view, of
-    which labels are made; `strong` are those that are learned from, which may be weak ones with CutMix.
+    All views of an image share its geometry (scale, crop, flip). Unlabeled images always have a weak view, which
+    pseudo-labels are computed from.
+
+    Args:
+        labeled: view of labeled images.
+        strong: views of unlabeled images to train on; may include weak ones, which differ by their CutMix box.
+        cutmix: probability that a strong view gets a CutMix box.
+        unlabeled: whether the method uses unlabeled images at all; otherwise none is read.
     """
 
     labeled: str = "weak"
     strong: tuple[str, ...] = ()
-    cutmix: float = 0.0  # probability that a strong view gets a CutMix box
-    unlabeled: bool = True  # False: the method uses no unlabeled images and none is read
+    cutmix: float = 0.0
+    unlabeled: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.cutmix <= 1:
@@ -44,13 +50,18 @@ class Views:
 
 @dataclass(frozen=True)
 class LabeledBatch:
-    """image (B, 3, H, W), uint8 from the loader, normalized float32 after `to`; mask (B, H, W) int64."""
+    """Labeled images with their masks.
+
+    Args:
+        image: (B, 3, H, W), uint8 from the loader, normalized float32 after `to`.
+        mask: (B, H, W) int64.
+    """
 
     image: Tensor
     mask: Tensor
 
     def to(self, device: torch.device) -> LabeledBatch:
-        """Move and normalize there: a uint8 image is a quarter of the bytes."""
+        """Move to a device and normalize there: uint8 images are a quarter of the bytes."""
         return LabeledBatch(
             normalize(self.image.to(device, non_blocking=True)), self.mask.to(device, non_blocking=True)
         )
@@ -64,10 +75,13 @@ class LabeledBatch:
 
 @dataclass(frozen=True)
 class UnlabeledBatch:
-    """weak (B, 3, H, W) and strong views of the same crops, uint8 from the loader, normalized float32 after `to`;
+    """The views of unlabeled images.
 
-    valid (B, H, W) bool is False where the crop reaches beyond the image (padding); cutmix holds one bool mask
-    (B, H, W) per strong view, True inside the box that is pasted from the partner image (all False: no box).
+    Args:
+        weak: (B, 3, H, W), uint8 from the loader, normalized float32 after `to`.
+        strong: strong views of the same crops, each like `weak`.
+        valid: (B, H, W) bool, False on padding, where the crop extends beyond the image.
+        cutmix: for each strong view (B, H, W) bool, True inside the box pasted from the partner image, if any.
     """
 
     weak: Tensor
@@ -102,11 +116,9 @@ class UnlabeledBatch:
 def split_micro_batches(
     labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, size: int | None
 ) -> list[tuple[LabeledBatch, UnlabeledBatch | None]]:
-    """Split a batch into micro-batches of `size` labeled and as many unlabeled images; size None: do not split."""
+    """Split a step's batch into micro-batches of `size` labeled and `size` unlabeled images; None: do not split."""
     count = len(labeled.image)
-    assert unlabeled is None or size is None or len(unlabeled.weak) == count, (
-        "micro-batches have as many unlabeled as labeled images"
-    )
+    assert unlabeled is None or size is None or len(unlabeled.weak) == count, "as many labeled as unlabeled images"
     if size is None:
         return [(labeled, unlabeled)]
     parts = [slice(first, first + size) for first in range(0, count, size)]

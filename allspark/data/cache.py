@@ -1,9 +1,9 @@
-"""Decoded images and masks in memory-mapped files, made once and shared by workers, processes and runs.
+"""Decoded images and masks in memory-mapped files, written once and shared by workers, processes and runs.
 
-Below data.cache lies a folder for the images and one for the masks of a data set: `pixels`, the values of one file
-after the other, and index.json: of which files, of what size and time. When one of them changes another folder is made:
-who has the old one open goes on with it.
-A file that cannot be decoded has no place in it where samples may be skipped; whoever asks for it reads it in vain.
+The folder data.cache holds one folder for the images and one for the masks of a data set, each with the file `pixels`
+(the decoded values, one file after the other) and index.json (path, size and time of change of each file). When a file
+changes, another folder is written, so that processes which have the old one open can go on.
+Where bad samples may be skipped, files that cannot be decoded are left out of the cache.
 """
 
 from __future__ import annotations
@@ -26,68 +26,66 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from allspark import distributed
-from allspark.data.base import (
-    THREADS,
-    BadSample,
-    DatasetSpec,
-    Sample,
-    attempts,
-    check_pair,
-    image_size,
-    read_image,
-    read_mask,
-)
+from allspark.data.image_io import BadSample, check_same_size, read_image, read_mask, read_size
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.utils.errors import UserError
+from allspark.utils.parallel import THREADS, run_in_threads
 
-REMEDY = "name a folder on another disk, or data.cache=none"
-ONE_AT_A_TIME = threading.Lock()
+REMEDY = "choose a folder on another disk, or data.cache=none"
+SEEK_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Files:
-    """Where training gets its images and masks from: the files themselves, or what the caches hold of them."""
+class SampleReader:
+    """Reads training images and masks, from the caches if there are any, else from the files."""
 
     spec: DatasetSpec
-    images: Cache | None = None
-    masks: Cache | None = None
+    images: DecodedCache | None = None
+    masks: DecodedCache | None = None
 
     def image(self, path: Path) -> np.ndarray:
-        """What read_image gives."""
+        """As read_image."""
         return self.images[path] if self.images and path in self.images else read_image(path)
 
     def pair(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """What read_pair gives."""
+        """As read_pair."""
         image = self.image(sample.image)
         cached = self.masks and sample.mask in self.masks
         mask = self.masks[sample.mask] if cached else read_mask(sample.mask, self.spec)
-        check_pair(sample, image, mask)
+        check_same_size(sample, image, mask)
         return image, mask
 
 
-def open_files(
+def open_reader(
     cache: str, spec: DatasetSpec, images: Iterable[Path], masks: Iterable[Path], skip: bool = False
-) -> Files:
-    """Files of these images and masks; where data.cache names a folder, through caches there, built where need be.
+) -> SampleReader:
+    """A reader for these images and masks, through caches in the folder `cache`, which are written if needed.
 
-    Whoever comes first builds, other processes wait. UserError for a file that cannot be read (skip: it is left out),
-    a folder that cannot be written, or a disk that is too small.
+    The first process writes the cache, others wait.
+
+    Args:
+        cache: data.cache; 'none' reads the files themselves.
+        skip: leave out files that cannot be read.
+
+    Raises:
+        UserError: a file cannot be read, the folder cannot be written, or the disk is too small.
     """
     if cache == "none":
-        return Files(spec)
+        return SampleReader(spec)
     root = Path(os.path.expanduser(cache)).absolute()
     name = re.sub(r"\W", "_", spec.name)
-    # A mask is stored as it is decoded, so what decides that is part of its identity
+    # Masks are stored decoded, so whatever decides about decoding is part of the cache's key
     values = spec.decode_mask(np.arange(256, dtype=np.uint8)[None])
-    meaning = f"{spec.num_classes} {spec.ignore_index} {values.tobytes().hex()}{spec.colors or ''}"
-    return Files(
+    decoding = f"{spec.num_classes} {spec.ignore_index} {values.tobytes().hex()}{spec.colors or ''}"
+    return SampleReader(
         spec,
         open_cache(root, f"{name}-images", images, read_image, 3, skip=skip),
-        open_cache(root, f"{name}-masks", masks, partial(read_mask, spec=spec), 1, meaning, skip),
+        open_cache(root, f"{name}-masks", masks, partial(read_mask, spec=spec), 1, decoding, skip),
     )
 
 
-class Cache:
-    """The decoded files of a folder by path: (H, W, 3) or, with one channel, (H, W) uint8, read-only."""
+class DecodedCache:
+    """The decoded files of a cache folder by path, read-only: (H, W, 3) uint8, or (H, W) with one channel."""
 
     def __init__(self, folder: Path, channels: int, places: dict[str, tuple[int, int, int]]) -> None:
         self.folder, self.channels = folder, channels
@@ -103,8 +101,8 @@ class Cache:
         return self.pixels[offset : offset + height * width * self.channels].reshape(shape)
 
     def __reduce__(self) -> tuple:
-        """A worker that is not forked maps the file itself, instead of being sent its gigabytes."""
-        return Cache, (self.folder, self.channels, self.places)
+        """Workers that are not forked map the file themselves, instead of receiving gigabytes."""
+        return DecodedCache, (self.folder, self.channels, self.places)
 
 
 def open_cache(
@@ -113,40 +111,42 @@ def open_cache(
     paths: Iterable[Path],
     read: Callable[[Path], np.ndarray],
     channels: int,
-    meaning: str = "",
+    decoding: str = "",
     skip: bool = False,
-) -> Cache:
-    """The cache below root of what `read` makes of these files; built where it is absent or a file has changed."""
+) -> DecodedCache:
+    """Open the cache of these files, decoded by `read`; write it if it does not exist or a file has changed."""
     paths = sorted(set(paths))
-    files = [identity(path) for path in paths]
-    key = hashlib.sha256(json.dumps([meaning, *files]).encode()).hexdigest()
+    files = [file_identity(path) for path in paths]
+    key = hashlib.sha256(json.dumps([decoding, *files]).encode()).hexdigest()
     folder = root / f"{name}-{key[:12]}"
-    with explained(root):
-        stored = read_index(folder, files, channels)  # without the lock: what is whole is there for who may only read
-        if stored is None:
+    try:
+        index = read_index(folder, files, channels)  # without the lock: a complete cache may be in a read-only folder
+        if index is None:
             root.mkdir(parents=True, exist_ok=True)
-            with locked(root / f"{folder.name}.lock"):
-                stored = read_index(folder, files, channels)  # of whom this one waited for
-                if stored is None:
+            with lock(root / f"{folder.name}.lock"):
+                index = read_index(folder, files, channels)  # another process may have written it meanwhile
+                if index is None:
                     shutil.rmtree(folder, ignore_errors=True)
-                    stored = build(folder, paths, files, read, channels, skip)
-        offsets = np.cumsum([0] + [height * width * channels for height, width in stored.shapes]).tolist()
-        places = {str(path): (offset, *shape) for path, offset, shape in zip(paths, offsets, stored.shapes)}
-        for number in stored.bad:
+                    index = build_cache(folder, paths, files, read, channels, skip)
+        offsets = np.cumsum([0] + [height * width * channels for height, width in index.shapes]).tolist()
+        places = {str(path): (offset, *shape) for path, offset, shape in zip(paths, offsets, index.shapes)}
+        for number in index.bad:
             del places[str(paths[number])]
-        return Cache(folder, channels, places)
+        return DecodedCache(folder, channels, places)
+    except OSError as error:
+        raise UserError(f"data.cache={root}: cannot be used ({error.strerror or error}); {REMEDY}") from None
 
 
 @dataclass(frozen=True)
-class Stored:
-    """(height, width) of each file, and the numbers of those that could not be decoded: their place is empty."""
+class CacheIndex:
+    """(height, width) of each file, and the indices of files that could not be decoded, whose place is empty."""
 
     shapes: list[tuple[int, int]]
     bad: list[int]
 
 
-def identity(path: Path) -> list:
-    """[path, bytes, time of change]: as long as it is the same, so is the content."""
+def file_identity(path: Path) -> list:
+    """[path, bytes, time of change]; as long as they are the same, the content is taken to be the same."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -155,32 +155,23 @@ def identity(path: Path) -> list:
 
 
 @contextlib.contextmanager
-def explained(root: Path) -> Iterator[None]:
-    """What the system refuses below root, as a UserError."""
+def lock(path: Path) -> Iterator[None]:
+    """Exclusive lock. It is released when the process ends, however it ends; the lock file stays."""
+    file_lock = FileLock(path, mode=0o666)  # anyone who may write to the folder may take it
     try:
-        yield
-    except OSError as error:
-        raise UserError(f"data.cache={root}: cannot be used ({error.strerror or error}); {REMEDY}") from None
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Nobody else is in here. The lock goes with the process that holds it, however that ends; its file stays."""
-    lock = FileLock(path, mode=0o666)  # whoever may write to the folder may take it
-    try:
-        lock.acquire(blocking=False)
+        file_lock.acquire(blocking=False)
     except Timeout:
         if distributed.is_main():
-            print(f"{path.with_suffix('')}: waiting for the process that makes it")
-        lock.acquire()
+            print(f"{path.with_suffix('')}: waiting for another process to write it")
+        file_lock.acquire()
     try:
         yield
     finally:
-        lock.release()
+        file_lock.release()
 
 
-def read_index(folder: Path, files: list[list], channels: int) -> Stored | None:
-    """What the cache holds; None unless it is whole and of just these files."""
+def read_index(folder: Path, files: list[list], channels: int) -> CacheIndex | None:
+    """The index of a cache; None if the cache is incomplete or was written from other files."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         shapes = [(int(height), int(width)) for height, width in index["shapes"]]
@@ -188,58 +179,47 @@ def read_index(folder: Path, files: list[list], channels: int) -> Stored | None:
         size = (folder / "pixels").stat().st_size
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    whole = len(shapes) == len(files) and size == sum(height * width * channels for height, width in shapes)
-    return Stored(shapes, bad) if whole and index.get("files") == files else None
+    complete = len(shapes) == len(files) and size == sum(height * width * channels for height, width in shapes)
+    return CacheIndex(shapes, bad) if complete and index.get("files") == files else None
 
 
-def build(
+def build_cache(
     folder: Path,
     paths: Sequence[Path],
     files: list[list],
     read: Callable[[Path], np.ndarray],
     channels: int,
     skip: bool,
-) -> Stored:
-    """Decode the files into `folder`, all of them or, where one fails and may not, none."""
-    sizes = attempts([partial(image_size, path) for path in paths])
+) -> CacheIndex:
+    """Decode the files into `folder`, which appears when all are done. Raises the first error, unless `skip`."""
+    sizes = run_in_threads([partial(read_size, path) for path in paths])
     if not skip and (errors := [size for size in sizes if isinstance(size, UserError)]):
         raise errors[0]
     shapes = [(0, 0) if isinstance(size, UserError) else size[::-1] for size in sizes]
     needed = sum(height * width for height, width in shapes) * channels
     check_space(folder.parent, len(paths), needed)
     print(f"{folder}: decoding {len(paths)} files once, {needed:,} bytes")
-    partial_folder = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)  # of a process that was killed
+    temporary = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
-        partial_folder.mkdir()
-        with (partial_folder / "pixels").open("wb") as pixels:
-            os.truncate(pixels.fileno(), needed)  # also where the last files leave their places empty
-            stored = decode_all(pixels.fileno(), paths, shapes, read, channels, skip)
+        temporary.mkdir()
+        with (temporary / "pixels").open("wb") as pixels:
+            os.truncate(pixels.fileno(), needed)  # full size even if the last files leave their places empty
+            index = decode_all(pixels.fileno(), paths, shapes, read, channels, skip)
             os.fsync(pixels.fileno())
-        index = json.dumps({"files": files, "shapes": stored.shapes, "bad": stored.bad})
-        (partial_folder / "index.json").write_text(index, encoding="utf-8")
-        partial_folder.rename(folder)
+        text = json.dumps({"files": files, "shapes": index.shapes, "bad": index.bad})
+        (temporary / "index.json").write_text(text, encoding="utf-8")
+        temporary.rename(folder)
     except BaseException:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return stored
+    return index
 
 
 def check_space(root: Path, count: int, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if needed > free:
         raise UserError(f"data.cache={root}: {count} decoded files take {needed:,} bytes, {free:,} are free; {REMEDY}")
-
-
-def write_at(file: int, rest: memoryview, offset: int) -> None:
-    while rest:
-        if hasattr(os, "pwrite"):
-            written = os.pwrite(file, rest, offset)
-        else:  # Windows has one position for all threads
-            with ONE_AT_A_TIME:
-                os.lseek(file, offset, os.SEEK_SET)
-                written = os.write(file, rest)
-        rest, offset = rest[written:], offset + written
 
 
 def decode_all(
@@ -249,8 +229,8 @@ def decode_all(
     read: Callable[[Path], np.ndarray],
     channels: int,
     skip: bool,
-) -> Stored:
-    """Write each decoded file to its place, several at once; the first that fails ends it, unless it is skipped."""
+) -> CacheIndex:
+    """Decode in threads and write each file to its place."""
 
     def decode(path: Path, shape: tuple[int, int], offset: int) -> tuple[int, int] | None:
         try:
@@ -260,7 +240,7 @@ def decode_all(
                 return None
             raise
         if array.size != shape[0] * shape[1] * channels:
-            raise UserError(f"{path}: changed while it was read; start again when nobody writes to it")
+            raise UserError(f"{path}: changed while it was read; start again when nothing writes to it")
         write_at(file, memoryview(np.ascontiguousarray(array)).cast("B"), offset)
         return array.shape[:2]
 
@@ -268,12 +248,23 @@ def decode_all(
     with ThreadPoolExecutor(THREADS) as pool:
         tasks = [pool.submit(decode, *each) for each in zip(paths, shapes, offsets.tolist(), strict=True)]
         try:
-            hidden = None if distributed.is_main() else True  # None: hidden where stderr is no terminal
+            hidden = None if distributed.is_main() else True  # None: shown on a terminal only
             for task in tqdm(as_completed(tasks), "decode", len(tasks), leave=False, unit="file", disable=hidden):
                 task.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    found = [task.result() for task in tasks]
-    bad = [number for number, shape in enumerate(found) if shape is None]
-    return Stored([shape or was for shape, was in zip(found, shapes, strict=True)], bad)
+    decoded = [task.result() for task in tasks]
+    bad = [number for number, shape in enumerate(decoded) if shape is None]
+    return CacheIndex([new or old for new, old in zip(decoded, shapes, strict=True)], bad)
+
+
+def write_at(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(file, data, offset)
+        else:  # on Windows all threads share one position
+            with SEEK_LOCK:
+                os.lseek(file, offset, os.SEEK_SET)
+                written = os.write(file, data)
+        data, offset = data[written:], offset + written

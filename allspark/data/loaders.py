@@ -1,7 +1,7 @@
-"""The batches of training, on their way from files to the device.
+"""The training loader: from files to batches on the device.
 
-A sample's randomness is a function of (seed, epoch, global position, stream) alone, never of a worker, a rank or what
-came before: resuming is starting the sampler at a step, and one process or many draw the same samples.
+The randomness of a sample depends only on (seed, epoch, global position, stream), not on the worker, the rank or
+earlier samples. So resuming means starting the sampler at a step, and any number of processes draws the same samples.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data import default_collate as stack  # into memory that a worker shares, where torch.stack is copied
+from torch.utils.data import default_collate as stack  # collates into shared memory; torch.stack would be copied
 
 from allspark import distributed
 from allspark.config import DataConfig
-from allspark.data.base import BadSample, DatasetSpec, Sample, to_tensor, worker_count
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.data.cache import Files, open_files
+from allspark.data.cache import SampleReader, open_reader
+from allspark.data.image_io import BadSample
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Lists
-from allspark.data.transforms import OPERATIONS, PHOTOMETRIC, Geometry, cutmix_box, draw_geometry
-from allspark.data.worker_pool import batches, end_workers, make_loader
+from allspark.data.transforms import OPERATIONS, PHOTOMETRIC, Geometry, cutmix_box, draw_geometry, to_tensor
+from allspark.data.worker_pool import iterate, kill_workers, make_loader, worker_count
 from allspark.utils.errors import UserError
 
-LABELED, UNLABELED = 0, 1  # streams of random numbers
-IN_PLACE = 1_000_000  # of the stream that draws what stands in for a sample
-REPLACEMENTS = 10  # in a row that may fail
+LABELED, UNLABELED = 0, 1  # random streams
+REPLACEMENT = 1_000_000  # of the stream that chooses replacements for a sample
+REPLACEMENTS = 10  # consecutive attempts
 Key = tuple[int, int, int, int]  # epoch, global position, labeled index, unlabeled index (-1: none)
 Step = tuple[LabeledBatch, UnlabeledBatch | None]
 Part = TypeVar("Part", LabeledBatch, UnlabeledBatch)
 
 
-class Loaded(NamedTuple):
-    """What a worker sends: a pair or, collated, a step; bad: why samples were replaced in it, one message for each."""
+class TrainItem(NamedTuple):
+    """What a worker sends: one pair or, collated, a step; bad: an error message for each sample that was replaced."""
 
     labeled: LabeledBatch
     unlabeled: UnlabeledBatch | None
@@ -44,39 +45,37 @@ class Loaded(NamedTuple):
 
 
 class TrainPairs(Dataset):
-    """One labeled and one unlabeled image as the method's views, by Key.
+    """Pairs of one labeled and one unlabeled image, as the views the method asks for, by Key.
 
-    A UserError is returned, not raised: raised in a worker it would arrive with the worker's traceback as its message.
+    A UserError is returned instead of raised: raised in a worker, its message would be the worker's traceback.
     """
 
     def __init__(self, lists: Lists, spec: DatasetSpec, data: DataConfig, views: Views, seed: int) -> None:
         self.lists, self.spec, self.data, self.views, self.seed = lists, spec, data, views, seed
-        self.files = Files(spec)
+        self.files = SampleReader(spec)
 
     def open_cache(self) -> None:
-        """Read through data.cache from now on, where it names a folder; made first where need be."""
+        """Read through data.cache from now on; write it first if needed."""
         unlabeled = self.lists.unlabeled if self.views.unlabeled else ()
         images = [sample.image for sample in (*self.lists.labeled, *unlabeled)]
         masks = [sample.mask for sample in self.lists.labeled]
         skip = self.data.on_bad_sample == "skip"
-        self.files = open_files(self.data.cache, self.spec, images, masks, skip)
+        self.files = open_reader(self.data.cache, self.spec, images, masks, skip)
 
-    def __getitem__(self, key: Key) -> Loaded | UserError:
-        epoch, position, labeled, unlabeled = key
+    def __getitem__(self, key: Key) -> TrainItem | UserError:
+        epoch, position, index, unlabeled_index = key
         bad: list[str] = []
         try:
             stream = (self.seed, epoch, position, LABELED)
-            first = self.readable(self.labeled, self.lists.labeled, labeled, stream, bad)
-            if not self.views.unlabeled:
-                return Loaded(first, None, tuple(bad))
-            stream = (self.seed, epoch, position, UNLABELED)
-            return Loaded(
-                first, self.readable(self.unlabeled, self.lists.unlabeled, unlabeled, stream, bad), tuple(bad)
-            )
+            labeled, unlabeled = self.load(self.labeled, self.lists.labeled, index, stream, bad), None
+            if self.views.unlabeled:
+                stream = (self.seed, epoch, position, UNLABELED)
+                unlabeled = self.load(self.unlabeled, self.lists.unlabeled, unlabeled_index, stream, bad)
+            return TrainItem(labeled, unlabeled, tuple(bad))
         except UserError as error:
             return error
 
-    def readable(
+    def load(
         self,
         make: Callable[[Sample, tuple[int, ...]], Part],
         samples: Sequence[Sample],
@@ -84,12 +83,14 @@ class TrainPairs(Dataset):
         stream: tuple[int, ...],
         bad: list[str],
     ) -> Part:
-        """make(samples[index]) or, by data.on_bad_sample=skip, of others that the stream draws until one is readable.
+        """make(samples[index]); with data.on_bad_sample=skip, of another sample if that one is unreadable.
 
-        Why the ones before it are not goes to `bad`. UserError after REPLACEMENTS, or where there is no other.
+        Args:
+            stream: seeds the sample's randomness and the choice of replacements.
+            bad: gets a message for each unreadable sample.
         """
         tried = 0
-        for sample in stand_ins(samples, index, stream):
+        for sample in candidates(samples, index, stream):
             try:
                 return make(sample, stream)
             except BadSample as error:
@@ -97,29 +98,28 @@ class TrainPairs(Dataset):
                     raise UserError(f"{error}; or train without it: data.on_bad_sample=skip") from None
                 bad.append(str(error))
                 tried += 1
-        raise UserError(f"{bad[-1]}; {tried} samples in a row cannot be read: is the storage gone, or a list wrong?")
+        raise UserError(f"{bad[-1]}; {tried} samples in a row cannot be read: is the storage offline, or a list wrong?")
 
     def geometry(self, image: np.ndarray, stream: tuple[int, ...]) -> Geometry:
         height, width = image.shape[:2]
-        return draw_geometry(
-            np.random.default_rng([*stream, 0]), width, height, self.data.crop_size, self.data.scale_range
-        )
+        rng = np.random.default_rng([*stream, 0])
+        return draw_geometry(rng, width, height, self.data.crop_size, self.data.scale_range)
 
     def photometric(self, name: str, crop: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """(3, crop, crop) uint8: with data.photometric_probability what the policy makes of the crop, else the crop."""
+        """(3, crop, crop) uint8: the policy's view with data.photometric_probability, else the crop as it is."""
         probability = self.data.photometric_probability
         policy = PHOTOMETRIC[name if probability == 1 or rng.random() < probability else "weak"]
         return to_tensor(policy(crop, rng, OPERATIONS[self.data.photometric]))
 
     def labeled(self, sample: Sample, stream: tuple[int, ...]) -> LabeledBatch:
-        """image (3, crop, crop) and mask (crop, crop), both uint8 on their way; not a batch yet."""
+        """One image (3, crop, crop) uint8 and its mask (crop, crop) uint8, without a batch dimension."""
         image, mask = self.files.pair(sample)
         geometry = self.geometry(image, stream)
         view = self.photometric(self.views.labeled, geometry.image(image), np.random.default_rng([*stream, 1]))
         return LabeledBatch(view, torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)))
 
     def unlabeled(self, sample: Sample, stream: tuple[int, ...]) -> UnlabeledBatch:
-        """The views of one crop, (3, crop, crop) uint8 each, and its bool masks (crop, crop); not a batch yet."""
+        """The views of one crop (3, crop, crop) uint8, and bool masks (crop, crop), without a batch dimension."""
         image = self.files.image(sample.image)
         geometry = self.geometry(image, stream)
         crop = geometry.image(image)
@@ -131,16 +131,16 @@ class TrainPairs(Dataset):
         return UnlabeledBatch(to_tensor(crop), tuple(strong), torch.from_numpy(geometry.valid()), tuple(cutmix))
 
 
-def stand_ins(samples: Sequence[Sample], index: int, stream: tuple[int, ...]) -> Iterator[Sample]:
-    """The sample itself, then at most REPLACEMENTS different others, by the stream alone."""
+def candidates(samples: Sequence[Sample], index: int, stream: tuple[int, ...]) -> Iterator[Sample]:
+    """The sample itself, then up to REPLACEMENTS different others, chosen by the stream alone."""
     yield samples[index]
-    order = np.random.default_rng([*stream, IN_PLACE]).permutation(len(samples))
+    order = np.random.default_rng([*stream, REPLACEMENT]).permutation(len(samples))
     for other in order[order != index][:REPLACEMENTS]:
         yield samples[other]
 
 
-def collate(items: Sequence[Loaded | UserError]) -> Loaded | UserError:
-    """Stack the items of a step; one that could not be made stands for all of them."""
+def collate(items: Sequence[TrainItem | UserError]) -> TrainItem | UserError:
+    """Stack the items of a step; if any is an error, return that."""
     for item in items:
         if isinstance(item, UserError):
             return item
@@ -148,21 +148,26 @@ def collate(items: Sequence[Loaded | UserError]) -> Loaded | UserError:
     bad = tuple(message for item in items for message in item.bad)
     batch = LabeledBatch(stack([one.image for one in labeled]), stack([one.mask for one in labeled]))
     if unlabeled[0] is None:
-        return Loaded(batch, None, bad)
+        return TrainItem(batch, None, bad)
     views = UnlabeledBatch(
         stack([one.weak for one in unlabeled]),
         tuple(stack(views) for views in zip(*(one.strong for one in unlabeled), strict=True)),
         stack([one.valid for one in unlabeled]),
         tuple(stack(boxes) for boxes in zip(*(one.cutmix for one in unlabeled), strict=True)),
     )
-    return Loaded(batch, views, bad)
+    return TrainItem(batch, views, bad)
 
 
 class StepSampler(Sampler):
-    """The keys of each step of one epoch, for one rank: step s covers positions [s B, (s + 1) B), a rank B / P of them.
+    """The keys of each step of an epoch for one rank: step s has positions [s B, (s + 1) B), each rank takes B / P.
 
-    The list that makes the epoch (`primary`) is permuted anew each epoch and its last len % B places are dropped; the
-    other one runs on through permutations of its own, over the ends of epochs, so that its images come equally often.
+    The list that defines the epoch (`primary`) is permuted anew each epoch, and the last len % B images are dropped.
+    The other list runs through its own permutations across epoch boundaries, so that its images come equally often.
+
+    Args:
+        sizes: number of labeled and of unlabeled images.
+        primary: LABELED or UNLABELED.
+        batch_size: labeled images per step over all ranks.
     """
 
     def __init__(
@@ -178,7 +183,7 @@ class StepSampler(Sampler):
         return self.steps - self.start_step
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch = self.epoch  # as it was when this pass began
+        epoch = self.epoch  # set_epoch may be called while a pass is still prefetched
         labeled, unlabeled = (self.order(stream) for stream in (LABELED, UNLABELED))
         for step in range(self.start_step, self.steps):
             first = step * self.batch_size + self.first
@@ -186,7 +191,7 @@ class StepSampler(Sampler):
             yield [(epoch, position, int(labeled[position]), int(unlabeled[position])) for position in positions]
 
     def order(self, stream: int) -> np.ndarray:
-        """The index of each position of this epoch, (steps * B,) integers; -1 where the list is not used."""
+        """Index of the image at each position of this epoch, (steps * B,) int; -1 if the list is not used."""
         size, length = self.sizes[stream], self.steps * self.batch_size
         if size == 0:
             return np.full(length, -1)
@@ -201,7 +206,12 @@ class StepSampler(Sampler):
 
 
 class TrainLoader:
-    """Epochs of (LabeledBatch, UnlabeledBatch | None) for one rank; batch_size counts labeled images over all ranks."""
+    """Epochs of (LabeledBatch, UnlabeledBatch | None) for one rank.
+
+    Args:
+        batch_size: labeled images per step over all ranks.
+        epoch_of: 'labeled' or 'unlabeled', the list whose length defines an epoch.
+    """
 
     def __init__(
         self,
@@ -215,51 +225,56 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        check_request(lists, views, batch_size, epoch_of, world_size)
-        # An epoch may be counted by an unlabeled list that is not read: supervised then runs as long as the others
+        check_arguments(lists, views, batch_size, epoch_of, world_size)
+        # The epoch may be that of an unlabeled list that is not read: supervised then runs as long as other methods
         primary = UNLABELED if epoch_of == "unlabeled" else LABELED
         sizes = (len(lists.labeled), len(lists.unlabeled))
         self.sampler = StepSampler(sizes, primary, batch_size, seed, rank, world_size)
         self.pairs = TrainPairs(lists, spec, data, views, seed)
         self.num_workers = worker_count(data.num_workers)
-        self.loaders: dict[bool, DataLoader] = {}  # by pin_memory, made when first used
-        self.bad: Counter[str] = Counter()  # why a sample was replaced -> how often, since this process began
+        self.loaders: dict[bool, DataLoader] = {}  # by pin_memory, created on first use
+        self.bad: Counter[str] = Counter()  # error message of a replaced sample -> how often, in this process
 
     @property
     def steps_per_epoch(self) -> int:
         return self.sampler.steps
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The next `on` begins at this step of this epoch."""
+        """The next call of `on` starts at this step of this epoch."""
         self.sampler.epoch, self.sampler.start_step = epoch, start_step
 
     def images(self, step: int) -> list[str]:
-        """The files of this step, from 0, of the epoch that set_epoch chose: labeled, then unlabeled, of all ranks."""
-        places = slice(step * self.sampler.batch_size, (step + 1) * self.sampler.batch_size)
+        """Files of a step (from 0) of the current epoch, over all ranks: labeled, then unlabeled."""
+        positions = slice(step * self.sampler.batch_size, (step + 1) * self.sampler.batch_size)
         lists, files = self.pairs.lists, []
         for stream, samples in ((LABELED, lists.labeled), (UNLABELED, lists.unlabeled)):
             if stream == LABELED or self.pairs.views.unlabeled:
-                files += [str(samples[index].image) for index in self.sampler.order(stream)[places]]
+                files += [str(samples[index].image) for index in self.sampler.order(stream)[positions]]
         return files
 
-    def on(self, device: torch.device | str, tell: Callable[[str], None] = print) -> Iterator[Step]:
-        """The steps of the epoch that set_epoch chose, on the device; `tell` hears of replaced samples.
+    def on(self, device: torch.device | str, log_fn: Callable[[str], None] = print) -> Iterator[Step]:
+        """The steps of the current epoch, on the device.
 
-        WorkerDied: a worker was killed or hangs; UserError: a file cannot be read, see data.on_bad_sample.
+        Args:
+            log_fn: gets a message for each replaced sample.
+
+        Raises:
+            WorkerDied: a worker was killed or hangs.
+            UserError: a file cannot be read; see data.on_bad_sample.
         """
         device = torch.device(device)
         loader = self.loader(device.type == "cuda")
-        for step in batches(loader):
+        for step in iterate(loader):
             if isinstance(step, UserError):
-                end_workers(loader)  # who frees a loader in a cycle with a traceback waits for its workers in vain, 5 s
-                raise UserError(str(step))  # with nothing but its message
-            self.note(step.bad, tell)
+                kill_workers(loader)  # a loader freed through a traceback would wait 5 s for its workers
+                raise UserError(str(step))  # without the worker's traceback
+            self.count_bad(step.bad, log_fn)
             labeled, unlabeled = step.labeled.to(device), step.unlabeled
-            labeled = LabeledBatch(labeled.image, labeled.mask.long())  # an eighth of the bytes until here
+            labeled = LabeledBatch(labeled.image, labeled.mask.long())  # uint8 until here: an eighth of the bytes
             yield labeled, None if unlabeled is None else unlabeled.to(device)
         if self.bad:
             count = sum(self.bad.values())
-            tell_all(tell, f"{count} samples were replaced so far, of {len(self.bad)} that cannot be read")
+            log_on_any_rank(log_fn, f"{count} samples replaced so far, because {len(self.bad)} files cannot be read")
 
     def loader(self, pin: bool) -> DataLoader:
         if pin not in self.loaders:
@@ -275,43 +290,41 @@ class TrainLoader:
             )
         return self.loaders[pin]
 
-    def note(self, bad: Sequence[str], tell: Callable[[str], None]) -> None:
-        """Count; a file is named when it is met first."""
+    def count_bad(self, bad: Sequence[str], log_fn: Callable[[str], None]) -> None:
+        """Count replaced samples; log each file once."""
         for message in bad:
             if message not in self.bad:
-                tell_all(tell, f"WARNING: another sample is taken: {message}")
+                log_on_any_rank(log_fn, f"WARNING: sample replaced: {message}")
             self.bad[message] += 1
 
 
-def tell_all(tell: Callable[[str], None], message: str) -> None:
-    """`tell` is the main process' log; another one that reads other files says it on stderr."""
+def log_on_any_rank(log_fn: Callable[[str], None], message: str) -> None:
+    """Log on the main process; other ranks read other files and print to stderr."""
     if distributed.is_main():
-        tell(message)
+        log_fn(message)
     else:
-        print(f"process {distributed.rank()}: {message}", file=sys.stderr)
+        print(f"rank {distributed.rank()}: {message}", file=sys.stderr)
 
 
-def check_request(lists: Lists, views: Views, batch_size: int, epoch_of: str, world_size: int) -> None:
-    """UserError for what no batch can be made of."""
+def check_arguments(lists: Lists, views: Views, batch_size: int, epoch_of: str, world_size: int) -> None:
+    """Raise UserError if no batch can be built."""
     for name in (views.labeled, *views.strong):
         if name not in PHOTOMETRIC:
-            raise UserError(f"views: there is no photometric policy '{name}'; there are {', '.join(PHOTOMETRIC)}")
+            raise UserError(f"views: unknown photometric policy '{name}'; available: {', '.join(PHOTOMETRIC)}")
     if batch_size % world_size:
-        raise UserError(
-            f"batch_size: {batch_size} images do not divide among {world_size} processes; give a multiple of it"
-        )
+        raise UserError(f"batch_size: {batch_size} cannot be divided among {world_size} processes; use a multiple")
     if not lists.labeled:
         raise UserError(
             f"split {lists.name}: no labeled images; see data.split, data.labeled_id_path, data.custom.labeled_images"
         )
     if views.unlabeled and not lists.unlabeled:
         raise UserError(
-            f"split {lists.name}: no unlabeled images, and this method learns from them; "
+            f"split {lists.name}: no unlabeled images, but this method needs them; "
             "see data.split, data.unlabeled_id_path, data.custom.unlabeled_images"
         )
     length = len(lists.unlabeled if epoch_of == "unlabeled" else lists.labeled)
     if length < batch_size:
         raise UserError(
-            f"split {lists.name}: its {length} {epoch_of} images make no step of batch_size {batch_size}; give a "
-            f"smaller batch_size, a longer list or epoch_of={'labeled' if epoch_of == 'unlabeled' else 'unlabeled'}"
+            f"split {lists.name}: {length} {epoch_of} images are less than one batch of {batch_size}; use a smaller "
+            f"batch_size, a longer list or epoch_of={'labeled' if epoch_of == 'unlabeled' else 'unlabeled'}"
         )

@@ -1,7 +1,7 @@
 """From a whole image to training views: the shared weak geometry, the photometric policies, the CutMix box.
 
-Every draw comes from the numpy Generator that is handed in, and draws are apart from pixels: the same Generator state
-gives the same crop whatever computes it.
+All randomness comes from the numpy Generator passed in, and drawing is separate from pixel operations: the same
+Generator state gives the same crop on any implementation.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 from numpy.random import Generator
-from PIL import Image, ImageFilter
-from torchvision.transforms import functional as TF
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from allspark.data.resize import bilinear_window, nearest_window
+from allspark.data.resize_crop import resize_crop_bilinear, resize_crop_nearest
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The weak augmentation of an image: scale to `size`, pad right and bottom, cut a square of `crop`, maybe flip.
+    """The weak augmentation of an image, as in UniMatch: resize, pad right and bottom, crop a square, maybe flip.
 
-    size (width, height) and offset (left, top) of the crop are pixels of the scaled image. As in UniMatch. Only what
-    the crop shows is scaled: masks come out as if Pillow had resized all of it, images within 2 grey levels of that.
+    Only the part of the image that the crop shows is resized. Masks are identical to Pillow's resize of the whole
+    mask, images differ from it by at most 2 gray levels.
+
+    Args:
+        size: (width, height) of the resized image.
+        offset: (left, top) of the crop in the resized image.
+        crop: side of the crop in pixels.
     """
 
     size: tuple[int, int]
@@ -34,35 +39,34 @@ class Geometry:
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (crop, crop, 3); bilinear, padded with black (before normalization, as released)."""
-        return self._placed(bilinear_window(image, self.size, self.offset, self._visible()), 0)
+        return self._pad_and_flip(resize_crop_bilinear(image, self.size, self.offset, self._visible_size()), 0)
 
     def mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
         """(H, W) uint8 -> (crop, crop); nearest, padded with `fill`, the ignore index."""
-        return self._placed(nearest_window(mask, self.size, self.offset, self._visible()), fill)
+        return self._pad_and_flip(resize_crop_nearest(mask, self.size, self.offset, self._visible_size()), fill)
 
     def valid(self) -> np.ndarray:
-        """(crop, crop) bool, False on the padding; from the geometry alone, no file is needed."""
-        width, height = self._visible()
+        """(crop, crop) bool, False on the padding; needs no pixels."""
+        width, height = self._visible_size()
         valid = np.zeros((self.crop, self.crop), bool)
         valid[:height, self.crop - width if self.flip else 0 :][:, :width] = True
         return valid
 
-    def _visible(self) -> tuple[int, int]:
-        """Width and height of the part of the crop that shows the image."""
+    def _visible_size(self) -> tuple[int, int]:
+        """(width, height) of the part of the crop that shows the image."""
         return min(self.size[0] - self.offset[0], self.crop), min(self.size[1] - self.offset[1], self.crop)
 
-    def _placed(self, visible: np.ndarray, fill: int) -> np.ndarray:
-        """What is visible, padded to the crop and flipped; cv2 flips 20 times faster than numpy."""
+    def _pad_and_flip(self, visible: np.ndarray, fill: int) -> np.ndarray:
         below, right = (self.crop - side for side in visible.shape[:2])
         if below or right:
             visible = cv2.copyMakeBorder(visible, 0, below, 0, right, cv2.BORDER_CONSTANT, value=[fill] * 4)
-        return cv2.flip(visible, 1) if self.flip else np.ascontiguousarray(visible)
+        return cv2.flip(visible, 1) if self.flip else np.ascontiguousarray(visible)  # 20 times faster than numpy
 
 
 def draw_geometry(
     rng: Generator, width: int, height: int, crop: int, scale_range: tuple[float, float] = (0.5, 2.0)
 ) -> Geometry:
-    """Four draws: the long side (a uniform integer in scale_range times its length), left, top, flip."""
+    """Draw the long side (uniform integer in scale_range times its length), left, top and flip, in this order."""
     long = max(width, height)
     target = int(rng.integers(int(long * scale_range[0]), int(long * scale_range[1]), endpoint=True))
     scaled_width, scaled_height = (max(1, int(side * target / long + 0.5)) for side in (width, height))
@@ -71,50 +75,63 @@ def draw_geometry(
     return Geometry((scaled_width, scaled_height), (left, top), crop, bool(rng.random() < 0.5))
 
 
-Operation = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) uint8 and its strength -> the same, anew or as it is
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) uint8."""
+    planes = np.empty((3, *image.shape[:2]), np.uint8)
+    cv2.split(image, list(planes))  # in place; several times faster than a transposed copy
+    return torch.from_numpy(planes)
+
+
+Operation = Callable[[np.ndarray, float], np.ndarray]  # (H, W, 3) uint8, strength -> a new array or the input
 Operations = Mapping[str, Operation]
 
 
-def on_pillow(operation: Callable[[Image.Image, float], Image.Image]) -> Operation:
+def pillow_operation(operation: Callable[[Image.Image, float], Image.Image]) -> Operation:
     return lambda image, strength: np.asarray(operation(Image.fromarray(image), strength))
+
+
+def shift_hue(image: Image.Image, turn: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(level + int(turn * 255)) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 PILLOW: Operations = {
     "identity": lambda image, _: image,
-    "brightness": on_pillow(TF.adjust_brightness),
-    "contrast": on_pillow(TF.adjust_contrast),
-    "saturation": on_pillow(TF.adjust_saturation),
-    "sharpness": on_pillow(TF.adjust_sharpness),
-    "hue": on_pillow(TF.adjust_hue),
-    "grey": on_pillow(lambda picture, _: TF.to_grayscale(picture, num_output_channels=3)),
-    "blur": on_pillow(lambda picture, radius: picture.filter(ImageFilter.GaussianBlur(radius))),
-    "autocontrast": on_pillow(lambda picture, _: TF.autocontrast(picture)),
-    "equalize": on_pillow(lambda picture, _: TF.equalize(picture)),
-    "invert": on_pillow(lambda picture, _: TF.invert(picture)),
-    "posterize": on_pillow(lambda picture, bits: TF.posterize(picture, int(bits))),
-    "solarize": on_pillow(lambda picture, threshold: TF.solarize(picture, int(threshold))),
+    "brightness": pillow_operation(lambda image, factor: ImageEnhance.Brightness(image).enhance(factor)),
+    "contrast": pillow_operation(lambda image, factor: ImageEnhance.Contrast(image).enhance(factor)),
+    "saturation": pillow_operation(lambda image, factor: ImageEnhance.Color(image).enhance(factor)),
+    "sharpness": pillow_operation(lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor)),
+    "hue": pillow_operation(shift_hue),
+    "gray": pillow_operation(lambda image, _: image.convert("L").convert("RGB")),
+    "blur": pillow_operation(lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius))),
+    "autocontrast": pillow_operation(lambda image, _: ImageOps.autocontrast(image)),
+    "equalize": pillow_operation(lambda image, _: ImageOps.equalize(image)),
+    "invert": pillow_operation(lambda image, _: ImageOps.invert(image)),
+    "posterize": pillow_operation(lambda image, bits: ImageOps.posterize(image, int(bits))),
+    "solarize": pillow_operation(lambda image, threshold: ImageOps.solarize(image, int(threshold))),
 }
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    return towards(image, 0, factor)
+    return blend_with_level(image, 0, factor)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    return towards(image, int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5), factor)
+    return blend_with_level(image, int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5), factor)
 
 
-def towards(image: np.ndarray, level: int, factor: float) -> np.ndarray:
-    """Factor 0: `level` everywhere, 1: the image; truncated as in Pillow."""
+def blend_with_level(image: np.ndarray, level: int, factor: float) -> np.ndarray:
+    """Factor 0: `level` everywhere, factor 1: the image; truncated as Pillow does."""
     values = level + np.float32(factor) * (np.arange(256, dtype=np.float32) - level)
     return cv2.LUT(image, values.clip(0, 255).astype(np.uint8))
 
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.addWeighted(image, factor, grey(image), 1 - factor, -0.499)  # rounded where Pillow truncates
+    return cv2.addWeighted(image, factor, gray(image), 1 - factor, -0.499)  # -0.499: Pillow truncates, cv2 rounds
 
 
-def grey(image: np.ndarray, _: float = 0) -> np.ndarray:
+def gray(image: np.ndarray, _: float = 0) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
@@ -125,62 +142,62 @@ def hue(image: np.ndarray, turn: float) -> np.ndarray:
 
 
 def blur(image: np.ndarray, radius: float) -> np.ndarray:
-    """By the kernel that Pillow means by a Gaussian of this standard deviation: three boxes with soft ends."""
+    """With the kernel of Pillow's GaussianBlur: three box filters with fractional ends."""
     variance = radius**2 / 3
     half = int((math.sqrt(12 * variance + 1) - 1) / 2)
     end = (2 * half + 1) * (half * (half + 1) - 3 * variance) / (6 * (variance - (half + 1) ** 2))
     box = np.array([end, *[1.0] * (2 * half + 1), end]) / (2 * half + 1 + 2 * end)
     kernel = np.convolve(np.convolve(box, box), box)
-    kernel = (kernel + kernel[::-1]) / 2  # to the last bit: three times faster
+    kernel = (kernel + kernel[::-1]) / 2  # exactly symmetric: three times faster
     return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
-# The same six times faster, over all of a strong view. How far from PILLOW, in grey levels on photographs (on noise):
-# brightness and contrast 0; saturation and grey at most 1, on average 0.002; hue at most 9 (13), on average 0.3 (1.2);
-# blur at most 3, on average 0.4 (0.5), but for the outermost 6 pixels, at most 25 (40): Pillow repeats the border
-# before each of its boxes.
+# A strong view is six times faster with these. Difference from PILLOW in gray levels, on photos (on noise):
+# brightness and contrast 0; saturation and gray at most 1, on average 0.002; hue at most 9 (13), on average 0.3 (1.2);
+# blur at most 3, on average 0.4 (0.5), except in the outermost 6 pixels, at most 25 (40): Pillow repeats the border
+# before each of its box filters.
 CV2: Operations = {
     **PILLOW,
     "brightness": brightness,
     "contrast": contrast,
     "saturation": saturation,
-    "grey": grey,
+    "gray": gray,
     "hue": hue,
     "blur": blur,
 }
-OPERATIONS: dict[str, Operations] = {"cv2": CV2, "pil": PILLOW}  # by data.photometric
+OPERATIONS: dict[str, Operations] = {"cv2": CV2, "pil": PILLOW}  # values of data.photometric
 
 Policy = Callable[[np.ndarray, Generator, Operations], np.ndarray]
 
 
 def weak(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
-    """The crop as it is."""
+    """The crop unchanged."""
     return image
 
 
 def draw_jitter(rng: Generator) -> list[tuple[str, float]]:
-    """Colour jitter: brightness, contrast and saturation by 0.5 to 1.5, hue by up to 0.25, in a random order."""
+    """Color jitter: brightness, contrast and saturation by 0.5 to 1.5, hue by up to 0.25, in random order."""
     order = rng.permutation(4)
     strengths = [*rng.uniform(0.5, 1.5, size=3), rng.uniform(-0.25, 0.25)]
     return [(("brightness", "contrast", "saturation", "hue")[index], float(strengths[index])) for index in order]
 
 
 def strong(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
-    """(H, W, 3) uint8: colour jitter p 0.8, grey p 0.2, blur p 0.5; as many draws each time. (UniMatch)"""
-    jitters, jitter = rng.random() < 0.8, draw_jitter(rng)
-    greys, blurs, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
-    steps = jitter if jitters else []
-    steps += [("grey", 0.0)] if greys else []
-    steps += [("blur", radius)] if blurs else []
-    return apply(steps, image, operations)
+    """(H, W, 3) uint8: color jitter p 0.8, gray p 0.2, blur p 0.5; the number of draws is fixed. (UniMatch)"""
+    use_jitter, jitter = rng.random() < 0.8, draw_jitter(rng)
+    use_gray, use_blur, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
+    steps = jitter if use_jitter else []
+    steps += [("gray", 0.0)] if use_gray else []
+    steps += [("blur", radius)] if use_blur else []
+    return apply_operations(steps, image, operations)
 
 
 def pseudoseg(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
-    """(H, W, 3) uint8: colour jitter, always; no grey, no blur. The method cuts its square itself. (PseudoSeg)"""
-    return apply(draw_jitter(rng), image, operations)
+    """(H, W, 3) uint8: always color jitter; no gray, no blur. The method itself erases a square. (PseudoSeg)"""
+    return apply_operations(draw_jitter(rng), image, operations)
 
 
-IMAS_OPERATIONS = (  # and the range of the strength, where it has one
+IMAS_OPERATIONS = (  # name, range of the strength
     ("identity", 0, 0),
     ("autocontrast", 0, 0),
     ("equalize", 0, 0),
@@ -197,15 +214,14 @@ IMAS_OPERATIONS = (  # and the range of the strength, where it has one
 
 
 def imas(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
-    """(H, W, 3) uint8: two of IMAS_OPERATIONS, one after the other, each as strong as a uniform draw says; as many
-    draws each time. (iMAS)
-    """
+    """(H, W, 3) uint8: two of IMAS_OPERATIONS with uniform strengths; the number of draws is fixed. (iMAS)"""
     chosen, strengths = rng.integers(len(IMAS_OPERATIONS), size=2), rng.random(2).tolist()
     drawn = zip((IMAS_OPERATIONS[index] for index in chosen), strengths, strict=True)
-    return apply([(name, low + (high - low) * share) for (name, low, high), share in drawn], image, operations)
+    steps = [(name, low + (high - low) * share) for (name, low, high), share in drawn]
+    return apply_operations(steps, image, operations)
 
 
-def apply(steps: list[tuple[str, float]], image: np.ndarray, operations: Operations) -> np.ndarray:
+def apply_operations(steps: list[tuple[str, float]], image: np.ndarray, operations: Operations) -> np.ndarray:
     for name, strength in steps:
         image = operations[name](image, strength)
     return image
@@ -220,10 +236,10 @@ PHOTOMETRIC: dict[str, Policy] = {
 
 
 def cutmix_box(rng: Generator, size: int, probability: float) -> np.ndarray:
-    """(size, size) bool, True in a box with the given probability, else False everywhere. (UniMatch)
+    """(size, size) bool: with the given probability True in a random box, else False everywhere. (UniMatch)
 
-    Area U(0.02, 0.4) of the square; height to width U(0.3, 1 / 0.3) and the place are drawn until the box fits. The
-    ratio has to be drawn again with the place: 0.4 of the area at 3.3 is higher than the square and fits nowhere.
+    The area is U(0.02, 0.4) of the square. The aspect ratio U(0.3, 1 / 0.3) and the place are drawn until the box fits;
+    the ratio must be redrawn with the place, because 0.4 of the area at 3.3 is higher than the square.
     """
     box = np.zeros((size, size), bool)
     if rng.random() >= probability:

@@ -1,4 +1,4 @@
-"""The processes of a data loader: made, watched while they are waited for, ended with the process that made them."""
+"""Data loader workers: created, watched while the main process waits for them, and ended with it."""
 
 from __future__ import annotations
 
@@ -18,56 +18,67 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, int_from_env
+from allspark.utils.parallel import usable_cores
 
-TIMEOUT = 600.0  # seconds without a batch after which storage counts as hung
-NOT_THEIRS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # ask the run to stop: the main process decides how
-LIMITS = {  # what the system says when something runs out -> what it is and the remedy
-    "shared memory": "shared memory ran out: enlarge /dev/shm (docker --shm-size) or lower data.num_workers",
-    "No space left on device": "shared memory ran out: enlarge /dev/shm (docker --shm-size) or lower data.num_workers",
-    "received 0 items of ancdata": "open files ran out: raise `ulimit -n` or lower data.num_workers",
-    "Too many open files": "open files ran out: raise `ulimit -n` or lower data.num_workers",
-    "Cannot allocate memory": "memory ran out: lower data.num_workers",
+MAX_WORKERS = 8  # per loader, if data.num_workers is not set
+TIMEOUT = 600.0  # seconds without a batch after which the storage counts as hung
+IGNORED_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # requests to stop; the main process handles them
+LIMITS = {  # part of the system's message -> cause and remedy
+    "shared memory": "out of shared memory: enlarge /dev/shm (docker --shm-size) or lower data.num_workers",
+    "No space left on device": "out of shared memory: enlarge /dev/shm (docker --shm-size) or lower data.num_workers",
+    "received 0 items of ancdata": "out of file descriptors: raise `ulimit -n` or lower data.num_workers",
+    "Too many open files": "out of file descriptors: raise `ulimit -n` or lower data.num_workers",
+    "Cannot allocate memory": "out of memory: lower data.num_workers",
 }
-LATE = "DataLoader timed out"  # as torch says it
-STARTING = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+TIMEOUT_MESSAGE = "DataLoader timed out"  # torch's own wording
+START_ERRNOS = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
 
 
 class WorkerDied(UserError):
-    """A worker of a loader was killed, or yields nothing any more; the batches that it was making are lost."""
+    """A loader worker was killed or hangs; the batches it was preparing are lost."""
+
+
+def worker_count(requested: int | None) -> int:
+    """data.num_workers, or if it is None the usable cores divided among the node's torchrun processes, at most 8.
+
+    (srun gives each process its own cores.)
+    """
+    if requested is not None:
+        return requested
+    return max(1, min(MAX_WORKERS, usable_cores() // int_from_env("LOCAL_WORLD_SIZE", 1, least=1)))
 
 
 def make_loader(dataset: Dataset, num_workers: int, *, timeout: float = TIMEOUT, **options: Any) -> DataLoader:
-    """A DataLoader whose workers have one thread and leave signals to this process; iterate it by `batches`."""
+    """A DataLoader whose workers use one thread and leave signals to the main process; use with `iterate`."""
     return DataLoader(
         dataset,
         num_workers=num_workers,
         timeout=timeout if num_workers else 0,
-        worker_init_fn=begin,
-        generator=torch.Generator(),  # else every epoch takes a number from the generator that dropout uses
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # otherwise each epoch draws from the generator that dropout uses
         **options,
     )
 
 
-def begin(worker: int) -> None:
-    """A worker's first act. Its end comes with its parent's, or from it."""
-    torch.set_num_threads(1)  # workers are the parallelism; threads inside them only get in each other's way
+def init_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism; threads inside them would compete
     cv2.setNumThreads(0)
     if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # a Ctrl-C is for the foreground's process group
-    for name in NOT_THEIRS:  # batch systems send them to every process
+        os.setpgid(0, 0)  # Ctrl-C goes to the foreground process group
+    for name in IGNORED_SIGNALS:  # batch systems send them to every process
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def batches(loader: DataLoader) -> Iterator[Any]:
-    """What the loader yields. WorkerDied within seconds where a worker is killed, after its timeout where one hangs."""
-    watch = Watch(loader)
-    with watch.explained():
+def iterate(loader: DataLoader) -> Iterator[Any]:
+    """Yield the loader's batches; raise WorkerDied soon after a worker is killed, or when none delivers in time."""
+    watch = WorkerWatch(loader)
+    with watch.explain_errors():
         iterator = iter(loader)
-        watch.started(iterator)
+        watch.workers = list(getattr(iterator, "_workers", ()))
     while True:
-        with watch.explained():
+        with watch.explain_errors():
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -75,101 +86,98 @@ def batches(loader: DataLoader) -> Iterator[Any]:
         yield batch
 
 
-def end_workers(loader: DataLoader) -> None:
-    """At once those that stay between epochs; the loader is of no use any more."""
-    Watch(loader).end()
+def kill_workers(loader: DataLoader) -> None:
+    """Kill a loader's persistent workers; the loader cannot be used any more."""
+    WorkerWatch(loader).kill()
 
 
-class Watch:
-    """Looks at a loader's workers while the main process waits for them, and only then.
+class WorkerWatch:
+    """Checks a loader's workers, but only while the main process waits for them.
 
-    torch's own look raises wherever the main process happens to be, in the middle of a step or of a checkpoint.
+    torch's own SIGCHLD handler raises wherever the main process happens to be, e.g. while a checkpoint is written.
     """
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
-        kept = getattr(loader, "_iterator", None)  # of persistent workers
-        self.workers: list[BaseProcess] = list(getattr(kept, "_workers", ()))
-
-    def started(self, iterator: Any) -> None:
-        self.workers = list(getattr(iterator, "_workers", ()))
+        iterator = getattr(loader, "_iterator", None)  # of persistent workers
+        self.workers: list[BaseProcess] = list(getattr(iterator, "_workers", ()))
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """WorkerDied for a death or a limit of the system inside; SIGCHLD is handled as before behind it."""
+    def explain_errors(self) -> Iterator[None]:
+        """Raise WorkerDied if a worker dies or a system limit is hit inside the block. Restores the SIGCHLD handler."""
         try:
-            with watching(self.look, self.loader.timeout):  # 0, without workers: never
-                self.look()
+            with watch_children(self.check, self.loader.timeout):  # timeout is 0 without workers: never
+                self.check()
                 yield
         except Exception as error:
             if isinstance(error, OSError | EOFError) and not isinstance(error, TimeoutError):
-                self.settle()
-            told = None if isinstance(error, UserError) else self.death() or self.meaning(error)
-            self.end()  # for a bug in one of them, too: torch asks by a signal that they ignore, and waits
-            if told is None:
+                self.wait_for_exit()
+            reason = None if isinstance(error, UserError) else self.find_death() or self.find_cause(error)
+            self.kill()  # also after a bug in a worker: torch would ask by a signal that they ignore, and wait
+            if reason is None:
                 raise
-            raise WorkerDied(f"data loader: {told}") from None
+            raise WorkerDied(f"data loader: {reason}") from None
 
-    def look(self) -> None:
-        if told := self.death():
-            raise WorkerDied(f"data loader: {told}")
+    def check(self) -> None:
+        if reason := self.find_death():
+            raise WorkerDied(f"data loader: {reason}")
 
-    def settle(self) -> None:
-        """What broke is the connection to a worker that is about to end: wait until it has, a second or two."""
+    def wait_for_exit(self) -> None:
+        """The connection to a worker broke because it is about to exit: wait for that, up to two seconds."""
         ending = wait([worker.sentinel for worker in self.workers], 1) if self.workers else []
         for worker in self.workers:
             if worker.sentinel in ending:
                 worker.join(1)
 
-    def death(self) -> str | None:
+    def find_death(self) -> str | None:
         dead = next((worker for worker in self.workers if worker.exitcode not in (None, 0)), None)
-        return None if dead is None else story(dead.pid, dead.exitcode)
+        return None if dead is None else describe_exit(dead.pid, dead.exitcode)
 
-    def meaning(self, error: Exception) -> str | None:
-        """What a user can do about it; None where it is a bug."""
-        if LATE in str(error):
+    def find_cause(self, error: Exception) -> str | None:
+        """Cause and remedy; None if the error is a bug."""
+        if TIMEOUT_MESSAGE in str(error):
             return (
                 f"no batch within {self.loader.timeout:g} s from {self.loader.num_workers} workers; is the storage of "
-                f"data.data_root slow or gone? Copy the data to a local disk, or raise data.timeout"
+                f"data.data_root slow or offline? Copy the data to a local disk, or raise data.timeout"
             )
-        if isinstance(error, OSError) and error.errno in STARTING:
+        if isinstance(error, OSError) and error.errno in START_ERRNOS:
             return f"{self.loader.num_workers} workers cannot be started ({error.strerror}); lower data.num_workers"
         if self.loader.num_workers:
-            return next((told for sign, told in LIMITS.items() if sign in str(error)), None)
+            return next((cause for text, cause in LIMITS.items() if text in str(error)), None)
         return None
 
-    def end(self) -> None:
+    def kill(self) -> None:
         for worker in self.workers:
-            worker.kill()  # also one that is stopped, or waits for a file
+            worker.kill()  # SIGKILL also ends one that is stopped or waits for a file
 
 
-def story(pid: int | None, code: int) -> str:
+def describe_exit(pid: int | None, code: int) -> str:
     if code > 0:
-        return f"worker {pid} ended by itself with exit code {code}; try data.num_workers=0 to see why"
+        return f"worker {pid} exited with code {code}; use data.num_workers=0 to see why"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     causes = {
-        "SIGKILL": "out of memory, or killed by somebody: lower data.num_workers, or ask for more memory",
-        "SIGBUS": "shared memory ran out: enlarge /dev/shm (docker --shm-size) or lower data.num_workers",
-        "SIGSEGV": "a crash in a library that decodes images: data.num_workers=0 shows at which file",
+        "SIGKILL": "out of memory, or killed by someone: lower data.num_workers, or request more memory",
+        "SIGBUS": "out of shared memory: enlarge /dev/shm (docker --shm-size) or lower data.num_workers",
+        "SIGSEGV": "an image library crashed: data.num_workers=0 shows at which file",
     }
-    return f"worker {pid} was ended by {name}; {causes.get(name, 'start again, it resumes')}"
+    return f"worker {pid} was killed by {name}; {causes.get(name, 'start again to resume')}"
 
 
 @contextlib.contextmanager
-def watching(look: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call `look` when a child ends, also in the middle of a wait, and raise TimeoutError after so many seconds.
+def watch_children(check: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `check` when a child process ends, even during a wait, and raise TimeoutError after so many seconds.
 
-    The loader's own time-out does not see a worker that stops in the middle of what it sends. Nothing happens outside
-    of the main thread, whose signals are.
+    The loader's own timeout misses a worker that stops in the middle of sending. Only the main thread has signal
+    handlers; elsewhere this does nothing.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
 
-    def late(*_: object) -> NoReturn:
-        raise TimeoutError(LATE)
+    def on_alarm(*_: object) -> NoReturn:
+        raise TimeoutError(TIMEOUT_MESSAGE)
 
-    before = [signal.signal(signal.SIGCHLD, lambda *_: look()), signal.signal(signal.SIGALRM, late)]
+    before = [signal.signal(signal.SIGCHLD, lambda *_: check()), signal.signal(signal.SIGALRM, on_alarm)]
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -180,10 +188,10 @@ def watching(look: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 @atexit.register
-def end_all() -> None:
-    """multiprocessing asks its daemons politely, by a signal that workers ignore, and would wait for ever."""
+def kill_daemons() -> None:
+    """At exit multiprocessing ends its daemons by a signal that workers ignore, and would wait forever."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would call it a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would report a failure
     for child in multiprocessing.active_children():
-        if child.daemon and child._parent_pid == os.getpid():  # not in a process that was forked off
+        if child.daemon and child._parent_pid == os.getpid():  # not in a forked process
             child.kill()

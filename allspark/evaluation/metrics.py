@@ -1,4 +1,4 @@
-"""Confusion matrix, and the scores read from it. How the predictions are made is inference's business."""
+"""Confusion matrix and the metrics computed from it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Percentages. iou holds one value per class in index order, nan for a class absent from prediction and label."""
+class EvalResult:
+    """Metrics in percent.
+
+    Args:
+        iou: per class in index order; nan for a class absent from prediction and label.
+    """
 
     miou: float
     iou: tuple[float, ...]
@@ -20,12 +24,12 @@ class Scores:
     num_images: int
 
     def by_class(self, classes: Sequence[str]) -> dict[str, float | None]:
-        """Class name -> percent, None for nan: what JSON can hold."""
-        return {name: finite(value) for name, value in zip(classes, self.iou, strict=True)}
+        """Class name -> IoU; None instead of nan, for JSON."""
+        return {name: nan_to_none(value) for name, value in zip(classes, self.iou, strict=True)}
 
 
 class ConfusionMatrix:
-    """Pixel counts, `matrix` (K, K) int64, rows = truth, columns = prediction; ignored pixels are not counted."""
+    """Pixel counts `matrix` (K, K) int64, rows = label, columns = prediction; ignored pixels are not counted."""
 
     def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
@@ -33,9 +37,9 @@ class ConfusionMatrix:
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
-        """Count prediction and mask, any equal shape, uint8 or int64, on the matrix's device."""
+        """Count prediction and mask of equal shape, uint8 or int64, on the matrix's device."""
         cells = self.num_classes**2
-        # int32 halves the bytes that bincount reads; ignored pixels have a row of their own, so nothing is selected
+        # int32 halves the bytes bincount reads; ignored pixels get their own row instead of being selected
         cell = mask.int().mul_(self.num_classes).add_(prediction)
         counts = torch.bincount(cell.flatten(), minlength=cells)
         ignored = counts[self.ignore_index * self.num_classes :][: self.num_classes]
@@ -43,8 +47,8 @@ class ConfusionMatrix:
         assert known == cell.numel(), "a mask value is neither a class nor the ignore index"
         self.matrix += counts[:cells].view_as(self.matrix)
 
-    def scores(self, num_images: int, *, absent_as_zero: bool = False) -> Scores:
-        """IoU = I / U over all images counted so far; the mean leaves absent classes out, or counts them as 0."""
+    def result(self, num_images: int, *, absent_as_zero: bool = False) -> EvalResult:
+        """Metrics over everything counted so far; absent classes are left out of the mean IoU or count as 0."""
         matrix = self.matrix.cpu().double()
         hit = matrix.diagonal()
         union = matrix.sum(0) + matrix.sum(1) - hit
@@ -52,24 +56,23 @@ class ConfusionMatrix:
         if absent_as_zero:  # Released: a class absent from prediction and label counts as IoU 0 in the mean
             iou = iou.nan_to_num(0.0)
         accuracy = 100 * hit.sum() / matrix.sum()
-        return Scores(iou.nanmean().item(), tuple(iou.tolist()), accuracy.item(), num_images)
+        return EvalResult(iou.nanmean().item(), tuple(iou.tolist()), accuracy.item(), num_images)
 
 
-def finite(value: float) -> float | None:
-    """nan -> None."""
+def nan_to_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def format_table(scores: Scores, classes: Sequence[str]) -> str:
-    """The per-class table as plain text, one class per line, the mean and the pixel accuracy below."""
-    present = sum(not math.isnan(value) for value in scores.iou)
+def format_table(result: EvalResult, classes: Sequence[str]) -> str:
+    """The per-class table as plain text, with mean IoU and pixel accuracy below."""
+    present = sum(not math.isnan(value) for value in result.iou)
     mean, accuracy = f"mean of {present} classes", "pixel accuracy"
     width = max(map(len, (*classes, mean, accuracy)))
     lines = [f"{'class':{width}}   IoU %", "-" * (width + 8)]
     lines += [
         f"{name:{width}}  {'absent' if math.isnan(value) else format(value, '6.2f')}"
-        for name, value in zip(classes, scores.iou, strict=True)
+        for name, value in zip(classes, result.iou, strict=True)
     ]
     lines += ["-" * (width + 8)]
-    lines += [f"{mean:{width}}  {scores.miou:6.2f}", f"{accuracy:{width}}  {scores.pixel_accuracy:6.2f}"]
+    lines += [f"{mean:{width}}  {result.miou:6.2f}", f"{accuracy:{width}}  {result.pixel_accuracy:6.2f}"]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""From a normalized image to class scores: whole, center crop or sliding window, at several scales and flipped.
+"""From normalized images to class scores: whole, center crop or sliding window, at several scales, with flips.
 
-Nothing here reads files or counts pixels. Whatever the mode, an image's scores do not depend on its batch companions.
+An image's scores never depend on the other images in its batch.
 """
 
 from __future__ import annotations
@@ -12,24 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allspark.config import MODES
-from allspark.data.base import MIN_SIDE, DatasetSpec
+from allspark.data.image_io import MIN_SIDE
+from allspark.data.spec import DatasetSpec
+from allspark.evaluation.dataset import center_region
 from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Inference:
-    """How an image is put to the model. window: side in pixels of the window or center crop; whole does without."""
+    """How images are passed to the model.
+
+    Args:
+        mode: whole, center_crop or sliding_window.
+        window: side of the window or center crop in pixels; unused by whole.
+        scales: factors to resize the image by; probabilities are averaged.
+        flip: average with the horizontally flipped image.
+        window_batch: windows per forward pass.
+    """
 
     mode: str = "whole"
     window: int | None = None
     scales: tuple[float, ...] = (1.0,)
-    flip: bool = False  # average with the horizontally flipped image
-    window_batch: int = 4  # windows per forward pass
+    flip: bool = False
+    window_batch: int = 4
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise UserError(f"evaluation mode '{self.mode}' is not known: choose one of {', '.join(MODES)}")
+            raise UserError(f"unknown evaluation mode '{self.mode}'; choose one of {', '.join(MODES)}")
         if self.mode != "whole" and (self.window is None or self.window < MIN_SIDE):
             raise UserError(f"evaluation window {self.window}: {self.mode} needs a side of at least {MIN_SIDE} pixels")
         if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
@@ -37,76 +47,70 @@ class Inference:
 
     @property
     def averaged(self) -> bool:
-        """Whether class scores are mean probabilities of several passes; else they are the logits of one."""
+        """Whether class scores are probabilities averaged over several passes, not the logits of one pass."""
         return self.mode == "sliding_window" or self.scales != (1.0,) or self.flip
 
     def region(self, height: int, width: int) -> tuple[slice, slice]:
-        """Rows and columns of the image that are predicted and counted: all of it, but for center_crop."""
-        if self.mode != "center_crop":
-            return slice(0, height), slice(0, width)
-        rows, columns = min(self.window, height), min(self.window, width)
-        top, left = (height - rows) // 2, (width - columns) // 2
-        return slice(top, top + rows), slice(left, left + columns)
+        """Rows and columns that are predicted and counted: the whole image, except for center_crop."""
+        return center_region(height, width, self.window if self.mode == "center_crop" else max(height, width))
 
 
 def inference_for(
     spec: DatasetSpec, crop_size: int, mode: str | None = None, window: int | None = None, **options
 ) -> Inference:
-    """The Inference of a recipe: the data set's own mode and the training crop where the recipe leaves them open."""
+    """The Inference of a config; the defaults are the data set's mode and the training crop size."""
     return Inference(mode or spec.eval_mode, window or crop_size, **options)
 
 
 def class_scores(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
-    """Scores to take the maximum of: image (B, 3, H, W) normalized -> (B, K, H, W), logits or mean probabilities.
+    """Class scores of normalized images (B, 3, H, W) -> (B, K, H, W): logits, or probabilities if `averaged`.
 
-    center_crop is a matter of the caller, who cuts `inference.region` from image and mask.
+    For center_crop the caller cuts `inference.region` from the image.
     """
     if inference.averaged:
-        return class_prob(model, image, inference)
+        return average_views(model, image, inference)
     with eval_mode(model):
-        return predict_whole(model, image)  # the softmax would not move the maximum
+        return model(image).logits  # softmax would not change the maximum
 
 
 def best_class(scores: Tensor, inference: Inference) -> tuple[Tensor, Tensor]:
-    """What class_scores says: the class (B, H, W) int64 with the highest score, and its probability (B, H, W)."""
+    """Result of class_scores (B, K, H, W) -> best class (B, H, W) int64 and its probability (B, H, W)."""
     best, label = scores.max(1)
     return label, best if inference.averaged else (best - scores.logsumexp(1)).exp()
 
 
-def class_prob(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
-    """Probabilities, averaged over scales and flips: image (B, 3, H, W) normalized -> (B, K, H, W)."""
+def average_views(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
+    """Probabilities averaged over scales and flips: normalized images (B, 3, H, W) -> (B, K, H, W)."""
     total, views = None, 0
     with eval_mode(model):
         for scale in inference.scales:
-            scaled = rescale(image, scale)
+            scaled = resize_antialiased(image, scaled_size(image.shape[-2:], scale))
             for flipped in (False, True) if inference.flip else (False,):
-                prob = view_prob(model, scaled.flip(-1) if flipped else scaled, inference)
+                view = scaled.flip(-1) if flipped else scaled
+                if inference.mode == "sliding_window":
+                    prob = predict_sliding(model, view, inference.window, inference.window_batch)
+                else:
+                    prob = model(view).logits.softmax(1)
                 prob = resize_antialiased(prob.flip(-1) if flipped else prob, image.shape[-2:])
                 total = prob if total is None else total + prob
                 views += 1
     return total / views
 
 
-def view_prob(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
-    """Probabilities of one scaled and flipped view: (B, 3, H, W) -> (B, K, H, W)."""
-    if inference.mode == "sliding_window":
-        return predict_sliding(model, image, inference.window, inference.window_batch)
-    return predict_whole(model, image).softmax(1)
-
-
-def predict_whole(model: nn.Module, image: Tensor) -> Tensor:
-    """Logits of the image in one pass: (B, 3, H, W) -> (B, K, H, W). The caller has the model in eval mode."""
-    return model(image).logits
-
-
 def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: int = 4) -> Tensor:
-    """Mean probability over all windows that see a pixel: (B, 3, H, W) -> (B, K, H, W); the stride is 2/3 window.
+    """Probabilities averaged over all windows that contain a pixel; the stride is 2/3 of the window.
 
-    An image smaller than the window is one window of its own size. The caller has the model in eval mode.
+    Args:
+        model: in eval mode.
+        image: (B, 3, H, W) normalized. An image smaller than the window is one window of its own size.
+        window_batch: windows per forward pass.
+
+    Returns:
+        (B, K, H, W).
     """
     batch, _, height, width = image.shape
-    rows, columns, corners = windows_of((height, width), window)
-    total, seen = None, image.new_zeros(height, width)
+    rows, columns, corners = window_corners((height, width), window)
+    total, count = None, image.new_zeros(height, width)
     per_pass = max(1, window_batch // batch)
     for first in range(0, len(corners), per_pass):
         chunk = corners[first : first + per_pass]
@@ -116,11 +120,11 @@ def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: 
             total = prob.new_zeros(batch, prob.shape[1], height, width)
         for (y, x), part in zip(chunk, prob.split(batch), strict=True):
             total[..., y : y + rows, x : x + columns] += part
-            seen[y : y + rows, x : x + columns] += 1
-    return total / seen  # a pixel's maximum is that of the sum, and the values are comparable across scales
+            count[y : y + rows, x : x + columns] += 1
+    return total / count  # a mean, so that values are comparable across scales
 
 
-def windows_of(size: tuple[int, int], window: int) -> tuple[int, int, list[tuple[int, int]]]:
+def window_corners(size: tuple[int, int], window: int) -> tuple[int, int, list[tuple[int, int]]]:
     """Height and width of the windows over an image of `size`, and their upper left corners (y, x), row by row."""
     stride = max(1, window * 2 // 3)
     tops, lefts = (window_positions(length, window, stride) for length in size)
@@ -128,21 +132,16 @@ def windows_of(size: tuple[int, int], window: int) -> tuple[int, int, list[tuple
 
 
 def window_positions(length: int, window: int, stride: int) -> list[int]:
-    """First pixel of each window along one side; the windows cover the side and none reaches beyond it."""
+    """First pixel of each window along one side; the windows cover the side and stay inside it."""
     # Released: supervised.py starts at 0, stride, 2 * stride ... < length and truncates the last windows (1024 px,
-    # window 801: 0 and 534, the second 490 px high); here the last one is shifted inside (0 and 223), because a
-    # truncated window can be a sliver below the model's 32 px, and equal windows go through the model in batches.
+    # window 801: 0 and 534, the second 490 px high). Here the last window is shifted inside (0 and 223), because a
+    # truncated window can be smaller than the model's minimum of 32 px, and windows of one size can be batched.
     last = max(length - window, 0)
     return [*range(0, last, stride), last]
 
 
-def rescale(image: Tensor, scale: float) -> Tensor:
-    """The image at `scale` times its size, no side below MIN_SIDE: (B, C, H, W) -> (B, C, H', W')."""
-    return resize_antialiased(image, scaled_size(image.shape[-2:], scale))
-
-
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Height and width at `scale`; at 1 they are as they were, whatever they are."""
+    """Height and width at `scale`, at least MIN_SIDE; unchanged at scale 1."""
     if scale == 1:
         return tuple(size)
     height, width = (max(MIN_SIDE, round(side * scale)) for side in size)
@@ -150,7 +149,7 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear and antialiased, as the training images are scaled: (B, C, H, W) -> (B, C, *size)."""
+    """Antialiased bilinear resize, as for training images: (B, C, H, W) -> (B, C, *size)."""
     if image.shape[-2:] == tuple(size):
         return image
     return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)

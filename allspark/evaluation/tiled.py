@@ -1,7 +1,7 @@
-"""Class scores of images too large to hold them for every pixel: windows from top to bottom, a strip at a time.
+"""Class scores of images too large to keep a score per class and pixel: windows from top to bottom, strip by strip.
 
-Windows, their batches and the order of their sums are those of inference.predict_sliding, and so are the scores:
-without scales bit for bit, with scales up to the rounding of a resize. What is held are some strips as high as a window
+Windows, their batches and the order of summation are those of sliding_window.predict_sliding, and so are the scores:
+bit-identical without scales, with scales up to rounding in the resize. Memory holds a few strips of the window's height
 for each view (scale, flip).
 """
 
@@ -16,26 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from allspark.data.batch import normalize
-from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, windows_of
+from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, window_corners
 
-MAX_SCORES = 2 * 10**8  # of a batch, held at once: 0.8 GB, and two or three times that while they are averaged
-ROWS = 64  # that are given away at a time
+MAX_SCORES = 2 * 10**8  # scores of a batch in memory: 0.8 GB, and two to three times that while they are averaged
+ROWS = 64  # per yielded strip
 
 Size = tuple[int, int]  # height, width
 
 
-def too_many(shape: torch.Size, num_classes: int, inference: Inference) -> bool:
-    """Whether images (B, 3, H, W) are for strips. An image that goes through the model as a whole cannot be cut."""
+def needs_tiling(shape: torch.Size, num_classes: int, inference: Inference) -> bool:
+    """Whether images (B, 3, H, W) exceed MAX_SCORES. Only sliding windows can be tiled."""
     batch, _, height, width = shape
     return inference.mode == "sliding_window" and batch * num_classes * height * width > MAX_SCORES
 
 
-def strip_scores(
+def tiled_scores(
     model: nn.Module, image: Tensor, inference: Inference, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
-    """What class_scores gives, from top to bottom: rows, and mean probabilities (B, K, rows, W) on the device.
+    """The result of class_scores from top to bottom.
 
-    image: (B, 3, H, W) uint8, wherever it is: windows alone are moved. The caller has the model in eval mode.
+    Args:
+        model: in eval mode.
+        image: (B, 3, H, W) uint8 on any device; only windows are moved to `device`.
+
+    Yields:
+        Rows, and their probabilities (B, K, rows, W) on the device.
     """
     height, width = image.shape[-2:]
     views = [
@@ -43,7 +48,8 @@ def strip_scores(
         for scale in inference.scales
         for flipped in ((False, True) if inference.flip else (False,))
     ]
-    readers = [Rows(resized(view_strips(model, view, inference), view.size, (height, width))) for view in views]
+    strips = [resize_strips(iter_strips(model, view, inference), view.size, (height, width)) for view in views]
+    readers = [RowReader(each) for each in strips]
     for top in range(0, height, ROWS):
         rows = slice(top, min(top + ROWS, height))
         total = None
@@ -55,7 +61,7 @@ def strip_scores(
 
 @dataclass(frozen=True)
 class View:
-    """Images (B, 3, H, W) uint8 at another size, mirrored or not, of which a window is made when it is asked for."""
+    """Images (B, 3, H, W) uint8 resized to `size` and optionally flipped; windows are computed on demand."""
 
     image: Tensor
     size: Size
@@ -65,120 +71,121 @@ class View:
     def window(self, y: int, x: int, rows: int, columns: int) -> Tensor:
         """(B, 3, rows, columns), normalized, on the device."""
         left = self.size[1] - x - columns if self.flipped else x
-        window = self.scaled(y, left, rows, columns)
+        window = self.resized_window(y, left, rows, columns)
         return window.flip(-1) if self.flipped else window
 
-    def scaled(self, y: int, x: int, rows: int, columns: int) -> Tensor:
+    def resized_window(self, y: int, x: int, rows: int, columns: int) -> Tensor:
         height, width = self.image.shape[-2:]
         if self.size == (height, width):
             return normalize(self.image[..., y : y + rows, x : x + columns].to(self.device))
         top, bottom, down = resize_weights(height, self.size[0], y, y + rows)
         left, right, across = resize_weights(width, self.size[1], x, x + columns)
         part = normalize(self.image[..., top:bottom, left:right].to(self.device))
-        with torch.autocast(self.device.type, enabled=False):  # as interpolation is not what --precision speaks of
+        with torch.autocast(self.device.type, enabled=False):  # float32 like F.interpolate, whatever --precision says
             return down.to(self.device) @ part @ across.to(self.device).T
 
 
-def view_strips(model: nn.Module, view: View, inference: Inference) -> Iterator[Tensor]:
-    """Mean probabilities of a view, turned back where it is mirrored: (B, K, rows, w), one strip below the other."""
+def iter_strips(model: nn.Module, view: View, inference: Inference) -> Iterator[Tensor]:
+    """Probabilities of a view, flipped back, as strips (B, K, rows, w) from top to bottom."""
     batch = len(view.image)
-    rows, columns, corners = windows_of(view.size, inference.window)
+    rows, columns, corners = window_corners(view.size, inference.window)
     per_pass = max(1, inference.window_batch // batch)
     chunks = [corners[first : first + per_pass] for first in range(0, len(corners), per_pass)]
-    most = max(chunk[-1][0] + rows - chunk[0][0] for chunk in chunks)
+    max_rows = max(chunk[-1][0] + rows - chunk[0][0] for chunk in chunks)
     sums = None
     for chunk in chunks:
-        top = chunk[0][0]  # no later window reaches above
+        top = chunk[0][0]  # no later window covers rows above it
         if sums is not None and top > sums.top:
-            yield turned(sums.finished(top), view)
+            yield unflip(sums.pop_rows(top), view)
         windows = torch.cat([view.window(y, x, rows, columns) for y, x in chunk])
         prob = model(windows).logits.softmax(1)
-        sums = sums or Sums(prob, batch, most, view.size[1])
+        sums = sums or WindowSums(prob, batch, max_rows, view.size[1])
         for (y, x), part in zip(chunk, prob.split(batch), strict=True):
             sums.add(part, y, x)
-    yield turned(sums.finished(view.size[0]), view)
+    yield unflip(sums.pop_rows(view.size[0]), view)
 
 
-def turned(prob: Tensor, view: View) -> Tensor:
+def unflip(prob: Tensor, view: View) -> Tensor:
     return prob.flip(-1) if view.flipped else prob
 
 
-class Sums:
-    """Summed probabilities and the count of windows, of `rows` rows from `top` on."""
+class WindowSums:
+    """Sums of window probabilities and counts of windows, for the `rows` rows starting at `top`."""
 
     def __init__(self, prob: Tensor, batch: int, rows: int, width: int) -> None:
         self.total = prob.new_zeros(batch, prob.shape[1], rows, width)
-        self.seen = prob.new_zeros(rows, width)
+        self.count = prob.new_zeros(rows, width)
         self.top = 0
 
     def add(self, part: Tensor, y: int, x: int) -> None:
         rows, columns = part.shape[-2:]
         first = y - self.top
         self.total[..., first : first + rows, x : x + columns] += part
-        self.seen[first : first + rows, x : x + columns] += 1
+        self.count[first : first + rows, x : x + columns] += 1
 
-    def finished(self, end: int) -> Tensor:
-        """The means of the rows above `end`, which are forgotten: (B, K, rows, width)."""
-        count = end - self.top
-        mean = self.total[..., :count, :] / self.seen[:count]
-        for tensor in (self.total, self.seen):
-            move_up(tensor, count)
+    def pop_rows(self, end: int) -> Tensor:
+        """Remove the rows above `end` and return their means (B, K, rows, width)."""
+        number = end - self.top
+        mean = self.total[..., :number, :] / self.count[:number]
+        for tensor in (self.total, self.count):
+            shift_up(tensor, number)
         self.top = end
         return mean
 
 
-def move_up(tensor: Tensor, count: int) -> None:
-    """The rows (..., rows, width) move up by `count` in place, zeros follow."""
+def shift_up(tensor: Tensor, count: int) -> None:
+    """Move the rows of (..., rows, width) up by `count` in place and fill with zeros."""
     rest = tensor.shape[-2] - count
-    for first in range(0, rest, count):  # blocks that do not overlap where they came from: no copy of all of it
+    for first in range(0, rest, count):  # source and target of a block do not overlap, so no full copy is needed
         rows = min(count, rest - first)
         tensor[..., first : first + rows, :] = tensor[..., first + count : first + count + rows, :]
     tensor[..., rest:, :] = 0
 
 
-class Rows:
-    """The rows of a map that comes in strips; read from top to bottom, those above the last read are forgotten."""
+class RowReader:
+    """Random row access, from top to bottom, to a map that arrives in strips; strips are dropped once passed."""
 
     def __init__(self, strips: Iterator[Tensor]) -> None:
         self.strips, self.end = strips, 0
-        self.kept: deque[tuple[int, Tensor]] = deque()  # first row, strip
+        self.buffer: deque[tuple[int, Tensor]] = deque()  # first row, strip
 
     def read(self, first: int, last: int) -> Tensor:
         while self.end < last:
             strip = next(self.strips)
-            self.kept.append((self.end, strip))
+            self.buffer.append((self.end, strip))
             self.end += strip.shape[-2]
-        while self.kept[0][0] + self.kept[0][1].shape[-2] <= first:
-            self.kept.popleft()
-        parts = [strip[..., max(0, first - top) : last - top, :] for top, strip in self.kept if top < last]
+        while self.buffer[0][0] + self.buffer[0][1].shape[-2] <= first:
+            self.buffer.popleft()
+        parts = [strip[..., max(0, first - top) : last - top, :] for top, strip in self.buffer if top < last]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def resized(strips: Iterator[Tensor], size: Size, to: Size) -> Iterator[Tensor]:
-    """Strips of a map of `size` -> strips of what inference.resize makes of the whole map."""
-    if size == to:
+def resize_strips(strips: Iterator[Tensor], size: Size, new_size: Size) -> Iterator[Tensor]:
+    """Strips of a map of `size` -> strips of the map resized by resize_antialiased."""
+    if size == new_size:
         yield from strips
         return
-    source = Rows(
-        resize_antialiased(strip, (strip.shape[-2], to[1])) for strip in strips
-    )  # across, rows do not know each other
-    for first in range(0, to[0], ROWS):
-        top, bottom, weights = resize_weights(size[0], to[0], first, min(first + ROWS, to[0]))
+    # columns first: rows are independent of each other
+    source = RowReader(resize_antialiased(strip, (strip.shape[-2], new_size[1])) for strip in strips)
+    for first in range(0, new_size[0], ROWS):
+        top, bottom, weights = resize_weights(size[0], new_size[0], first, min(first + ROWS, new_size[0]))
         part = source.read(top, bottom)
         with torch.autocast(part.device.type, enabled=False):
             yield weights.to(part.device) @ part
 
 
-def resize_weights(length: int, to: int, first: int, last: int) -> tuple[int, int, Tensor]:
-    """Of a bilinear, antialiased resize of `length` pixels to `to`: what its pixels first..last are made of.
+def resize_weights(length: int, new_length: int, first: int, last: int) -> tuple[int, int, Tensor]:
+    """Weights of an antialiased bilinear resize along one side, for the new pixels first..last.
 
-    -> start, stop, weights (last - first, stop - start): each a triangle around the pixel's place, at least 1 wide.
+    Returns:
+        start, stop: range of source pixels.
+        weights: (last - first, stop - start), in each row a triangle around the pixel's position, at least 1 wide.
     """
-    ratio = length / to
+    ratio = length / new_length
     support = max(1.0, ratio)
     centers = (torch.arange(first, last, dtype=torch.float64) + 0.5) * ratio
     start = max(0, math.floor(centers[0].item() - support))
     stop = min(length, math.ceil(centers[-1].item() + support))
-    places = torch.arange(start, stop, dtype=torch.float64) + 0.5
-    weights = (1 - ((places - centers[:, None]) / support).abs()).clamp(min=0)
+    positions = torch.arange(start, stop, dtype=torch.float64) + 0.5
+    weights = (1 - ((positions - centers[:, None]) / support).abs()).clamp(min=0)
     return start, stop, (weights / weights.sum(1, keepdim=True)).float()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from allspark.data.base import MIN_SIDE
+from allspark.cli.export import MIN_SIDE
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.methods.base import Criterion, Progress, TeacherMethod, pseudo_loss
 from allspark.methods.ema import EMATeacher

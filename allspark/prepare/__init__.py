@@ -1,4 +1,4 @@
-"""Official archives -> the layout that the configs expect. A data set's file says what is where; plan.py does it."""
+"""Official archives -> the layout the configs expect. Each data set has a Plan; plan.py carries it out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files in zips, tars and folders, looked through in one pass. Nothing is unpacked: what is needed is read."""
+"""Files in zips, tars and folders, found in one pass. Nothing is unpacked: needed files are read directly."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from allspark.utils.errors import UserError
 
-MAX_ARCHIVE = 64 << 30  # bytes, all files of an archive together; the largest official one holds 19 GB
-MAX_FILE = 32 << 20  # bytes, one file that is needed, where its kind does not say otherwise
-MAX_HEADER = 1 << 20  # bytes, of a long name or attributes in a tar
+MAX_ARCHIVE = 64 << 30  # bytes, all files of an archive together; the largest official archive has 19 GB
+MAX_FILE = 32 << 20  # bytes per needed file, unless its kind sets another limit
+MAX_HEADER = 1 << 20  # bytes of a long name or attributes in a tar
 HEADER_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -30,19 +30,22 @@ HEADER_TYPES = (
     tarfile.SOLARIS_XHDTYPE,
 )
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz")
-DAMAGE = (
+DAMAGE_ERRORS = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, OSError, RuntimeError, ValueError, LookupError, OverflowError),
 )
 
-Key = tuple[str, ...]  # a file by its kind and what its name says: ("image", "train", "000000391895")
+Key = tuple[str, ...]  # kind and parts of the name: ("image", "train", "000000391895")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Files of one sort. tail: expression for the end of their paths, from a folder on; its groups make the key.
+    """A kind of file.
 
-    text: lists and annotations, read when they are seen. limit: bytes.
+    Args:
+        tail: regular expression for the end of the path, starting at a folder; its groups form the key.
+        text: read the file as soon as it is found; for lists and annotations.
+        limit: bytes.
     """
 
     name: str
@@ -61,7 +64,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file in a source. name: with / between folders; path: of a file that lies on the disk by itself."""
+    """A file in a source. name: with / between folders; path: set if it is a file of its own on the disk."""
 
     name: str
     size: int
@@ -72,7 +75,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """Where a file of a key is."""
+    """Where the file with a key is."""
 
     source: Path
     name: str
@@ -82,14 +85,14 @@ class Found:
 
 @dataclass
 class Index:
-    """What the sources hold of a data set; where two have the same file, the first. texts: contents of Kind.text."""
+    """The files of a data set in the sources; the first source wins. texts: contents of files with Kind.text."""
 
     files: dict[Key, Found]
     texts: dict[Key, bytes]
 
 
 def find_sources(paths: Sequence[Path], archives: Sequence[str]) -> list[Path]:
-    """What to look through: archives as they are given; of a folder the archives of these names in it, then itself."""
+    """Archives as given; for a folder, the archives with these names in it, then the folder itself."""
     sources = []
     for path in paths:
         if not path.exists():
@@ -100,12 +103,12 @@ def find_sources(paths: Sequence[Path], archives: Sequence[str]) -> list[Path]:
     return sources
 
 
-def scan(sources: Sequence[Path], kinds: Sequence[Kind]) -> Index:
-    """One pass over every source. A .tgz is decompressed for it, which is cheap beside the work that follows."""
+def index_sources(sources: Sequence[Path], kinds: Sequence[Kind]) -> Index:
+    """Index all sources in one pass. A .tgz is decompressed for this, cheap compared to the work that follows."""
     index = Index({}, {})
     texts = {kind.name for kind in kinds if kind.text}
     for source in sources:
-        for key, entry in select(source, kinds):
+        for key, entry in select_entries(source, kinds):
             if key not in index.files:
                 index.files[key] = Found(source, entry.name, entry.size, entry.path)
                 if key[0] in texts:
@@ -113,26 +116,26 @@ def scan(sources: Sequence[Path], kinds: Sequence[Kind]) -> Index:
     return index
 
 
-def select(source: Path, kinds: Sequence[Kind]) -> Iterator[tuple[Key, Entry]]:
-    """The files of these kinds, in the source's order; read each before the next. UserError: one is unfit."""
-    for entry in entries(source):
+def select_entries(source: Path, kinds: Sequence[Kind]) -> Iterator[tuple[Key, Entry]]:
+    """The files of these kinds, in the source's order; read each before the next. UserError: one is not acceptable."""
+    for entry in iter_entries(source):
         for kind in kinds:
             if key := kind.key(entry.name):
                 if not entry.regular:
-                    raise UserError(f"{source}: {entry.name} is a link or a device, not a file; {AGAIN}")
+                    raise UserError(f"{source}: {entry.name} is a link or a device, not a file; {NOT_OFFICIAL}")
                 if entry.size > kind.limit:
                     raise UserError(
-                        f"{source}: {entry.name} has {entry.size} bytes, such a file has {kind.limit} at most; {AGAIN}"
+                        f"{source}: {entry.name} has {entry.size} bytes, the limit is {kind.limit}; {NOT_OFFICIAL}"
                     )
                 yield key, entry
                 break
 
 
-AGAIN = "this is not the official archive as published; download it again"
+NOT_OFFICIAL = "this is not the official archive; download it again"
 
 
-def entries(source: Path) -> Iterator[Entry]:
-    """Every file of a folder, zip or tar (compressed or not), known by its suffix."""
+def iter_entries(source: Path) -> Iterator[Entry]:
+    """All files of a folder, zip or tar (compressed or not), recognized by its suffix."""
     if source.is_dir():
         yield from folder_entries(source)
     elif source.suffix.lower() == ".zip":
@@ -147,7 +150,7 @@ def folder_entries(root: Path) -> Iterator[Entry]:
     seen, top = set(), root.resolve().name
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back: it would lead round and round
+        if real in seen:  # a link back: it would loop forever
             subfolders.clear()
             continue
         seen.add(real)
@@ -160,20 +163,20 @@ def folder_entries(root: Path) -> Iterator[Entry]:
 
 
 def zip_entries(source: Path) -> Iterator[Entry]:
-    with readable(source), zipfile.ZipFile(source) as archive:
+    with archive_errors(source), zipfile.ZipFile(source) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         check_total(source, sum(info.file_size for info in infos))
         for info in infos:
             check_path(source, info.filename)
-            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the zip was not made on a Unix
-            read = partial(content, source, info.filename, info.file_size, partial(archive.open, info))
+            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the zip was not written on Unix
+            read = partial(read_member, source, info.filename, info.file_size, partial(archive.open, info))
             yield Entry(info.filename, info.file_size, kind in (0, stat.S_IFREG), read)
 
 
 class PlainHeader(tarfile.TarInfo):
-    """A tar header without what tarfile reads into memory before anybody sees its size.
+    """Rejects headers that tarfile would read into memory before their size can be checked.
 
-    Names longer than any path, and maps of sparse files: a few kB of a compressed tar may stand for gigabytes of them.
+    These are very long names and maps of sparse files: a few kB of a compressed tar may expand to gigabytes of them.
     """
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -188,32 +191,32 @@ class PlainHeader(tarfile.TarInfo):
 
 
 def tar_entries(source: Path) -> Iterator[Entry]:
-    """Forward only: going back in a compressed tar means decompressing it from its beginning."""
+    """Read forward only: seeking back in a compressed tar means decompressing it from the start."""
     total = 0
-    with readable(source), tarfile.open(source, "r:*", tarinfo=PlainHeader) as archive:
+    with archive_errors(source), tarfile.open(source, "r:*", tarinfo=PlainHeader) as archive:
         for member in archive:
             total += member.size
             check_total(source, total)
             check_path(source, member.name)
             if not member.isdir():
-                read = partial(content, source, member.name, member.size, partial(archive.extractfile, member))
+                read = partial(read_member, source, member.name, member.size, partial(archive.extractfile, member))
                 yield Entry(member.name, member.size, member.isreg(), read)
         check_end(archive)
 
 
 def check_end(archive: tarfile.TarFile) -> None:
-    """tarfile takes any end for the end. A plain tar ends with blocks of zeros, a compressed one with a checksum."""
+    """Detect truncation, unlike tarfile: a plain tar ends with zero blocks, a compressed one with a checksum."""
     if isinstance(archive.fileobj, io.BufferedReader):
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise EOFError("it has no end")
+            raise EOFError("it is truncated")
     else:
         while archive.fileobj.read(1 << 20):
             pass
 
 
-def content(source: Path, name: str, size: int, start: Callable) -> bytes:
-    with readable(source), start() as file:
+def read_member(source: Path, name: str, size: int, open_member: Callable) -> bytes:
+    with archive_errors(source), open_member() as file:
         data = file.read(size + 1)
         if len(data) != size:
             raise EOFError(f"{name} ends early")
@@ -221,27 +224,27 @@ def content(source: Path, name: str, size: int, start: Callable) -> bytes:
 
 
 @contextmanager
-def readable(source: Path) -> Iterator[None]:
-    """What the libraries raise on a damaged archive, as one UserError."""
+def archive_errors(source: Path) -> Iterator[None]:
+    """Turn whatever the libraries raise for a damaged archive into a UserError."""
     try:
         yield
     except UserError:
         raise
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{source}: truncated, damaged or not readable ({reason}); download it again, then run the same command: "
-            "what is done already stays"
+            "finished files are kept"
         ) from None
 
 
 def check_total(source: Path, size: int) -> None:
     if size > MAX_ARCHIVE:
-        raise UserError(f"{source}: unpacks to more than {MAX_ARCHIVE >> 30} GiB; {AGAIN}")
+        raise UserError(f"{source}: unpacks to more than {MAX_ARCHIVE >> 30} GiB; {NOT_OFFICIAL}")
 
 
 def check_path(source: Path, name: str) -> None:
-    """Targets are never made from these names; one that leads out still says what kind of archive this is."""
+    """Targets are never derived from these names, but a path outside the archive shows that it is not trustworthy."""
     parts = name.replace("\\", "/").split("/")
     if parts[0] == "" or ".." in parts or re.match("[A-Za-z]:", name):
-        raise UserError(f"{source}: the path {name!r} leads out of the archive; {AGAIN}")
+        raise UserError(f"{source}: the path {name!r} points outside the archive; {NOT_OFFICIAL}")

@@ -1,19 +1,19 @@
-"""Cityscapes: images, labelIds and, beside them, the labelTrainIds that cityscapesscripts would make."""
+"""Cityscapes: images, labelIds and the labelTrainIds that cityscapesscripts would create."""
 
 from __future__ import annotations
 
-from allspark.data.base import IGNORE_INDEX
 from allspark.data.datasets.cityscapes import SPEC_LABEL_IDS
+from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.archives import Index, Kind
-from allspark.prepare.images import expect, indices, png
+from allspark.prepare.images import check_values, decode_indices, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 
-# every labelId there is; a licence plate's, -1, is stored as 255 (cityscapesscripts, helpers/labels.py)
+# all labelIds; license plate, -1, is stored as 255 (cityscapesscripts, helpers/labels.py)
 VALUES = (*range(34), IGNORE_INDEX)
 
 
 def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
-    """The test images have no labels to train on: their labelIds hold only what lies outside the camera's view."""
+    """Test images have no usable labels: their labelIds only mark what is outside the camera's view."""
 
     def sample(split: str, city: str, name: str) -> Sample:
         image = ("image", split, city, name)
@@ -24,16 +24,16 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
         return (
             image_output,
             Output(f"{stem}_labelIds.png", ids),
-            Output(f"{stem}_labelTrainIds.png", ids, train_ids, (ignore_unknown,)),
+            Output(f"{stem}_labelTrainIds.png", ids, make_train_ids, (ignore_unknown,)),
         )
 
     found = sorted({key[1:] for key in index.files})
     return {split: [sample(*key) for key in found if key[0] == split] for split in ("train", "val", "test")}
 
 
-def train_ids(content: bytes, name: str, ignore_unknown: bool) -> bytes:
-    label_ids = expect(indices(content, name), VALUES, IGNORE_INDEX, name, ignore_unknown)
-    return png(SPEC_LABEL_IDS.decode_mask(label_ids))
+def make_train_ids(content: bytes, name: str, ignore_unknown: bool) -> bytes:
+    label_ids = check_values(decode_indices(content, name), VALUES, IGNORE_INDEX, name, ignore_unknown)
+    return encode_png(SPEC_LABEL_IDS.decode_mask(label_ids))
 
 
 CITYSCAPES = Plan(

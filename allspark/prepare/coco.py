@@ -1,4 +1,4 @@
-"""COCO 2017: masks of 81 classes drawn from the instances, 0 where there is none. See OVERLAP for what lies on top."""
+"""COCO 2017: masks of 81 classes drawn from the instance annotations, 0 elsewhere. See OVERLAP for the order."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from allspark.data.base import IGNORE_INDEX, max_megapixels
 from allspark.data.datasets.coco import CLASSES
+from allspark.data.image_io import max_megapixels
+from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.archives import Index, Kind
-from allspark.prepare.images import png
+from allspark.prepare.images import encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
 from allspark.utils.errors import UserError
 
-# Ours: how the masks behind the published results were drawn is not documented.
+# Our choice: how the masks of the published results were drawn is not documented.
 OVERLAP = (
-    "Where instances overlap, the smaller one is on top. Crowd regions become 255 (ignored), except where an instance "
-    "of its own covers them. Things stand 1..80 in the order of their category ids; the rest is 0."
+    "Where instances overlap, the smaller one is on top. Crowd regions become 255 (ignored), except where a single "
+    "instance covers them. Things become 1..80 in the order of their category ids; the rest is 0."
 )
-NEEDS_PYCOCOTOOLS = "coco: its masks are decoded by pycocotools, which is not installed: pip install pycocotools"
+NEEDS_PYCOCOTOOLS = "coco: decoding its masks needs pycocotools, which is not installed: pip install pycocotools"
 
 
 def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
     try:
-        import pycocotools.mask  # noqa: F401  (told before anything is written)
+        import pycocotools.mask  # noqa: F401  (fail before anything is written)
     except ImportError:
         raise UserError(NEEDS_PYCOCOTOOLS) from None
     splits = [split for split in ("train", "val") if ("instances", split) in index.texts]
@@ -35,12 +36,12 @@ def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
 
 
 def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample]:
-    """A sample for every image that the annotations name; one without instances gets a mask of 0."""
+    """A sample for each image in the annotations; without instances its mask is all 0."""
     found = index.files["instances", split]
     where = f"{found.source}: {found.name}"
     try:
         content = json.loads(index.texts.pop(("instances", split)))
-        class_of = classes(content["categories"], where)
+        class_of = map_categories(content["categories"], where)
         if not ignore_unknown:
             check_categories(content["annotations"], class_of, where)
         instances: dict[int, list] = defaultdict(list)
@@ -50,91 +51,91 @@ def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample
             instances[annotation["image_id"]].append((annotation["id"], value, annotation["segmentation"]))
         images = {image["id"]: image for image in content["images"]}
         if lost := instances.keys() - images.keys():
-            raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {AGAIN}")
-        return [sample(split, image, instances[key], where) for key, image in images.items()]
+            raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {REMEDY}")
+        return [make_sample(split, image, instances[key], where) for key, image in images.items()]
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not the instances of COCO ({error!r}); {AGAIN}") from None
+        raise UserError(f"{where}: not COCO's instance annotations ({error!r}); {REMEDY}") from None
 
 
-AGAIN = "get annotations_trainval2017.zip again"
+REMEDY = "download annotations_trainval2017.zip again"
 
 
-def classes(categories: list[Mapping[str, Any]], where: str) -> dict[int, int]:
-    """Category id -> class. The 80 ids lie between 1 and 90, with gaps."""
-    listed = sorted((category["id"], category["name"]) for category in categories)
-    for number in range(max(len(listed), len(CLASSES) - 1)):
-        there = listed[number][1] if number < len(listed) else "none"
+def map_categories(categories: list[Mapping[str, Any]], where: str) -> dict[int, int]:
+    """Category id -> class index. The 80 ids are between 1 and 90, with gaps."""
+    found = sorted((category["id"], category["name"]) for category in categories)
+    for number in range(max(len(found), len(CLASSES) - 1)):
+        name = found[number][1] if number < len(found) else "none"
         expected = CLASSES[number + 1] if number + 1 < len(CLASSES) else "none"
-        if there != expected:
-            raise UserError(f"{where}: category number {number + 1} is {there!r}, of COCO it is {expected!r}; {AGAIN}")
-    return {category_id: number for number, (category_id, _) in enumerate(listed, start=1)}
+        if name != expected:
+            raise UserError(f"{where}: category number {number + 1} is {name!r}, expected {expected!r}; {REMEDY}")
+    return {category_id: number for number, (category_id, _) in enumerate(found, start=1)}
 
 
 def check_categories(annotations: list[Mapping[str, Any]], class_of: Mapping[int, int], where: str) -> None:
     unknown = [annotation for annotation in annotations if annotation["category_id"] not in class_of]
     if unknown:
         counts = Counter(annotation["category_id"] for annotation in unknown)
-        told = ", ".join(f"{category!r} ({count} annotations)" for category, count in counts.most_common(5))
-        remedy = f"{AGAIN}, or use --ignore-unknown, which makes their pixels ignored ones"
-        raise UserError(f"{where}: unknown category {told}, first in annotation {unknown[0]['id']}; {remedy}")
+        text = ", ".join(f"{category!r} ({count} annotations)" for category, count in counts.most_common(5))
+        remedy = f"{REMEDY}, or use --ignore-unknown to ignore their pixels"
+        raise UserError(f"{where}: unknown category {text}, first in annotation {unknown[0]['id']}; {remedy}")
 
 
-def sample(split: str, image: Mapping[str, Any], instances: list, where: str) -> Sample:
+def make_sample(split: str, image: Mapping[str, Any], instances: list, where: str) -> Sample:
     name, height, width = image["file_name"], image["height"], image["width"]
     if not re.fullmatch(r"\d+\.jpg", name, re.ASCII):
-        raise UserError(f"{where}: image {image['id']} has the file name {name!r}; {AGAIN}")
+        raise UserError(f"{where}: image {image['id']} has the file name {name!r}; {REMEDY}")
     if not (
         type(height) is type(width) is int and min(height, width) > 0 and height * width <= max_megapixels() * 10**6
     ):
-        raise UserError(f"{where}: image {image['id']} has width {width!r} and height {height!r}; {AGAIN}")
+        raise UserError(f"{where}: image {image['id']} has width {width!r} and height {height!r}; {REMEDY}")
     stem = name.removesuffix(".jpg")
-    mask = Output(f"masks/{stem}.png", None, draw, (where, height, width, instances))
+    mask = Output(f"masks/{stem}.png", None, draw_mask, (where, height, width, instances))
     return Output(f"{split}2017/{name}", ("image", split, stem)), mask
 
 
-def draw(content: None, name: str, where: str, height: int, width: int, instances: list) -> bytes:
-    """PNG of the mask. instances: (annotation id, class or IGNORE_INDEX, segmentation) each."""
+def draw_mask(content: None, name: str, where: str, height: int, width: int, instances: list) -> bytes:
+    """PNG of the mask. instances: (annotation id, class index or IGNORE_INDEX, segmentation)."""
     from pycocotools import mask as coder
 
     regions = []
     for annotation, value, segmentation in instances:
-        region = encode(segmentation, height, width, f"{where}: annotation {annotation}")
+        region = encode_segmentation(segmentation, height, width, f"{where}: annotation {annotation}")
         regions.append((value != IGNORE_INDEX, -int(coder.area(region)), value, region))
-    mask = np.zeros((height, width), np.uint8, order="F")  # column by column, as pycocotools has it
-    for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):  # crowds, then the largest first
+    mask = np.zeros((height, width), np.uint8, order="F")  # column-major, as in pycocotools
+    for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):  # crowds first, then the largest
         np.copyto(mask, value, where=coder.decode(region).view(bool))
-    return png(mask)
+    return encode_png(mask)
 
 
-def encode(segmentation: Any, height: int, width: int, where: str) -> Mapping[str, Any]:
-    """pycocotools' own run lengths, of polygons [[x, y, x, y, ...], ...] or of plain run lengths."""
+def encode_segmentation(segmentation: Any, height: int, width: int, where: str) -> Mapping[str, Any]:
+    """Polygons [[x, y, x, y, ...], ...] or uncompressed run lengths -> pycocotools' own run lengths."""
     from pycocotools import mask as coder
 
     try:
         if not isinstance(segmentation, list):
             return run_lengths(segmentation, height, width)
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # fewer enclose nothing
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # fewer than 3 points enclose nothing
         check_polygons(polygons, max(height, width))
         return coder.merge(coder.frPyObjects(polygons or [[0] * 6], height, width))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: not a segmentation of a {width} x {height} image ({error}); {AGAIN}") from None
+        raise UserError(f"{where}: not a segmentation of a {width} x {height} image ({error}); {REMEDY}") from None
 
 
 def check_polygons(polygons: list[list[float]], side: int) -> None:
-    """What pycocotools takes without looking: coordinates far off cost it memory without bounds."""
+    """pycocotools does not check polygons: coordinates far outside make it allocate unbounded memory."""
     for polygon in polygons:
         points = np.asarray(polygon, float)
         if points.ndim != 1 or len(points) % 2 or not (np.abs(points) <= 4 * side).all():
-            raise ValueError("odd or far-off coordinates")
+            raise ValueError("an odd number of coordinates, or far outside")
 
 
 def run_lengths(segmentation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
-    """Plain ones, which is what the official file has. pycocotools' C code trusts them to fill the image."""
+    """Only uncompressed ones, as in the official file. pycocotools' C code does not check that they fill the image."""
     from pycocotools import mask as coder
 
     counts = segmentation["counts"]
     if list(segmentation["size"]) != [height, width] or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError("run lengths of another size, or no plain ones")
+        raise ValueError("run lengths of another size, or compressed ones")
     if sum(counts) != height * width:
         raise ValueError(f"run lengths of {sum(counts)} pixels")
     return coder.frPyObjects(segmentation, height, width)

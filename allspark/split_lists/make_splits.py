@@ -1,4 +1,4 @@
-"""Drawing new splits: seeded, nested, class-balanced lists of labeled and unlabeled images."""
+"""Creating new splits: seeded, nested, class-balanced lists of labeled and unlabeled images."""
 
 from __future__ import annotations
 
@@ -9,35 +9,45 @@ from pathlib import Path
 
 import numpy as np
 
-from allspark.data.base import DatasetSpec, Sample, at_once, read_mask
+from allspark.data.image_io import read_mask
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Entry, check_files
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
+from allspark.utils.parallel import run_in_threads, summarize_errors
 
 
 def make_splits(
     entries: Sequence[Entry], spec: DatasetSpec, sizes: dict[str, int], seed: int, bare: Sequence[Entry] = ()
 ) -> dict[str, tuple[list[Entry], list[Entry]]]:
-    """Split name -> (labeled entries in the order they were drawn, unlabeled entries in the order of the train list).
+    """Create splits whose labeled lists are prefixes of one class-balanced sequence, so smaller ones are nested.
 
-    Every labeled list is a prefix of the same sequence, so a smaller one is contained in a larger one. bare: images
-    without a mask, unlabeled in every split.
+    Args:
+        entries: the train list, all with masks.
+        sizes: split name -> number of labeled images.
+        bare: images without a mask, unlabeled in every split.
+
+    Returns:
+        Split name -> (labeled entries in drawing order, unlabeled entries in the order of the train list).
     """
     for entry in entries:
         if entry.sample.mask is None:
             raise UserError(
-                f"{entry.source}: {entry.sample.image} has no mask; a balanced draw needs the train list's masks"
+                f"{entry.source}: {entry.sample.image} has no mask; class balancing needs a mask for each image"
             )
     most = len(entries) - (not bare)
     for name, size in sizes.items():
         if not 0 < size <= most:
             raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{most}")
     check_files(entries)
-    pixels = np.stack(at_once([partial(class_pixels, entry.sample, spec) for entry in entries]))
+    shares = run_in_threads([partial(class_shares, entry.sample, spec) for entry in entries])
+    if errors := [result for result in shares if isinstance(result, UserError)]:
+        raise UserError(summarize_errors(errors, len(entries)))
+    pixels = np.stack(shares)
     if (pixels.sum(0) > 0).sum() < 2 <= spec.num_classes and pixels.sum() < len(pixels):
         raise UserError(
-            f"the masks show one of {spec.num_classes} classes at most, and ignored pixels, so there is nothing to "
-            "balance; `python -m allspark check` tells what they hold and which map to put into the recipe"
+            f"the masks show at most one of {spec.num_classes} classes, and ignored pixels: nothing to balance; "
+            "`python -m allspark check` shows what they contain and suggests a map for the config"
         )
     drawn = balanced_order(pixels, max(sizes.values()), seed)
     splits = {}
@@ -49,26 +59,29 @@ def make_splits(
 
 
 def hold_out(entries: Sequence[Entry], count: int, seed: int) -> tuple[list[Entry], list[Entry]]:
-    """`count` entries by a seeded draw, to evaluate on, and the others; both in the order of the list."""
+    """Split off `count` random entries for evaluation -> (val, rest), both in the order of the list."""
     if not 0 < count < len(entries):
         raise UserError(f"--val: {count} of {len(entries)} images; give 1..{len(entries) - 1}")
     chosen = set(np.random.default_rng(seed).permutation(len(entries))[:count].tolist())
-    held = [entry for index, entry in enumerate(entries) if index in chosen]
-    return held, [entry for index, entry in enumerate(entries) if index not in chosen]
+    val = [entry for index, entry in enumerate(entries) if index in chosen]
+    return val, [entry for index, entry in enumerate(entries) if index not in chosen]
 
 
-def class_pixels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
-    """(K,) the share of each class among the pixels of a mask."""
+def class_shares(sample: Sample, spec: DatasetSpec) -> np.ndarray:
+    """(K,) share of each class among the pixels of a mask."""
     mask = read_mask(sample.mask, spec)
     return np.bincount(mask.ravel(), minlength=256)[: spec.num_classes] / mask.size
 
 
 def balanced_order(shares: np.ndarray, length: int, seed: int) -> list[int]:
-    """The first `length` images of a class-balanced sequence; shares (N, K) of pixels.
+    """Indices of the first `length` images of a class-balanced sequence.
 
-    Again and again, the class that is shown by the fewest chosen images (of equals, the one that the fewest images show
-    at all) gets the next image of a seeded random order that shows it. An image shows a class that covers 0.1 % of it,
-    or any pixel of it where no image does.
+    Repeatedly takes the class that the fewest chosen images show (ties: that the fewest images show at all), and
+    chooses the next image in a seeded random order that shows it. An image shows a class that covers 0.1 % of it; for
+    a class that covers so much of no image, any pixel counts.
+
+    Args:
+        shares: (N, K) share of each class in each image.
     """
     shows = shares >= 0.001
     never = ~shows.any(axis=0)
@@ -76,8 +89,8 @@ def balanced_order(shares: np.ndarray, length: int, seed: int) -> list[int]:
     order = np.random.default_rng(seed).permutation(len(shares)).tolist()
     waiting = {k: [i for i in reversed(order) if shows[i, k]] for k in np.flatnonzero(shows.any(axis=0)).tolist()}
     rarity, counts = shows.sum(axis=0), np.zeros(shows.shape[1], int)
-    chosen: dict[int, None] = {}  # a set that keeps its order
-    anything = list(reversed(order))  # images without any class come last
+    chosen: dict[int, None] = {}  # an ordered set
+    anything = list(reversed(order))  # fallback; images without any class come last
     while len(chosen) < length:
         if waiting:
             k = min(waiting, key=lambda k: (counts[k], rarity[k], k))
@@ -95,8 +108,8 @@ def balanced_order(shares: np.ndarray, length: int, seed: int) -> list[int]:
     return list(chosen)
 
 
-def parse_sizes(text: str, total: int, word: str = "--sizes") -> dict[str, int]:
-    """'1_8,32' -> {'1_8': ceil(total / 8), '32': 32}; rounded up, as the published lists are."""
+def parse_sizes(text: str, total: int, option: str = "--sizes") -> dict[str, int]:
+    """'1_8,32' -> {'1_8': ceil(total / 8), '32': 32}; rounded up, as in the published lists."""
     sizes = {}
     for name in filter(None, (part.strip() for part in text.split(","))):
         fraction = re.fullmatch(r"(\d+)_(\d+)", name)
@@ -105,9 +118,9 @@ def parse_sizes(text: str, total: int, word: str = "--sizes") -> dict[str, int]:
         elif name.isascii() and name.isdigit():
             sizes[name] = int(name)
         else:
-            raise UserError(f"{word}: '{name}' is neither a fraction such as 1_8 nor a count such as 32")
+            raise UserError(f"{option}: '{name}' is neither a fraction such as 1_8 nor a count such as 32")
     if not sizes:
-        raise UserError(f"{word}: give fractions such as 1_8 or counts such as 32, separated by commas")
+        raise UserError(f"{option}: give fractions such as 1_8 or counts such as 32, separated by commas")
     return sizes
 
 
@@ -118,7 +131,7 @@ def write_splits(
     force: bool = False,
     val: list[Entry] | None = None,
 ) -> list[Path]:
-    """Write <out>/<split>/{labeled,unlabeled}.txt, <out>/val.txt; UserError before anything is written where one is."""
+    """Write <out>/<split>/{labeled,unlabeled}.txt and <out>/val.txt; UserError, before writing any, if one exists."""
     files = {
         out / name / f"{kind}.txt": entries
         for name, pair in splits.items()
@@ -126,17 +139,17 @@ def write_splits(
     }
     if val is not None:
         files[out / "val.txt"] = val
-    there = [path for path in files if path.exists()]
-    if there and not force:
-        raise UserError(f"{there[0]} is there already ({len(there)} of {len(files)} lists); --force overwrites")
+    existing = [path for path in files if path.exists()]
+    if existing and not force:
+        raise UserError(f"{existing[0]} already exists ({len(existing)} of {len(files)} lists); --force overwrites")
     for path, entries in files.items():
         text = "".join(f"{list_line(entry.sample, data_root)}\n" for entry in entries)
-        write_text(path, text, "make room or choose another --out")
+        write_text(path, text, "free disk space or choose another --out")
     return list(files)
 
 
 def list_line(sample: Sample, data_root: Path) -> str:
-    """`image mask` or `image`; a tab is between or behind them where a name has a blank in it, of whatever kind."""
+    """`image mask` or `image`; with a tab between or after them if a name contains any kind of blank."""
     paths = [path for path in (sample.image, sample.mask) if path]
     names = [(p.relative_to(data_root) if p.is_relative_to(data_root) else p).as_posix() for p in paths]
     if any(len(name.split()) > 1 for name in names):

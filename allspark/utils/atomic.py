@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the complete new one, never a part of it."""
+"""Files that appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from typing import BinaryIO
 
 from allspark.utils.errors import UserError
 
-FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
+DISK_FULL_ERRNOS = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 
 
 @contextmanager
-def atomic_path(path: Path, remedy: str, suffix: str = ".tmp") -> Iterator[Path]:
-    """A temporary path next to `path`, renamed to it at the end and removed after an error.
+def atomic_path(path: Path, remedy: str, *, suffix: str = ".tmp") -> Iterator[Path]:
+    """Context manager giving a temporary path beside `path`, which is renamed to `path` at the end.
+
+    If the block raises, the temporary file is removed and `path` is unchanged.
 
     Args:
-        path: file to write; its folder is created.
-        remedy: end of the error message.
+        remedy: what the user can do if the file cannot be written; ends the error message.
         suffix: of the temporary file.
 
     Raises:
-        UserError: the system does not allow to write it.
+        UserError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{suffix}")  # not too long wherever path.name is not
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{suffix}")  # cut: the name must not get too long
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)}); {remedy}") from None
+        raise UserError(f"{path}: cannot be written ({os_error_reason(error)}); {remedy}") from None
     finally:
-        with suppress(OSError):  # usually it was renamed
+        with suppress(OSError):  # usually gone: renamed
             temporary.unlink()
 
 
@@ -45,8 +46,8 @@ def write_text(path: Path, text: str, remedy: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def reason(error: OSError) -> str:
-    return "the disk is full" if error.errno in FULL else error.strerror or str(error)
+def os_error_reason(error: OSError) -> str:
+    return "the disk is full" if error.errno in DISK_FULL_ERRNOS else error.strerror or str(error)
 
 
 # The files of a run are also durable: on the disk before anything depends on them

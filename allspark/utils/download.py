@@ -1,4 +1,4 @@
-"""Files from the net or the disk: sources tried in turn, resumed, verified, put in place whole or not at all."""
+"""Downloads: sources tried in turn, resumed, verified, and put in place completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from allspark.utils.atomic import reason
+from allspark.utils.atomic import os_error_reason
 from allspark.utils.errors import UserError
 
-MAX_BYTES = 64 << 30  # of a file of which nothing else is known; the largest that is fetched has 19 GB
-BLOCK = 1 << 18  # bytes read at once
-ATTEMPTS = 4  # at one url, without a megabyte of progress in between
+MAX_BYTES = 64 << 30  # default size limit; the largest file that is fetched has 19 GB
+BLOCK = 1 << 18  # bytes per read
+ATTEMPTS = 4  # per url, without PROGRESS bytes in between
 PROGRESS = 1 << 20
-SLOWEST = 1 << 10  # bytes per timeout; below this a server counts as stalled
+SLOWEST = 1 << 10  # bytes per timeout period; a slower server counts as stalled
 DIGEST = re.compile(r"sha256:[0-9a-f]{8,64}|md5:[0-9a-f]{32}")
-STRONG_DIGITS = 32  # of a digest that vouches for a file which came unencrypted
-BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that may pass
+STRONG_DIGITS = 32  # minimum for a file that is downloaded unencrypted
+BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth a retry
 
 
 class Unavailable(Exception):
-    """Why a source gave nothing. again: another attempt may succeed; restart: but not on what is there already."""
+    """Why a source failed. retry: another attempt may succeed; restart: discard the partial file first."""
 
-    def __init__(self, reason: str, *, again: bool = False, restart: bool = False) -> None:
+    def __init__(self, reason: str, *, retry: bool = False, restart: bool = False) -> None:
         super().__init__(reason)
-        self.again, self.restart = again, restart
+        self.retry, self.restart = retry, restart
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What is asked of a file and of a server."""
+class Requirements:
+    """What the file and the server must fulfill; see `fetch`."""
 
     digest: str | None
     check: Callable[[Path], str | None] | None
     size_limit: int  # bytes
-    timeout: float  # seconds without a sign of life
-    wait: float  # seconds before the second attempt, doubled before each further one
+    timeout: float  # seconds without data
+    wait: float  # seconds before the second attempt, doubled for each further one
 
 
 @dataclass(frozen=True)
-class Part:
-    """Whose beginning a partial file is; kept beside it, so that a later run can go on."""
+class PartialFile:
+    """Where a partial file comes from; saved beside it, so that a later run can resume."""
 
     url: str = ""
-    size: int | None = None  # of the whole file
-    validator: str = ""  # strong ETag, or the date of the last change
+    size: int | None = None  # bytes of the complete file
+    validator: str = ""  # strong ETag or Last-Modified
 
 
 def fetch(
@@ -71,72 +71,74 @@ def fetch(
     timeout: float = 30.0,
     wait: float = 1.0,
 ) -> Path:
-    """The file at `target`, from the first of `urls` that has it; a target that verifies is kept as it is.
+    """Fetch a file from the first source that has it; an existing target that verifies is not fetched again.
 
-    urls: https://, file:// or a local path; http:// to this machine, or with a digest of 32 digits or more.
-    digest: 'sha256:<hex>' (a beginning of 8 digits or more will do) or 'md5:<hex>'; None: a target that exists is
-    taken as it is, and a download is verified by its length alone. check: tells of a file what is wrong with it, None
-    where it is what is wanted. size_limit: bytes; timeout, wait: seconds.
-    An interrupted download lies beside the target as <name>.part and the next call goes on with it.
-    UserError: no source had it, no room on the disk, or the target is another file (it is never overwritten).
+    An interrupted download is left beside the target as <name>.part, and the next call resumes it.
+
+    Args:
+        urls: https://, file:// or local paths; http:// only to this machine, or with a digest of at least 32 digits.
+        digest: 'sha256:<hex>' (the first 8 digits suffice) or 'md5:<hex>'; None: an existing target is accepted, and
+            only the length of a download is verified.
+        check: returns what is wrong with a file, or None.
+        size_limit: bytes.
+        timeout: seconds without data.
+        wait: seconds before the second attempt, doubled for each further one.
+
+    Raises:
+        UserError: no source had it, the disk is full, or the target is another file (which is never overwritten).
     """
     target, digest = Path(target), digest and digest.lower()
     if digest is not None and not DIGEST.fullmatch(digest):
         raise UserError(f"digest '{digest}': neither sha256:<8 to 64 hex digits> nor md5:<32 hex digits>")
     if target.exists():
-        return kept(target, digest, check)
+        if not target.is_file():
+            raise UserError(f"{target}: is a folder, but a file is to be written; choose another path")
+        if reason := find_fault(target, digest, check):
+            raise UserError(f"{target}: exists, but {reason}; move it away first")
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        reasons = first_of(urls, target, Terms(digest, check, size_limit, timeout, wait))
+        reasons = fetch_first(urls, target, Requirements(digest, check, size_limit, timeout, wait))
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({reason(error)}); make room or choose another place, and run this again "
-            "(it goes on where it stopped)"
+            f"{target}: cannot be written ({os_error_reason(error)}); make room or choose another path, and run this "
+            "again (it resumes where it stopped)"
         ) from None
     if target.exists():
         return target
-    tried = "\n  ".join(reasons) or "no source was given"
+    tried = "\n  ".join(reasons) or "no source given"
     raise UserError(
-        f"{target}: could not be fetched\n  {tried}\nTry again later, or download the file by hand and put it there"
+        f"{target}: could not be fetched\n  {tried}\nTry again later, or download the file manually and put it there"
     )
 
 
-def first_of(urls: Sequence[str], target: Path, terms: Terms) -> list[str]:
-    """Put the file of the first source that has it in place; the reasons of those that do not."""
+def fetch_first(urls: Sequence[str], target: Path, terms: Requirements) -> list[str]:
+    """Put the file of the first working source in place -> the reasons why the sources before it failed."""
     part, reasons = target.with_name(f"{target.name}.part"), []
     for url in urls:
         try:
-            bring(url, part, terms)
+            fetch_one(url, part, terms)
         except Unavailable as reason:
             reasons.append(f"{url}: {reason}")
         else:
             os.replace(part, target)
-            part_file(part).unlink(missing_ok=True)
+            info_file(part).unlink(missing_ok=True)
             break
     return reasons
 
 
-def kept(target: Path, digest: str | None, check: Callable[[Path], str | None] | None) -> Path:
-    """A target that is there already: the file that is wanted, or a UserError."""
-    if not target.is_file():
-        raise UserError(f"{target}: is a folder, but a file is to be put there; choose another place")
-    if reason := fault(target, digest, check):
-        raise UserError(f"{target}: is there, but {reason}; move it away first")
-    return target
-
-
-def fault(path: Path, digest: str | None, check: Callable[[Path], str | None] | None) -> str | None:
-    """What is wrong with a whole file, None where it is what is wanted."""
+def find_fault(path: Path, digest: str | None, check: Callable[[Path], str | None] | None) -> str | None:
+    """What is wrong with a complete file, or None."""
     if digest is not None:
         algorithm = digest.partition(":")[0]
         found = f"{algorithm}:{file_digest(path, algorithm)}"
         if not found.startswith(digest):
-            return f"is damaged or another file ({found}, expected {digest})"
+            return f"it is damaged or another file ({found}, expected {digest})"
     return check(path) if check else None
 
 
 def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
-    """Hex digits of the hash of a file's bytes."""
+    """Hex digest of a file."""
     digest = hashlib.new(algorithm)  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -144,39 +146,41 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def bring(url: str, part: Path, terms: Terms) -> None:
-    """The verified content of one source as the file `part`; Unavailable after the last attempt."""
-    if refusal := refused(url, terms.digest):
-        raise Unavailable(refusal)
+def fetch_one(url: str, part: Path, terms: Requirements) -> None:
+    """Get the verified file from one source as `part`; raises Unavailable after the last attempt."""
+    if reason := refusal(url, terms.digest):
+        raise Unavailable(reason)
     if (local := local_path(url)) is not None:
-        forget(part)
-        copy(local, part, terms)
+        remove_part(part)
+        copy_local(local, part, terms)
         return
-    attempt, reached = 0, 0
+    attempt, position = 0, 0
     while True:
         try:
             download(url, part, terms)
             return
         except Unavailable as reason:
             if reason.restart:
-                forget(part)
+                remove_part(part)
             size = part.stat().st_size if part.exists() else 0
-            if size >= reached + PROGRESS:
+            if size >= position + PROGRESS:
                 attempt = 0
-            attempt, reached = attempt + 1, max(reached, size)
-            if not reason.again or attempt == ATTEMPTS:
+            attempt, position = attempt + 1, max(position, size)
+            if not reason.retry or attempt == ATTEMPTS:
                 raise
             time.sleep(terms.wait * 2 ** (attempt - 1))
 
 
-def refused(url: str, digest: str | None) -> str | None:
-    """Why a source is not even asked; None where it is."""
+def refusal(url: str, digest: str | None) -> str | None:
+    """Why a source is not allowed, or None."""
     scheme = url.partition("://")[0].lower() if "://" in url else "file"
     if scheme not in ("https", "http", "file"):
-        return f"{scheme}:// is not supported; give https://, file:// or a path"
+        return f"{scheme}:// is not supported; use https://, file:// or a path"
     strong = digest is not None and len(digest.partition(":")[2]) >= STRONG_DIGITS
     if scheme == "http" and not strong and not is_loopback(url):
-        return "http:// is refused without a full hash of the file, nobody vouches for what arrives; use https://"
+        return (
+            "http:// is refused without a full hash of the file, because the content is not authenticated; use https://"
+        )
     return None
 
 
@@ -189,115 +193,115 @@ def is_loopback(url: str) -> bool:
 
 
 def local_path(url: str) -> Path | None:
-    """The file that a file:// url or a path names; None for a url of the net."""
+    """The path of a file:// url or local path; None for other urls."""
     if "://" not in url:
         return Path(os.path.expanduser(url))
     if not url.lower().startswith("file://"):
         return None
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
-        raise Unavailable("file:// names a file of this machine: file:///folder/name")
+        raise Unavailable("file:// must name a file on this machine: file:///folder/name")
     return Path(urllib.request.url2pathname(parts.path))
 
 
-def copy(source: Path, part: Path, terms: Terms) -> None:
+def copy_local(source: Path, part: Path, terms: Requirements) -> None:
     if not source.is_file():
-        raise Unavailable("there is no such file")
-    too_large(source.stat().st_size, terms)
+        raise Unavailable("no such file")
+    check_size(source.stat().st_size, terms)
     if not os.access(source, os.R_OK):
-        raise Unavailable("may not be read")
+        raise Unavailable("permission denied")
     with open(source, "rb") as file, open(part, "wb") as out:
         shutil.copyfileobj(file, out, BLOCK)
-        settle(out)
+        flush_to_disk(out)
     verify(part, terms)
 
 
-def too_large(size: int | None, terms: Terms) -> None:
+def check_size(size: int | None, terms: Requirements) -> None:
     if size is not None and size > terms.size_limit:
-        raise Unavailable(f"{size} bytes, more than the {terms.size_limit} that are plausible", restart=True)
+        raise Unavailable(f"{size} bytes, above the limit of {terms.size_limit}", restart=True)
 
 
-def verify(part: Path, terms: Terms, resumed: bool = False) -> None:
-    """Unavailable, and no file any more, where it is not what is wanted; one joined from two runs gets a second try."""
-    if reason := fault(part, terms.digest, terms.check):
-        forget(part)
-        raise Unavailable(reason, again=resumed)
+def verify(part: Path, terms: Requirements, resumed: bool = False) -> None:
+    """Remove the file and raise Unavailable if it is not the wanted one; a resumed download may be retried."""
+    if reason := find_fault(part, terms.digest, terms.check):
+        remove_part(part)
+        raise Unavailable(reason, retry=resumed)
 
 
-def settle(file) -> None:
+def flush_to_disk(file) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def part_file(part: Path) -> Path:
+def info_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def forget(part: Path) -> None:
+def remove_part(part: Path) -> None:
     part.unlink(missing_ok=True)
-    part_file(part).unlink(missing_ok=True)
+    info_file(part).unlink(missing_ok=True)
 
 
-def read_part(part: Path) -> Part:
+def read_info(part: Path) -> PartialFile:
     try:
-        return Part(**json.loads(part_file(part).read_text(encoding="utf-8")))
+        return PartialFile(**json.loads(info_file(part).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
-        return Part()
+        return PartialFile()
 
 
-def download(url: str, part: Path, terms: Terms) -> None:
-    """One request: the rest of what `part` begins, or all of it."""
-    known = read_part(part)
+def download(url: str, part: Path, terms: Requirements) -> None:
+    """One request: the rest of the file if `part` exists, else all of it."""
+    known = read_info(part)
     start = part.stat().st_size if part.is_file() and known.url == url else 0
     if not known.validator and terms.digest is None:
-        start = 0  # nothing would tell whether the rest belongs to the same file
-    if start and start == known.size:  # the last run ended between the last byte and the renaming
+        start = 0  # nothing proves that the rest belongs to the same file
+    if start and start == known.size:  # the last run ended just before renaming the complete file
         return verify(part, terms, resumed=True)
-    with ask(url, start, known, terms) as response:
+    with open_url(url, start, known, terms) as response:
         start = start if response.status == 206 else 0
-        size = whole_size(response.headers, start)
+        size = total_size(response.headers, start)
         if start and (size != known.size or f"bytes {start}-" not in response.headers.get("Content-Range", "")):
-            raise Unavailable("the file there has changed", again=True, restart=True)
+            raise Unavailable("the file on the server has changed", retry=True, restart=True)
         chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
         if size is None and not chunked and terms.digest is None:
-            raise Unavailable("the server does not tell the file's length, and no hash of it is known")
-        too_large(size, terms)
+            raise Unavailable("the server does not state the file's length, and its hash is unknown")
+        check_size(size, terms)
         if response.headers.get_content_type() == "text/html" and not part.stem.endswith((".html", ".htm")):
-            raise Unavailable("a web page came instead of the file (a login, or a notice that it has moved)")
+            raise Unavailable("got a web page instead of the file (a login page, or a notice that it has moved)")
         if not start:
-            forget(part)
-            now = Part(url, size, validator(response.headers))
-            part_file(part).write_text(json.dumps(asdict(now)), encoding="utf-8")
-        receive(response, part, start, size, terms)
+            remove_part(part)
+            now = PartialFile(url, size, get_validator(response.headers))
+            info_file(part).write_text(json.dumps(asdict(now)), encoding="utf-8")
+        write_body(response, part, start, size, terms)
     verify(part, terms, resumed=start > 0)
 
 
 class CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only to where a url itself might lead: never from https to http without a hash.
+    """Follows a redirect only to urls that are allowed themselves: never from https to http without a hash.
 
-    Nor from elsewhere to this machine, whose servers take it for one of their own.
+    Nor from elsewhere to this machine, whose servers may trust local requests.
     """
 
     def __init__(self, digest: str | None) -> None:
         self.digest = digest
 
     def redirect_request(self, request, file, code, message, headers, new_url):
-        inward = is_loopback(new_url) and not is_loopback(request.full_url)
-        if not new_url.lower().startswith(("https://", "http://")) or refused(new_url, self.digest) or inward:
+        to_this_machine = is_loopback(new_url) and not is_loopback(request.full_url)
+        if not new_url.lower().startswith(("https://", "http://")) or refusal(new_url, self.digest) or to_this_machine:
             file.close()
             raise Unavailable(
-                f"leads on to {new_url}, which is refused: this machine, or not https, and no full hash of it is known"
+                f"redirects to {new_url}, which is refused: this machine, or not https and its full hash is unknown"
             )
         return super().redirect_request(request, file, code, message, headers, new_url)
 
 
-def ask(url: str, start: int, known: Part, terms: Terms) -> http.client.HTTPResponse:
-    """The answer to a request for everything from byte `start` on; Unavailable says what else it was."""
+def open_url(url: str, start: int, known: PartialFile, terms: Requirements) -> http.client.HTTPResponse:
+    """Request everything from byte `start` on; raises Unavailable for any other answer."""
     headers = {"User-Agent": "allspark", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
         if known.validator:
-            headers["If-Range"] = known.validator  # a file that has changed comes whole
+            headers["If-Range"] = known.validator  # if the file has changed, all of it is sent
     handlers: list[urllib.request.BaseHandler] = [CheckedRedirects(terms.digest)]
     if is_loopback(url):
         handlers.append(urllib.request.ProxyHandler({}))
@@ -306,62 +310,60 @@ def ask(url: str, start: int, known: Part, terms: Terms) -> http.client.HTTPResp
         return urllib.request.build_opener(*handlers).open(request, timeout=terms.timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        stale = error.code == 416  # nothing behind `start`: the file there is a shorter one
+        stale = error.code == 416  # nothing after `start`: the file on the server is shorter
         reason = f"HTTP status {error.code} {error.reason}"
-        raise Unavailable(reason, again=stale or error.code in BUSY, restart=stale) from None
-    except ValueError as error:  # http.client.InvalidURL is one, too
+        raise Unavailable(reason, retry=stale or error.code in BUSY, restart=stale) from None
+    except ValueError as error:  # including http.client.InvalidURL
         raise Unavailable(f"not a url ({error})") from None
     except (OSError, http.client.HTTPException) as error:
-        raise Unavailable(network_reason(error, terms), again=True) from None
+        raise Unavailable(network_reason(error, terms), retry=True) from None
 
 
-def network_reason(error: Exception, terms: Terms) -> str:
+def network_reason(error: Exception, terms: Requirements) -> str:
     cause = getattr(error, "reason", error)  # URLError wraps the error of the socket
     if isinstance(cause, TimeoutError):
-        return f"no answer within {terms.timeout:g} s"
+        return f"no response within {terms.timeout:g} s"
     return str(cause) or type(cause).__name__
 
 
-def whole_size(headers: email.message.Message, start: int) -> int | None:
-    """Bytes of the whole file, by Content-Range for a rest, by Content-Length otherwise; None: not told."""
-    told = headers.get("Content-Range", "").rpartition("/")[2] if start else headers.get("Content-Length", "")
-    return int(told) if told.isdecimal() else None
+def total_size(headers: email.message.Message, start: int) -> int | None:
+    """Bytes of the complete file, from Content-Range of a partial response or Content-Length; None: not stated."""
+    text = headers.get("Content-Range", "").rpartition("/")[2] if start else headers.get("Content-Length", "")
+    return int(text) if text.isdecimal() else None
 
 
-def validator(headers: email.message.Message) -> str:
+def get_validator(headers: email.message.Message) -> str:
     tag = headers.get("ETag", "")
     return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
 
-def receive(response: http.client.HTTPResponse, part: Path, start: int, size: int | None, terms: Terms) -> None:
-    """Write what arrives behind byte `start`; Unavailable where it ends too early, stalls or does not end."""
-    with open(part, "r+b" if start else "wb") as file, bar(part, start, size) as progress:
+def write_body(
+    response: http.client.HTTPResponse, part: Path, start: int, size: int | None, terms: Requirements
+) -> None:
+    """Write the response from byte `start` on; raises Unavailable if it ends early, stalls or exceeds the limit."""
+    bar = dict(desc=part.stem, unit="B", unit_scale=True, unit_divisor=1024, disable=None)  # on a terminal only
+    with open(part, "r+b" if start else "wb") as file, tqdm(initial=start, total=size, **bar) as progress:
         file.seek(start)
         file.truncate()
-        done, last_look, last_done = start, time.monotonic(), start
+        done, checked_at, checked_done = start, time.monotonic(), start
         try:
-            while block := next_block(response, terms):
+            while block := read_block(response, terms):
                 file.write(block)
                 done += len(block)
                 progress.update(len(block))
-                too_large(done, terms)
-                if time.monotonic() - last_look > terms.timeout:
-                    if done - last_done < SLOWEST:
-                        raise Unavailable(f"stalled at {done} bytes", again=True)
-                    last_look, last_done = time.monotonic(), done
+                check_size(done, terms)
+                if time.monotonic() - checked_at > terms.timeout:
+                    if done - checked_done < SLOWEST:
+                        raise Unavailable(f"stalled at {done} bytes", retry=True)
+                    checked_at, checked_done = time.monotonic(), done
         finally:
-            settle(file)
+            flush_to_disk(file)
     if size is not None and done != size:
-        raise Unavailable(f"the connection ended after {done} of {size} bytes", again=True)
+        raise Unavailable(f"the connection ended after {done} of {size} bytes", retry=True)
 
 
-def next_block(response: http.client.HTTPResponse, terms: Terms) -> bytes:
+def read_block(response: http.client.HTTPResponse, terms: Requirements) -> bytes:
     try:
-        return response.read1(BLOCK)  # what is there, so that a trickle is seen as one
+        return response.read1(BLOCK)  # returns what has arrived, so that a slow transfer is noticed
     except (OSError, http.client.HTTPException) as error:
-        raise Unavailable(network_reason(error, terms), again=True) from None
-
-
-def bar(part: Path, start: int, size: int | None) -> tqdm:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(desc=part.stem, initial=start, total=size, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
+        raise Unavailable(network_reason(error, terms), retry=True) from None

@@ -1,4 +1,4 @@
-"""What a user can mend, told in one message and exit code 2. Everything else is a bug: traceback, exit code 1."""
+"""Errors that the user can fix: one message and exit code 2. Everything else is a bug: traceback and exit code 1."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-NOBODY_READS = 141  # the exit code of a program that SIGPIPE ended
+# Exit codes: output pipe closed by its reader (as SIGPIPE); stopped by a signal, saved, start again to resume
+# (EX_TEMPFAIL); stopped by a second Ctrl-C
+BROKEN_PIPE, STOPPED, INTERRUPTED = 141, 75, 130
 
-
-STOPPED, INTERRUPTED = 75, 130  # stopped by a signal, saved, start again to go on (EX_TEMPFAIL); by a second Ctrl-C
-
-
-MENDABLE = {  # what a system says of a file wherever one is touched, and no bug can be the reason
+USER_ERRNOS = {  # file system errors that are never caused by a bug
     getattr(errno, name)
     for name in ("EACCES", "EDQUOT", "EIO", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS", "ESTALE")
     if hasattr(errno, name)
@@ -24,37 +22,37 @@ MENDABLE = {  # what a system says of a file wherever one is touched, and no bug
 
 
 class UserError(ValueError):
-    """Names the file or key, the value, and the remedy."""
+    """An error the user can fix; the message names the file or key, the value, and the remedy."""
 
 
 class Stopped(BaseException):
-    """A signal ended a run in order. No Exception: nobody who catches those may take it for the fault of a file."""
+    """A signal ended the run in order. Not an Exception, so that no handler mistakes it for a bad file."""
 
 
-def shown(value: object) -> str:
-    """repr, of bounded length and depth: what is wrong with a value may be its size."""
+def short_repr(value: object) -> str:
+    """repr of bounded length and depth, for values that may be wrong because they are huge."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
     short.maxlevel = 3
     try:
         return short.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python prints
         return f"a {type(value).__name__} of thousands of digits"
 
 
-def from_environment(name: str, default: int | None = None, least: int = 0, most: int = 10**6) -> int:
-    """The whole number that an environment variable holds; UserError: it is none, or not set and has no default."""
+def int_from_env(name: str, default: int | None = None, least: int = 0, most: int = 10**6) -> int:
+    """Integer value of an environment variable; UserError if it is invalid, or unset without a default."""
     text = os.environ.get(name) or ("" if default is None else str(default))
     if not re.fullmatch(r"[0-9]{1,7}", text) or not least <= int(text) <= most:
         raise UserError(
-            f"the environment variable {name}={shown(text)} must be a whole number of {least}..{most}; "
-            "correct it, or unset it where no launcher set it"
+            f"environment variable {name}={short_repr(text)} must be an integer in {least}..{most}; "
+            "correct it, or unset it if no launcher set it"
         )
     return int(text)
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run a command's main(argv) and return its exit code: 0 done, 2 the user can mend it, 75 stopped, 141 unread."""
+    """Run a command's main(argv) -> exit code: 0 done, 2 user error, 75 stopped by a signal, 141 output pipe closed."""
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)
@@ -62,22 +60,22 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
             print(stopped, file=sys.stderr)
             return STOPPED
         except (UserError, OSError, RuntimeError) as error:
-            if (words := mendable(error)) is None:
+            if (message := user_error_message(error)) is None:
                 raise
-            print(words, file=sys.stderr)
+            print(message, file=sys.stderr)
             return 2
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, not when the interpreter ends, which would complain
-    except BrokenPipeError:  # of what is printed, as in `| head`, or of a pipe between processes, which is a bug
+                sys.stdout.flush()  # now; at interpreter exit a closed pipe would print a traceback
+    except BrokenPipeError:  # our output, as in `| head`; or a pipe between processes, which is a bug
         if not any(is_closed(stream) for stream in (sys.stdout, sys.stderr) if stream is not None):
             raise
-        return NOBODY_READS
+        return BROKEN_PIPE
     return 0
 
 
-def mendable(error: BaseException) -> str | None:
-    """The line that tells an error which a user can mend; None: it is a bug."""
+def user_error_message(error: BaseException) -> str | None:
+    """The message for an error the user can fix; None if it is a bug."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if is_out_of_memory(error):
@@ -85,8 +83,8 @@ def mendable(error: BaseException) -> str | None:
             f"error: out of memory ({reason_of(error)}); reduce what a training step needs with micro_batch=1, "
             "model.checkpointing=true, precision=bf16 or a smaller data.crop_size; python -m allspark check predicts it"
         )
-    if isinstance(error, OSError) and error.errno in MENDABLE and error.filename:
-        return f"error: {error.filename}: {error.strerror}; mend that, or choose another place"
+    if isinstance(error, OSError) and error.errno in USER_ERRNOS and error.filename:
+        return f"error: {error.filename}: {error.strerror}; fix it or choose another path"
     return None
 
 
@@ -99,7 +97,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_closed(stream: TextIO) -> bool:
-    """Whether nobody reads it any more; what is still to be printed then goes nowhere."""
+    """Whether the stream's reader is gone; if so, redirect further output to nowhere."""
     try:
         print(file=stream, flush=True)
     except BrokenPipeError:
@@ -109,8 +107,8 @@ def is_closed(stream: TextIO) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """What torch or another library says is wrong with a file, in one line and without its advice to programmers."""
+    """A library's message about a bad file in one line, without its advice to programmers."""
     text = " ".join(str(error).split())
-    if code := re.search(r"GLOBAL ([\w.]+)", text):  # of torch.load with weights_only
-        return f"it holds {code[1]}, and nothing but tensors and plain values is loaded"
+    if code := re.search(r"GLOBAL ([\w.]+)", text):  # torch.load with weights_only
+        return f"it contains {code[1]}, but only tensors and plain values are loaded"
     return re.split(r"\. (?=[A-Z(])", text)[0][:160] or type(error).__name__

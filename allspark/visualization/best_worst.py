@@ -1,4 +1,4 @@
-"""The images that a model predicts best and worst, found on the way through an evaluation, small enough for a page."""
+"""Collects the best and the worst predicted images during an evaluation, downscaled for a web page."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from allspark.data.base import DatasetSpec
+from allspark.data.spec import DatasetSpec
 from allspark.evaluation.metrics import ConfusionMatrix
-from allspark.visualization.pictures import full_palette, painted, to_rgb
+from allspark.visualization.pictures import full_palette, has_color, to_rgb
 
 
 @dataclass(frozen=True)
-class Scored:
-    """An image of val with its own scores in percent; iou: nan for a class that is neither in truth nor prediction.
+class ScoredImage:
+    """An evaluation image with its own metrics in percent.
 
-    image: RGB; truth, prediction: class indices with palette (mode P), all of one size.
+    Args:
+        iou: per class; nan for a class absent from truth and prediction.
+        image: RGB.
+        truth, prediction: class indices with palette (mode P), of the same size as the image.
     """
 
     name: str
@@ -32,64 +35,67 @@ class Scored:
     prediction: Image.Image
 
 
-class Extremes:
-    """`evaluate` calls it with each image: it keeps the `count` best and the `count` worst, and counts every pixel.
+class BestWorst:
+    """A `save` function for `evaluate` that keeps the `count` best and the `count` worst images, and counts all pixels.
 
-    side: the most pixels that a kept image has in width or height. No more than 2 count + 1 images are ever held.
+    At most 2 count + 1 images are in memory.
+
+    Args:
+        side: maximum width and height of a saved image.
     """
 
     def __init__(self, spec: DatasetSpec, count: int, side: int = 480) -> None:
         self.spec, self.count, self.side = spec, count, side
         self.confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index)
-        self.kept: list[Scored] = []  # by their mIoU, rising
+        self.saved: list[ScoredImage] = []  # sorted by mIoU
 
     def __call__(self, name: str, image: Tensor, mask: Tensor, prediction: Tensor) -> None:
-        """image (3, H, W), mask and prediction (H, W), uint8 on the CPU; ignore_index where nothing was predicted."""
-        own = image_confusion(mask, prediction, self.spec)
-        self.confusion.matrix += own.matrix
-        scores = own.scores(1)
-        if math.isnan(scores.miou):  # all of it ignored
+        """image (3, H, W), mask and prediction (H, W), uint8 on the CPU; prediction: ignore_index outside the crop."""
+        confusion = image_confusion(mask, prediction, self.spec)
+        self.confusion.matrix += confusion.matrix
+        result = confusion.result(1)
+        if math.isnan(result.miou):  # all pixels are ignored
             return
-        place = bisect.bisect([(kept.miou, kept.name) for kept in self.kept], (scores.miou, name))
-        full = len(self.kept) == 2 * self.count
-        if full and place == self.count:  # neither among the best nor among the worst: the usual case, so not shrunk
+        position = bisect.bisect([(other.miou, other.name) for other in self.saved], (result.miou, name))
+        full = len(self.saved) == 2 * self.count
+        if full and position == self.count:  # neither among the best nor the worst: the usual case
             return
         photo = Image.fromarray(to_rgb(image))
         photo.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
-        masks = [index_picture(one, self.spec, photo.size) for one in (mask, prediction)]
-        self.kept.insert(place, Scored(name, scores.miou, scores.iou, photo, *masks))
+        masks = [index_image(one, self.spec, photo.size) for one in (mask, prediction)]
+        self.saved.insert(position, ScoredImage(name, result.miou, result.iou, photo, *masks))
         if full:
-            del self.kept[self.count]  # the middle one of 2 count + 1
+            del self.saved[self.count]  # the middle one of 2 count + 1
 
     @property
-    def worst(self) -> Sequence[Scored]:
-        """The worst first; where there are fewer than 2 count, none of them is among the best, too."""
-        return self.kept[: len(self.kept) // 2]
+    def worst(self) -> Sequence[ScoredImage]:
+        """The worst first. With fewer than 2 count images, none is both among the worst and the best."""
+        return self.saved[: len(self.saved) // 2]
 
     @property
-    def best(self) -> Sequence[Scored]:
+    def best(self) -> Sequence[ScoredImage]:
         """The best first."""
-        return self.kept[len(self.kept) // 2 :][::-1]
+        return self.saved[len(self.saved) // 2 :][::-1]
 
 
 def image_confusion(mask: Tensor, prediction: Tensor, spec: DatasetSpec) -> ConfusionMatrix:
-    """Of one image; a pixel without a prediction, outside the center crop, is not counted."""
+    """Confusion matrix of one image; pixels without a prediction, outside the center crop, are not counted."""
     confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index)
-    nothing = prediction == spec.ignore_index
-    confusion.update(prediction.masked_fill(nothing, 0), mask.masked_fill(nothing, spec.ignore_index))
+    outside = prediction == spec.ignore_index
+    confusion.update(prediction.masked_fill(outside, 0), mask.masked_fill(outside, spec.ignore_index))
     return confusion
 
 
-def index_picture(mask: Tensor, spec: DatasetSpec, size: tuple[int, int]) -> Image.Image:
-    """(H, W) uint8 -> class indices with palette, of `size` = (width, height); black classes are transparent."""
+def index_image(mask: Tensor, spec: DatasetSpec, size: tuple[int, int]) -> Image.Image:
+    """(H, W) uint8 -> class indices with palette, resized to (width, height); black classes are transparent."""
     picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
     picture.putpalette(full_palette(spec.palette).tobytes())
-    black = ~painted(spec.palette)[: len(spec.palette)]
+    black = ~has_color(spec.palette)[: len(spec.palette)]
     picture.info["transparency"] = bytes(0 if one else 255 for one in black)
     return picture
 
 
-def encoded(picture: Image.Image, kind: str) -> bytes:
+def encode_image(picture: Image.Image, kind: str) -> bytes:
     """The bytes of a PNG or JPEG file."""
     file = io.BytesIO()
     picture.save(file, kind, **({"quality": 82, "optimize": True} if kind == "JPEG" else {"optimize": True}))

@@ -1,4 +1,4 @@
-"""Masks, comparisons and curves as pictures for people. Numbers are metrics' business, which images is the caller's."""
+"""Drawing masks, comparison grids and curves."""
 
 from __future__ import annotations
 
@@ -14,58 +14,58 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from allspark.data.base import bounded
+from allspark.data.image_io import open_limited
 from allspark.utils.atomic import atomic_path
 
-if TYPE_CHECKING:  # loaded only where a figure is drawn
+if TYPE_CHECKING:  # imported only when a figure is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 Palette = Sequence[tuple[int, int, int]]
 Picture = Tensor | np.ndarray  # image (3, H, W) or mask (H, W), uint8, on the CPU
-Points = Sequence[tuple[int, float]]  # (step, value), each step once
+Points = Sequence[tuple[int, float]]  # (step, value) with unique steps
 
-UNKNOWN = (255, 255, 255)  # ignored pixels and values without a class; black would be read as background
+NO_CLASS_COLOR = (255, 255, 255)  # of ignored pixels and unknown values; black would look like background
 MARGIN = 20  # pixels around a page
-SOFTWARE = "AllSpark"  # in every PNG, so that only such a one is ever replaced
-INK, FAINT, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
-COLORS = (*(f"C{index}" for index in range(10)), "black")  # behind them the same in the next kind of line
+SOFTWARE = "AllSpark"  # written into every PNG; only files with this mark are ever replaced
+INK, LIGHT_INK, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
+COLORS = (*(f"C{index}" for index in range(10)), "black")  # then again with the next line style
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-LOSS_COLUMNS = 4  # panels of losses side by side
-FEW = 6  # rows that a panel shows with their legend inside, from zero on; more take its whole height
+LOSS_COLUMNS = 4  # loss panels per row
+MAX_ROWS_IN_PANEL = 6  # curves drawn with the legend inside and the y axis from zero; more curves use the full height
 
 
 def colorize(mask: Picture, palette: Palette) -> np.ndarray:
-    """Class indices (H, W) -> RGB (H, W, 3) uint8; a value without a class, such as the ignore index, is UNKNOWN."""
+    """Class indices (H, W) -> RGB (H, W, 3) uint8; values without a class, such as the ignore index, are white."""
     return full_palette(palette)[np.asarray(mask)]
 
 
 def full_palette(palette: Palette) -> np.ndarray:
-    """A colour for every uint8 value: (256, 3) uint8."""
-    colors = np.full((256, 3), UNKNOWN, dtype=np.uint8)
+    """A color for each uint8 value: (256, 3) uint8."""
+    colors = np.full((256, 3), NO_CLASS_COLOR, dtype=np.uint8)
     colors[: len(palette)] = palette
     return colors
 
 
-def painted(palette: Palette) -> np.ndarray:
-    """Which uint8 values are a class with a colour: (256,) bool. Black is none: a background has it, as a rule."""
+def has_color(palette: Palette) -> np.ndarray:
+    """Which uint8 values are a class with a color: (256,) bool. Black does not count; it is usually background."""
     return full_palette(palette).any(axis=1) & (np.arange(256) < len(palette))
 
 
 def overlay(image: Picture, mask: Picture, palette: Palette, alpha: float = 0.55) -> np.ndarray:
-    """The mask over the image, (H, W, 3) uint8: `alpha` of the colour inside, all of it along the borders of a class.
+    """Blend the mask over the image -> (H, W, 3) uint8; borders of a class are opaque.
 
-    Pixels without a class, and those of a black one, show the image as it is.
+    Pixels without a class or of a black class show the image unchanged.
     """
     mask = np.asarray(mask)
     photo, color = to_rgb(image).astype(np.float32), colorize(mask, palette).astype(np.float32)
-    weight = np.where(borders(mask), 1.0, alpha) * painted(palette)[mask]
+    weight = np.where(find_borders(mask), 1.0, alpha) * has_color(palette)[mask]
     return np.rint(photo + weight[..., None] * (color - photo)).astype(np.uint8)
 
 
-def borders(mask: np.ndarray) -> np.ndarray:
-    """True where the pixel to the right or below has another value: (H, W) bool."""
+def find_borders(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool, True if the pixel to the right or below has a different value."""
     edge = np.zeros(mask.shape, dtype=bool)
     edge[:, :-1] |= mask[:, :-1] != mask[:, 1:]
     edge[:-1] |= mask[:-1] != mask[1:]
@@ -78,37 +78,37 @@ def to_rgb(image: Picture) -> np.ndarray:
 
 
 def save_index_png(mask: Picture, palette: Palette, path: Path) -> None:
-    """A PNG whose pixel values are the class indices, shown in colour by any viewer (mode P)."""
+    """Write a PNG with the class indices as pixel values, which viewers show in color (mode P)."""
     picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     picture.putpalette(full_palette(palette).tobytes())
     save_image(picture, path)
 
 
 def save_pixels(pixels: Picture, path: Path) -> None:
-    """(H, W, 3) or grey (H, W), uint8 -> an image file as it is."""
+    """Write (H, W, 3) RGB or (H, W) gray uint8 as an image file."""
     save_image(Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)), path)
 
 
 def save_image(picture: Image.Image, path: Path) -> None:
-    """Of the kind that the suffix names; a PNG says who made it. UserError where it cannot be written."""
-    written_by = PngInfo()
-    written_by.add_text("Software", SOFTWARE)
-    with atomic_path(path, "free space or choose another place") as beside:
-        picture.save(beside, Image.registered_extensions()[path.suffix.lower()], pnginfo=written_by)
+    """Write an image in the format of the suffix; a PNG is marked as ours. UserError if it cannot be written."""
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    with atomic_path(path, "free disk space or choose another path") as temporary:
+        picture.save(temporary, Image.registered_extensions()[path.suffix.lower()], pnginfo=mark)
 
 
-def is_ours(path: Path) -> bool:
+def is_own_file(path: Path) -> bool:
     """Whether save_image wrote this file."""
     try:
-        with bounded(path) as picture:
+        with open_limited(path) as picture:
             return picture.info.get("Software") == SOFTWARE
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
 @dataclass(frozen=True)
-class Example:
-    """A row of a comparison: image (3, H, W), then the truth and one or more predictions (H, W)."""
+class GridRow:
+    """A row of a comparison grid: image (3, H, W), then the truth and one or more predictions (H, W)."""
 
     name: str
     image: Picture
@@ -116,7 +116,7 @@ class Example:
 
 
 def draw_grid(
-    examples: Sequence[Example],
+    examples: Sequence[GridRow],
     heads: Sequence[str],
     classes: Sequence[str],
     palette: Palette,
@@ -125,17 +125,18 @@ def draw_grid(
     overlaid: bool = False,
     columns: int = 9,
 ) -> Image.Image:
-    """One row of panels per example under the column heads, and a legend of the classes that occur.
+    """Draw a row of panels per example under column titles, and a legend of the classes that occur.
 
-    heads: one for the image and one for each mask, such as ("image", "truth", "supervised", "AllSpark").
-    overlaid: masks are laid over the image instead of standing alone.
-    columns: more than so many go into several bands, one below the other, each with the image and the truth again.
+    Args:
+        heads: column titles for the image and each mask, such as ("image", "truth", "supervised", "AllSpark").
+        overlaid: draw masks over the image.
+        columns: maximum number; more are split into bands below each other, each repeating image and truth.
     """
     bands = []
     for chosen in np.array_split(range(2, len(heads)), max(1, math.ceil((len(heads) - 2) / (columns - 2)))):
-        names = [*heads[:2], *(heads[place] for place in chosen)]
-        shown = [replace(e, masks=(e.masks[0], *(e.masks[place - 1] for place in chosen))) for e in examples]
-        bands.append(draw_band(shown, names, palette, panel_width, overlaid))
+        names = [*heads[:2], *(heads[column] for column in chosen)]
+        rows = [replace(e, masks=(e.masks[0], *(e.masks[column - 1] for column in chosen))) for e in examples]
+        bands.append(draw_band(rows, names, palette, panel_width, overlaid))
     legend = draw_legend(examples, classes, palette, bands[0].width - 2 * MARGIN)
     page = Image.new("RGB", (bands[0].width, sum(band.height for band in bands) + legend.height + MARGIN), PAPER)
     top = 0
@@ -147,9 +148,9 @@ def draw_grid(
 
 
 def draw_band(
-    examples: Sequence[Example], heads: Sequence[str], palette: Palette, panel_width: int, overlaid: bool
+    examples: Sequence[GridRow], heads: Sequence[str], palette: Palette, panel_width: int, overlaid: bool
 ) -> Image.Image:
-    """All examples, one below the other, under one line of column heads."""
+    """All examples below each other, under one line of column titles."""
     gap, head, caption = 8, 34, 24
     rows = [example_panels(example, palette, panel_width, overlaid) for example in examples]
     width = 2 * MARGIN + len(heads) * panel_width + (len(heads) - 1) * gap
@@ -157,39 +158,39 @@ def draw_band(
     draw = ImageDraw.Draw(page)
     lefts = [MARGIN + column * (panel_width + gap) for column in range(len(heads))]
     widest = max(draw.textlength(text, font(18)) for text in heads)
-    for left, text in zip(lefts, heads, strict=True):  # smaller where the longest would run into its neighbour
+    for left, text in zip(lefts, heads, strict=True):  # smaller font if the longest title would touch the next
         draw.text((left, MARGIN), text, INK, font(min(18, max(8, int(18 * panel_width / widest)))))
     top = MARGIN + head
     for example, panels in zip(examples, rows, strict=True):
         for left, panel in zip(lefts, panels, strict=True):
             page.paste(panel, (left, top))
-            # a hairline, or the white of ignored pixels has no edge on the white page
+            # a thin frame, because ignored pixels are white like the page
             draw.rectangle((left - 1, top - 1, left + panel.width, top + panel.height), outline=(214, 216, 220))
         top += panels[0].height
-        draw.text((MARGIN, top + 4), example.name, FAINT, font(12))
+        draw.text((MARGIN, top + 4), example.name, LIGHT_INK, font(12))
         top += caption
     return page
 
 
-def example_panels(example: Example, palette: Palette, width: int, overlaid: bool) -> list[Image.Image]:
-    """The image and each mask in colour or laid over the image, all scaled to `width` pixels."""
+def example_panels(example: GridRow, palette: Palette, width: int, overlaid: bool) -> list[Image.Image]:
+    """The image, and each mask in color or over the image, all scaled to `width` pixels."""
     photo = Image.fromarray(to_rgb(example.image))
     size = (width, max(1, round(photo.height * width / photo.width)))
     if overlaid:
         masks = [overlay(example.image, mask, palette) for mask in example.masks]
     else:
         masks = [colorize(mask, palette) for mask in example.masks]
-    smooth_or_not = Image.Resampling.LANCZOS if overlaid else Image.Resampling.NEAREST
-    drawn = [Image.fromarray(mask).resize(size, smooth_or_not) for mask in masks]
-    return [photo.resize(size, Image.Resampling.LANCZOS), *drawn]
+    resample = Image.Resampling.LANCZOS if overlaid else Image.Resampling.NEAREST
+    panels = [Image.fromarray(mask).resize(size, resample) for mask in masks]
+    return [photo.resize(size, Image.Resampling.LANCZOS), *panels]
 
 
-def draw_legend(examples: Sequence[Example], classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
-    """Colour and name of each class that occurs in a mask, in index order, in as many columns as fit `width`."""
+def draw_legend(examples: Sequence[GridRow], classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
+    """Color and name of each class that occurs in a mask, in as many columns as fit into `width`."""
     occurring = set().union(*(np.unique(mask).tolist() for example in examples for mask in example.masks))
     entries = [(classes[value], tuple(palette[value])) for value in sorted(occurring) if value < len(classes)]
     if any(value >= len(classes) for value in occurring):
-        entries.append(("ignored", UNKNOWN))
+        entries.append(("ignored", NO_CLASS_COLOR))
     swatch, line, text = 16, 26, font(14)
     cell = 2 * swatch + 12 + max((round(text.getlength(name)) for name, _ in entries), default=0)
     columns = max(1, width // cell)
@@ -203,14 +204,14 @@ def draw_legend(examples: Sequence[Example], classes: Sequence[str], palette: Pa
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with Pillow: the same on every machine."""
+    """Pillow's built-in font, the same on every machine."""
     return ImageFont.load_default(size)
 
 
 def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) -> None:
-    """All rows in one panel -> an image file. rows: the points of each seed; what is drawn of them: draw_rows."""
-    few = len(rows) <= FEW
-    height = max(5.6, 0.2 * len(rows) + 0.8)  # room for every name beside the panel
+    """Draw all curves into one panel and save it. rows: name -> points of each seed; see draw_rows."""
+    few = len(rows) <= MAX_ROWS_IN_PANEL
+    height = max(5.6, 0.2 * len(rows) + 0.8)  # space for all names beside the panel
     figure = new_figure(6.4, 4.2) if few else new_figure(11.0, height)
     axes = figure.subplots()
     draw_rows(axes, rows, title)
@@ -220,26 +221,26 @@ def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) ->
 
 
 def plot_seeds(rows: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
-    """A line of dots for each row -> an image file. rows: a value of each seed; what is drawn of them: draw_seeds."""
+    """Draw a dot per seed and a bar at the mean, one line per row, and save it; a band marks the first row's range.
+
+    Args:
+        rows: name -> value of each seed.
+    """
     figure = new_figure(7.6, 0.26 * len(rows) + 0.9)
-    draw_seeds(figure.subplots(), rows, title)
-    save_figure(figure, path)
-
-
-def draw_seeds(axes: Axes, rows: Mapping[str, Sequence[float]], title: str) -> None:
-    """A dot for each seed and a bar at their mean, which stands beside the name; a band over the first row's seeds."""
-    for place, values in enumerate(rows.values()):
-        axes.plot(values, [place] * len(values), "o", color=COLORS[0], markersize=5, alpha=0.65, markeredgewidth=0)
-        axes.plot(np.mean(values), place, "|", color="black", markersize=11, markeredgewidth=1.6)
+    axes = figure.subplots()
+    for y, values in enumerate(rows.values()):
+        axes.plot(values, [y] * len(values), "o", color=COLORS[0], markersize=5, alpha=0.65, markeredgewidth=0)
+        axes.plot(np.mean(values), y, "|", color="black", markersize=11, markeredgewidth=1.6)
     first = next(iter(rows.values()))
     axes.axvspan(min(first), max(first), color=COLORS[0], alpha=0.12, linewidth=0)
     style_axes(axes, title, xlabel="")
     axes.set_yticks(range(len(rows)), [f"{name}  {np.mean(values):.1f}" for name, values in rows.items()])
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    save_figure(figure, path)
 
 
 def plot_losses(rows: Mapping[str, Sequence[Mapping[str, Points]]], path: Path) -> None:
-    """A panel for each row -> an image file. rows: of each seed its losses by name."""
+    """Draw the losses of each row into a panel of its own and save them. rows: name -> losses by name of each seed."""
     columns = min(len(rows), LOSS_COLUMNS)
     lines = -(-len(rows) // columns)
     figure = new_figure(3.4 * columns, 2.7 * lines)
@@ -252,88 +253,90 @@ def plot_losses(rows: Mapping[str, Sequence[Mapping[str, Points]]], path: Path) 
 
 
 def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path, columns: int = 4) -> None:
-    """Panels, so many side by side -> an image file. panels: title -> row -> the points of each seed, or none.
+    """Draw panels, `columns` side by side, and save them. panels: title -> name -> points of each seed.
 
-    Few rows stand in a legend in each panel, with their last values; many in one below all panels, without.
+    With few curves each panel has a legend with the last values, with many there is one legend below all panels.
     """
-    many = max(map(len, panels.values()), default=0) > FEW
+    many = max(map(len, panels.values()), default=0) > MAX_ROWS_IN_PANEL
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     figure = new_figure(5.5 * columns, 3.8 * lines + many * 1.2)
     places = figure.subplots(lines, columns, squeeze=False).flat
-    shown = {}
+    lines_by_name = {}
     for (title, rows), axes in zip(panels.items(), places, strict=False):
-        shown |= draw_rows(axes, rows, title, legend=not many)
+        lines_by_name |= draw_rows(axes, rows, title, legend=not many)
         low, high = axes.get_ylim()
-        top = min(max(high, low + 5.0), max(high, 101.0))  # a class at 0 is a flat line, not its rounding
+        top = min(max(high, low + 5.0), max(high, 101.0))  # so that a class at 0 is a flat line
         axes.set_ylim(min(low, top - 5.0), top)
-    for axes in places:  # those that are left
+    for axes in places:  # the remaining ones
         axes.set_visible(False)
     if many:
-        figure.legend(shown.values(), shown, loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=10)
+        legend = dict(loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=10)
+        figure.legend(lines_by_name.values(), lines_by_name, **legend)
     save_figure(figure, path)
 
 
 def draw_rows(axes: Axes, rows: Mapping[str, Sequence[Points]], title: str, legend: bool = True) -> dict[str, Line2D]:
-    """A line per row, told apart in the legend, which has the last value; a band where a row has several seeds.
+    """Draw a curve per row, the mean of its seeds with a band from lowest to highest; the legend has the last value.
 
-    -> the line of each row that has points.
+    Returns:
+        The line of each row that has points.
     """
-    lines, look_of = {}, looks(rows)
+    lines, styles = {}, line_styles(rows)
     for name, seeds in rows.items():
-        steps, values = over_seeds(seeds)
+        steps, values = stack_seeds(seeds)
         if not steps:
             continue
-        mean, look = values.mean(0), look_of[name]
-        (lines[name],) = axes.plot(steps, mean, markersize=3.5, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}", **look)
-        shade(axes, steps, values, look["color"], alpha=0.15 if len(rows) <= FEW else 0.06)
-    style_axes(axes, title, legend=legend, outside=len(rows) > FEW)
+        mean, style = values.mean(0), styles[name]
+        (lines[name],) = axes.plot(steps, mean, markersize=3.5, linewidth=1.8, label=f"{name}  {mean[-1]:.1f}", **style)
+        fill_range(axes, steps, values, style["color"], alpha=0.15 if len(rows) <= MAX_ROWS_IN_PANEL else 0.06)
+    style_axes(axes, title, legend=legend, outside=len(rows) > MAX_ROWS_IN_PANEL)
     return lines
 
 
-def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Colour, line and marker of each row, no two alike as long as there are enough. NAME+MORE has NAME's colour."""
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Color, line and marker of each row, unique as long as possible. NAME+MORE gets NAME's color."""
     colors: dict[str, str] = {}
-    found: dict[str, dict[str, str]] = {}
+    styles: dict[str, dict[str, str]] = {}
     for name in names:
         color = colors.setdefault(name.partition("+")[0], COLORS[len(colors) % len(COLORS)])
-        kinds = (dict(color=color, linestyle=line, marker=marker) for line, marker in LINES)
-        found[name] = next((look for look in kinds if look not in found.values()), dict(color=color))
-    return found
+        options = (dict(color=color, linestyle=line, marker=marker) for line, marker in LINES)
+        styles[name] = next((style for style in options if style not in styles.values()), dict(color=color))
+    return styles
 
 
 def draw_losses(axes: Axes, seeds: Sequence[Mapping[str, Points]], title: str) -> None:
-    """Each loss, smoothed; of a single seed as it was, too."""
+    """Draw each loss smoothed; for a single seed also unsmoothed."""
     for index, loss in enumerate(dict.fromkeys(name for losses in seeds for name in losses)):
-        steps, values = over_seeds([losses.get(loss, ()) for losses in seeds])
+        steps, values = stack_seeds([losses.get(loss, ()) for losses in seeds])
         if not steps:
             continue
         smoothed, color = np.array([smooth(row) for row in values]), COLORS[index % len(COLORS)]
         axes.plot(steps, smoothed.mean(0), linewidth=1.6, label=loss, color=color)
-        shade(axes, steps, smoothed, color, alpha=0.15)
+        fill_range(axes, steps, smoothed, color, alpha=0.15)
         if len(values) == 1:
             axes.plot(steps, values[0], linewidth=0.8, alpha=0.25, color=color)
     style_axes(axes, title)
 
 
-def over_seeds(seeds: Sequence[Points]) -> tuple[list[int], np.ndarray]:
-    """The steps that all seeds with any point have, and the values there: (seeds, steps).
+def stack_seeds(seeds: Sequence[Points]) -> tuple[list[int], np.ndarray]:
+    """Steps that all seeds with points have in common, and the values there (seeds, steps).
 
-    A mean over seeds that come and go would jump where one of them ends.
+    A mean over a changing set of seeds would jump where one of them ends.
     """
     by_step = [dict(points) for points in seeds if points]
     steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
     return steps, np.array([[points[step] for step in steps] for points in by_step])
 
 
-def shade(axes: Axes, steps: Sequence[int], values: np.ndarray, color: str, alpha: float) -> None:
-    """From the lowest to the highest seed; values: (seeds, steps)."""
+def fill_range(axes: Axes, steps: Sequence[int], values: np.ndarray, color: str, alpha: float) -> None:
+    """Fill from the lowest to the highest seed; values: (seeds, steps)."""
     if len(values) > 1:
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=alpha, linewidth=0)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches by the object interface: no display, no pyplot state shared with the caller."""
+    """A figure of so many inches, without pyplot: needs no display and shares no state with the caller."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=140)
@@ -348,7 +351,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def style_axes(axes: Axes, title: str, legend: bool = True, outside: bool = False, xlabel: str = "step") -> None:
-    """Title, faint grid, no box, and a legend where there is something to tell."""
+    """Title, light grid, no box, and a legend if there are labels."""
     axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.tick_params(labelsize=8.5)
@@ -360,9 +363,9 @@ def style_axes(axes: Axes, title: str, legend: bool = True, outside: bool = Fals
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, which keeps 0.8, without the pull towards the first value (bias-corrected)."""
-    keep, smoothed, mean, weight = 0.8, [], 0.0, 0.0
+    """Bias-corrected exponential moving average with decay 0.8."""
+    decay, smoothed, mean, weight = 0.8, [], 0.0, 0.0
     for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         smoothed.append(mean / weight)
     return smoothed

@@ -1,4 +1,4 @@
-"""The files that predictions are written to: their names, that none of them is in the way, what goes into which."""
+"""Writing predictions to a folder: file names, protection of existing files, and the formats."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from allspark.utils.errors import UserError
-from allspark.visualization.pictures import Palette, colorize, is_ours, overlay, save_index_png, save_pixels
+from allspark.visualization.pictures import Palette, colorize, is_own_file, overlay, save_index_png, save_pixels
 
-LONGEST = 255  # bytes of a name on the file systems of today
-BAND = 2**22  # pixels that are laid over each other at once: the blend takes 60 bytes for each
+LONGEST = 255  # bytes; limit of common file systems
+BAND = 2**22  # pixels blended at a time: blending takes 60 bytes per pixel
 
 
 def unique_names(images: Sequence[Path]) -> list[str]:
-    """A name for each image, to write files under: its stem, or where stems collide the path below the common folder.
+    """A unique output name for each image: its stem or, if stems collide, the path below the common folder.
 
-    Where two differ in their suffix alone, they keep it.
+    Names that differ only in the suffix keep it.
     """
     names = [image.stem for image in images]
     if len(set(names)) < len(names):
-        images = [Path(os.path.abspath(image)) for image in images]  # no .. in a name of a file we write
+        images = [Path(os.path.abspath(image)) for image in images]  # no .. in the name of an output file
         top = os.path.commonpath([image.parent for image in images])
         images = [image.relative_to(top) for image in images]
         names = [image.with_suffix("").as_posix() for image in images]
@@ -34,28 +34,36 @@ def unique_names(images: Sequence[Path]) -> list[str]:
     return names
 
 
-def real(path: Path) -> Path:
-    """Where it lies. (Path.resolve fails at a link that leads to itself.)"""
+def real_path(path: Path) -> Path:
+    """Path with links resolved. (Path.resolve fails for a link to itself.)"""
     return Path(os.path.realpath(path))
 
 
-def in_the_way(place: Path, image: Path, owner: Path | None, taken: Container[Path]) -> str | None:
-    """Why a picture of `image` may not go there, and the remedy; None: it may. owner: another image that goes there."""
+def find_conflict(path: Path, image: Path, owner: Path | None, inputs: Container[Path]) -> str | None:
+    """Why the prediction of `image` must not be written to `path`, and the remedy; None if it may.
+
+    Args:
+        owner: another image whose prediction would be written there.
+        inputs: files that must not be overwritten.
+    """
     if owner is not None:
-        return f"both {owner} and {image} would be written there; rename one, or give them folders of their own"
-    if place in taken:
-        return "this file is part of the data; choose another folder"
-    if len(os.fsencode(place.name)) > LONGEST:
-        return f"no file may have so long a name; rename {image}"
-    if os.path.lexists(place) and not is_ours(place):  # a mask of somebody's, perhaps
-        return "is there already, and no prediction of this program; choose another folder, or move it away"
+        return f"both {owner} and {image} would be written there; rename one, or put them into different folders"
+    if path in inputs:
+        return "this file is part of the input; choose another folder"
+    if len(os.fsencode(path.name)) > LONGEST:
+        return f"the file name is too long; rename {image}"
+    if os.path.lexists(path) and not is_own_file(path):  # maybe someone's mask
+        return "exists and was not written by this program; choose another folder, or move it away"
     return None
 
 
-class PredictionFolder:
-    """Writes <name>.png, and for people <name>_color.png, <name>_overlay.png and <name>_confidence.png beside it.
+class PredictionWriter:
+    """Writes <name>.png, and for viewing <name>_color.png, <name>_overlay.png and <name>_confidence.png.
 
-    <name>.png holds the class indices with palette (mode P), or as 8-bit grey what `encode` makes of them.
+    Args:
+        encode: class indices -> values of <name>.png, written as 8-bit gray; None: class indices with palette (mode P).
+        index_only: write <name>.png only.
+        confidence: write <name>_confidence.png.
     """
 
     def __init__(
@@ -77,21 +85,26 @@ class PredictionFolder:
         masks: Iterable[Path] = (),
         videos: Mapping[Path, str] | None = None,
     ) -> None:
-        """Make the folder, before the work; UserError if a file would replace another one that is no prediction, or
-        cannot have its name.
+        """Create the folder and check all output names before the work starts.
 
-        videos: of each the folder that its frames get below this one, and have to themselves.
+        Args:
+            names: output name of each image.
+            masks: further input files.
+            videos: video -> subfolder for its frames, which must contain nothing else.
+
+        Raises:
+            UserError: an output would overwrite a file that is not a prediction, or its name is not possible.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: the folder cannot be made ({error.strerror}); choose another") from None
-        folder = real(self.folder)
-        taken = {place for path in (*images, *masks) for place in (real(path), real(path.parent) / path.name)}
+            raise UserError(f"{self.folder}: the folder cannot be created ({error.strerror}); choose another") from None
+        folder = real_path(self.folder)
+        inputs = {each for path in (*images, *masks) for each in (real_path(path), real_path(path.parent) / path.name)}
         owners: dict[str, Path] = {}
         for name, image in zip(names, images, strict=True):
             for file in (f"{name}{kind}.png" for kind in self.kinds):
-                if reason := in_the_way(folder / file, image, owners.get(file), taken):
+                if reason := find_conflict(folder / file, image, owners.get(file), inputs):
                     raise UserError(f"{self.folder / file}: {reason}")
                 owners[file] = image
         for video, name in (videos or {}).items():
@@ -99,9 +112,9 @@ class PredictionFolder:
                 raise UserError(
                     f"{self.folder / name}: both {other} and the frames of {video} would be written there; rename one"
                 )
-            others = (file for file in (folder / name).glob("*.png") if not is_ours(file))
-            if any(folder / name in path.parents for path in taken) or next(others, None):
-                raise UserError(f"{self.folder / name}: this folder holds other pictures; choose another --out")
+            others = (file for file in (folder / name).glob("*.png") if not is_own_file(file))
+            if any(folder / name in path.parents for path in inputs) or next(others, None):
+                raise UserError(f"{self.folder / name}: this folder contains other images; choose another --out")
             owners[f"{name}/"] = video
 
     def write(self, name: str, image: Tensor, prediction: Tensor, confidence: Tensor | None = None) -> None:
@@ -111,7 +124,7 @@ class PredictionFolder:
             if kind == "_color":
                 save_pixels(colorize(prediction, self.palette), path)
             elif kind == "_overlay":
-                save_pixels(overlay_by_bands(image, prediction, self.palette), path)
+                save_pixels(overlay_in_bands(image, prediction, self.palette), path)
             elif kind == "_confidence":
                 save_pixels((confidence * 255).round_().to(torch.uint8), path)
             elif self.encode is None:
@@ -120,13 +133,13 @@ class PredictionFolder:
                 save_pixels(self.encode(prediction.numpy()), path)
 
 
-def overlay_by_bands(image: Tensor, mask: Tensor, palette: Palette) -> np.ndarray:
-    """What overlay gives, (H, W, 3) uint8, band by band: its floats take ten times as much as the picture."""
+def overlay_in_bands(image: Tensor, mask: Tensor, palette: Palette) -> np.ndarray:
+    """As `overlay` -> (H, W, 3) uint8, band by band, because its floats take ten times the memory of the image."""
     height, width = mask.shape
     rows = max(1, BAND // width)
-    drawn = np.empty((height, width, 3), np.uint8)
+    result = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         end = min(top + rows, height)
-        band = slice(top, end + 1)  # borders look at the row below
-        drawn[top:end] = overlay(image[:, band], mask[band], palette)[: end - top]
-    return drawn
+        band = slice(top, end + 1)  # borders depend on the row below
+        result[top:end] = overlay(image[:, band], mask[band], palette)[: end - top]
+    return result

@@ -1,4 +1,4 @@
-"""What an evaluation shows in TensorBoard: the first images of val, and of the unlabeled ones that are labeled."""
+"""Images for TensorBoard: predictions of the first val images, and pseudo-labels of the first unlabeled images."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from torch import Tensor
 
 from allspark.visualization.pictures import PAPER, Palette, colorize, to_rgb
 
-SIDE = 256  # pixels; the most that a panel has in width or height
+SIDE = 256  # pixels; maximum width and height of a panel
 GAP = 4
 
 
 class Snapshots:
-    """Keeps the first `count` images that it is called with, as strips of panels: (H, W, 3) uint8 by name."""
+    """Collects the first `count` images of each kind as strips of panels, (H, W, 3) uint8 by name."""
 
     def __init__(self, palette: Palette, count: int) -> None:
         self.palette, self.count = palette, count
         self.strips: dict[str, np.ndarray] = {}
 
     def prediction(self, name: str, image: Tensor, mask: Tensor, prediction: Tensor) -> None:
-        """Image, truth, prediction; as `evaluate` calls its `save`."""
-        if self.room("val"):
-            self.keep(f"val/{name}", image, colorize(mask, self.palette), colorize(prediction, self.palette))
+        """Image, truth, prediction; to be passed as `save` to `evaluate`."""
+        if self.is_open("val"):
+            self.add(f"val/{name}", image, colorize(mask, self.palette), colorize(prediction, self.palette))
 
     def pseudo_label(self, name: str, image: Tensor, mask: Tensor, label: Tensor, confidence: Tensor) -> None:
-        """Image, hidden truth, pseudo-label, confidence from black (0) to white (1); as label_quality calls `show`."""
-        if self.room("unlabeled"):
-            grey = np.repeat((confidence * 255).round().byte().numpy()[..., None], 3, axis=2)
-            self.keep(f"unlabeled/{name}", image, colorize(mask, self.palette), colorize(label, self.palette), grey)
+        """Image, hidden truth, pseudo-label, confidence (black 0, white 1); for `show` of measure_pseudo_labels."""
+        if self.is_open("unlabeled"):
+            gray = np.repeat((confidence * 255).round().byte().numpy()[..., None], 3, axis=2)
+            self.add(f"unlabeled/{name}", image, colorize(mask, self.palette), colorize(label, self.palette), gray)
 
-    def room(self, kind: str) -> bool:
-        """Asked before a mask is coloured, which of a large one takes longer than to predict it."""
-        return sum(kept.startswith(f"{kind}/") for kept in self.strips) < self.count
+    def is_open(self, kind: str) -> bool:
+        """Whether more images are wanted. Checked first: coloring a large mask takes longer than predicting it."""
+        return sum(name.startswith(f"{kind}/") for name in self.strips) < self.count
 
-    def keep(self, name: str, image: Tensor, *masks: np.ndarray) -> None:
-        panels = [shrunk(to_rgb(image), Image.Resampling.BILINEAR)]
-        panels += [shrunk(mask, Image.Resampling.NEAREST) for mask in masks]
-        space = np.full((panels[0].shape[0], GAP, 3), PAPER, np.uint8)
-        strip = [part for panel in panels for part in (panel, space)][:-1]
+    def add(self, name: str, image: Tensor, *masks: np.ndarray) -> None:
+        panels = [shrink(to_rgb(image), Image.Resampling.BILINEAR)]
+        panels += [shrink(mask, Image.Resampling.NEAREST) for mask in masks]
+        gap = np.full((panels[0].shape[0], GAP, 3), PAPER, np.uint8)
+        strip = [part for panel in panels for part in (panel, gap)][:-1]
         self.strips[name] = np.concatenate(strip, axis=1)
 
 
-def shrunk(pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
-    """(H, W, 3) uint8, so that no side is longer than SIDE."""
+def shrink(pixels: np.ndarray, resample: Image.Resampling) -> np.ndarray:
+    """Downscale (H, W, 3) uint8 so that no side is longer than SIDE."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
-    picture.thumbnail((SIDE, SIDE), how)
+    picture.thumbnail((SIDE, SIDE), resample)
     return np.asarray(picture)

@@ -1,4 +1,4 @@
-"""The frames of a video file, one at a time, upright. OpenCV decodes; no more than a frame is held."""
+"""Reading the frames of a video file one at a time, with OpenCV."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from allspark.data.base import BadSample, max_megapixels
+from allspark.data.image_io import BadSample, max_megapixels
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
-# Read by OpenCV's FFmpeg when it is first used: no words of its own on stderr, and no playlist that leads elsewhere
+# Read by OpenCV's FFmpeg on first use: no output on stderr, and no playlists that point elsewhere
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "protocol_whitelist;file")
 
@@ -23,17 +23,17 @@ def is_video(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[cv2.VideoCapture]:
-    """The video, its header read; BadSample that names the file where it is none, or its frames are too large."""
+def open_video(path: Path) -> Iterator[cv2.VideoCapture]:
+    """Open a video and read its header; BadSample if it is not a video, or its frames are too large."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     if not path.is_file():
         raise BadSample(f"{path}: no such file; correct the path")
-    # FFmpeg alone: other readers of OpenCV take a name for a pattern of many files, or for a program
+    # FFmpeg only: other OpenCV backends interpret a name as a file pattern or a program
     video = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)
     try:
         if not video.isOpened():
             raise BadSample(
-                f"{path}: damaged, or not a video that OpenCV reads; copy it again, or convert it, such as by "
+                f"{path}: damaged, or not a video that OpenCV can read; copy it again, or convert it, e.g. with "
                 f"`ffmpeg -i {path.name} {path.stem}_new.mp4`"
             )
         width, height = (video.get(side) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
@@ -44,29 +44,29 @@ def opened(path: Path) -> Iterator[cv2.VideoCapture]:
         video.release()
 
 
-def frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Number from 0 on, (H, W, 3) uint8 RGB of each `every`-th frame; BadSample behind the last if many are missing."""
-    with opened(path) as video:
+def read_frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    """Number (from 0) and (H, W, 3) uint8 RGB of each `every`-th frame; BadSample at the end if many are missing."""
+    with open_video(path) as video:
         number = -1
         while video.grab():
             number += 1
             if number % every:
                 continue
-            decoded, frame = video.retrieve()  # turned as a phone's orientation tag says
+            decoded, frame = video.retrieve()  # rotated by the orientation tag of phones
             if not decoded:
                 break
             yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         stated = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-        if number < 0 or number + 1 < 0.9 * stated:  # the header may have estimated them
+        if number < 0 or number + 1 < 0.9 * stated:  # the header may contain an estimate
             raise BadSample(
-                f"{path}: {number + 1} frames can be read, its header speaks of {stated}; copy it again or convert it"
+                f"{path}: {number + 1} frames can be read, its header states {stated}; copy it again or convert it"
             )
 
 
 def frame_count(path: Path) -> int:
-    """As the header has it, which may be an estimate; 0 where it says nothing, or cannot be read."""
+    """Number of frames in the header, which may be an estimate; 0 if unknown or unreadable."""
     try:
-        with opened(path) as video:
+        with open_video(path) as video:
             return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     except BadSample:
         return 0

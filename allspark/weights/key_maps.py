@@ -1,4 +1,4 @@
-"""The names that other code bases give to the tensors of these networks: tables, and a format told by its keys."""
+"""Tensor names of other code bases: a table for each format, and detecting a format by its keys."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# A row of a table is `theirs: ours` and names a module or one tensor; what follows (.weight, .bn.running_mean) is
-# carried over, and the first row that fits decides. {s}: stage or decoder level from 0, {S}: from 1, {b}: block.
-# Ours, but not in the network: attn.k and attn.v, joined to attn.kv; attn.qkv, split into attn.q and attn.kv.
+# A row `theirs: ours` names a module or a tensor; the rest of the name (.weight, .bn.running_mean) is copied, and the
+# first matching row wins. {s}: stage or decoder level from 0, {S}: from 1, {b}: block.
+# Intermediate names: attn.k and attn.v are joined to attn.kv; attn.qkv is split into attn.q and attn.kv.
 FIELDS = {"{s}": r"(?P<s>[0-3])", "{S}": r"(?P<S>[1-4])", "{b}": r"(?P<b>[0-9]+)"}
 
 OURS_MIT = {
@@ -23,13 +23,13 @@ OURS_MIT = {
     "stages.{s}.blocks.{b}.ffn": "stages.{s}.blocks.{b}.ffn",
     "stages.{s}.norm": "stages.{s}.norm",
 }
-# timm and torchvision, and so ours; as a part of a model UniMatch, segmentation-models-pytorch, torchvision and others
+# As in timm and torchvision, hence also ours; inside a model: UniMatch, segmentation-models-pytorch ...
 RESNET = {name: name for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
 OURS_REST = {
     **{f"encoder.{name}": f"encoder.{name}" for name in RESNET},
     "decoder.linears.{s}": "decoder.linears.{s}",
     "decoder.convs.{s}": "decoder.convs.{s}",
-    "decoder.aspp.branches": "decoder.aspp.branches",  # not all of decoder.aspp: others have one, too
+    "decoder.aspp.branches": "decoder.aspp.branches",  # not all of decoder.aspp: other formats have one, too
     "decoder.aspp.pool": "decoder.aspp.pool",
     "decoder.aspp.project": "decoder.aspp.project",
     "decoder.low": "decoder.low",
@@ -37,7 +37,7 @@ OURS_REST = {
     "decoder.classifier": "decoder.classifier",
     "bottleneck": "bottleneck",
 }
-# github.com/LiheYoung/UniMatch (model/semseg/deeplabv3plus.py), whose backbone has the names of RESNET
+# github.com/LiheYoung/UniMatch (model/semseg/deeplabv3plus.py), whose backbone is named as in RESNET
 UNIMATCH_REST = {
     "head.b4.gap": "decoder.aspp.pool",
     "head.b{s}": "decoder.aspp.branches.{s}",
@@ -82,7 +82,7 @@ RELEASED_REST = {
     "decoder.allspark.attn.v_u": "bottleneck.self_branch.v",
     "decoder.allspark.attn.out_u": "bottleneck.self_branch.out",
 }
-# Files that transformers writes and huggingface.co holds (nvidia/mit-b0, nvidia/segformer-b0-finetuned-...)
+# Files written by transformers, as on huggingface.co (nvidia/mit-b0, nvidia/segformer-b0-finetuned-...)
 TRANSFORMERS_MIT = {
     "patch_embeddings.{s}.proj": "stages.{s}.patch_embed.proj",
     "patch_embeddings.{s}.layer_norm": "stages.{s}.patch_embed.norm",
@@ -106,7 +106,7 @@ TRANSFORMERS_HEAD = {
     "decode_head.batch_norm": "decoder.fuse.bn",
     "decode_head.classifier": "decoder.classifier",
 }
-# What transformers 5 calls them in memory: a state_dict saved by hand (5.23, models/segformer/modeling_segformer.py)
+# Names of transformers 5 in memory, i.e. of a state_dict saved by hand (5.23, models/segformer/modeling_segformer.py)
 TRANSFORMERS_5_MIT = {
     "stages.{s}.patch_embeddings.proj": "stages.{s}.patch_embed.proj",
     "stages.{s}.patch_embeddings.layer_norm": "stages.{s}.patch_embed.norm",
@@ -144,13 +144,20 @@ MMSEGMENTATION_HEAD = {
 
 
 @dataclass(frozen=True, eq=False)
-class Naming:
-    """One code base's names: its encoder, which stands under one of `prefixes`, and what comes after it."""
+class KeyMap:
+    """The tensor names of one code base.
+
+    Args:
+        title: for messages.
+        encoder: rows of the encoder, below one of the prefixes.
+        rest: rows of everything else.
+        prefixes: of the encoder; '' for a file that contains only the encoder.
+    """
 
     title: str
     encoder: Mapping[str, str]
     rest: Mapping[str, str]
-    prefixes: tuple[str, ...]  # '': an encoder by itself
+    prefixes: tuple[str, ...]
 
     @cached_property
     def rules(self) -> list[tuple[re.Pattern[str], str]]:
@@ -159,81 +166,90 @@ class Naming:
             for prefix in self.prefixes
             for theirs, ours in self.encoder.items()
         ]
-        return [(pattern(theirs), ours) for theirs, ours in (*rows, *self.rest.items())]
+        return [(compile_row(theirs), ours) for theirs, ours in (*rows, *self.rest.items())]
 
-    def ours(self, name: str) -> str | None:
-        """Our name of their tensor, without `encoder.` where theirs is of an encoder by itself; None: not theirs."""
+    def translate(self, name: str) -> str | None:
+        """Our name for their tensor, without `encoder.` if the file contains only an encoder; None if it is unknown."""
         for rule, ours in self.rules:
             if match := rule.fullmatch(name):
-                found = match.groupdict()
-                stage = int(found["S"]) - 1 if found.get("S") else found.get("s")
-                return ours.format(s=stage, b=found.get("b")) + found["tail"]
+                fields = match.groupdict()
+                stage = int(fields["S"]) - 1 if fields.get("S") else fields.get("s")
+                return ours.format(s=stage, b=fields.get("b")) + fields["tail"]
         return None
 
 
-def pattern(template: str) -> re.Pattern[str]:
-    """The names that a row's left side stands for."""
+def compile_row(template: str) -> re.Pattern[str]:
+    """Regular expression for the left side of a row."""
     text = re.escape(template)
     for field, expression in FIELDS.items():
         text = text.replace(re.escape(field), expression)
     return re.compile(text + r"(?P<tail>(\..+)?)")
 
 
-OURS = Naming("AllSpark, this code", OURS_MIT, OURS_REST, ("encoder.", ""))
-MIT = Naming("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
-RELEASED = Naming("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
-NAMINGS = (  # where several know equally many names of a file, the first is meant
-    Naming("ResNet encoder, timm or torchvision", RESNET, {}, ("", "encoder.", "backbone.")),
-    Naming("UniMatch, DeepLabV3+", RESNET, UNIMATCH_REST, ("backbone.",)),
+OURS = KeyMap("AllSpark, this code", OURS_MIT, OURS_REST, ("encoder.", ""))
+MIT = KeyMap("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
+RELEASED = KeyMap("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
+KEY_MAPS = (  # if several know equally many names of a file, the first wins
+    KeyMap("ResNet encoder, timm or torchvision", RESNET, {}, ("", "encoder.", "backbone.")),
+    KeyMap("UniMatch, DeepLabV3+", RESNET, UNIMATCH_REST, ("backbone.",)),
     OURS,
     MIT,
     RELEASED,
-    Naming("SegFormer, original", SEGFORMER_MIT, SEGFORMER_HEAD, ("backbone.",)),
-    Naming("transformers", TRANSFORMERS_MIT, TRANSFORMERS_HEAD, ("segformer.encoder.", "encoder.", "")),
-    Naming("transformers 5, in memory", TRANSFORMERS_5_MIT, TRANSFORMERS_HEAD, ("segformer.", "")),
-    Naming("mmsegmentation", MMSEGMENTATION_MIT, MMSEGMENTATION_HEAD, ("backbone.", "")),
+    KeyMap("SegFormer, original", SEGFORMER_MIT, SEGFORMER_HEAD, ("backbone.",)),
+    KeyMap("transformers", TRANSFORMERS_MIT, TRANSFORMERS_HEAD, ("segformer.encoder.", "encoder.", "")),
+    KeyMap("transformers 5, in memory", TRANSFORMERS_5_MIT, TRANSFORMERS_HEAD, ("segformer.", "")),
+    KeyMap("mmsegmentation", MMSEGMENTATION_MIT, MMSEGMENTATION_HEAD, ("backbone.", "")),
 )
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
-FIRST = {"stages.0.patch_embed.proj.weight", "bn1.weight"}  # of an encoder: what every MiT has, and every ResNet
+FIRST_LAYERS = {
+    "stages.0.patch_embed.proj.weight",
+    "bn1.weight",
+}  # one that every MiT has, and one that every ResNet has
 PARTS = ("encoder.", "decoder.", "bottleneck.")
 
 
-def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that a wrapper gave to all names."""
+def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove prefixes that wrappers added to all names."""
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in tensors):
-            return unwrapped({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
+            return strip_wrappers({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
     return dict(tensors)
 
 
-def detect(names: Iterable[str]) -> Naming | None:
-    """The naming that knows most of the names; None if none of them finds the beginning of an encoder."""
+def detect_key_map(names: Iterable[str]) -> KeyMap | None:
+    """The key map that knows most of the names; None if it does not find an encoder's first layer."""
     names = list(names)
-    known = {naming: [ours for name in names if (ours := naming.ours(name))] for naming in NAMINGS}
-    best = max(NAMINGS, key=lambda naming: len(known[naming]))
-    return None if FIRST.isdisjoint(name.removeprefix("encoder.") for name in known[best]) else best
+    known = {each: [ours for name in names if (ours := each.translate(name))] for each in KEY_MAPS}
+    best = max(KEY_MAPS, key=lambda each: len(known[each]))
+    return None if FIRST_LAYERS.isdisjoint(name.removeprefix("encoder.") for name in known[best]) else best
 
 
 @dataclass(frozen=True)
-class Translated:
-    """Tensors under our names (encoder.*, decoder.*, bottleneck.*), the name each came from, and names left over."""
+class RenamedWeights:
+    """Tensors under our names.
+
+    Args:
+        tensors: by our name: encoder.*, decoder.*, bottleneck.*.
+        sources: our name -> name in the file.
+        unknown: names in the file without one of ours.
+    """
 
     tensors: dict[str, Tensor]
     sources: dict[str, str]
     unknown: list[str]
 
 
-def translate(tensors: Mapping[str, Tensor], naming: Naming) -> Translated:
-    """Rename; split a fused q, k and v; join a separate k and v."""
-    result = Translated({}, {}, [])
+def rename_weights(tensors: Mapping[str, Tensor], key_map: KeyMap) -> RenamedWeights:
+    """Rename tensors, split a fused qkv, and join separate k and v."""
+    result = RenamedWeights({}, {}, [])
 
     def put(name: str, tensor: Tensor, source: str) -> None:
         result.tensors[name], result.sources[name] = tensor, source
 
     for theirs, tensor in tensors.items():
-        ours = naming.ours(theirs) or ""
+        ours = key_map.translate(theirs) or ""
         ours = f"encoder.{ours}" if ours and not ours.startswith(PARTS) else ours
-        if not ours or ours in result.tensors:  # a second one for the same place is one too many
+        if not ours or ours in result.tensors:  # two tensors for one name: keep the first
             result.unknown.append(theirs)
         elif ".attn.qkv." in ours and tensor.ndim:
             third = len(tensor) // 3

@@ -1,19 +1,19 @@
-"""Where the ImageNet-1k weights of the encoders are published, and what each place says of their licence.
+"""Where the ImageNet-1k weights of the encoders are published, and the license stated there.
 
-No file name, revision or hash stands here that was not read at the place named beside it.
+All file names, revisions and hashes were read at the source named beside them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LICENCE = (
-    "NVIDIA Source Code License for SegFormer: research or evaluation only, no commercial use, of the weights and of "
-    "what derives from them (section 3.3); https://github.com/NVlabs/SegFormer/blob/master/LICENSE"
+MIT_LICENSE = (
+    "NVIDIA Source Code License for SegFormer: research or evaluation only, no commercial use of the weights and "
+    "their derivatives (section 3.3); https://github.com/NVlabs/SegFormer/blob/master/LICENSE"
 )
 
-# github.com/open-mmlab/mmsegmentation, configs/segformer/segformer_mit-b{0..5}_8xb2-160k_ade20k-512x512.py: the names
-# of the files, which end in the first 8 digits of their SHA-256 (tools/misc/publish_model.py there).
+# File names in open-mmlab/mmsegmentation (configs/segformer/segformer_mit-b{0..5}_8xb2-160k_ade20k-512x512.py)
+# end in the first 8 digits of the SHA-256 (tools/misc/publish_model.py).
 OPENMMLAB = {
     "mit_b0": "7e0fe6dd",
     "mit_b1": "02e5a6a1",
@@ -32,7 +32,7 @@ SMP_HUB = {
     "mit_b4": "3a3454e900a4b4f11dd60eeb59101a9a1a36b017",
     "mit_b5": "ced04d96c586b6297fd59a7a1e244fc78fdb6531",
 }
-# huggingface.co/nvidia/mit-b{0,1,2,4,5}: the listings of their files were read, that of mit-b3 was not.
+# huggingface.co/nvidia/mit-b{0,1,2,4,5}; mit-b3 was not checked.
 NVIDIA = ("mit_b0", "mit_b1", "mit_b2", "mit_b4", "mit_b5")
 
 # ResNets, read in models/resnet.py of torchvision 0.29.2 (IMAGENET1K_V1) and of timm 1.0.31. The names end in the first
@@ -44,11 +44,11 @@ RESNET_FILES = {
     "resnet50s": ("timm on GitHub", f"{GLUON}/gluon_resnet50_v1s-1762acc0.pth"),
     "resnet101s": ("timm on GitHub", f"{GLUON}/gluon_resnet101_v1s-60fe0cc1.pth"),
 }
-RESNET_LICENCE = {  # the field `license` of the same file of timm
-    "PyTorch": "BSD 3-Clause; torchvision's README: a model may have terms of its own, from the data it was trained on",
+RESNET_LICENSE = {  # the field `license` of the same file of timm
+    "PyTorch": "BSD 3-Clause; torchvision's README: a model may have its own terms, from its training data",
     "timm on GitHub": "Apache 2.0, of GluonCV's weights (https://cv.gluon.ai/model_zoo/classification.html)",
 }
-# The same weights at huggingface.co/timm/<name>; the SHA-256 of model.safetensors where its page was read.
+# The same weights at huggingface.co/timm/<name>; SHA-256 of model.safetensors if known.
 TIMM_HUB = {
     "resnet50": ("resnet50.tv_in1k", "sha256:5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888"),
     "resnet101": ("resnet101.tv_in1k", None),
@@ -59,32 +59,35 @@ TIMM_HUB = {
 
 @dataclass(frozen=True)
 class Mirror:
-    """One published file. digest: 'sha256:' and its first digits, None: none is known; licence: what the place says."""
+    """A published file.
+
+    Args:
+        digest: 'sha256:' and its first digits, or None if unknown.
+        license: as stated at the place.
+    """
 
     place: str
     url: str
     digest: str | None
-    licence: str
+    license: str
 
 
-def licence(name: str) -> str:
-    """That of an encoder's published weights."""
-    return RESNET_LICENCE[RESNET_FILES[name][0]] if name in RESNET_FILES else LICENCE
+def license_of(name: str) -> str:
+    """License of an encoder's published weights."""
+    return RESNET_LICENSE[RESNET_FILES[name][0]] if name in RESNET_FILES else MIT_LICENSE
 
 
 def mirrors(name: str) -> list[Mirror]:
-    """The places that have the weights of an encoder, in the order to try them: what can be verified first."""
-    return resnet_mirrors(name) if name in RESNET_FILES else mit_mirrors(name)
-
-
-def resnet_mirrors(name: str) -> list[Mirror]:
+    """The places that have an encoder's weights, in the order to try them: those that can be verified first."""
+    if name not in RESNET_FILES:
+        return mit_mirrors(name)
     place, url = RESNET_FILES[name]
     digest = f"sha256:{url.rpartition('-')[2].removesuffix('.pth')}"
     hub, hub_digest = TIMM_HUB[name]
     page = f"https://huggingface.co/timm/{hub}"
     return [
-        Mirror(place, url, digest, licence(name)),
-        Mirror("timm on Hugging Face", f"{page}/resolve/main/model.safetensors", hub_digest, licence(name)),
+        Mirror(place, url, digest, license_of(name)),
+        Mirror("timm on Hugging Face", f"{page}/resolve/main/model.safetensors", hub_digest, license_of(name)),
     ]
 
 
@@ -106,11 +109,11 @@ def mit_mirrors(name: str) -> list[Mirror]:
             "segmentation-models-pytorch on GitHub",
             f"https://github.com/qubvel/segmentation_models.pytorch/releases/download/v0.0.2/{name}.pth",
             None,
-            "none stated; NVIDIA's files, the header of encoders/mix_transformer.py names NVIDIA's licence",
+            "none stated; NVIDIA's files, the header of encoders/mix_transformer.py names NVIDIA's license",
         ),
     ]
     if name in NVIDIA:
         repository = f"https://huggingface.co/nvidia/{name.replace('_', '-')}"
-        licence = f"'license: other' ({repository}/blob/main/README.md)"
-        found.append(Mirror("NVIDIA on Hugging Face", f"{repository}/resolve/main/pytorch_model.bin", None, licence))
+        license = f"'license: other' ({repository}/blob/main/README.md)"
+        found.append(Mirror("NVIDIA on Hugging Face", f"{repository}/resolve/main/pytorch_model.bin", None, license))
     return found

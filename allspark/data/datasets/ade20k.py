@@ -1,10 +1,10 @@
-"""ADE20K as in the Scene Parsing Challenge 2016 (SceneParse150): 150 classes, stored 1..150; 0 is everything else."""
+"""ADE20K as in the Scene Parsing Challenge 2016 (SceneParse150): 150 classes, stored as 1..150; 0 is all else."""
 
 from __future__ import annotations
 
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table, bit_palette
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, LookupTable, voc_palette
 
-# In the order of objectInfo150.txt (CSAILVision/sceneparsing, and in the archive), of its synonyms the first.
+# In the order of objectInfo150.txt (CSAILVision/sceneparsing, also in the archive), the first synonym of each.
 NAMES = """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
 mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat,
@@ -19,16 +19,16 @@ animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vas
 pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
 """
 CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))
-OTHER = 0  # as stored: a pixel of none of the classes, which the benchmark leaves out
+OTHER = 0  # stored value of pixels of no class, which the benchmark ignores
 
 STORED = {OTHER: IGNORE_INDEX} | {index + 1: index for index in range(len(CLASSES))}
-ILLEGAL = {value: value for value in range(len(CLASSES) + 1, 256)}  # left as they are: read_mask reports them
+ILLEGAL = {value: value for value in range(len(CLASSES) + 1, 256)}  # unchanged, so that read_mask reports them
 
 SPEC = DatasetSpec(
     name="ade20k",
     classes=CLASSES,
-    palette=bit_palette(len(CLASSES)),
-    decode_mask=Table.of(STORED | ILLEGAL, default=IGNORE_INDEX),
-    mask_hint="This data set reads the official masks: 0 = none of the classes, 1..150 = the classes",
-    submission=Table.of(dict(enumerate(range(1, len(CLASSES) + 1))), default=OTHER),
+    palette=voc_palette(len(CLASSES)),
+    decode_mask=LookupTable.from_mapping(STORED | ILLEGAL, default=IGNORE_INDEX),
+    mask_hint="This data set expects the official masks: 0 = no class, 1..150 = the classes",
+    submission=LookupTable.from_mapping(dict(enumerate(range(1, len(CLASSES) + 1))), default=OTHER),
 )

@@ -1,39 +1,27 @@
-"""CamVid as distributed with the SegNet tutorial: 480 x 360 frames, stored value 11 is unlabelled."""
+"""CamVid as distributed with the SegNet tutorial: 480 x 360 frames, stored value 11 is unlabeled."""
 
 from __future__ import annotations
 
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, LookupTable
 
-CLASSES = (
-    "Sky",
-    "Building",
-    "Pole",
-    "Road",
-    "Pavement",
-    "Tree",
-    "SignSymbol",
-    "Fence",
-    "Car",
-    "Pedestrian",
-    "Bicyclist",
-)
-PALETTE = (
-    (128, 128, 128),
-    (128, 0, 0),
-    (192, 192, 128),
-    (128, 64, 128),
-    (60, 40, 222),
-    (128, 128, 0),
-    (192, 128, 128),
-    (64, 64, 128),
-    (64, 0, 128),
-    (64, 64, 0),
-    (0, 128, 192),
-)
-UNLABELLED = len(CLASSES)  # as stored
+CLASS_COLORS = {
+    "Sky": (128, 128, 128),
+    "Building": (128, 0, 0),
+    "Pole": (192, 192, 128),
+    "Road": (128, 64, 128),
+    "Pavement": (60, 40, 222),
+    "Tree": (128, 128, 0),
+    "SignSymbol": (192, 128, 128),
+    "Fence": (64, 64, 128),
+    "Car": (64, 0, 128),
+    "Pedestrian": (64, 64, 0),
+    "Bicyclist": (0, 128, 192),
+}
+CLASSES, PALETTE = tuple(CLASS_COLORS), tuple(CLASS_COLORS.values())
+UNLABELED = len(CLASSES)  # stored value
 
-# The 32 classes of the original labels: name, colour (CamVid's label_colors.txt), and the class of the SegNet tutorial
-# that it belongs to (MathWorks' camvidPixelLabelIDs, "following the original SegNet training methodology").
+# The 32 original classes: name, color (CamVid's label_colors.txt), and the class of the SegNet tutorial it belongs to
+# (MathWorks' camvidPixelLabelIDs, "following the original SegNet training methodology").
 ORIGINAL_CLASSES = (
     ("Animal", (64, 128, 64), "Pedestrian"),
     ("Archway", (192, 0, 128), "Building"),
@@ -73,5 +61,7 @@ SPEC = DatasetSpec(
     name="camvid",
     classes=CLASSES,
     palette=PALETTE,
-    decode_mask=Table.of({value: value for value in range(256)} | {UNLABELLED: IGNORE_INDEX}, default=IGNORE_INDEX),
+    decode_mask=LookupTable.from_mapping(
+        {value: value for value in range(256)} | {UNLABELED: IGNORE_INDEX}, default=IGNORE_INDEX
+    ),
 )

@@ -1,10 +1,10 @@
-"""Cityscapes fine annotations: two specs, because values do not tell which kind of label file it is."""
+"""Cityscapes fine annotations: one spec for labelTrainIds files, one for labelIds files."""
 
 from __future__ import annotations
 
-from allspark.data.base import IGNORE_INDEX, DatasetSpec, Table
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, LookupTable
 
-# labelId, class, colour; a class's index (its trainId) is its place here, every other labelId is ignored
+# labelId, class, color; the position is the class index (trainId), all other labelIds are ignored
 TRAIN_CLASSES = (
     (7, "road", (128, 64, 128)),
     (8, "sidewalk", (244, 35, 232)),
@@ -28,13 +28,13 @@ TRAIN_CLASSES = (
 )
 LABEL_IDS, CLASSES, PALETTE = zip(*TRAIN_CLASSES, strict=True)
 
-# Class index -> labelId, which the server takes (cityscapesscripts, evaluation/evalPixelLevelSemanticLabeling.py).
-# A pixel without a class becomes 0, unlabeled: beyond 33 there is no labelId, and the server would stop at it.
-TO_LABEL_IDS = Table.of(dict(enumerate(LABEL_IDS)), default=0)
+# Class index -> labelId, as the server expects (cityscapesscripts, evaluation/evalPixelLevelSemanticLabeling.py).
+# Pixels without a class become 0, unlabeled: the server rejects values above 33.
+TO_LABEL_IDS = LookupTable.from_mapping(dict(enumerate(LABEL_IDS)), default=0)
 
 
 def label_ids_path(path: str) -> str:
-    """The published lists name ..._labelTrainIds.png; the raw file beside it is ..._labelIds.png."""
+    """Published lists contain ..._labelTrainIds.png; the raw file beside it is ..._labelIds.png."""
     return path.replace("_labelTrainIds.png", "_labelIds.png")
 
 
@@ -44,7 +44,7 @@ SPEC = DatasetSpec(
     palette=PALETTE,
     eval_mode="sliding_window",
     submission=TO_LABEL_IDS,
-    mask_hint="This data set reads labelTrainIds files; for the raw labelIds files use dataset cityscapes_labelids",
+    mask_hint="This data set expects labelTrainIds files; for raw labelIds files use dataset cityscapes_labelids",
 )
 
 SPEC_LABEL_IDS = DatasetSpec(
@@ -52,7 +52,9 @@ SPEC_LABEL_IDS = DatasetSpec(
     classes=CLASSES,
     palette=PALETTE,
     eval_mode="sliding_window",
-    decode_mask=Table.of({label_id: index for index, label_id in enumerate(LABEL_IDS)}, default=IGNORE_INDEX),
+    decode_mask=LookupTable.from_mapping(
+        {label_id: index for index, label_id in enumerate(LABEL_IDS)}, default=IGNORE_INDEX
+    ),
     split_folder="cityscapes",
     mask_path=label_ids_path,
     submission=TO_LABEL_IDS,

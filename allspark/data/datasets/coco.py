@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allspark.data.base import DatasetSpec, bit_palette
+from allspark.data.spec import DatasetSpec, voc_palette
 
 NAMES = """
 void, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -13,6 +13,6 @@ hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toil
 keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair
 drier, toothbrush
 """
-CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))  # a name may be broken over two lines
+CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))  # names may contain a line break
 
-SPEC = DatasetSpec(name="coco", classes=CLASSES, palette=bit_palette(len(CLASSES)), background=0)
+SPEC = DatasetSpec(name="coco", classes=CLASSES, palette=voc_palette(len(CLASSES)), background=0)

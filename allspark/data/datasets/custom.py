@@ -1,77 +1,68 @@
-"""A data set of one's own, described in YAML alone (data.custom): the spec that its section stands for."""
+"""Your own data set, described by the config section data.custom: the DatasetSpec for it."""
 
 from __future__ import annotations
 
 import re
 
 from allspark.config import CustomDataConfig
-from allspark.data.base import IGNORE_INDEX, ColorTable, DatasetSpec, Table, bit_palette, keep
+from allspark.data.spec import IGNORE_INDEX, ColorTable, DatasetSpec, LookupTable, identity, voc_palette
 from allspark.utils.errors import UserError
 
 
 def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
-    """custom.ignore_index and custom.value_map speak of stored values; a decoded mask always ignores IGNORE_INDEX."""
+    """Build the spec. custom.ignore_index and value_map refer to stored values; decoded masks use IGNORE_INDEX."""
     num_classes = len(custom.classes)
     if not 1 <= num_classes <= IGNORE_INDEX:
-        raise UserError(f"data.custom.classes: {num_classes} classes; name 1 to {IGNORE_INDEX}, masks are 8-bit")
-    twice = sorted({c for c in custom.classes if custom.classes.count(c) > 1})
-    if twice:
-        raise UserError(f"data.custom.classes: named twice: {', '.join(twice)}; every class needs a name of its own")
+        raise UserError(f"data.custom.classes: {num_classes} classes; masks are 8-bit, use 1 to {IGNORE_INDEX} classes")
+    if repeated := sorted({c for c in custom.classes if custom.classes.count(c) > 1}):
+        raise UserError(f"data.custom.classes: repeated {', '.join(repeated)}; class names must be unique")
     if custom.background is not None and not 0 <= custom.background < num_classes:
         raise UserError(f"data.custom.background: {custom.background} is not a class index 0..{num_classes - 1}")
     palette = custom.palette if custom.palette is not None else default_palette(custom)
     if len(palette) != num_classes:
-        raise UserError(f"data.custom.palette: {len(palette)} colours for {num_classes} classes; give one each or none")
-    for colour in palette:
-        if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
-            raise UserError(f"data.custom.palette: {list(colour)} is not a colour; give red, green, blue in 0..255")
+        raise UserError(f"data.custom.palette: {len(palette)} colors for {num_classes} classes; give one each or none")
+    for color in palette:
+        if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
+            raise UserError(f"data.custom.palette: {list(color)} is not a color; give red, green, blue in 0..255")
+    stored_decoded = custom.value_map is None and custom.ignore_index == IGNORE_INDEX
     return DatasetSpec(
         name=name,
         classes=tuple(custom.classes),
         palette=tuple((red, green, blue) for red, green, blue in palette),
         eval_mode=custom.eval_mode,
-        decode_mask=keep if stored_as_decoded(custom) else Table.of(decoding(custom), default=num_classes),
+        decode_mask=identity if stored_decoded else LookupTable.from_mapping(value_table(custom), default=num_classes),
         background=custom.background,
-        colors=None if custom.color_map is None else ColorTable.of(coloring(custom)),
-        mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or say what its values mean: "
+        colors=None if custom.color_map is None else ColorTable.from_mapping(color_table(custom)),
+        mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or define its values with "
         "data.custom.classes, ignore_index, value_map",
     )
 
 
 def default_palette(custom: CustomDataConfig) -> tuple[tuple[int, int, int], ...]:
-    """The colours of the masks themselves where they are stored as such, one for each class; else those of VOC."""
-    stored = {} if custom.color_map is None else {index: color for color, index in reversed(coloring(custom).items())}
-    if all(index in stored for index in range(len(custom.classes))):
-        return tuple(stored[index] for index in range(len(custom.classes)))
-    return bit_palette(len(custom.classes))
+    """The masks' own colors if color_map has one for each class, else those of VOC."""
+    colors = {} if custom.color_map is None else {i: color for color, i in reversed(color_table(custom).items())}
+    if all(index in colors for index in range(len(custom.classes))):
+        return tuple(colors[index] for index in range(len(custom.classes)))
+    return voc_palette(len(custom.classes))
 
 
-def coloring(custom: CustomDataConfig) -> dict[tuple[int, int, int], int]:
-    """Stored colour -> class index or IGNORE_INDEX."""
+def color_table(custom: CustomDataConfig) -> dict[tuple[int, int, int], int]:
+    """Stored color -> class index or IGNORE_INDEX."""
     if custom.value_map is not None:
-        raise UserError("data.custom: value_map and color_map; masks are read as values or as colours, leave one out")
+        raise UserError("data.custom: both value_map and color_map are set; masks hold either values or colors")
     if not custom.color_map:
-        raise UserError('data.custom.color_map: names no colour; give one for each class, such as {"255,0,0": 1}')
+        raise UserError('data.custom.color_map: empty; give a color for each class, such as {"255,0,0": 1}')
     table = {}
     for text, target in custom.color_map.items():
         channels = re.fullmatch(r" *(\d{1,3}) *, *(\d{1,3}) *, *(\d{1,3}) *", text)
         if channels is None or max(map(int, channels.groups())) > 255:
-            raise UserError(f'data.custom.color_map: "{text}" is not a colour; write red, green, blue: "255,0,0"')
-        if not 0 <= target < len(custom.classes) and target != custom.ignore_index:
-            raise UserError(
-                f'data.custom.color_map: "{text}": {target} is neither a class index 0..{len(custom.classes) - 1} '
-                f"nor ignore_index {custom.ignore_index}"
-            )
-        table[tuple(map(int, channels.groups()))] = target if target < len(custom.classes) else IGNORE_INDEX
+            raise UserError(f'data.custom.color_map: "{text}" is not a color; write red, green, blue: "255,0,0"')
+        table[tuple(map(int, channels.groups()))] = target_index(custom, f'color_map: "{text}"', target)
     return table
 
 
-def stored_as_decoded(custom: CustomDataConfig) -> bool:
-    return custom.value_map is None and custom.ignore_index == IGNORE_INDEX
-
-
-def decoding(custom: CustomDataConfig) -> dict[int, int]:
-    """Stored value -> class index or IGNORE_INDEX. A value not in it is decoded as K, which read_mask reports."""
+def value_table(custom: CustomDataConfig) -> dict[int, int]:
+    """Stored value -> class index or IGNORE_INDEX. Values not in it are decoded as K, which read_mask reports."""
     num_classes = len(custom.classes)
     if not 0 <= custom.ignore_index <= 255:
         raise UserError(f"data.custom.ignore_index: {custom.ignore_index}; masks are 8-bit, give a value in 0..255")
@@ -87,14 +78,21 @@ def decoding(custom: CustomDataConfig) -> dict[int, int]:
                 f"'{custom.classes[custom.ignore_index]}'; give a value_map, such as {{1: 0, 2: 1}}, for the others"
             )
         return {index: index for index in range(num_classes)} | {custom.ignore_index: IGNORE_INDEX}
-    table = {custom.ignore_index: IGNORE_INDEX}  # unless the map gives that stored value a meaning
+    table = {custom.ignore_index: IGNORE_INDEX}  # unless the map defines that stored value
     for stored, target in custom.value_map.items():
         if not 0 <= stored <= 255:
             raise UserError(f"data.custom.value_map: stored value {stored}; masks are 8-bit, give values in 0..255")
-        if not 0 <= target < num_classes and target != custom.ignore_index:
-            raise UserError(
-                f"data.custom.value_map: {stored}: {target} is neither a class index 0..{num_classes - 1} "
-                f"nor ignore_index {custom.ignore_index}"
-            )
-        table[stored] = target if 0 <= target < num_classes else IGNORE_INDEX
+        table[stored] = target_index(custom, f"value_map: {stored}", target)
     return table
+
+
+def target_index(custom: CustomDataConfig, key: str, target: int) -> int:
+    """The class index or IGNORE_INDEX that an entry of color_map or value_map maps to."""
+    if 0 <= target < len(custom.classes):
+        return target
+    if target != custom.ignore_index:
+        raise UserError(
+            f"data.custom.{key}: {target} is neither a class index 0..{len(custom.classes) - 1} "
+            f"nor ignore_index {custom.ignore_index}"
+        )
+    return IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""The embedded data set: pictures of textured shapes, written once as PNG files from one seed; nothing to download."""
+"""The built-in data set: images of textured shapes, generated as PNG files from one seed; no download."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from pathlib import Path
 
 from PIL import Image
 
-from allspark.data.base import DatasetSpec
 from allspark.data.datasets.shapes_drawing import OBJECTS, SEED, SIZE, render
+from allspark.data.spec import DatasetSpec
 from allspark.utils.errors import UserError
 
 COUNTS = {"train": 480, "val": 120}
-VERSION = 1  # of the pictures: another one makes recorded results void
-MARKER = "shapes.json"  # says what a finished folder holds
+VERSION = 1  # of the images; a new version invalidates recorded results
+MARKER = "shapes.json"  # describes the content of a finished folder
 
 
 def generate(root: Path, counts: dict[str, int] = COUNTS) -> None:
-    """Write the data set to `root`, as a whole or not at all; a finished folder is left alone.
+    """Write the data set to `root`, completely or not at all; a finished folder is left unchanged.
 
-    UserError where `root` holds something else: nothing that is not ours is ever removed.
+    Raises:
+        UserError: `root` contains something else; foreign files are never removed.
     """
     root = Path(root)
     contents = {"name": "shapes", "version": VERSION, "seed": SEED, "size": SIZE, "counts": counts}
     occupied = root.exists() and not (root.is_dir() and not any(root.iterdir()))
-    if is_finished(root, contents):  # asked second: another job may finish it in between
+    if is_finished(root, contents):  # checked second: another job may finish it in between
         return
     if occupied:
-        raise UserError(f"{root}: not the finished shapes data set; remove it or name another data_root")
+        raise UserError(f"{root}: not a finished shapes data set; remove it or use another data_root")
     temporary = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
     try:
         for split, count in counts.items():
@@ -39,14 +40,14 @@ def generate(root: Path, counts: dict[str, int] = COUNTS) -> None:
         try:
             os.rename(temporary, root)
         except OSError:
-            if not is_finished(root, contents):  # else another process was faster, and its files are the same
+            if not is_finished(root, contents):  # otherwise another process finished first, with the same files
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_finished(root: Path, contents: dict) -> bool:
-    """Whether `root` holds all of this very version; its marker is renamed into place with everything else."""
+    """Whether `root` is complete and of this version; the marker file is renamed into place with everything else."""
     marker = root / MARKER
     return marker.is_file() and json.loads(marker.read_text()) == contents
 
@@ -64,7 +65,7 @@ def write_split(root: Path, split: str, count: int) -> None:
 SPEC = DatasetSpec(
     name="shapes",
     classes=("background", *OBJECTS),
-    # near the classes' own hues, see class_hue
+    # close to the class hues, see class_hue
     palette=(
         (38, 42, 51),
         (247, 200, 60),

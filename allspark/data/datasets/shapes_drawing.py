@@ -1,7 +1,7 @@
-"""How a picture of the shapes data set is drawn: image i of a split is a function of (SEED, split, i) alone.
+"""Draws the images of the shapes data set: image i of a split depends only on (SEED, split, i).
 
-Everything is float64 numpy and `Generator.random` on PCG64, whose stream numpy keeps between versions; no drawing
-library takes part, because theirs change.
+All in float64 numpy with `Generator.random` on PCG64, whose stream is stable between numpy versions. No drawing library
+is used, because their output changes between versions.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from allspark.data.base import IGNORE_INDEX
+from allspark.data.spec import IGNORE_INDEX
 
 SEED = 20240
 SIZE = 128  # pixels, height and width of every image
 SPLITS = ("train", "val")
 
-Y, X = np.mgrid[0:SIZE, 0:SIZE] + 0.5  # pixel centres
+Y, X = np.mgrid[0:SIZE, 0:SIZE] + 0.5  # pixel centers
 
 Field = np.ndarray  # (h, w) float64
 Outline = Callable[[Field, Field], Field]  # local coordinates in pixels -> signed distance in pixels, negative inside
-Texture = Callable[["Local", Generator], Field]  # -> blend between a shape's two colours, 0..1
+Texture = Callable[["Local", Generator], Field]  # -> blend between a shape's two colors, 0..1
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Something to paint, label 0 for clutter; x, y, size and reach in pixels, angle in radians."""
+    """A shape to paint; label 0 is clutter; x, y, size and reach in pixels, angle in radians."""
 
     label: int
     x: float
     y: float
     angle: float
-    size: float  # radius of the disc of equal area
-    reach: float  # no point of the shape is further from (x, y)
+    size: float  # radius of the disk with the same area
+    reach: float  # largest distance of a point of the shape from (x, y)
     outline: Outline
     texture: Texture
 
 
 @dataclass(frozen=True)
 class Local:
-    """The pixels around a shape in its own coordinates, all (h, w) in pixels; light as of light_direction."""
+    """The pixels around a shape in its own coordinates, all (h, w) in pixels; light from light_direction."""
 
     u: Field
     v: Field
@@ -51,7 +51,7 @@ class Local:
 
 
 def render(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one image, (SIZE, SIZE, 3) uint8, and its mask, (SIZE, SIZE) uint8, ignored at the edge of an object."""
+    """Draw one image (SIZE, SIZE, 3) uint8 and its mask (SIZE, SIZE) uint8, with ignored pixels at object borders."""
     rng = np.random.Generator(np.random.PCG64([SEED, SPLITS.index(split), index]))
     image = background(rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
@@ -76,8 +76,8 @@ def pick(rng: Generator, options: list | tuple):
     return options[int(rng.random() * len(options))]
 
 
-def colour(rng: Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None):
-    """(3,) RGB in 0..1; hue is 0..1 around the colour circle, a random one where it is None."""
+def random_color(rng: Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None):
+    """(3,) RGB in 0..1; hue is 0..1 around the color wheel, random if None."""
     hue = 6 * (rng.random() if hue is None else hue)
     s, v = uniform(rng, *saturation), uniform(rng, *value)
     return v * (1 - s * np.clip(2 - np.abs((hue + np.array([0.0, 4.0, 2.0])) % 6 - 3), 0, 1))
@@ -89,12 +89,12 @@ def mix(a: np.ndarray, b: np.ndarray, t: Field) -> np.ndarray:
 
 
 def wave(phase: Field, width: float) -> Field:
-    """A square wave of period 1 with values 0..1; `width` is the part of a period over which it changes sides."""
+    """A square wave of period 1 with values 0..1; `width` is the part of a period in which it changes sides."""
     return 0.5 + 0.5 * np.clip(np.sin(2 * np.pi * phase) / (np.pi * width), -1, 1)
 
 
 def noise(rng: Generator, cells: int) -> Field:
-    """(SIZE, SIZE) smooth noise in 0..1 whose grains are SIZE / cells pixels wide."""
+    """(SIZE, SIZE) smooth noise in 0..1 with grains SIZE / cells pixels wide."""
     grid = rng.random((cells + 1, cells + 1))
     position = (np.arange(SIZE) + 0.5) / SIZE * cells
     left = position.astype(int)
@@ -109,7 +109,7 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     steps = np.arange(-4, 5)
     kernel = np.exp(-0.5 * (steps / sigma) ** 2)
     kernel /= kernel.sum()
-    for _ in range(2):  # along the columns, then, turned over, along the rows
+    for _ in range(2):  # along the columns, then, transposed, along the rows
         padded = np.pad(image, ((4, 4), (0, 0), (0, 0)), mode="edge")
         image = sum(w * padded[i : i + SIZE] for i, w in enumerate(kernel)).transpose(1, 0, 2)
     return image
@@ -157,20 +157,20 @@ BACKGROUNDS = (gradient, clouds, grain, waves, tiles, pebbles)
 
 
 def background(rng: Generator) -> np.ndarray:
-    """(SIZE, SIZE, 3) in 0..1: two textures, each between two related colours, blended over the picture."""
+    """(SIZE, SIZE, 3) in 0..1: two textures, each between two related colors, blended over the image."""
     first, second = (backdrop(rng) for _ in range(2))
     where = np.clip((noise(rng, 2) - uniform(rng, 0.3, 0.9)) * 6, 0, 1)
     return mix(first, second, where)
 
 
 def backdrop(rng: Generator) -> np.ndarray:
-    base = colour(rng, (0, 0.4), (0.2, 0.9))
-    other = base + uniform(rng, 0.3, 1) * (colour(rng, (0, 0.5), (0.1, 1)) - base)
+    base = random_color(rng, (0, 0.4), (0.2, 0.9))
+    other = base + uniform(rng, 0.3, 1) * (random_color(rng, (0, 0.5), (0.1, 1)) - base)
     return mix(base, other, pick(rng, BACKGROUNDS)(rng))
 
 
 def light_direction(rng: Generator) -> np.ndarray:
-    """(3,) unit vector towards the lamp: x right, y down, z to the viewer."""
+    """(3,) unit vector toward the light: x right, y down, z to the viewer."""
     angle, height = uniform(rng, 0, 2 * np.pi), uniform(rng, 0.5, 0.8)
     flat = np.sqrt(1 - height**2)
     return np.array([flat * np.cos(angle), flat * np.sin(angle), height])
@@ -190,11 +190,11 @@ def develop(image: np.ndarray, light: np.ndarray, rng: Generator) -> np.ndarray:
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
-# Outlines: (rng, size) -> (reach, Outline), of area pi * size^2
+# Outlines: (rng, size) -> (reach, Outline), with area pi * size^2
 
 
 def polygon(corners: np.ndarray, size: float) -> tuple[float, Outline]:
-    """The outline of (n, 2) corners, scaled to the wanted area."""
+    """The outline of (n, 2) corners, scaled to the area pi * size^2."""
     x, y = corners.T
     area = 0.5 * abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))
     corners = corners * (size * np.sqrt(np.pi / area))
@@ -211,8 +211,8 @@ def polygon(corners: np.ndarray, size: float) -> tuple[float, Outline]:
     return float(np.sqrt((corners**2).sum(1).max())), outline
 
 
-def around(radii: list[float], start: float = 0.0) -> np.ndarray:
-    """(n, 2) corners at equal angles and the given distances from the centre."""
+def star_corners(radii: list[float], start: float = 0.0) -> np.ndarray:
+    """(n, 2) corners at equal angles and the given distances from the center."""
     angles = start + 2 * np.pi * np.arange(len(radii)) / len(radii)
     return np.stack([np.cos(angles), np.sin(angles)], 1) * np.array(radii)[:, None]
 
@@ -222,15 +222,15 @@ def ball(rng: Generator, size: float) -> tuple[float, Outline]:
 
 
 def square(rng: Generator, size: float) -> tuple[float, Outline]:
-    return polygon(around([1.0] * 4, np.pi / 4) * [1, uniform(rng, 0.8, 1)], size)
+    return polygon(star_corners([1.0] * 4, np.pi / 4) * [1, uniform(rng, 0.8, 1)], size)
 
 
 def triangle(rng: Generator, size: float) -> tuple[float, Outline]:
-    return polygon(around([1.0] * 3) * [1, uniform(rng, 0.75, 1.2)], size)
+    return polygon(star_corners([1.0] * 3) * [1, uniform(rng, 0.75, 1.2)], size)
 
 
 def star(rng: Generator, size: float) -> tuple[float, Outline]:
-    return polygon(around([1, uniform(rng, 0.4, 0.5)] * 5), size)
+    return polygon(star_corners([1, uniform(rng, 0.4, 0.5)] * 5), size)
 
 
 def ring(rng: Generator, size: float) -> tuple[float, Outline]:
@@ -246,10 +246,10 @@ def cross(rng: Generator, size: float) -> tuple[float, Outline]:
 
 
 def blob(rng: Generator, size: float) -> tuple[float, Outline]:
-    """Clutter: a closed curve without corners, too uneven to be taken for a ball."""
+    """Clutter: a closed curve without corners, too uneven to look like a ball."""
     angles = 2 * np.pi * np.arange(40) / 40
     radii = 1 + sum(uniform(rng, 0.15, 0.35) * np.sin(k * angles + uniform(rng, 0, 7)) for k in (2, 3))
-    return polygon(around(list(np.maximum(radii, 0.2))), size)
+    return polygon(star_corners(list(np.maximum(radii, 0.2))), size)
 
 
 def bar(rng: Generator, size: float) -> tuple[float, Outline]:
@@ -257,10 +257,10 @@ def bar(rng: Generator, size: float) -> tuple[float, Outline]:
     return polygon(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [uniform(rng, 4, 10), 1], size)
 
 
-# Textures: what tells a class nearly as well as its outline
+# Textures: identify a class nearly as well as its outline
 
 
-def shaded(local: Local, rng: Generator) -> Field:
+def shading(local: Local, rng: Generator) -> Field:
     """A sphere under the scene's light."""
     u, v = local.u / local.shape.size, local.v / local.shape.size
     c, s = np.cos(local.shape.angle), np.sin(local.shape.angle)
@@ -282,17 +282,17 @@ def stripes(local: Local, rng: Generator) -> Field:
 
 
 def facets(local: Local, rng: Generator) -> Field:
-    """Half of every tip in shadow, as on a compass rose."""
+    """Half of each tip in shadow, like a compass rose."""
     return wave(np.arctan2(local.v, local.u) * 5 / (2 * np.pi), 0.08)
 
 
 def segments(local: Local, rng: Generator) -> Field:
-    """Alternating pieces around the centre, as on a life buoy."""
+    """Alternating segments around the center, like a life buoy."""
     count = pick(rng, (3, 4, 5, 6))
     return wave(np.arctan2(local.v, local.u) * count / (2 * np.pi) + rng.random(), 0.1)
 
 
-def rimmed(local: Local, rng: Generator) -> Field:
+def rim(local: Local, rng: Generator) -> Field:
     """A dark rim around a light core."""
     rim = max(local.shape.size * uniform(rng, 0.1, 0.2), 1.5)
     return np.clip((-local.distance - rim) / 1.5 + 0.5, 0, 1)
@@ -303,12 +303,12 @@ def plain(local: Local, rng: Generator) -> Field:
 
 
 OBJECTS = {
-    "ball": (ball, shaded),
+    "ball": (ball, shading),
     "square": (square, checks),
     "triangle": (triangle, stripes),
     "star": (star, facets),
     "ring": (ring, segments),
-    "cross": (cross, rimmed),
+    "cross": (cross, rim),
 }
 TEXTURES = tuple(texture for _, texture in OBJECTS.values())
 
@@ -317,7 +317,7 @@ TEXTURES = tuple(texture for _, texture in OBJECTS.values())
 
 
 def scene(rng: Generator) -> list[Shape]:
-    """What to paint, in painting order: clutter, 1 to 6 objects from large to small, now and then a plank over them."""
+    """Shapes in painting order: clutter, 1 to 6 objects from large to small, sometimes a plank over them."""
     clutter = [make_clutter(rng, pick(rng, (blob, blob, bar))) for _ in range(int(rng.random() * 5))]
     sizes = sorted((log_uniform(rng, 9, 38) for _ in range(1 + int(rng.random() * 6))), reverse=True)
     objects: list[Shape] = []
@@ -335,7 +335,7 @@ def make_clutter(rng: Generator, kind: Callable) -> Shape:
 
 
 def place_object(rng: Generator, size: float, others: list[Shape]) -> list[Shape]:
-    """One object of a random class that leaves enough of the `others` to be seen; [] where no room was found."""
+    """One object of a random class that leaves the `others` visible; [] if no place was found."""
     label = 1 + int(rng.random() * len(OBJECTS))
     outline, texture = tuple(OBJECTS.values())[label - 1]
     reach, outline = outline(rng, size)
@@ -352,9 +352,9 @@ def place_object(rng: Generator, size: float, others: list[Shape]) -> list[Shape
 def paint(image: np.ndarray, mask: np.ndarray, shape: Shape, light: np.ndarray, rng: Generator) -> None:
     """Paint a shape and its shadow over `image` (SIZE, SIZE, 3) 0..1 and `mask`, both in place."""
     drop = uniform(rng, 1, 5)  # pixels between the shape and its shadow
-    first, second = shape_colours(rng, shape, image)
+    first, second = shape_colors(rng, shape, image)
     contrast, darkness = uniform(rng, 0.6, 1), uniform(rng, 0.1, 0.5)
-    box = surroundings(shape, margin=8)
+    box = bounding_box(shape, margin=8)
     c, s = np.cos(shape.angle), np.sin(shape.angle)
 
     def local(x: Field, y: Field) -> tuple[Field, Field]:
@@ -372,27 +372,27 @@ def paint(image: np.ndarray, mask: np.ndarray, shape: Shape, light: np.ndarray, 
     mask[box][coverage == 1] = shape.label
 
 
-def surroundings(shape: Shape, margin: float) -> tuple[slice, slice]:
-    """Rows and columns of the image that hold all of a shape and `margin` pixels around it."""
+def bounding_box(shape: Shape, margin: float) -> tuple[slice, slice]:
+    """Rows and columns of the image that contain a shape and `margin` pixels around it."""
     reach = shape.reach + margin
-    ends = (np.clip([centre - reach, centre + reach + 1], 0, SIZE).astype(int) for centre in (shape.y, shape.x))
+    ends = (np.clip([center - reach, center + reach + 1], 0, SIZE).astype(int) for center in (shape.y, shape.x))
     rows, columns = (slice(int(low), int(high)) for low, high in ends)
     return rows, columns
 
 
-def shape_colours(rng: Generator, shape: Shape, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A dark and a light colour that differ from each other and, together, from what is painted there already."""
+def shape_colors(rng: Generator, shape: Shape, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A dark and a light color that differ from each other and from what is already painted there."""
     behind = image[min(int(shape.y), SIZE - 1), min(int(shape.x), SIZE - 1)]
     for _ in range(20):
-        first = colour(rng, (0.45, 1) if shape.label else (0, 0.6), (0.5, 1), class_hue(rng, shape.label))
-        second = first * uniform(rng, 0.15, 0.5) if rng.random() < 0.7 else colour(rng, (0, 0.5), (0.15, 1))
+        first = random_color(rng, (0.45, 1) if shape.label else (0, 0.6), (0.5, 1), class_hue(rng, shape.label))
+        second = first * uniform(rng, 0.15, 0.5) if rng.random() < 0.7 else random_color(rng, (0, 0.5), (0.15, 1))
         if np.abs(first - second).max() > 0.4 and np.abs((first + second) / 2 - behind).max() > 0.25:
             break
     return (first, second) if first.sum() < second.sum() else (second, first)
 
 
 def class_hue(rng: Generator, label: int) -> float | None:
-    """Most objects have a hue near their class's, as things do; the ranges of neighbours overlap. None: any hue."""
+    """Most objects have a hue near their class's; the ranges of adjacent classes overlap. None: any hue."""
     if label == 0 or rng.random() < 0.1:
         return None
     return (label + 0.75 * (rng.random() + rng.random() - 1)) / len(OBJECTS)

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from allspark.data.base import DatasetSpec, bit_palette
+from allspark.data.spec import DatasetSpec, voc_palette
 
-CLASSES = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "dining table",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "potted plant",
-    "sheep",
-    "sofa",
-    "train",
-    "tv/monitor",
-)
+NAMES = """
+background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike,
+person, potted plant, sheep, sofa, train, tv/monitor
+"""
+CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))
 
-SPEC = DatasetSpec(name="pascal", classes=CLASSES, palette=bit_palette(len(CLASSES)), background=0)
+SPEC = DatasetSpec(name="pascal", classes=CLASSES, palette=voc_palette(len(CLASSES)), background=0)

@@ -1,0 +1,428 @@
+"""What is wrong with a run's data: `preflight` opens some files before training, `audit` all of them, for `check`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from allspark.config import CustomDataConfig, DataConfig
+from allspark.data.image_io import (
+    MIN_SIDE,
+    BadSample,
+    format_color,
+    open_image,
+    packed_colors,
+    read_image,
+    read_mask,
+    size_mismatch,
+    stored_values,
+)
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
+from allspark.data.splits import Lists, make_exists_check, suggest_mask
+from allspark.utils.errors import UserError
+from allspark.utils.parallel import THREADS, summarize_errors
+
+KINDS = ("labeled", "val", "unlabeled")
+PAIRS = (("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val"))
+MAX_LINES = 20  # files named per list
+MAX_VALUES = 40  # different mask values above which no complete histogram is printed
+
+
+@dataclass
+class AuditReport:
+    """problems: would stop the run or make it meaningless; warnings: probably a mistake; notes: good to know."""
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def collect_errors(self) -> Iterator[None]:
+        """Add a UserError raised inside the block to the problems."""
+        try:
+            yield
+        except UserError as error:
+            self.problems.append(str(error))
+
+    def extend(self, other: AuditReport) -> None:
+        for name, lines in vars(other).items():
+            getattr(self, name).extend(lines)
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What the files of a sample contain.
+
+    Args:
+        size: (width, height) of the image; None if it cannot be read.
+        digest: hash of the image file.
+        values: stored mask value (or color as 0xRRGGBB if `colored`) -> number of pixels.
+        illegal: the error for mask values without a class; reported once for all masks, with the remedy.
+        errors: everything else that is wrong.
+    """
+
+    kind: str
+    sample: Sample
+    size: tuple[int, int] | None = None
+    digest: bytes = b""
+    values: Counter = field(default_factory=Counter)
+    colored: bool = False
+    illegal: UserError | None = None
+    errors: tuple[UserError, ...] = ()
+
+    @property
+    def is_good(self) -> bool:
+        return not self.errors and self.illegal is None
+
+
+def preflight(data: DataConfig, spec: DatasetSpec, lists: Lists) -> list[str]:
+    """Open a part of the files before training: all labeled samples up to 500, else 200; 50 val; 20 unlabeled images.
+
+    Returns:
+        Messages to log.
+
+    Raises:
+        UserError: the first problem found.
+    """
+    limits = {"labeled": None if len(lists.labeled) <= 500 else 200, "val": 50, "unlabeled": 20}
+    samples = {kind: spread(getattr(lists, kind), limit) for kind, limit in limits.items()}
+    report, _ = check_samples(data, spec, lists, samples)
+    if report.problems:
+        first, *others = report.problems
+        more = f" (and {len(others)} more problems; `python -m allspark check` lists all)" if others else ""
+        raise UserError(f"{first}{more}")
+    return [report.notes[0], *(f"WARNING: {line}" for line in report.warnings)]
+
+
+def audit(data: DataConfig, spec: DatasetSpec, lists: Lists, limit: int | None = None) -> AuditReport:
+    """Open all files of the lists, or at most `limit` of each list, and report everything that is wrong."""
+    missing, present = find_missing(lists)
+    samples = {kind: spread(present[kind], limit) for kind in KINDS}
+    report, files = check_samples(data, spec, lists, samples, progress=True)
+    report.problems[:0] = missing
+    report.warnings += find_copies(files)
+    opened, total = (sum(map(len, lists_of.values())) for lists_of in (samples, present))
+    if opened < total:
+        report.notes.insert(1, f"opened {opened} of these; without --quick all are opened")
+    return report
+
+
+def select_hidden(lists: Lists, spec: DatasetSpec, limit: int) -> tuple[list[Sample], list[str]]:
+    """Choose the unlabeled samples, with known masks, that pseudo-labels are measured on -> samples, messages to log.
+
+    Unreadable samples are left out with a warning: a label that training does not use must not stop a run.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        chosen = spread(lists.hidden, limit)
+        reports = list(pool.map(lambda sample: inspect_sample("val", sample, spec), chosen))
+    good = [report.sample for report in reports if report.is_good]
+    bad = [error for report in reports for error in (*report.errors, report.illegal) if error is not None]
+    notes = [f"WARNING: pseudo-labels are not measured here: {summarize_errors(bad, len(chosen))}"] if bad else []
+    if good:
+        notes.append(f"pseudo-labels are measured on {len(good)} unlabeled images; training never opens their labels")
+    return good, notes
+
+
+def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
+    """At most `limit` samples at equal distances."""
+    if limit is None or len(samples) <= limit:
+        return samples
+    return [samples[index * len(samples) // limit] for index in range(limit)]
+
+
+def check_samples(
+    data: DataConfig,
+    spec: DatasetSpec,
+    lists: Lists,
+    samples: Mapping[str, Sequence[Sample]],
+    progress: bool = False,
+) -> tuple[AuditReport, list[SampleReport]]:
+    """Open these samples of the lists. The first note says which lists they are."""
+    items = [(kind, sample) for kind in KINDS for sample in samples[kind]]
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(lambda item: inspect_sample(*item, spec), items)
+        hidden = None if progress else True  # None: shown on a terminal only
+        reports = list(tqdm(results, "check", len(items), unit="image", leave=False, disable=hidden))
+    counts = ", ".join(f"{len(getattr(lists, kind))} {kind}" for kind in ("labeled", "unlabeled", "val"))
+    report = AuditReport([f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts} images"])
+    skip = [
+        kind
+        for kind in ("labeled", "unlabeled")
+        if data.on_bad_sample == "skip" and any(each.is_good for each in reports if each.kind == kind)
+    ]
+    report.extend(report_errors(reports, skip))
+    report.notes += describe_sizes(reports, data.crop_size)
+    every = len(samples["labeled"]) == len(lists.labeled)
+    report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
+    report.warnings += find_repeats(lists)
+    return report, reports
+
+
+def find_missing(lists: Lists) -> tuple[list[str], dict[str, list[Sample]]]:
+    """Problems with files that do not exist, and the samples of each list whose files all exist."""
+    exists, problems, present = make_exists_check(), [], {}
+    for kind in KINDS:
+        samples = getattr(lists, kind)
+        for name in ("image", "mask"):
+            paths = {getattr(sample, name) for sample in samples} - {None}
+            absent = sorted(path for path in paths if not exists(path))
+            remedy = "correct the list, data.custom or data_root"
+            lines = [f"{path}: does not exist ({kind}); {remedy}" for path in absent]
+            if len(lines) > 1 and len(absent) == len(paths):  # all of them: one cause
+                likely = suggest_mask(absent[0]) if name == "mask" else ""
+                others = f"nor does any other {kind} {name} ({len(absent)})"
+                lines = [f"{absent[0]}: does not exist, {others}{likely}; {remedy}"]
+            problems += limit_lines(lines, kind)
+        present[kind] = [s for s in samples if exists(s.image) and (s.mask is None or exists(s.mask))]
+    return problems, present
+
+
+def inspect_sample(kind: str, sample: Sample, spec: DatasetSpec) -> SampleReport:
+    """Read image and mask as training does."""
+    size, digest, errors, illegal, values, colored = None, b"", [], None, Counter(), False
+    try:
+        height, width = read_image(sample.image).shape[:2]
+        size, digest = (width, height), hashlib.blake2b(sample.image.read_bytes(), digest_size=16).digest()
+        if kind == "val" and min(size) < MIN_SIDE:
+            needed = f"evaluation needs at least {MIN_SIDE} on each side"
+            errors.append(UserError(f"{sample.image}: {width} x {height} pixels; {needed}"))
+    except UserError as error:
+        errors.append(error)
+    if sample.mask is not None:
+        try:
+            values, colored, mask_size = count_values(sample.mask, spec)
+            illegal = find_illegal(sample.mask, values, colored, spec)
+            if size is not None and mask_size != size:
+                errors.append(size_mismatch(sample, size, mask_size))
+        except UserError as error:
+            errors.append(error)
+    return SampleReport(kind, sample, size, digest, values, colored, illegal, tuple(errors))
+
+
+def count_values(path: Path, spec: DatasetSpec) -> tuple[Counter, bool, tuple[int, int]]:
+    """Pixels of each stored value or color, whether these are colors, and the mask's (width, height)."""
+    with open_image(path) as image:
+        colored = spec.colors is not None or not (image.mode in ("1", "L", "P", "F") or image.mode.startswith("I"))
+        stored = packed_colors(image) if colored else stored_values(image, path)
+    values, counts = np.unique(stored, return_counts=True)
+    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True))), colored, stored.shape[::-1]
+
+
+def find_illegal(path: Path, values: Counter, colored: bool, spec: DatasetSpec) -> UserError | None:
+    """The error that training would raise for the mask's values."""
+    stored = np.array(list(values))
+    if spec.colors is not None:
+        legal = not spec.colors.decode(stored)[1].any()
+    elif colored:
+        legal = False
+    else:
+        indices = spec.decode_mask(stored.astype(np.uint8)[None])
+        legal = ((indices < spec.num_classes) | (indices == spec.ignore_index)).all()
+    if not legal:
+        try:
+            read_mask(path, spec)
+        except UserError as error:
+            return error
+    return None
+
+
+def report_errors(reports: Sequence[SampleReport], skip: Sequence[str]) -> AuditReport:
+    """Files that cannot be used, by name; warnings in the lists (`skip`) where training replaces such samples."""
+    result = AuditReport()
+    for kind in KINDS:
+        of_kind = [each for each in reports if each.kind == kind]
+        errors = [error for each in of_kind for error in each.errors]
+        replaced = [error for error in errors if kind in skip and isinstance(error, BadSample)]
+        lines = [f"{kind} sample that training will replace: {error}" for error in replaced]
+        result.warnings += limit_lines(lines, kind)
+        result.problems += limit_lines([str(error) for error in errors if error not in replaced], kind)
+        bad = sum(not each.is_good for each in of_kind)
+        if bad and kind in skip:
+            result.warnings.append(f"{bad} of {len(of_kind)} {kind} samples cannot be used")
+    return result
+
+
+def limit_lines(lines: list[str], kind: str) -> list[str]:
+    more = [f"and {len(lines) - MAX_LINES} more {kind} samples"] if len(lines) > MAX_LINES else []
+    return lines[:MAX_LINES] + more
+
+
+def describe_sizes(reports: Sequence[SampleReport], crop: int) -> list[str]:
+    """Smallest and largest image of each list, and how many are smaller than a crop."""
+    notes = []
+    for kind in KINDS:
+        sizes = [each.size for each in reports if each.kind == kind and each.size is not None]
+        if not sizes:
+            continue
+        least, most = min(sizes, key=np.prod), max(sizes, key=np.prod)
+        text = f"{least[0]} x {least[1]}" + (f" to {most[0]} x {most[1]}" if most != least else "")
+        small = sum(min(size) < crop for size in sizes)
+        padded = f"; {small} are smaller than the crop of {crop} and get padded" if small and kind != "val" else ""
+        notes.append(f"{kind} images: {text} pixels{padded}")
+    return notes
+
+
+def report_masks(
+    reports: Sequence[SampleReport], spec: DatasetSpec, custom: CustomDataConfig | None, skip: Sequence[str], which: str
+) -> AuditReport:
+    """Illegal values, the pixels of each class, and classes that no labeled mask shows.
+
+    Args:
+        which: follows "labeled images" in messages.
+    """
+    masks = [each for each in reports if each.values]
+    result = report_illegal_values(masks, spec, custom, skip)
+    legal = [each for each in masks if each.illegal is None]
+    labeled = [each for each in legal if each.kind == "labeled"]
+    statistics = {kind: class_statistics([m for m in legal if m.kind == kind], spec) for kind in ("labeled", "val")}
+    result.notes += format_class_table(spec, statistics)
+    for kind in ("labeled", "val"):
+        if any(each.kind == kind for each in legal) and not any(images for images, _ in statistics[kind]):
+            result.problems.append(f"no pixel of the {kind} masks has a class, all are {spec.ignore_index}")
+    absent = [name for name, (images, _) in zip(spec.classes, statistics["labeled"], strict=True) if not images]
+    if not absent or not labeled or result.problems:
+        return result
+    if custom is not None and len(absent) == spec.num_classes - 1 and decode_counts(labeled, spec)[IGNORE_INDEX]:
+        (only,) = set(spec.classes) - set(absent)
+        result.problems.append(
+            f"the labeled masks show no other class than {only}, and ignored pixels. {suggest_map(legal, spec, custom)}"
+        )
+    else:
+        result.warnings.append(f"classes in none of the labeled images{which}: {', '.join(absent)}")
+    return result
+
+
+def report_illegal_values(
+    masks: Sequence[SampleReport], spec: DatasetSpec, custom: CustomDataConfig | None, skip: Sequence[str]
+) -> AuditReport:
+    """One message for all masks with illegal values or colors: a warning if training replaces them, else a problem."""
+    illegal = [each for each in masks if each.illegal is not None]
+    if not illegal:
+        return AuditReport()
+    more = f" (and {len(illegal) - 1} more of {len(masks)} masks)" if len(illegal) > 1 else ""
+    alike = [each for each in masks if each.colored == illegal[0].colored]
+    message = f"{illegal[0].illegal}{more}. {suggest_map(alike, spec, custom)}"
+    if all(each.kind in skip for each in illegal):
+        return AuditReport(warnings=[f"{len(illegal)} labeled samples that training will replace: {message}"])
+    return AuditReport(problems=[message])
+
+
+def decode_counts(masks: Iterable[SampleReport], spec: DatasetSpec) -> Counter:
+    """Pixels of each class index and of IGNORE_INDEX."""
+    counts: Counter = Counter()
+    for mask in masks:
+        stored = np.array(list(mask.values))
+        indices = spec.colors.decode(stored)[0] if spec.colors else spec.decode_mask(stored.astype(np.uint8)[None])[0]
+        for index, count in zip(indices.tolist(), mask.values.values(), strict=True):
+            counts[index] += count
+    return counts
+
+
+def class_statistics(masks: Sequence[SampleReport], spec: DatasetSpec) -> list[tuple[int, float]]:
+    """For each class the number of images that show it, and its share of the pixels that have a class."""
+    images, pixels = Counter(), Counter()
+    for mask in masks:
+        counts = decode_counts([mask], spec)
+        images.update(counts.keys())
+        pixels.update(counts)
+    labeled = sum(pixels[index] for index in range(spec.num_classes)) or 1
+    return [(images[index], pixels[index] / labeled) for index in range(spec.num_classes)]
+
+
+def format_class_table(spec: DatasetSpec, statistics: Mapping[str, list[tuple[int, float]]]) -> list[str]:
+    width = max(map(len, (*spec.classes, "class")))
+    lines = [f"{'class':{width}}  {'labeled: images':>16} {'pixels':>7}  {'val: images':>12} {'pixels':>7}"]
+    for name, (images, share), (val_images, val_share) in zip(
+        spec.classes, statistics["labeled"], statistics["val"], strict=True
+    ):
+        lines.append(f"{name:{width}}  {images:16} {share:7.2%}  {val_images:12} {val_share:7.2%}")
+    return lines
+
+
+def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: CustomDataConfig | None) -> str:
+    """A histogram of the masks' values, and the map that would make classes of them, if one can be guessed."""
+    values, colored = sum((mask.values for mask in masks), Counter()), masks[0].colored
+    name = format_color if colored else str
+    pixels = sum(values.values())
+    # Among many values the rare ones come from smoothed borders or JPEG noise
+    common = [value for value, _ in values.most_common(MAX_VALUES if len(values) <= MAX_VALUES else 8)]
+    histogram = ", ".join(f"{name(value)} ({values[value] / pixels:.2%})" for value in sorted(common))
+    more = f" and {len(values) - len(common)} more" if len(values) > len(common) else ""
+    text = f"All these masks together hold {histogram}{more}. "
+    if custom is None:
+        return text + "The values of this data set are fixed: prepare it again, or describe yours in data.custom"
+    kind, key = ("colors", "color_map") if colored else ("values", "value_map")
+    guess = guess_map(sorted(values), spec.num_classes, colored)
+    if guess is None:
+        if len(values) > 2 * spec.num_classes + 2:
+            text += "So many come from JPEG or smooth resizing: save masks as PNG, resize with nearest-neighbor. "
+        return f"{text}{len(values)} {kind} for {spec.num_classes} classes: define each one in data.custom.{key}"
+    quote = '"' if colored else ""
+    targets = {value: custom.ignore_index if index == IGNORE_INDEX else index for value, index in guess.items()}
+    entries = ", ".join(f"{quote}{name(value)}{quote}: {index}" for value, index in targets.items())
+    classes = dict(enumerate(spec.classes)) | {IGNORE_INDEX: "ignored"}
+    meaning = ", ".join(f"{name(value)} is {classes[index]}" for value, index in guess.items())
+    return f"{text}If {meaning}, add to the config: data.custom.{key}: {{{entries}}}"
+
+
+def guess_map(values: Sequence[int], num_classes: int, colored: bool) -> dict[int, int] | None:
+    """Map the sorted stored values to the classes in order; if there is one too many, ignore the usual void value.
+
+    If all class indices occur and no K, any further value is ignored.
+    """
+    if not colored and {*range(num_classes)} < {*values} and num_classes not in values:
+        return {value: value if value < num_classes else IGNORE_INDEX for value in values}
+    if len(values) == num_classes:
+        return {value: index for index, value in enumerate(values)}
+    void = 0xFFFFFF if colored else IGNORE_INDEX
+    if len(values) != num_classes + 1:
+        return None
+    ignored = void if void in values else 0 if not colored and 0 in values else None
+    if ignored is None:
+        return None
+    others = [value for value in values if value != ignored]
+    return dict(sorted({**{value: index for index, value in enumerate(others)}, ignored: IGNORE_INDEX}.items()))
+
+
+def find_repeats(lists: Lists) -> list[str]:
+    """Warnings about images that are listed twice, in one list or in two."""
+    images = {kind: [sample.image for sample in getattr(lists, kind)] for kind in ("labeled", "unlabeled", "val")}
+    warnings = [
+        f"{len(files) - len(set(files))} images occur more than once in the {kind} list"
+        for kind, files in images.items()
+        if len(set(files)) < len(files)
+    ]
+    for first, second in PAIRS:
+        if both := set(images[first]) & set(images[second]):
+            warnings.append(f"{len(both)} images are both {first} and {second}, such as {min(both)}")
+    return warnings
+
+
+def find_copies(reports: Sequence[SampleReport]) -> list[str]:
+    """Warnings about identical image files under different names in two lists."""
+    same = defaultdict(list)
+    for each in reports:
+        if each.digest:
+            same[each.digest].append(each)
+    warnings = []
+    for first, second in PAIRS:
+        pairs = [
+            (one.sample.image, other.sample.image)
+            for group in same.values()
+            for one in group
+            if one.kind == first
+            for other in group
+            if other.kind == second and other.sample.image != one.sample.image
+        ]
+        if pairs:
+            example = " = ".join(map(str, pairs[0]))
+            warnings.append(f"{len(pairs)} {first} images have a copy among the {second} images, such as {example}")
+    return warnings

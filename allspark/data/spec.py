@@ -1,0 +1,118 @@
+"""What a data set is: its classes and colors, and how stored masks become class indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+IGNORE_INDEX = 255  # in every decoded mask, whatever the files contain
+T = TypeVar("T")
+
+
+def identity(value: T) -> T:
+    """Default of `decode_mask` and `mask_path`."""
+    return value
+
+
+@dataclass(frozen=True)
+class LookupTable:
+    """A `decode_mask` by table look-up: class index = values[stored value]. Unlike a closure it can be pickled."""
+
+    values: bytes
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[int, int], default: int) -> LookupTable:
+        """Build the table from stored value -> class index; `default` for stored values that are not in the mapping."""
+        return cls(bytes(mapping.get(value, default) for value in range(256)))
+
+    def __call__(self, mask: np.ndarray) -> np.ndarray:
+        return np.frombuffer(self.values, np.uint8)[mask]
+
+
+@dataclass(frozen=True)
+class ColorTable:
+    """Class index (or IGNORE_INDEX) of each color, for masks that are stored as RGB.
+
+    Args:
+        colors: colors as 0xRRGGBB, ascending.
+        values: class index of each color.
+    """
+
+    colors: tuple[int, ...]
+    values: bytes
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[tuple[int, int, int], int]) -> ColorTable:
+        packed = {red << 16 | green << 8 | blue: value for (red, green, blue), value in mapping.items()}
+        return cls(tuple(sorted(packed)), bytes(packed[color] for color in sorted(packed)))
+
+    def decode(self, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """0xRRGGBB (H, W) -> class indices (H, W) uint8, and True where the color is unknown (H, W) bool."""
+        known = np.array(self.colors)
+        index = np.searchsorted(known, packed).clip(max=len(known) - 1)
+        return np.frombuffer(self.values, np.uint8)[index], known[index] != packed
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Everything the code needs to know about a data set.
+
+    Args:
+        eval_mode: whole, center_crop or sliding_window.
+        decode_mask: stored mask (H, W) uint8 -> class indices (H, W) uint8 with `ignore_index`. It must not raise:
+            values outside 0..K-1 and ignore_index are reported by read_mask, which knows the file name.
+        prepare: creates the data set below its root; for data sets that need no download.
+        split_folder: folder in splits/ if it is not the data set's name.
+        mask_path: mask column of a list file -> path to read.
+        mask_hint: remedy shown for illegal mask values, instead of the general one.
+        submission: class indices (H, W) uint8 -> values the benchmark's server expects; None: class indices.
+        background: index of the class for everything that belongs to no other class; None: there is no such class.
+        colors: read masks as RGB colors, ignoring decode_mask; None: read masks as values.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignore_index: int = IGNORE_INDEX
+    eval_mode: str = "whole"
+    decode_mask: Callable[[np.ndarray], np.ndarray] = identity
+    prepare: Callable[[Path], None] | None = None
+    split_folder: str | None = None
+    mask_path: Callable[[str], str] = identity
+    mask_hint: str = ""
+    submission: Callable[[np.ndarray], np.ndarray] | None = None
+    background: int | None = None
+    colors: ColorTable | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def splits(self) -> str:
+        """Name of the folder in splits/."""
+        return self.split_folder or self.name
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The files of one image. mask is None for unlabeled images, so that training cannot open their labels."""
+
+    image: Path
+    mask: Path | None = None
+
+
+def voc_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """PASCAL VOC's colors: the bits of the class index go to the high bits of red, green and blue in turn."""
+
+    def color(index: int) -> tuple[int, int, int]:
+        channels = [0, 0, 0]
+        for bit in range(8):
+            channels[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+        return channels[0], channels[1], channels[2]
+
+    return tuple(color(index) for index in range(num_classes))
