@@ -12,7 +12,8 @@ from allspark.data.batch import normalize
 from allspark.data.spec import DatasetSpec, voc_palette
 from allspark.evaluation import tiled as strips
 from allspark.evaluation.evaluate import predict, predict_with_confidence
-from allspark.evaluation.sliding_window import Inference, class_scores, eval_mode
+from allspark.evaluation.sliding_window import Inference, class_scores
+from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
 from allspark.visualization import prediction_writer as outputs
 from allspark.visualization.pictures import overlay

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from allspark.cli.export import MIN_SIDE
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
+from allspark.data.image_io import MIN_SIDE
 from allspark.methods.base import Criterion, Progress, TeacherMethod, pseudo_loss
 from allspark.methods.ema import EMATeacher
 from allspark.models.resize import resize
