@@ -15,7 +15,8 @@ from torch import Tensor
 
 from allspark import distributed
 from allspark import inference as loading
-from allspark.config import INSTALLED, Recipe
+from allspark.config import Recipe
+from allspark.config_io import INSTALLED
 from allspark.data import splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor, worker_count
 from allspark.evaluation.evaluate import evaluate

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
 from allspark.cli import recipe as recipe_words
-from allspark.config import INSTALLED, Recipe, build_recipe, differences, to_plain
+from allspark.config import Recipe
+from allspark.config_io import INSTALLED, build_recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
 from allspark.data.batch import passes
@@ -44,7 +45,7 @@ from allspark.engine.checkpoint import (
 from allspark.engine.checkpointer import Keeper
 from allspark.engine.files import Hold, write_text
 from allspark.engine.log import METRICS, RunLog
-from allspark.engine.optim import build_optimizer, poly_lr, scaled, set_lr
+from allspark.engine.optim import build_optimizer, poly_lr, scale_lr, set_lr
 from allspark.engine.provenance import revision, write_facts
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import (
@@ -87,7 +88,7 @@ def train(
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
     check_processes(recipe, lists)
-    optim = scaled(recipe.optim, recipe.batch_size)
+    optim = scale_lr(recipe.optim, recipe.batch_size)
     at_once = pass_size(recipe, distributed.world_size())
     notes = [*provenance(lists, spec), *check_data(recipe.data, spec, lists)]
     hidden, hidden_notes = hidden_sample(lists, spec, recipe.evaluation.pseudo_labels)
@@ -350,7 +351,7 @@ def open_log(save_path: Path, recipe: Recipe, start: Position, total_steps: int,
     return RunLog(
         save_path,
         active=distributed.is_main(),
-        interval=recipe.log_interval,
+        interval=recipe.log.interval,
         start_step=start.step,
         start_epoch=start.epoch,
         total_steps=total_steps,

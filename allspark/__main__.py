@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from allspark.config import CONFIG_ROOT, INSTALLED
+from allspark.config_io import CONFIG_ROOT, INSTALLED
 from allspark.utils.errors import UserError, run_main
 
 SCRIPTS = {

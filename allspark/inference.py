@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from allspark.cli.recipe import build_method, complete
-from allspark.config import DEVICES, MODES, PRECISIONS, Recipe, build_recipe, load_recipe, to_plain
+from allspark.config import DEVICES, MODES, PRECISIONS, Recipe
+from allspark.config_io import build_recipe, load_recipe, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state

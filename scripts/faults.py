@@ -41,7 +41,7 @@ METHODS = {
     "fixmatch": ["--method", "fixmatch", "method.threshold=0.3"],
 }
 SMALL = (  # noqa: SIM905
-    "model.encoder=mit_b0 model.decoder_channels=32 crop_size=64 batch_size=4 epochs=3 burn_in_epochs=1 log_interval=4 "
+    "model.encoder=mit_b0 model.decoder_channels=32 crop_size=64 batch_size=4 epochs=3 burn_in_epochs=1 log.interval=4 "
     "num_workers=1 device=cpu evaluation.interval=2 evaluation.pseudo_labels=4 checkpoint_interval=2 data.cache=none"
 ).split()
 WHAT = {

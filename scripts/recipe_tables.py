@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from allspark.bench.measure import aten, convolution_backward_flops  # noqa: E402
 from allspark.cli.recipe import build_method, complete  # noqa: E402
-from allspark.config import CONFIG_ROOT, Recipe, load_recipe  # noqa: E402
+from allspark.config import Recipe  # noqa: E402
+from allspark.config_io import CONFIG_ROOT, load_recipe  # noqa: E402
 from allspark.data import DATASETS  # noqa: E402
 from allspark.data.base import DatasetSpec  # noqa: E402
 from allspark.memory_estimate import GB, Hollow, TrainingStep, predict_step  # noqa: E402

@@ -16,7 +16,7 @@ from PIL import Image
 import eval as eval_script
 import train
 from allspark import __main__ as verbs
-from allspark.config import load_config
+from allspark.config_io import load_config
 from allspark.data.preflight import some
 from allspark.data.splits import resolve
 from allspark.utils.errors import run_main

@@ -7,7 +7,7 @@ from test_methods import ENCODERS
 from allspark import memory_estimate as memory
 from allspark.__main__ import main
 from allspark.cli.recipe import build_method, complete
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.data import DATASETS
 from allspark.utils.errors import run_main
 

@@ -17,7 +17,7 @@ from PIL import Image
 import train
 from allspark.__main__ import main
 from allspark.cli.compare import differing_lists, origin_table, paired_table, read_rows, score_table, unfinished
-from allspark.config import merge
+from allspark.config_io import merge
 from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import UserError
 from allspark.visualization import pictures
@@ -303,7 +303,7 @@ def test_the_script_takes_a_recipe_of_ones_own(script, tmp_path):
 
 def test_the_script_tells_a_slip_before_it_trains(script, tmp_path):
     slip = script(methods="supervised fixmach+allspark", out=str(tmp_path / "out"))
-    assert slip.returncode == 2 and "there is no configs/methods/fixmach.yaml" in slip.stderr
+    assert slip.returncode == 2 and "configs/methods/fixmach.yaml does not exist" in slip.stderr
     no_split = script(dataset="pascal", methods="supervised")
     assert no_split.returncode == 2 and "split=NAME" in no_split.stderr and not slip.stdout + no_split.stdout
 

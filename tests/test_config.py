@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from allspark.cli.recipe import complete
-from allspark.config import (
+from allspark.config_io import (
     build_recipe,
     differences,
     full_key,
@@ -55,7 +55,7 @@ def test_released_and_revised_differ_in_these_options_alone():
     }
     short = {"method.teacher_momentum: 0.996 -> 0.99", "method.class_thresholds: False -> True"}  # runs, from scratch
     assert both("camvid") == expected | short
-    assert both("pascal") == expected | {"optim.late: True -> False"}
+    assert both("pascal") == expected | {"optim.lr_one_step_late: True -> False"}
 
 
 def test_a_base_that_is_not_there(tmp_path, monkeypatch):
@@ -63,8 +63,8 @@ def test_a_base_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "methods").mkdir()
     (tmp_path / "datasets" / "x.yaml").write_text("epochs: 1")
     (tmp_path / "methods" / "mine.yaml").write_text("base: mien")
-    monkeypatch.setattr("allspark.config.CONFIG_ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"--method mien: there is no .*mien\.yaml; known are mine"):
+    monkeypatch.setattr("allspark.config_io.CONFIG_ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"--method mien: .*mien\.yaml does not exist; known are mine"):
         load_recipe("x", "mine")
     (tmp_path / "methods" / "mine.yaml").write_text("base: mine")
     with pytest.raises(UserError, match="names the file itself"):
@@ -115,7 +115,9 @@ def test_a_recipe_of_ones_own_by_another_method(tmp_path):
         mine = load_config(tmp_path / "mine.yaml", {"seed": 3}, name)
         there = load_recipe("ade20k", name)  # a data set of which these say next to nothing
         assert (mine.data.dataset, mine.epochs, mine.model.encoder, mine.seed) == ("mine", 7, "mit_b1", 3)
-        assert mine.model.bottleneck == there.model.bottleneck and mine.optim.late == there.optim.late
+        assert mine.model.bottleneck == there.model.bottleneck
+        assert mine.optim.lr_one_step_late == there.optim.lr_one_step_late
+
         options = {key: value for key, value in there.method.options.items() if key != "warmup_epochs"}
         assert (mine.method.name, mine.method.options) == (there.method.name, options)
     with pytest.raises(UserError, match="nothing"):
@@ -143,7 +145,7 @@ def test_data_root_from_the_environment(monkeypatch):
         ("lr=-1", ["optim.lr=-1", "above 0"]),
         ("optim.name=adam", ["optim.name='adam'", "sgd or adamw"]),
         ("data.scale_range=[1]", ["data.scale_range=[1]", "[float, float]"]),
-        ("data.scale_range=[2, 1]", ["data.scale_range", "the smaller first"]),
+        ("data.scale_range=[2, 1]", ["data.scale_range", "the smaller factor"]),
         ("crop_size=32", ["data.crop_size=32", "at least 64"]),
         ("model.dropout=1", ["model.dropout=1", "at most 0.99"]),
         ("optim.momentum=.nan", ["optim.momentum=nan"]),

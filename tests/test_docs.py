@@ -18,7 +18,7 @@ import eval as eval_script
 import train
 from allspark.__main__ import main as allspark_main
 from allspark.cli import recipe as recipe_words
-from allspark.config import bind_options, load_recipe
+from allspark.config_io import bind_options, load_recipe
 from allspark.methods import METHODS
 from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import run_main

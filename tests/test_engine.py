@@ -37,8 +37,18 @@ def test_poly_schedule():
     cfg = OptimConfig(lr=0.1, power=0.9)
     assert poly_lr(cfg, 0, 10) == 0.1
     assert math.isclose(poly_lr(cfg, 5, 10), 0.1 * 0.5**0.9)
-    late = OptimConfig(lr=0.1, power=0.9, late=True)  # the released code sets the rate behind the step
+    late = OptimConfig(lr=0.1, power=0.9, lr_one_step_late=True)  # as in the released code
     assert [poly_lr(late, step, 10) for step in range(4)] == [0.1] + [poly_lr(cfg, step, 10) for step in range(3)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_warmup_is_linear_and_then_the_schedule(late):
+    """As in SegFormer's recipe: the schedule's rate times a factor that rises from 0 to 1."""
+    plain = OptimConfig(lr=0.1, power=1.0, lr_one_step_late=late)
+    warm = OptimConfig(lr=0.1, power=1.0, lr_one_step_late=late, warmup_steps=4)
+    factors = [poly_lr(warm, step, 10) / poly_lr(plain, step, 10) for step in range(10)]
+    expected = [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
+    assert factors == pytest.approx([0, *expected[:-1]] if late else expected)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 import eval as eval_script
-from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
+from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
+from allspark.config_io import to_plain
 from allspark.data import DATASETS, splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, read_mask, to_tensor
 from allspark.data.batch import normalize

@@ -19,7 +19,7 @@ import train
 from allspark import __main__ as command
 from allspark import memory_estimate as memory
 from allspark.bench import machine, scale
-from allspark.config import CONFIG_ROOT, load_config
+from allspark.config_io import CONFIG_ROOT, load_config
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import SegmentationDataset, read_image
 from allspark.data.batch import Views
@@ -39,7 +39,7 @@ ELSEWHERE = """
 import sys
 from pathlib import Path
 from allspark.__main__ import main
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.data import spec_for
 from allspark.data.splits import find_split, val_entries
 from allspark.split_lists.manifest import SPLITS_ROOT

@@ -14,7 +14,8 @@ import eval as eval_script
 import train
 from allspark import __main__ as verbs
 from allspark.cli.recipe import build_method, complete
-from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe, load_config, to_plain
+from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe
+from allspark.config_io import load_config, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import bit_palette, read_image, to_tensor
 from allspark.data.batch import normalize

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from allspark.cli.recipe import build_loader, build_method, complete
-from allspark.config import BottleneckConfig, ModelConfig, load_recipe
+from allspark.config import BottleneckConfig, ModelConfig
+from allspark.config_io import load_recipe
 from allspark.data import DATASETS
 from allspark.data.base import Sample
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize

@@ -13,7 +13,8 @@ from test_methods import ENCODERS
 
 import train
 from allspark.__main__ import main
-from allspark.config import CustomDataConfig, load_config
+from allspark.config import CustomDataConfig
+from allspark.config_io import load_config
 from allspark.data import spec_for, survey
 from allspark.data.base import read_mask
 from allspark.data.datasets.custom import make_spec

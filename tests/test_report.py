@@ -16,7 +16,7 @@ from PIL import Image
 from allspark.__main__ import main
 from allspark.cli import report
 from allspark.cli.compare import named_folders, read_run
-from allspark.config import merge
+from allspark.config_io import merge
 from allspark.data.base import DatasetSpec, bit_palette
 from allspark.utils.errors import UserError
 from allspark.visualization.best_worst import Extremes, encoded
@@ -38,7 +38,7 @@ def second(finished, tmp_path):
     shutil.copytree(finished.run, folder, ignore=shutil.ignore_patterns("*.pth"))
     (folder / "best.pth").symlink_to(finished.run / "best.pth")
     recipe = yaml.safe_load((folder / "config.yaml").read_text())
-    recipe = merge(recipe, {"seed": 7, "optim": {"lr": 0.5}, "log_interval": 99})  # the last changes no result
+    recipe = merge(recipe, {"seed": 7, "optim": {"lr": 0.5}, "log": {"interval": 99}})  # the last changes no result
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 

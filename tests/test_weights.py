@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, NAMES, close, formula, image
 
 from allspark.__main__ import main
-from allspark.config import ModelConfig, build_recipe
+from allspark.config import ModelConfig
+from allspark.config_io import build_recipe
 from allspark.data import spec_for
 from allspark.inference import build_method, load_for_inference
 from allspark.methods.pseudo_labels import predict_pseudo

@@ -18,7 +18,7 @@ from allspark.data.preflight import hidden_sample
 from allspark.data.splits import Lists, provenance, resolve
 from allspark.data.survey import Findings, survey
 from allspark.distributed import choose_device
-from allspark.engine.optim import scaled
+from allspark.engine.optim import scale_lr
 from allspark.engine.stepper import pass_size, set_precision
 from allspark.evaluation.sliding_window import inference_for
 from allspark.memory_estimate import GB, StepMemory, measure_step, predict_step, resident_peak, room
@@ -103,7 +103,7 @@ def published(args: argparse.Namespace) -> Recipe:
 
 def batch_notes(recipe: Recipe, plain: Recipe, steps: int, processes: int) -> list[str]:
     """The global batch, and where it is another than the recipe's what that means for the learning rate."""
-    lr = scaled(recipe.optim, recipe.batch_size).lr
+    lr = scale_lr(recipe.optim, recipe.batch_size).lr
     notes = [
         f"a step takes {recipe_words.batch_in_words(recipe, processes)}; {steps} steps per epoch, "
         f"{steps * recipe.epochs} in {recipe.epochs} epochs; learning rate {lr:g}, times {recipe.optim.lr_multi:g} "

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from allspark.cli.recipe import complete
-from allspark.config import DataConfig, Recipe, differences, load_config, to_plain
+from allspark.config import DataConfig, Recipe
+from allspark.config_io import differences, load_config, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset
 from allspark.data.splits import check_files, find_data, val_entries

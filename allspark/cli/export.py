@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from allspark import inference as loading
 from allspark.cli.weights import written_whole
-from allspark.config import to_plain
+from allspark.config_io import to_plain
 from allspark.data.batch import normalize
 from allspark.evaluation.sliding_window import predict_sliding
 from allspark.models.segmentor import Segmentor, SegOutput

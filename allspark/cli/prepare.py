@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from allspark.config import root_variable
+from allspark.config_io import root_variable
 from allspark.data.base import usable_cores
 from allspark.prepare import PLANS
 from allspark.prepare.coco import OVERLAP

@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from allspark import distributed
-from allspark.config import (
+from allspark.config import CriterionConfig, MethodConfig, Recipe
+from allspark.config_io import (
     CONFIG_ROOT,
-    CriterionConfig,
-    MethodConfig,
-    Recipe,
     bind_options,
     differences,
     load_config,
@@ -24,7 +22,7 @@ from allspark.data.base import DatasetSpec
 from allspark.data.batch import Views
 from allspark.data.loaders import TrainLoader
 from allspark.data.splits import Lists
-from allspark.engine.optim import scaled
+from allspark.engine.optim import scale_lr
 from allspark.engine.stepper import pass_size
 from allspark.losses import build_criterion
 from allspark.methods import METHODS, Method
@@ -75,7 +73,7 @@ def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     lists = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
     changed = [line.partition(": ") for line in differences(to_plain(published), to_plain(recipe))]
     rows = [(key, *values.split(" -> ")) for key, _, values in changed if key not in (*lists, "optim.lr_batch")]
-    lr = scaled(recipe.optim, recipe.batch_size).lr
+    lr = scale_lr(recipe.optim, recipe.batch_size).lr
     if lr != recipe.optim.lr:
         there, here = f"{recipe.optim.lr:g} (batch {recipe.optim.lr_batch})", f"{lr:g} (batch {recipe.batch_size})"
         rows.append(("learning rate", there, here))

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
-from allspark.config import DEVICES, RUN_KEYS, DataConfig, to_plain
+from allspark.config import DEVICES, DataConfig
+from allspark.config_io import is_runtime, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, worker_count
 from allspark.distributed import choose_device
@@ -299,7 +300,7 @@ def device_words(facts: Mapping[str, Any]) -> str:
 def differing_keys(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
     """The keys of the recipes in which the runs differ and that may change a result, with the value of each run."""
     flat = [dict(flattened(to_plain(entry.run.recipe))) for entry in entries]
-    keys = dict.fromkeys(key for recipe in flat for key in recipe if key not in RUN_KEYS)
+    keys = dict.fromkeys(key for recipe in flat for key in recipe if not is_runtime(key))
     rows = [(key, [one.get(key, "-") for one in flat]) for key in keys]
     return [(key, list(map(worded, values))) for key, values in rows if any(value != values[0] for value in values)]
 

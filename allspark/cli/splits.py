@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from allspark.config import DataConfig, load_config, root_variable
+from allspark.config import DataConfig
+from allspark.config_io import load_config, root_variable
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import Sample
 from allspark.data.splits import (

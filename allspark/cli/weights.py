@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allspark.config import build_recipe, to_plain
+from allspark.config_io import build_recipe, to_plain
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
 from allspark.engine.files import writing
 from allspark.inference import load_for_inference, texts

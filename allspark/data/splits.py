@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from allspark import distributed
-from allspark.config import CustomDataConfig, DataConfig, root_variable
+from allspark.config import CustomDataConfig, DataConfig
+from allspark.config_io import root_variable
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, Sample, all_below, same_path
 from allspark.split_lists.manifest import SPLITS_ROOT, known_as, list_hash, load_manifest, other_images, roots

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-MAX_YAML = 1 << 20  # characters
-MAX_NODES = 100_000  # of a YAML text with its aliases written out
 # A number of numpy's, as the released code saves its best mIoU: what makes one, under its old and its new name
 SCALAR = np.float64(0).__reduce__()[0]
 NUMBERS = [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -81,39 +77,3 @@ def tensors_in(content: Any) -> Iterator[Tensor]:
         elif isinstance(item, Mapping | list | tuple | set) and id(item) not in seen:
             seen.add(id(item))
             rest.extend(item.values() if isinstance(item, Mapping) else item)
-
-
-def parse_yaml(text: str) -> Any:
-    """yaml.safe_load of a text of bounded size, also where aliases multiply it; ValueError: anything else."""
-    if len(text) > MAX_YAML:
-        raise ValueError(f"{len(text)} characters are no settings; at most {MAX_YAML} are read")
-    try:
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is not None and written_out(node, {}) > MAX_NODES:
-                raise ValueError(f"its aliases stand for more than {MAX_NODES} values")
-            return None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except RecursionError:
-        raise ValueError("values are nested too deep") from None
-    except Exception as error:  # beside yaml.YAMLError what int, float, date and the like say of a value
-        raise ValueError(" ".join(re.split(r"\s+", str(error))) or type(error).__name__) from None
-
-
-def written_out(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many nodes there are with every alias replaced by what it stands for; `known`: of nodes seen so far."""
-    if id(node) in known:
-        return known[id(node)]
-    known[id(node)] = MAX_NODES + 1  # until it is counted: one that holds itself never ends
-    children: list[yaml.Node] = []
-    if isinstance(node, yaml.SequenceNode):
-        children = node.value
-    elif isinstance(node, yaml.MappingNode):
-        children = [part for pair in node.value for part in pair]
-    count = 1
-    for child in children:
-        count = min(count + written_out(child, known), MAX_NODES + 1)
-    known[id(node)] = count
-    return count
