@@ -44,7 +44,7 @@ from allspark.engine.checkpoint import (
 )
 from allspark.engine.checkpointer import Keeper
 from allspark.engine.files import Hold, write_text
-from allspark.engine.log import METRICS, RunLog
+from allspark.engine.log import RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, scale_lr, set_lr
 from allspark.engine.provenance import revision, write_facts
 from allspark.engine.signals import Stop
@@ -58,6 +58,7 @@ from allspark.engine.stepper import (
     set_deterministic,
     set_precision,
 )
+from allspark.engine.writers import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores
 from allspark.evaluation.pseudo_label_quality import CenterCrops, LabelQuality, label_quality
@@ -181,7 +182,7 @@ def train(
                 improved = scores.miou > best["miou"]
                 best = {"miou": scores.miou, "epoch": epoch} if improved else best
                 pseudo, told = (quality.named(), f", {quality}") if quality else ({}, "")
-                log.scores(
+                log.evaluation(
                     step=step,
                     epoch=epoch,
                     miou=scores.miou,
@@ -356,6 +357,8 @@ def open_log(save_path: Path, recipe: Recipe, start: Position, total_steps: int,
         start_epoch=start.epoch,
         total_steps=total_steps,
         stepper=stepper,
+        writers=recipe.log.writers,
+        config=to_plain(recipe),
     )
 
 

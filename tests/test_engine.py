@@ -24,10 +24,11 @@ from allspark.engine.checkpoint import (
     save_checkpoint,
 )
 from allspark.engine.files import Hold
-from allspark.engine.log import RunLog, drop_lines_after
+from allspark.engine.log import RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.engine.signals import SAVE, Stop
 from allspark.engine.stepper import Stepper
+from allspark.engine.writers import drop_lines_after
 from allspark.models.memory import SemanticMemory
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import Stopped, UserError
@@ -97,7 +98,7 @@ def test_log_lines_and_means(tmp_path):
     log = RunLog(tmp_path, active=True, interval=2, start_step=0, total_steps=4)
     for step, value in enumerate((1.0, 3.0, 5.0), start=1):
         log.add({"loss": torch.tensor(value)}, step=step, epoch=0, lr=0.1, images=4)
-    log.scores(step=3, epoch=0, miou=50.0, iou={"a": 50.0, "b": None})
+    log.evaluation(step=3, epoch=0, miou=50.0, iou={"a": 50.0, "b": None})
     log.info("hello")
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -138,7 +139,7 @@ def test_skipped_steps_are_counted_in_the_lines_and_told_once_per_window(tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [2, 3] and log.in_row == 1
     warnings = [line for line in (tmp_path / "train.log").read_text().splitlines() if "WARNING" in line]
-    assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 so far" in warnings[1]
+    assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 in total" in warnings[1]
 
 
 def test_losses_that_were_not_logged_yet_go_on_in_the_next_process(tmp_path):

@@ -20,8 +20,8 @@ from allspark.data.base import DatasetSpec, SegmentationDataset
 from allspark.data.splits import check_files, find_data, val_entries
 from allspark.distributed import choose_device
 from allspark.engine.checkpoint import LATEST
-from allspark.engine.log import METRICS, read_metrics
 from allspark.engine.provenance import read_facts
+from allspark.engine.writers import METRICS, read_metrics
 from allspark.evaluation.evaluate import predict
 from allspark.inference import load_for_inference, naming, positive
 from allspark.split_lists.manifest import known_as

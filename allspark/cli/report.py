@@ -23,7 +23,7 @@ from allspark.config_io import is_runtime, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, worker_count
 from allspark.distributed import choose_device
-from allspark.engine.log import METRICS
+from allspark.engine.writers import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores, finite
 from allspark.inference import load_for_inference, positive
