@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+from allspark.arguments import parse
+
+if __name__ == "__main__":
+    parse("eval", sys.argv[1:])  # answer --help and wrong arguments before torch is imported
+
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +22,6 @@ from torch import Tensor
 from allspark import distributed
 from allspark import inference as loading
 from allspark.config import Recipe
-from allspark.config_io import INSTALLED
 from allspark.data import splits
 from allspark.data.base import DatasetSpec, Sample, SegmentationDataset, read_image, to_tensor, worker_count
 from allspark.evaluation.evaluate import evaluate
@@ -28,14 +33,9 @@ from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, run_main
 from allspark.visualization.prediction_writer import PredictionFolder, unique_names
 
-SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, 1..150 for ADE20K,
-else class indices with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""
-PICTURES_HELP = """with --save-dir: <image>_color.png and <image>_overlay.png for people, too. Default: yes, but not for
-Cityscapes and ADE20K, whose servers take one file per image"""
-
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(argv)
+    args = parse("eval", argv)
     with distributed.process_group(args.device) as device:
         loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
         recipe, spec = recipe_for(loaded, args), loaded.spec
@@ -71,19 +71,6 @@ def main(argv: Sequence[str]) -> None:
             result = {**summary(scores, spec, loaded, val), **how(inference, args)}
             text = json.dumps(result, indent=2, allow_nan=False)
             write_text(args.json, f"{text}\n", "make room or choose another --json")
-
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="allspark eval" if INSTALLED else "eval.py", description=__doc__)
-    loading.add_arguments(parser)
-    parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipe says")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="evaluate these `image mask` lines instead of val")
-    parser.add_argument("--absent-as-zero", action="store_true", help="a class that is nowhere counts as IoU 0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
-    parser.add_argument("--save-dir", type=Path, metavar="DIR", help=SAVE_DIR_HELP)
-    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, help=PICTURES_HELP)
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # from launchers; not needed
-    return parser.parse_args(argv)
 
 
 def recipe_for(loaded: Loaded, args: argparse.Namespace) -> Recipe:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+from allspark.arguments import parse
+
+if __name__ == "__main__":
+    parse("train", sys.argv[1:])  # answer --help and wrong arguments before torch is imported
+
 import contextlib
 import os
 import platform
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from allspark import distributed
 from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe
-from allspark.config_io import INSTALLED, build_recipe, differences, to_plain
+from allspark.config_io import build_recipe, differences, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, SegmentationDataset, worker_count
 from allspark.data.batch import passes
@@ -404,18 +409,6 @@ def move_aside(folder: Hold) -> None:
     distributed.barrier()
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    prog = "allspark train" if INSTALLED else "train.py"
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    recipe_words.add_arguments(parser)
-    parser.add_argument("--save-path", type=Path, help="default: exp/<dataset>/<method>/<split>")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved recipe and stop")
-    parser.add_argument("--fresh", action="store_true", help="start over; a run that is there is moved aside")
-    parser.add_argument("--port", type=int, help="of the process group, where no launcher sets MASTER_PORT")
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # accepted and ignored
-    return parser.parse_intermixed_args(argv)
-
-
 def default_path(recipe: Recipe, method: str) -> Path:
     """exp/<dataset>/<method>/<split>, whatever a recipe calls them: nothing leads out of exp."""
     names = (recipe.data.dataset, method, recipe.data.split or "own")
@@ -423,7 +416,7 @@ def default_path(recipe: Recipe, method: str) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(argv)
+    args = parse("train", argv)
     recipe = recipe_words.recipe_of(args)
     recipe_words.build_method(recipe, spec_for(recipe.data))  # refused before a file is touched
     if args.print_config:

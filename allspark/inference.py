@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from allspark.cli.recipe import build_method, complete
-from allspark.config import DEVICES, MODES, PRECISIONS, Recipe
+from allspark.config import Recipe
 from allspark.config_io import build_recipe, load_recipe, to_plain
 from allspark.data import DATASETS, spec_for
 from allspark.data.base import IGNORE_INDEX, DatasetSpec, bit_palette
@@ -53,39 +53,10 @@ class Loaded:
         return inference_for(self.spec, self.crop_size, mode, **options)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words for a checkpoint and how an image is put to it."""
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="of train.py or `weights import`"
-    )
-    parser.add_argument("--dataset", help="whose classes imported weights predict; of a run of train.py: a check")
-    parser.add_argument("--mode", choices=MODES, help="default: the recipe's, else the data set's own")
-    parser.add_argument("--scales", type=scale_list, default=(1.0,), metavar="S,S", help="such as 0.75,1,1.25")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    parser.add_argument("--device", default="auto", choices=DEVICES)
-    parser.add_argument(
-        "--precision", default="fp32", choices=PRECISIONS, help="of the network; its logits are float32"
-    )
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
-
-
 def computing(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
     """Forward passes in here are of --precision; UserError for one that the device does not have."""
     set_precision(args.precision, device)
     return autocast(args.precision, device)
-
-
-def scale_list(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of factors such as 0.75,1,1.25") from None
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a count of 1 or more")
-    return int(text)
 
 
 def load_for_inference(path: str | Path, device: torch.device, dataset: str | None = None) -> Loaded:

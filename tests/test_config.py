@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from allspark import config_io
 from allspark.cli.recipe import complete
 from allspark.config_io import (
     build_recipe,
@@ -122,6 +123,38 @@ def test_a_recipe_of_ones_own_by_another_method(tmp_path):
         assert (mine.method.name, mine.method.options) == (there.method.name, options)
     with pytest.raises(UserError, match="nothing"):
         load_config(tmp_path / "mine.yaml", None, "nothing")
+
+
+def test_old_keys_are_translated_with_a_note(tmp_path, monkeypatch):
+    """In a file, in the recipe of a checkpoint, as override and in a section of a method's file."""
+    old = {**MINIMAL, "log_interval": 3, "optim": {"late": True, "lr": 0.5}}
+    expected = ("log_interval is now log.interval", "optim.late is now optim.lr_one_step_late")
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    for recipe in (build_recipe(old, None, "checkpoint"), load_config(tmp_path / "old.yaml")):
+        assert (recipe.log.interval, recipe.optim.lr_one_step_late, recipe.optim.lr) == (3, True, 0.5)
+        assert recipe.notes == expected
+        assert "notes" not in to_plain(recipe) and recipe == build_recipe(to_plain(recipe), None, "new")
+    recipe = build_recipe(MINIMAL, parse_overrides(["log_interval=7", "late=true"]), "test")
+    assert (recipe.log.interval, recipe.optim.lr_one_step_late, recipe.notes) == (7, True, expected)
+    recipe = load_config(tmp_path / "old.yaml", {"log.interval": 9})  # an override of the new key replaces it
+    assert (recipe.log.interval, recipe.notes) == (9, expected)
+    with pytest.raises(UserError, match=r"test: has both log_interval and log\.interval, its new name; remove log_int"):
+        build_recipe({**old, "log": {"interval": 2}}, None, "test")
+
+
+def test_a_translation_may_be_a_function(monkeypatch):
+    def halve(content, value):
+        return merge(content, {"epochs": value // 2}), "half_epochs is now epochs, and half of it"
+
+    monkeypatch.setitem(config_io.RENAMED, "half_epochs", halve)
+    recipe = build_recipe({**MINIMAL, "half_epochs": 8}, None, "test")
+    assert (recipe.epochs, recipe.notes) == (4, ("half_epochs is now epochs, and half of it",))
+
+
+def test_every_key_is_documented():
+    for path, key in config_io.keys().items():
+        help_text = key.metadata["help"]
+        assert help_text and not help_text.endswith(".") and len(help_text) < 160, path
 
 
 def test_yaml_floats_without_a_dot():

@@ -32,15 +32,6 @@ QUICK = 200  # files of each list
 CHECKPOINTS = 4  # latest, previous, best, and the one that is being written
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    recipe_words.add_arguments(parser)
-    parser.add_argument("--quick", action="store_true", help=f"open {QUICK} files of each list, not all of them")
-    parser.add_argument("--data-only", action="store_true", help="not the network, its weights and its memory")
-    parser.add_argument("--save-path", type=Path, default=Path("exp"), help="where there must be room; default: exp")
-    parser.add_argument("--processes", type=int, default=1, help="that share the batch: predict the memory of one")
-    parser.add_argument("--dry-run", action="store_true", help="take two real steps, too, and tell their memory")
-
-
 def main(args: argparse.Namespace) -> None:
     recipe = recipe_words.recipe_of(args)
     spec = spec_for(recipe.data)

@@ -23,7 +23,7 @@ from allspark.engine.checkpoint import LATEST
 from allspark.engine.provenance import read_facts
 from allspark.engine.writers import METRICS, read_metrics
 from allspark.evaluation.evaluate import predict
-from allspark.inference import load_for_inference, naming, positive
+from allspark.inference import load_for_inference, naming
 from allspark.split_lists.manifest import known_as
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
@@ -100,15 +100,6 @@ class Row:
 
 
 Measure = Callable[[Run], float | None]  # a number of a run, None where it has none
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "folder that train.py wrote; name=FOLDER names its row; runs of one name are the seeds of one row"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=words)
-    parser.add_argument("--out", type=Path, required=True, help="folder for table.md and the pictures")
-    parser.add_argument("--paired", metavar="NAME", help="a second table: each row less this one, seed by seed")
-    parser.add_argument("--images", type=positive, default=5, help="rows of the grid of predictions, spread over val")
-    parser.add_argument("--overlay", action="store_true", help="lay the masks over the images")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -36,16 +36,6 @@ WINDOWED = (150, 210)  # height and width of the image that is put to it in wind
 TOLERANCE = 1e-4  # of the largest logit, or of 1
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="of train.py or `weights import`"
-    )
-    parser.add_argument("--dataset", help="whose classes imported weights predict; of a run of train.py: a check")
-    parser.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="torch: a torch.export program")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .pt2 (torch) or .onnx")
-    parser.add_argument("--force", action="store_true", help="overwrite --out")
-
-
 def main(args: argparse.Namespace) -> None:
     check_words(args.format, args.out, args.force)
     loaded = loading.load_for_inference(args.checkpoint, torch.device("cpu"), args.dataset)

@@ -31,24 +31,6 @@ LARGE = 4_000_000  # pixels, from which on it is asked whether an image fits int
 Check = Callable[[Tensor, Path], None]  # image (3, H, W), its file: UserError where it cannot be predicted
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    loading.add_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where <name>.png goes: class indices")
-    parser.add_argument("--index-only", action="store_true", help="without _color, _overlay and _confidence.png")
-    parser.add_argument(
-        "--every", type=loading.positive, default=1, metavar="N", help="of a video, each N-th frame: 0, N, 2 N, ..."
-    )
-    parser.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="where the paths of a list start; default: beside it"
-    )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="image, folder (images below it), quoted glob, .txt list, or video, whose frames go to <name>/000000.png",
-    )
-
-
 def main(args: argparse.Namespace) -> None:
     found = find_images(args.paths, args.out, args.data_root)
     device = choose_device(args.device)

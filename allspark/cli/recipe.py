@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 from allspark import distributed
 from allspark.config import CriterionConfig, MethodConfig, Recipe
@@ -27,20 +26,6 @@ from allspark.engine.stepper import pass_size
 from allspark.losses import build_criterion
 from allspark.methods import METHODS, Method
 from allspark.utils.errors import UserError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", help="configs/datasets/<dataset>.yaml")
-    parser.add_argument("--method", help="configs/methods/<method>.yaml")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        help="a whole recipe in one file, instead of --dataset; with --method: by another one",
-    )
-    parser.add_argument("--split", help="splits/<dataset>/<split>/{labeled,unlabeled}.txt")
-    parser.add_argument("--labeled-id-path", metavar="FILE", help="a list of one's own instead of --split")
-    parser.add_argument("--unlabeled-id-path", metavar="FILE")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. optim.lr=0.01 epochs=5")
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

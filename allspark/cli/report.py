@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
-from allspark.config import DEVICES, DataConfig
+from allspark.config import DataConfig
 from allspark.config_io import is_runtime, to_plain
 from allspark.data import spec_for
 from allspark.data.base import DatasetSpec, worker_count
@@ -26,7 +26,7 @@ from allspark.distributed import choose_device
 from allspark.engine.writers import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores, finite
-from allspark.inference import load_for_inference, positive
+from allspark.inference import load_for_inference
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, shown
 from allspark.visualization.best_worst import Extremes, Scored, encoded
@@ -67,18 +67,6 @@ class Entry:
     @property
     def best(self) -> dict[str, Any]:
         return max(self.run.evaluations, key=lambda line: line["miou"])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "folder that train.py wrote; name=FOLDER names it; the best and worst images are those of the first"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=words)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
-    parser.add_argument("--images", type=positive, default=8, metavar="N", help="best and worst val images: N of each")
-    parser.add_argument("--no-images", action="store_true", help="what the logs tell alone: no data, no checkpoint")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="which one is evaluated")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipes say")
-    parser.add_argument("--device", default="auto", choices=DEVICES)
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
 
 
 def main(args: argparse.Namespace) -> None:

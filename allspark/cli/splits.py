@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from allspark.config import DataConfig
 from allspark.config_io import load_config, root_variable
@@ -25,7 +24,7 @@ from allspark.data.splits import (
     samples_hash,
 )
 from allspark.split_lists import published
-from allspark.split_lists.layouts import LAYOUTS, layout_of
+from allspark.split_lists.layouts import layout_of
 from allspark.split_lists.make_splits import hold_out, make_splits, parse_sizes, write_splits
 from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, other_images, roots
 from allspark.utils.errors import UserError
@@ -36,52 +35,6 @@ OUTCOMES = (
     "differs."
 )
 DRAWING = "Seeded; the smaller list of two is part of the larger; every class gets its share of images."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    show = add_verb(verbs, "list", "the lists that are there, whose they are, their traps, and what can be fetched")
-    show.add_argument("--dataset", help="only this one")
-    verify = add_verb(verbs, "verify", "compare lists with what was published under their names", OUTCOMES)
-    verify.add_argument("--from", dest="source", metavar="DIR", help="laid out like splits/, the default")
-    verify.add_argument("--dataset", help="only this one")
-    fetch = add_verb(verbs, "fetch", "bring published lists from their public repositories, and verify them")
-    fetch.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
-    fetch.add_argument("--split", nargs="+", metavar="S", help="such as 1_8 or val; default: all of the data set")
-    fetch.add_argument("--from", dest="source", metavar="DIR|URL", help="a checkout, a folder like splits/, or a url")
-    build = add_verb(verbs, "build", "derive what the data gives: val, train, the unlabeled half of a labeled list")
-    build.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
-    build.add_argument("--data-root", metavar="DIR", help="default: ALLSPARK_DATA_<DATASET>, else data/<dataset>")
-    for verb in (fetch, build):
-        verb.add_argument("--out", metavar="DIR", help="default: splits/")
-        verb.add_argument("--force", action="store_true", help="overwrite lists that hold something else")
-    add_make(add_verb(verbs, "make", "draw labeled and unlabeled lists from a full train list", DRAWING))
-
-
-def add_verb(verbs: Any, name: str, help_text: str, more: str = "") -> argparse.ArgumentParser:
-    return verbs.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}. {more}")
-
-
-def add_make(make: argparse.ArgumentParser) -> None:
-    whose = make.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}")
-    whose.add_argument("--config", metavar="FILE", help="the recipe that describes a data set of one's own")
-    make.add_argument(
-        "--data-root", metavar="DIR", help="default: the recipe's, else ALLSPARK_DATA_<DATASET>, else data/<dataset>"
-    )
-    make.add_argument(
-        "--train", required=True, metavar="LIST", help="list of `image mask` lines; with --masks a folder of images"
-    )
-    make.add_argument(
-        "--masks", metavar="DIR", help="folder of masks with the images' names; both folders are below the data root"
-    )
-    make.add_argument("--sizes", required=True, help="fractions or counts: 1_4,1_8,1_16 or 16,32")
-    make.add_argument(
-        "--val", metavar="SIZE", help="first take so many images to evaluate on: <out>/val.txt, such as 1_5"
-    )
-    make.add_argument("--seed", type=int, default=0, help="default: 0")
-    make.add_argument("--out", type=Path, metavar="DIR", help="default: splits/<dataset>")
-    make.add_argument("--force", action="store_true", help="overwrite lists that are there")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -33,27 +33,6 @@ TORCH = (".pth", ".pt")
 FORMATS = "The format is told by the names of the tensors; pretrained_weights/README.md lists those that are known."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    what = "a file of any public format -> encoder weights or a checkpoint of ours"
-    take = verbs.add_parser("import", help=what, description=f"{what}. {FORMATS}")
-    take.add_argument("source", type=Path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
-    take.add_argument("--out", type=Path, required=True, metavar="DST", help=".pth; encoder weights: or .safetensors")
-    take.add_argument("--force", action="store_true", help="overwrite DST")
-    what = "what a file holds: format, network, classes, what is missing, hash, licence"
-    look = verbs.add_parser("inspect", help=what, description=f"{what}. {FORMATS}")
-    look.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
-    what = "ImageNet weights of an encoder, from the first public mirror that has them"
-    get = verbs.add_parser("fetch", help=what, description=f"{what}, converted and put in place.")
-    get.add_argument("name", choices=KNOWN, metavar="NAME", help=", ".join(KNOWN))
-    get.add_argument("--out", type=Path, metavar="DST", help="default: pretrained_weights/NAME.pth")
-    get.add_argument(
-        "--from", dest="sources", action="append", metavar="URL|PATH", help="instead of the mirrors; several: in turn"
-    )
-    get.add_argument("--sha256", metavar="HEX", help="of the file that --from names, or its first 8 digits or more")
-    get.add_argument("--force", action="store_true", help="overwrite DST")
-
-
 def main(args: argparse.Namespace) -> None:
     {"import": import_weights, "inspect": inspect_weights, "fetch": fetch_weights}[args.verb](args)
 
@@ -189,6 +168,8 @@ def licence_of(digest: str) -> str:
 
 
 def fetch_weights(args: argparse.Namespace) -> None:
+    if args.name not in KNOWN:
+        raise UserError(f"{args.name}: unknown encoder; known are {', '.join(KNOWN)}")
     out = args.out or Path("pretrained_weights") / f"{args.name}.pth"
     check_target(out, args.force)
     if args.sha256 and not args.sources:
