@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
-from torchvision.transforms import functional as TF
 
 from allspark.data.resize import bilinear_window, nearest_window
 
@@ -79,20 +78,31 @@ def on_pillow(operation: Callable[[Image.Image, float], Image.Image]) -> Operati
     return lambda image, strength: np.asarray(operation(Image.fromarray(image), strength))
 
 
+def on_torchvision(name: str, arguments: Callable[[float], tuple] = lambda strength: (strength,)) -> Operation:
+    """torchvision's function of this name on a Pillow image. Imported when it is used: it takes as long as torch."""
+
+    def operation(picture: Image.Image, strength: float) -> Image.Image:
+        from torchvision.transforms import functional
+
+        return getattr(functional, name)(picture, *arguments(strength))
+
+    return on_pillow(operation)
+
+
 PILLOW: Operations = {
     "identity": lambda image, _: image,
-    "brightness": on_pillow(TF.adjust_brightness),
-    "contrast": on_pillow(TF.adjust_contrast),
-    "saturation": on_pillow(TF.adjust_saturation),
-    "sharpness": on_pillow(TF.adjust_sharpness),
-    "hue": on_pillow(TF.adjust_hue),
-    "grey": on_pillow(lambda picture, _: TF.to_grayscale(picture, num_output_channels=3)),
+    "brightness": on_torchvision("adjust_brightness"),
+    "contrast": on_torchvision("adjust_contrast"),
+    "saturation": on_torchvision("adjust_saturation"),
+    "sharpness": on_torchvision("adjust_sharpness"),
+    "hue": on_torchvision("adjust_hue"),
+    "grey": on_torchvision("to_grayscale", lambda _: (3,)),
     "blur": on_pillow(lambda picture, radius: picture.filter(ImageFilter.GaussianBlur(radius))),
-    "autocontrast": on_pillow(lambda picture, _: TF.autocontrast(picture)),
-    "equalize": on_pillow(lambda picture, _: TF.equalize(picture)),
-    "invert": on_pillow(lambda picture, _: TF.invert(picture)),
-    "posterize": on_pillow(lambda picture, bits: TF.posterize(picture, int(bits))),
-    "solarize": on_pillow(lambda picture, threshold: TF.solarize(picture, int(threshold))),
+    "autocontrast": on_torchvision("autocontrast", lambda _: ()),
+    "equalize": on_torchvision("equalize", lambda _: ()),
+    "invert": on_torchvision("invert", lambda _: ()),
+    "posterize": on_torchvision("posterize", lambda bits: (int(bits),)),
+    "solarize": on_torchvision("solarize", lambda threshold: (int(threshold),)),
 }
 
 
