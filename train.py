@@ -424,7 +424,7 @@ def main(argv: Sequence[str]) -> None:
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
     with Stop() as stop, distributed.process_group(recipe.device, args.port) as device:
-        told, command = recipe_words.changes(args, recipe), recipe_words.command(args)
+        told, command = [*recipe.notes, *recipe_words.changes(args, recipe)], recipe_words.command(args)
         fresh = args.fresh and not distributed.is_restart()
         if fresh != args.fresh:
             told.append("--fresh is of a job's first start: started again by slurm or torchrun, it goes on")
