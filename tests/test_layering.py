@@ -10,6 +10,7 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "utils": set(),
     "config": set(),
     "config_io": {"config"},
+    "arguments": {"__version__", "config", "config_io", "split_lists.layouts"},
     "distributed": set(),
     "losses": set(),
     "data": {"config", "config_io", "distributed", "split_lists"},
@@ -23,6 +24,8 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "engine": {"config", "distributed"},
     "inference": {"config", "config_io", "data", "methods", "models", "weights", "engine", "evaluation", "cli.recipe"},
     "memory_estimate": {"config", "data", "methods", "models", "engine", "losses", "cli.recipe", "bench"},
+    "runs": {"config", "config_io", "data", "split_lists", "engine", "inference", "visualization", "cli.recipe"},
+    "api": {"config", "data", "distributed", "evaluation", "inference", "models"},
     "bench": {"config", "distributed", "losses", "data", "models", "methods", "evaluation", "engine", "memory_estimate"}
     | {"visualization"},
 }

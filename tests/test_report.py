@@ -15,9 +15,9 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.cli import report
-from allspark.cli.compare import named_folders, read_run
 from allspark.config_io import merge
 from allspark.data.base import DatasetSpec, bit_palette
+from allspark.runs import named_folders, read_run
 from allspark.utils.errors import UserError
 from allspark.visualization.best_worst import Extremes, encoded
 
@@ -177,8 +177,8 @@ EVALUATION = '{"step": 3, "epoch": 0, "miou": 20.0, "iou": {"left": %s}}'
     [
         ("no checkpoint", r"best\.pth: no such checkpoint.*--no-images"),
         ("no config", r"config\.yaml.*cannot be read"),
-        ("bytes", r"metrics\.jsonl: holds other bytes than text"),
-        ("", r"not evaluated yet"),
+        ("bytes", r"metrics\.jsonl: not a text file"),
+        ("", r"no evaluation yet"),
         (
             '{"step": "one", "loss": 2.0}\n' + EVALUATION % "1.0",
             r"metrics\.jsonl: not a line that train\.py writes.*one",

@@ -20,10 +20,10 @@ from allspark.bench.measure import Row
 from allspark.bench.photos import LIKENESSES
 from allspark.bench.scale import SWEEPS, bench_scale
 from allspark.bench.step import StepCase, bench_step
-from allspark.cli.compare import markdown
 from allspark.engine.stepper import has_bf16, set_precision
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
+from allspark.utils.markdown import markdown_table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
@@ -127,7 +127,7 @@ BENCHES: dict[str, Bench] = {"step": step, "loader": loader, "eval": evaluation,
 
 def rendered(result: dict[str, Any]) -> str:
     """A result as Markdown: its table, what it was measured on, notes."""
-    return "\n".join([markdown(report.table(result)), *(f"- {line}" for line in report.remarks(result)), ""])
+    return "\n".join([markdown_table(report.table(result)), *(f"- {line}" for line in report.remarks(result)), ""])
 
 
 def write_document(path: Path) -> None:

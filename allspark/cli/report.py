@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
 from allspark.config import DataConfig
 from allspark.config_io import is_runtime, to_plain
 from allspark.data import spec_for
@@ -27,6 +26,7 @@ from allspark.engine.writers import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import Scores, finite
 from allspark.inference import load_for_inference
+from allspark.runs import Run, differing_lists, list_name, read_runs, val_dataset
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, shown
 from allspark.visualization.best_worst import Extremes, Scored, encoded
@@ -62,7 +62,7 @@ class Entry:
     @property
     def split(self) -> Mapping[str, str]:
         """Its lists and their hashes, as what was evaluated tells it."""
-        return self.run.facts.get("split", {}) if self.evaluated is None else self.evaluated.meta["split"]
+        return self.run.provenance.get("split", {}) if self.evaluated is None else self.evaluated.meta["split"]
 
     @property
     def best(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluate
         extremes, inference = Extremes(loaded.spec, count), loaded.inference()
         scores = evaluate(
             loaded.model,
-            val_images(data, loaded.spec),
+            val_dataset(data, loaded.spec),
             loaded.spec,
             device,
             inference,
@@ -263,8 +263,8 @@ def facts(entry: Entry) -> dict[str, str]:
         "crop, optimizer": f"{recipe.data.crop_size}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
         "mIoU, last epoch": f"{last['miou']:.2f}",
         "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch']}; selected on val)",
-        "device": device_words(run.facts),
-        "time": f"{timedelta(seconds=round(60 * training_minutes(run)))} by its logged speed, without evaluations",
+        "device": device_words(run.provenance),
+        "time": f"{timedelta(seconds=round(60 * run.training_minutes()))} by its logged speed, without evaluations",
         "evaluated here": evaluated,
     }
 
