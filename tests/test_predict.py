@@ -228,15 +228,15 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
     "words, told",
     [
         (("{photos}/gone.png",), r"gone\.png: no such image"),
-        (("",), "an empty name among the images"),
-        (("{photos}/*.jpg",), r"\*\.jpg: no images there"),
-        (("{photos}/empty",), "empty: no images there"),
-        (("{photos}", "--out", "{photos}"), "photos: no images there.*--out"),
+        (("",), "a PATH is empty"),
+        (("{photos}/*.jpg",), r"\*\.jpg: no images found"),
+        (("{photos}/empty",), "empty: no images found"),
+        (("{photos}", "--out", "{photos}"), "photos: no images found.*--out"),
         (("{photos}/a.png", "--out", "{photos}"), r"photos/a\.png.*part of the data"),
         (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be made"),
         (("{photos}/like_color",), r"f_color\.png: both .*f\.png and .*f_color\.png"),
         (("{photos}/missing.txt",), r"missing\.txt line 2: .*gone\.png does not exist.*without --data-root"),
-        (("{photos}/nothing.txt",), r"nothing\.txt: this list names no image"),
+        (("{photos}/nothing.txt",), r"nothing\.txt: this list is empty"),
         (("{photos}/small.png",), r"small\.png: 40 x 20 pixels"),
         (("{photos}/text.png",), r"text\.png: truncated or not an image"),
         (("{photos}/a.png", "--dataset", "pascal"), "--dataset pascal.*trained on tiny"),
@@ -390,7 +390,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
     with pytest.raises(UserError, match="clip: this folder holds other pictures"):
         predict(clip, out="photos")
     assert find_images([str(tmp_path / "*")], tmp_path / "out", None) == [clip, clip.with_suffix(".mkv")]
-    with pytest.raises(UserError, match="name a video itself"):
+    with pytest.raises(UserError, match="path of a video itself"):
         shutil.move(clip, tmp_path / "other")
         find_images([str(tmp_path / "other")], tmp_path / "out", None)
 
@@ -398,7 +398,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
 def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "LARGE", 64 * 80)
     monkeypatch.setattr(verb, "room", lambda kind: 100_000)
-    with pytest.raises(UserError, match=r"a\.png: 80 x 64 pixels; as a whole.* 0\.0 GB: --mode sliding_window"):
+    with pytest.raises(UserError, match=r"a\.png: 80 x 64 pixels need.* 0\.0 GB; --mode sliding_window"):
         predict(photos / "a.png", photos / "b.png", "--index-only")
     assert files(tmp_path / "out") == ["b.png"]
     assert files(predict(photos / "a.png", "--index-only", "--mode", "sliding_window")) == ["a.png", "b.png"]
@@ -406,11 +406,11 @@ def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkey
     check(torch.empty(3, 9000, 9000, dtype=torch.uint8), tmp_path)  # windows always fit
 
 
-def test_what_a_whole_pass_takes_is_foreseen(finished):
+def test_what_a_forward_peak_takes_is_foreseen(finished):
     model = load_for_inference(finished.run / "best.pth", torch.device("cpu")).model
     with torch.no_grad(), Ledger() as ledger:
         model(torch.zeros(1, 3, 96, 128))
-    foreseen = verb.whole_pass(model, torch.Size((3, 96, 128)), 1.0, torch.device("cpu"))
+    foreseen = verb.forward_peak(model, torch.Size((3, 96, 128)), 1.0, torch.device("cpu"))
     assert abs(foreseen / ledger.peak - 1) < 0.2
 
 

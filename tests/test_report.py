@@ -115,7 +115,7 @@ def test_without_images_neither_data_nor_checkpoint_is_needed(second, tmp_path):
     (second / "run.json").unlink()  # as in a run that is older than it
     main(["report", str(second), "--out", str(tmp_path / "page.html"), "--no-images"])
     facts = content(tmp_path / "page.html")["runs"][0]["facts"]
-    assert facts["split"].endswith("hash not known") and facts["device"].startswith("not known")
+    assert facts["split"].endswith("hash unknown") and facts["device"].startswith("unknown")
 
 
 def rename_class(folder: Path, new: str) -> None:
@@ -260,14 +260,14 @@ def test_few_images_are_best_or_worst_and_not_both():
 
 def test_a_page_stays_below_its_limit(finished, tmp_path):
     entry = report.read_entries([str(finished.run)])[0]
-    whole, told = report.page_below(10**7, [entry], [])
+    whole, told = report.page_within(10**7, [entry], [])
     assert told == []
     extremes = scored(8, 17)[0]
     entry.evaluated = report.Evaluated(
         extremes.confusion.scores(17), extremes, "whole", {"step": 6, "sha256": "0" * 64, "split": {}}
     )
     limit = len(whole) + 6000
-    text, (note,) = report.page_below(limit, [entry], [])
+    text, (note,) = report.page_within(limit, [entry], [])
     assert len(text) <= limit and re.match(r"\d+ of 16 images are on the page", note)
     (tmp_path / "page.html").write_text(text)
     found = content(tmp_path / "page.html")
@@ -275,13 +275,11 @@ def test_a_page_stays_below_its_limit(finished, tmp_path):
 
 
 def test_long_logs_are_averaged(finished):
-    run = report.checked(read_run(finished.run))
+    run = report.check_lines(read_run(finished.run))
     run.lines[:] = [{"step": step, "epoch": 0, "loss": float(step % 2)} for step in range(1, 2001)] + run.lines
     curve = report.curves(run)["loss"]
     assert (
-        len(curve["steps"]) <= report.MOST_POINTS
-        and curve["each"] > 1
-        and set(curve["values"][:300]) <= {0.4, 0.6, 0.5}
+        len(curve["steps"]) <= report.MAX_POINTS and curve["each"] > 1 and set(curve["values"][:300]) <= {0.4, 0.6, 0.5}
     )
 
 

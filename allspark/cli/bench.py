@@ -1,4 +1,4 @@
-"""python -m allspark bench: speed and memory, ours against the plain formulation of the same maths."""
+"""allspark bench: speed and memory, compared with a plain implementation of the same math."""
 
 from __future__ import annotations
 
@@ -51,22 +51,20 @@ def main(args: argparse.Namespace) -> None:
 
 
 def write(result: dict[str, Any], path: Path | None) -> None:
-    print(rendered(result), end="")  # first: what was measured is not lost with a full disk
+    print(render(result), end="")  # before the file: a full disk must not lose the measurement
     if path is not None:
         write_text(path, json.dumps(result, indent=1) + "\n", "make room or choose another --json")
 
 
 def choose_precisions(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """Fill in --precision, and say what it leaves out; UserError for one that the device does not have."""
+    """Set the default of --precision and return notes on it; UserError for one that the device does not support."""
     if not hasattr(args, "precision"):
         return []
     notes = []
     if args.precision is None:
         args.precision = ["fp32", "bf16"] if has_bf16(device) else ["fp32"]
         if not has_bf16(device):
-            notes.append(
-                "bf16 was not measured: this processor only emulates it (--precision fp32 bf16 does all the same)"
-            )
+            notes.append("bf16 was not measured: this processor only emulates it (--precision fp32 bf16 measures it)")
     for precision in args.precision:
         set_precision(precision, device)
     return notes
@@ -77,9 +75,9 @@ def step(args: argparse.Namespace, device: torch.device, folder: Path) -> tuple[
     if sides is None:
         sides = ["plain", "ours", *(["transformers"] if (case.encoder, case.crop) == ("mit_b0", 257) else [])]
     if (world := distributed.world_size()) > 1:
-        sides, notes = ["ours"], [f"{world} processes: ours alone"]
+        sides, notes = ["ours"], [f"{world} processes: only ours is measured"]
         if case.batch % world:
-            raise UserError(f"--batch {case.batch} does not divide among {world} processes; give a multiple of it")
+            raise UserError(f"--batch {case.batch} is not divisible by {world} processes; give a multiple of {world}")
     rows, more = bench_step(case, args.precision, sides, args.repeats, device)
     return rows, [*notes, *more]
 
@@ -125,30 +123,30 @@ def case_of(kind: type, args: argparse.Namespace) -> Any:
 BENCHES: dict[str, Bench] = {"step": step, "loader": loader, "eval": evaluation, "scale": scale}
 
 
-def rendered(result: dict[str, Any]) -> str:
-    """A result as Markdown: its table, what it was measured on, notes."""
+def render(result: dict[str, Any]) -> str:
+    """A result as Markdown: table, machine, notes."""
     return "\n".join([markdown_table(report.table(result)), *(f"- {line}" for line in report.remarks(result)), ""])
 
 
 def write_document(path: Path) -> None:
-    """Fill in the tables whose JSON, named relative to the document, is there; draw what was varied beside it."""
+    """Update the tables of a document from the JSON files named in it, and draw the figures of bench scale."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the document to fill in") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of the document") from None
     made: list[Path] = []
 
-    def render(name: str) -> str | None:
+    def render_table(name: str) -> str | None:
         source = path.parent / name
         if not source.is_file():
-            print(f"{source}: not there, its table is left as it is")
+            print(f"{source}: does not exist, its table is unchanged")
             return None
         result = read_result(source)
         pictures = report.plot_scale(result, path.parent)
         made.extend(pictures)
-        return rendered(result) + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
+        return render(result) + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
 
-    write_text(path, report.filled(text, render), "make room, or give a document of your own")
+    write_text(path, report.filled(text, render_table), "make room or give another document")
     print(f"written: {', '.join(map(str, [path, *made]))}")
 
 
@@ -158,4 +156,4 @@ def read_result(path: Path) -> dict[str, Any]:
         report.table(result)
         return result
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a result of bench ({error}); measure it again with --json {path}") from None
+        raise UserError(f"{path}: not a result of bench ({error}); measure again with --json {path}") from None
