@@ -95,7 +95,7 @@ def test_a_data_set_without_fault(check, place):
     assert rows["left"][1] == f"{(masks == 1).sum() / (masks != 255).sum():.2%}"
     assert "a step has 1 labeled images; 6 steps per epoch, 12 in 2 epochs; learning rate 0.001, times 1 out" in text
     assert "batch_size is 2 in the recipe and 1 here, the learning rate 0.001 and 0.001; scaled with the batch" in text
-    assert "(lr_scaling=linear) it is 0.0005" in text
+    assert "(lr_scaling=linear) it would be 0.0005" in text
     assert "weights: none, tiny starts from random initialization (model.pretrained=FILE, see" in text
     assert re.search(r"disk of .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
 

@@ -402,7 +402,7 @@ def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkey
         predict(photos / "a.png", photos / "b.png", "--index-only")
     assert files(tmp_path / "out") == ["b.png"]
     assert files(predict(photos / "a.png", "--index-only", "--mode", "sliding_window")) == ["a.png", "b.png"]
-    check = verb.fitting(None, Inference("sliding_window", 64), torch.device("cpu"))
+    check = verb.memory_check(None, Inference("sliding_window", 64), torch.device("cpu"))
     check(torch.empty(3, 9000, 9000, dtype=torch.uint8), tmp_path)  # windows always fit
 
 
