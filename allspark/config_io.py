@@ -159,7 +159,8 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
 
 def full_key(key: str) -> str:
     """The full path of a key given by its last part, if only one key ends so: lr -> optim.lr."""
-    paths = [path for path in [*_all_paths(), *RENAMED] if path == key or path.endswith(f".{key}")]
+    known, old = ([p for p in paths if p == key or p.endswith(f".{key}")] for paths in (_all_paths(), RENAMED))
+    paths = known or old
     if key.startswith("method.") or key in paths or not paths:
         return key
     if len(paths) > 1:
