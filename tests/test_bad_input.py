@@ -105,8 +105,8 @@ def test_recipe(words, told, place, refused):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--dataset", "pascl", "--method", "allspark"), ("--dataset pascl", "there is", "pascal")),
-        (("--dataset", "pascal", "--method", "alspark"), ("--method alspark", "there is", "allspark")),
+        (("--dataset", "pascl", "--method", "allspark"), ("--dataset pascl", "does not exist", "pascal")),
+        (("--dataset", "pascal", "--method", "alspark"), ("--method alspark", "does not exist", "allspark")),
         (("--dataset", "pascal"), ("--dataset and --method", "--config")),
         ((), ("--dataset and --method", "--config")),
         (("--config", "/no/recipe.yaml"), ("/no/recipe.yaml", "cannot be read")),

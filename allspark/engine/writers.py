@@ -259,7 +259,7 @@ def drop_lines_after(path: Path, step: int, epoch: int = 0) -> None:
     if not path.is_file():
         return
     lines = read_metrics(path)
-    kept = [line for line in lines if line["step"] <= step and not ("miou" in line and line["epoch"] >= epoch)]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
+    remaining = [line for line in lines if line["step"] <= step and not ("miou" in line and line["epoch"] >= epoch)]
+    text = "".join(json.dumps(line) + "\n" for line in remaining)
     if text != read_text(path):
         write_text(path, text)
