@@ -1,11 +1,21 @@
-"""Evaluate a checkpoint: per-class IoU table, JSON, pictures. Plain python, torchrun or srun."""
+"""Evaluate a checkpoint: IoU per class, JSON, predictions. Runs with python, torchrun or srun."""
 
 from __future__ import annotations
+
+import sys
+
+from allspark.arguments import parse
+from allspark.data.loaders import InferenceModel
+from allspark.evaluation.metrics import EvalResult
+from allspark.split_lists.manifest import name_clash
+from allspark.visualization.prediction_writer import PredictionWriter
+
+if __name__ == "__main__":
+    parse("eval", sys.argv[1:])  # answer --help and wrong arguments before torch is imported
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from allspark import distributed, launch
+from allspark import launch
 from allspark import inference as loading
-from allspark.cli.arguments import add_inference_arguments, precision_context
-from allspark.config import INSTALLED, Recipe
+from allspark.config import Recipe
 from allspark.data import splits
 from allspark.data.image_io import read_image
 from allspark.data.spec import DatasetSpec, Sample
@@ -24,22 +33,15 @@ from allspark.data.transforms import to_tensor
 from allspark.data.worker_pool import worker_count
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.metrics import EvalResult, format_table, nan_to_none
+from allspark.evaluation.metrics import format_table, nan_to_none
 from allspark.evaluation.sliding_window import Inference
-from allspark.inference import InferenceModel
-from allspark.split_lists.manifest import name_clash
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, run_main
-from allspark.visualization.prediction_writer import PredictionWriter, unique_names
-
-SAVE_DIR_HELP = """write DIR/<image>.png as the benchmark's server takes it: labelIds for Cityscapes, 1..150 for ADE20K,
-else class indices with palette (mode P). A test set needs no masks: --list FILE with a line `image` for each."""
-PICTURES_HELP = """with --save-dir: <image>_color.png and <image>_overlay.png for people, too. Default: yes, but not for
-Cityscapes and ADE20K, whose servers take one file per image"""
+from allspark.visualization.prediction_writer import unique_names
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(argv)
+    args = parse("eval", argv)
     with launch.process_group(args.device) as device:
         loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
         recipe, spec = recipe_for(loaded, args), loaded.spec
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         val = {"name": val_name(recipe, args), "sha256": splits.hash_samples(dataset.samples, root)}
         folder = prepare_outputs(args, dataset)
         warn(changed_lists(loaded, val, args))
-        with precision_context(args, device):
+        with loading.precision_context(args, device):
             scores = evaluate(
                 loaded.model,
                 dataset,
@@ -64,58 +66,45 @@ def main(argv: Sequence[str]) -> None:
                 absent_as_zero=args.absent_as_zero,
             )
         if math.isnan(scores.pixel_accuracy) and dataset.masks:
-            raise UserError(f"{val['name']}: no pixel has a class, all masks hold {spec.ignore_index}; use others")
+            raise UserError(f"{val['name']}: all mask pixels are ignored ({spec.ignore_index}); use other masks")
         if not distributed.is_main():
             return
         if not dataset.masks:
-            print(f"{scores.num_images} predictions in {args.save_dir}; no scores, {val['name']} names no masks")
+            print(f"{scores.num_images} predictions in {args.save_dir}; no scores, {val['name']} has no masks")
             return
         print(format_table(scores, spec.classes))
         if args.json is not None:
-            result = {**summary(scores, spec, loaded, val), **how(inference, args)}
+            result = {**summary(scores, spec, loaded, val), **inference_settings(inference, args)}
             text = json.dumps(result, indent=2, allow_nan=False)
             write_text(args.json, f"{text}\n", "make room or choose another --json")
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="allspark eval" if INSTALLED else "eval.py", description=__doc__)
-    add_inference_arguments(parser)
-    parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipe says")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="evaluate these `image mask` lines instead of val")
-    parser.add_argument("--absent-as-zero", action="store_true", help="a class that is nowhere counts as IoU 0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
-    parser.add_argument("--save-dir", type=Path, metavar="DIR", help=SAVE_DIR_HELP)
-    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, help=PICTURES_HELP)
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # from launchers; not needed
-    return parser.parse_args(argv)
-
-
 def recipe_for(loaded: InferenceModel, args: argparse.Namespace) -> Recipe:
-    """The recipe of the checkpoint or, for imported weights, of --dataset; with --data-root put in."""
+    """The recipe of the checkpoint or, for imported weights, of --dataset, with --data-root applied."""
     recipe = loaded.recipe
     if recipe is None:
-        fitting = loading.datasets_with(loaded.spec.num_classes)
+        candidates = loading.datasets_with(loaded.spec.num_classes)
         raise UserError(
-            f"{args.checkpoint}: imported weights; name their data set with --dataset ({fitting}). On data of "
-            "your own train from them (--config FILE model.init_from=FILE) and evaluate that run"
+            f"{args.checkpoint}: imported weights; name their data set with --dataset ({candidates}). For "
+            "your own data, train from them (--config FILE model.init_from=FILE) and evaluate that run"
         )
     return recipe if args.data_root is None else replace(recipe, data=replace(recipe.data, data_root=args.data_root))
 
 
 def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Namespace) -> list[Sample]:
-    """The samples of --list, else the recipe's val; every file known to exist. No list of training images is read."""
+    """The samples of --list, else of the recipe's val list; UserError if a file is missing."""
     if args.list is not None:
         entries = splits.drop_repeats(
             splits.read_entries(splits.require_file(args.list, "--list"), root, spec.mask_path)
         )
     else:
         entries = splits.val_entries(recipe.data, spec, root)
-    bare = [entry for entry in entries if entry.sample.mask is None]
-    only_pictures = len(bare) == len(entries) and args.save_dir is not None and args.json is None
-    if bare and not only_pictures:
+    no_mask = [entry for entry in entries if entry.sample.mask is None]
+    predict_only = len(no_mask) == len(entries) and args.save_dir is not None and args.json is None
+    if no_mask and not predict_only:
         raise UserError(
-            f"{bare[0].source}: {bare[0].sample.image} has no mask beside it; write `image mask` "
-            "(no line with a mask, --save-dir and no --json: predictions alone)"
+            f"{no_mask[0].source}: {no_mask[0].sample.image} has no mask; write `image mask` (without any mask, "
+            "use --save-dir without --json)"
         )
     splits.check_files(entries)
     return [entry.sample for entry in entries]
@@ -126,7 +115,7 @@ def val_name(recipe: Recipe, args: argparse.Namespace) -> str:
 
 
 class NamedImages(SegmentationDataset):
-    """The samples under names that no two share. Without a mask, no pixel of it has a class."""
+    """The samples under unique names; without a mask, all pixels are ignored."""
 
     def __init__(self, samples: Sequence[Sample], spec: DatasetSpec) -> None:
         super().__init__(samples, spec)
@@ -146,16 +135,16 @@ class NamedImages(SegmentationDataset):
 
 
 def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> PredictionWriter | None:
-    """Make the folders before the work, and refuse to write pictures over the data."""
+    """Create the output folders before the work; UserError if outputs would overwrite other files."""
     if args.json is not None:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{error.filename}: the folder cannot be made ({error.strerror}); choose another") from None
+            raise UserError(f"{error.filename}: cannot create the folder ({error.strerror}); choose another") from None
         if args.json.is_dir():
             raise UserError(f"--json {args.json} is a folder; name a file in it")
-        if args.json.suffix != ".json" and args.json.exists():  # the checkpoint or list itself, by a slip
-            raise UserError(f"--json {args.json}: is there, and a name without .json may be anything's; choose another")
+        if args.json.suffix != ".json" and args.json.exists():  # it may be the checkpoint or list by mistake
+            raise UserError(f"--json {args.json}: exists and does not end in .json; choose another")
     if args.save_dir is None:
         return None
     spec = dataset.spec
@@ -166,23 +155,23 @@ def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> Predictio
 
 
 def changed_lists(loaded: InferenceModel, val: dict[str, str], args: argparse.Namespace) -> list[str]:
-    """Where a name of the checkpoint's lists stands for other images, among published lists or here today, in words."""
+    """Warnings: lists of the checkpoint that have other images than the published or local lists of the same name."""
     split, folder = loaded.meta.get("split") or {}, loaded.spec.splits
     name, labeled = str(split.get("name")), split.get("labeled")
     path = splits.SPLITS_ROOT / folder / name / "labeled.txt"
-    told = [] if labeled is None else [name_clash(name, labeled, folder)]
-    if told == [None] and path.is_file():
+    notes = [] if labeled is None else [name_clash(name, labeled, folder)]
+    if notes == [None] and path.is_file():
         images = [sample.image.as_posix() for sample in splits.read_list(path, Path())]
-        told.append(difference(f"split {name}, {path}", labeled, splits.list_hash(images)))
+        notes.append(difference(f"split {name}, {path}", labeled, splits.list_hash(images)))
     if args.list is None:
-        told.append(difference(f"the list {val['name']}", split.get("val"), val["sha256"]))
-    return [message for message in told if message is not None]
+        notes.append(difference(f"the list {val['name']}", split.get("val"), val["sha256"]))
+    return [message for message in notes if message is not None]
 
 
-def difference(what: str, then: str | None, now: str) -> str | None:
+def difference(name: str, then: str | None, now: str) -> str | None:
     if then in (None, now):
         return None
-    return f"{what}: other images than at the training of the checkpoint; sha256 {then} then, {now} today"
+    return f"{name}: other images than when the checkpoint was trained; sha256 was {then}, is {now}"
 
 
 def warn(messages: Sequence[str]) -> None:
@@ -191,15 +180,15 @@ def warn(messages: Sequence[str]) -> None:
             print(f"warning: {message}", file=sys.stderr)
 
 
-def how(inference: Inference, args: argparse.Namespace) -> dict:
-    """What beside network and images decides on the scores."""
+def inference_settings(inference: Inference, args: argparse.Namespace) -> dict:
+    """What decides the scores besides network and images."""
     options = {"window": inference.window, "scales": list(inference.scales), "flip": inference.flip}
     more = {"precision": args.precision, "absent_as_zero": args.absent_as_zero}
     return {"mode": inference.mode, **options, **more}
 
 
 def summary(scores: EvalResult, spec: DatasetSpec, loaded: InferenceModel, val: dict[str, str]) -> dict:
-    """What --json holds; `split` is the one that the checkpoint was trained on, not known of imported weights."""
+    """The content of --json; `split` is that of the training, unknown for imported weights."""
     result = {
         "miou": nan_to_none(scores.miou),
         "iou": scores.by_class(spec.classes),

@@ -7,10 +7,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-FOLDERS = {"allspark.configs": "configs", "allspark.splits": "splits"}  # allspark/config.py finds them there
+FOLDERS = {"allspark.configs": "configs", "allspark.splits": "splits"}  # allspark/config_io.py finds them there
 SCRIPTS = ("train", "eval")
 FILES = {
-    "allspark": ["cli/report.*"],  # the page of the verb report
+    "allspark": ["py.typed", "cli/report.*"],  # report.*: the page of `allspark report`
     "allspark.configs": ["*/*.yaml"],
     "allspark.splits": ["README.md", "manifest.yaml", "camvid/**/*.txt", "shapes/**/*.txt"],  # ours; others are fetched
 }

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
+
+from allspark.arguments import parse
+
+if __name__ == "__main__":
+    parse("train", sys.argv[1:])  # answer --help and wrong arguments before torch is imported
+
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +18,10 @@ import yaml
 from torch import Tensor
 
 from allspark import distributed, launch
+from allspark import recipe_arguments as recipe_args
 from allspark.build import build_method
-from allspark.cli import recipe as recipe_args
-from allspark.config import INSTALLED, Recipe, to_plain
+from allspark.config import Recipe
+from allspark.config_io import to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.worker_pool import worker_count
 from allspark.engine.checkpoint import Position
@@ -174,18 +180,6 @@ def pictures_after(epoch: int, recipe: Recipe) -> int:
     return recipe.evaluation.pictures if due or epoch + 1 == recipe.epochs else 0
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    prog = "allspark train" if INSTALLED else "train.py"
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    recipe_args.add_arguments(parser)
-    parser.add_argument("--save-path", type=Path, help="folder of the run; default: exp/<dataset>/<method>/<split>")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
-    parser.add_argument("--fresh", action="store_true", help="start over; an existing run is moved aside")
-    parser.add_argument("--port", type=int, help="port of the process group, if no launcher sets MASTER_PORT")
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # accepted and ignored
-    return parser.parse_intermixed_args(argv)
-
-
 def default_path(recipe: Recipe, method: str) -> Path:
     """exp/<dataset>/<method>/<split>; whatever a recipe names them, the path stays inside exp."""
     names = (recipe.data.dataset, method, recipe.data.split or "own")
@@ -193,7 +187,7 @@ def default_path(recipe: Recipe, method: str) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse_args(argv)
+    args = parse("train", argv)
     recipe = recipe_args.recipe_of(args)
     build_method(recipe, spec_for(recipe.data))  # refuse it before a file is touched
     if args.print_config:
@@ -201,7 +195,8 @@ def main(argv: Sequence[str]) -> None:
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
     with Stop() as stop, launch.process_group(recipe.device, args.port) as device:
-        notes, command = recipe_args.changes(args, recipe), recipe_args.command(args)
+        notes = [*recipe.notes, *recipe_args.changes(args, recipe)]
+        command = recipe_args.command(args)
         fresh = args.fresh and not launch.is_restart()
         if fresh != args.fresh:
             notes.append("--fresh ignored: the job was restarted by slurm or torchrun, resuming")

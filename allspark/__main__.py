@@ -1,78 +1,49 @@
-"""allspark <verb> ... or python -m allspark <verb> ...: everything, train.py and eval.py included.
-
-One file in cli/ per verb, one line in VERBS. train and eval are the scripts at the top of a checkout; an installed
-package holds them as modules.
-"""
+"""The command `allspark`, or python -m allspark: one file in cli/ per command, besides train.py and eval.py."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
-from allspark.config import CONFIG_ROOT, INSTALLED
+from allspark.arguments import parse_command
+from allspark.config_io import CONFIG_ROOT, INSTALLED
 from allspark.utils.errors import UserError, run_main
-
-SCRIPTS = {
-    "train": "one method on one split: train.py",
-    "eval": "a checkpoint -> table of IoU, JSON, pictures: eval.py",
-}
-VERBS = {
-    "bench": "speed and memory of steps, loading and evaluation against a plain formulation of the same maths",
-    "check": "everything that can be wrong with a recipe and its data, before training starts",
-    "compare": "a table, learning curves and a grid of predictions from finished runs",
-    "export": "a checkpoint -> one file for torch.export or ONNX that predicts without this code",
-    "predict": "images, folders, lists -> masks of class indices, and pictures to look at",
-    "prepare": "official archives -> the layout that the configs expect",
-    "report": "curves, classes, confusions, best and worst images of runs on one HTML page",
-    "splits": "published lists verified and fetched, lists of one's own drawn: which images are labeled",
-    "weights": "encoders and whole models of other code bases, imported and inspected; ImageNet weights fetched",
-}
 
 
 def main(argv: Sequence[str]) -> None:
-    if argv and argv[0] in SCRIPTS:  # they read their words themselves, options and overrides in any order
-        script(argv[0])(argv[1:])
-        return
-    prog = "allspark" if INSTALLED else "python -m allspark"
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(dest="command", required=True, metavar="verb")
-    for name, help_text in (SCRIPTS | VERBS).items():
-        verb = verbs.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
-        if argv and argv[0] == name:  # only the verb that is wanted is imported
-            module = loaded(f"allspark.cli.{name}")
-            module.add_arguments(verb)
-            verb.set_defaults(run=module.main)
-    args = parser.parse_args(argv)
-    args.run(args)
+    args = parse_command(argv)  # before anything large is imported
+    if args.command in ("train", "eval"):
+        load_script(args.command).main(argv[1:])
+    else:
+        load_module(f"allspark.cli.{args.command}").main(args)
 
 
-def script(name: str) -> Callable[[Sequence[str]], None]:
-    """The main function of train.py or eval.py."""
+def load_script(name: str) -> ModuleType:
+    """train.py or eval.py: modules of an installed package, else at the top of the checkout."""
     if INSTALLED:
-        return loaded(f"allspark.{name}").main
+        return load_module(f"allspark.{name}")
     if (top := str(CONFIG_ROOT.parent)) not in sys.path:
-        sys.path.insert(0, top)  # and so in the processes of a loader, too, which may have to import it again
-    return loaded(name).main
+        sys.path.insert(0, top)  # worker processes inherit it, which may have to import the script again
+    return load_module(name)
 
 
-def loaded(name: str) -> ModuleType:
-    """The module; UserError where OpenCV is absent, or the one for desktops on a machine that is none."""
+def load_module(name: str) -> ModuleType:
+    """Import a module; UserError if OpenCV cannot be loaded, as its desktop build on a server."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         if error.name != "cv2":
             raise
         raise UserError(
-            f"OpenCV cannot be loaded ({error}). The one that mmcv-lite brings needs a desktop's libraries, such as "
-            "libGL; put the one that does not over it: pip install --force-reinstall --no-deps opencv-python-headless"
+            f"OpenCV cannot be loaded ({error}). The build that mmcv-lite depends on needs desktop libraries such as "
+            "libGL; replace it: pip install --force-reinstall --no-deps opencv-python-headless"
         ) from None
 
 
 def run() -> int:
-    """The command `allspark`."""
+    """Entry point of the command `allspark`."""
     return run_main(main)
 
 

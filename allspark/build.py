@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from allspark import distributed
-from allspark.config import CONFIG_ROOT, CriterionConfig, MethodConfig, Recipe, bind_options
+from allspark.config import CriterionConfig, MethodConfig, Recipe
+from allspark.config_io import CONFIG_ROOT, bind_options
 from allspark.data.batch import Views
 from allspark.data.loaders import TrainLoader
 from allspark.data.spec import DatasetSpec

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 
 from allspark.build import build_method, complete
-from allspark.config import Recipe, build_recipe, load_recipe, to_plain
+from allspark.config import Recipe
+from allspark.config_io import build_recipe, load_recipe, to_plain
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
 from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
+from allspark.engine.stepper import autocast, set_precision
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.models.segmentor import build_model
 from allspark.utils.download import file_digest
@@ -58,6 +61,12 @@ class InferenceModel:
                 f"--mode {mode}: the window size of these imported weights is unknown; give their --dataset"
             )
         return inference_for(self.spec, self.crop_size, mode, **options)
+
+
+def precision_context(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
+    """Context for forward passes in --precision; UserError if the device does not support it."""
+    set_precision(args.precision, device)
+    return autocast(args.precision, device)
 
 
 def load_for_inference(path: str | Path, device: torch.device, dataset: str | None = None) -> InferenceModel:

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed, launch
 from allspark.build import build_loader, build_method, complete
-from allspark.config import OptimConfig, Recipe, build_recipe, differences, to_plain
+from allspark.config import OptimConfig, Recipe
+from allspark.config_io import build_recipe, differences, to_plain
 from allspark.data.audit import preflight, select_hidden
 from allspark.data.datasets import spec_for
 from allspark.data.loaders import TrainLoader
@@ -40,12 +41,13 @@ from allspark.engine.checkpoint import (
     load_state,
 )
 from allspark.engine.checkpointer import Checkpointer
-from allspark.engine.log import METRICS, RunLog
-from allspark.engine.optim import build_optimizer, scaled
+from allspark.engine.log import RunLog
+from allspark.engine.optim import build_optimizer, scale_lr
 from allspark.engine.provenance import revision, write_provenance
 from allspark.engine.run_lock import RunLock
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import Stepper, has_bf16, micro_batch_size, set_deterministic, set_precision
+from allspark.engine.writers import METRICS
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method
@@ -113,7 +115,7 @@ def build_run(
     spec = spec_for(recipe.data)
     lists = resolve(recipe.data)
     check_same_start(recipe, lists)
-    optim = scaled(recipe.optim, recipe.batch_size)
+    optim = scale_lr(recipe.optim, recipe.batch_size)
     micro_batch_size(recipe, distributed.world_size())  # refuses one that does not fit, before a file is touched
     data_notes = [*describe_lists(lists, spec), *preflight(recipe.data, spec, lists)]
     hidden, hidden_notes = select_hidden(lists, spec, recipe.evaluation.pseudo_labels)

@@ -29,7 +29,7 @@ paired=${paired:-}
 total=0
 for row in $methods; do # a slip is told before hours of training, not behind them
     if [ ! -e "configs/methods/${row%%+*}.yaml" ]; then
-        echo "compare: method $row: there is no configs/methods/${row%%+*}.yaml; correct methods=\"...\"" >&2
+        echo "compare: method $row: configs/methods/${row%%+*}.yaml does not exist; correct methods=\"...\"" >&2
         exit 2
     fi
     paired=${paired:-$row}

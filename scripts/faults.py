@@ -41,7 +41,7 @@ METHODS = {
     "fixmatch": ["--method", "fixmatch", "method.threshold=0.3"],
 }
 SMALL = (  # noqa: SIM905
-    "model.encoder=mit_b0 model.decoder_channels=32 crop_size=64 batch_size=4 epochs=3 burn_in_epochs=1 log_interval=4 "
+    "model.encoder=mit_b0 model.decoder_channels=32 crop_size=64 batch_size=4 epochs=3 burn_in_epochs=1 log.interval=4 "
     "num_workers=1 device=cpu evaluation.interval=2 evaluation.pseudo_labels=4 checkpoint_interval=2 data.cache=none"
 ).split()
 WHAT = {
@@ -424,7 +424,7 @@ def main(argv: Sequence[str]) -> int:
     out = args.out.absolute()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    Forked.context.set_forkserver_preload(["train", "allspark.cli.recipe"])
+    Forked.context.set_forkserver_preload(["train", "allspark.recipe_arguments"])
     campaigns, since = plan(args, out), time.monotonic()
     everything = [fault for campaign in campaigns for fault in campaign.faults]
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:

@@ -49,7 +49,7 @@ from torch.overrides import TorchFunctionMode
 from allspark.bench.machine import copy_rate, matrix_rate
 from allspark.bench.step import StepBatch, StepCase, our_side, plain_side
 from allspark.build import build_method, complete
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.data.datasets import spec_for
 from allspark.device import choose_device

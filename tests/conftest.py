@@ -45,7 +45,7 @@ class Place:
     def lists(self, *words: object) -> list[str]:
         """Arguments of train.py: PASCAL's recipe cut down for these files, named by lists; the method is in `words`."""
         small = ("model.encoder=mit_b0", "model.decoder_channels=32", "model.pretrained=none", "crop_size=65")
-        short = ("batch_size=2", "epochs=1", "log_interval=1", "num_workers=0", "device=cpu")
+        short = ("batch_size=2", "epochs=1", "log.interval=1", "num_workers=0", "device=cpu")
         data = (f"data_root={self.root}", f"data.val_id_path={self.root}/lists/val.txt")
         files = [f"--{kind}-id-path={self.root}/lists/{kind}.txt" for kind in ("labeled", "unlabeled")]
         return ["--dataset", "pascal", *files, *small, *short, *data, *map(str, words)]
@@ -97,7 +97,7 @@ def write_recipe(path: Path, root: Path) -> Path:
         "optim": {"name": "adamw", "lr": 1e-3, "lr_multi": 1.0, "weight_decay": 0.01},
         "epochs": 2,
         "batch_size": 2,
-        "log_interval": 2,
+        "log": {"interval": 2},
         "device": "cpu",
     }
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.data.datasets import DATASETS
 from allspark.data.image_io import read_mask, read_pair
 from allspark.data.splits import resolve

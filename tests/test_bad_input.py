@@ -16,7 +16,7 @@ from PIL import Image
 import eval as eval_script
 import train
 from allspark import __main__ as verbs
-from allspark.config import load_config
+from allspark.config_io import load_config
 from allspark.data.audit import spread
 from allspark.data.splits import resolve
 from allspark.utils.errors import run_main
@@ -105,8 +105,8 @@ def test_recipe(words, told, place, refused):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--dataset", "pascl", "--method", "allspark"), ("--dataset pascl", "there is", "pascal")),
-        (("--dataset", "pascal", "--method", "alspark"), ("--method alspark", "there is", "allspark")),
+        (("--dataset", "pascl", "--method", "allspark"), ("--dataset pascl", "does not exist", "pascal")),
+        (("--dataset", "pascal", "--method", "alspark"), ("--method alspark", "does not exist", "allspark")),
         (("--dataset", "pascal"), ("--dataset and --method", "--config")),
         ((), ("--dataset and --method", "--config")),
         (("--config", "/no/recipe.yaml"), ("/no/recipe.yaml", "cannot be read")),

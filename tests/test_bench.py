@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from allspark.__main__ import main
+from allspark.arguments import parse
 from allspark.bench import measure, scale
 from allspark.bench.loader import Stream
 from allspark.bench.photos import Likeness, write_photos
@@ -263,11 +264,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
 
 
 def test_points_are_steps_that_the_bench_takes():
-    parser = bench.argparse.ArgumentParser()
-    bench.add_arguments(parser)
     for point in scale.points(list(scale.SWEEPS)):
         words = point.command(["--precision", "fp32", "--repeats", "1"], threads=2)
-        args = parser.parse_args(words[words.index("bench") + 1 :])
+        args = parse("bench", words[words.index("bench") + 1 :])
+        bench.set_defaults(args)
         assert getattr(args, point.vary, point.value) == point.value
         several = point == scale.Point("processes", 2)
         assert ("torch.distributed.run" in words) == several and args.threads == (1 if several else 2)

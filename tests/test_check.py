@@ -7,7 +7,7 @@ from test_methods import ENCODERS
 from allspark import memory_estimate as memory
 from allspark.__main__ import main
 from allspark.build import build_method, complete
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.data.datasets import DATASETS
 from allspark.utils.errors import run_main
 
@@ -57,10 +57,12 @@ def test_check_tells_the_memory(place, capsys, monkeypatch):
     monkeypatch.setattr("allspark.cli.check.free_memory", lambda kind: 1_000_000)
     assert run_main(main, ["check", "--config", str(place.config), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "4 labeled, 6 unlabeled, 2 val images" in out and "nothing that would stop this run" in out
-    assert "memory of a training step on cpu, 2 labeled images at once, one of 1 process(es): predicted 0." in out
-    assert "WARNING: a training step takes more than the 0.00 GB that are free on this cpu; micro_batch" in out
-    assert "measured by two steps: 0." in out and "of main memory at most" in out
+    assert "4 labeled, 6 unlabeled, 2 val images" in out and "no problems found" in out
+    assert (
+        "memory of a training step on cpu, 2 labeled images per forward pass, one of 1 process(es): predicted 0." in out
+    )
+    assert "WARNING: a training step needs more than the 0.00 GB that are free on this cpu; micro_batch" in out
+    assert "measured in two steps: 0." in out and "peak resident memory" in out
     told = [line.split(" GB at its peak")[0].split()[-1] for line in out.splitlines() if "at its peak" in line]
     assert len(set(told)) == 1
     assert run_main(main, ["check", "--config", str(place.config), "--processes", "3"]) == 2

@@ -16,8 +16,9 @@ from PIL import Image
 
 import train
 from allspark.__main__ import main
-from allspark.cli.compare import differing_lists, origin_table, paired_table, read_rows, score_table, unfinished
-from allspark.config import merge
+from allspark.cli.compare import origin_table, paired_table, read_rows, score_table, unfinished
+from allspark.config_io import merge
+from allspark.runs import differing_lists
 from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import UserError
 from allspark.visualization import pictures
@@ -108,7 +109,7 @@ def test_the_runs_of_one_name_are_the_seeds_of_one_row(write_run, capsys):
     assert cells(lines[0]) == ["run", "seeds", "mIoU last", "mIoU best", *CLASSES]
     assert cells(lines[2]) == ["mine", "3", last, best, mean_and_std([20.0, 29.0], digits=1), left, "-"]
     assert cells(lines[3]) == ["other", "1", "10.00", "10.00", "10.0", "11.0", "-"]
-    assert "best on val is a" in score_table(rows)
+    assert "it is selected on" in score_table(rows)
 
 
 def test_each_seed_less_the_same_seed_of_the_base(write_run):
@@ -118,7 +119,7 @@ def test_each_seed_less_the_same_seed_of_the_base(write_run):
     words += [f"mine={write_run(f'b{seed}', seed, score)}" for seed, score in mine.items()]
     rows = read_rows([*words, f"one={write_run('c', 2, 27.0)}"])
     lines = paired_table(rows, "base").splitlines()
-    assert cells(lines[0]) == ["mIoU last, less base", "seed 0", "seed 1", "seed 2", "mean ± std"]
+    assert cells(lines[0]) == ["mIoU last, minus base", "seed 0", "seed 1", "seed 2", "mean ± std"]
     mean, std = (0.5 - 1.0) / 2, math.sqrt(((0.5 + 0.25) ** 2 + (-1.0 + 0.25) ** 2) / 1)
     assert cells(lines[2]) == ["mine", "-", "+0.50", "-1.00", f"{mean:+.2f} ± {std:.2f}"]
     assert cells(lines[3]) == ["one", "-", "-", "+2.00", "+2.00"] and len(lines) == 4
@@ -151,7 +152,7 @@ def test_pseudo_labels_and_pairs_come_with_the_table(write_run, tmp_path, capsys
     lines = table.splitlines()
     assert cells(lines[0])[4:6] == ["pseudo-label accuracy", "pseudo-label coverage"]
     assert cells(lines[2])[4:6] == [mean_and_std([81.5, 84.5], 1), mean_and_std([40.25, 44.75], 1)]
-    assert cells(lines[3])[4:6] == ["-", "-"] and "coverage: the pixels confident" in table
+    assert cells(lines[3])[4:6] == ["-", "-"] and "coverage: share of pixels" in table
     for name in ("seeds", "curves", "losses", "predictions", "pseudo_labels"):
         drawn = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
         assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
@@ -303,7 +304,7 @@ def test_the_script_takes_a_recipe_of_ones_own(script, tmp_path):
 
 def test_the_script_tells_a_slip_before_it_trains(script, tmp_path):
     slip = script(methods="supervised fixmach+allspark", out=str(tmp_path / "out"))
-    assert slip.returncode == 2 and "there is no configs/methods/fixmach.yaml" in slip.stderr
+    assert slip.returncode == 2 and "configs/methods/fixmach.yaml does not exist" in slip.stderr
     no_split = script(dataset="pascal", methods="supervised")
     assert no_split.returncode == 2 and "split=NAME" in no_split.stderr and not slip.stdout + no_split.stdout
 
@@ -376,11 +377,11 @@ def test_what_is_not_a_finished_run_is_refused(finished, tmp_path, capsys):
     young = tmp_path / "young"
     shutil.copytree(finished.run, young, ignore=shutil.ignore_patterns("*.pth"))
     (young / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
-    with pytest.raises(UserError, match="not evaluated yet"):
+    with pytest.raises(UserError, match="no evaluation yet"):
         main(["compare", str(young), "--out", str(tmp_path / "out")])
     capsys.readouterr()
     assert [row.name for row in read_rows([str(young), f"done={finished.run}"])] == ["done"]
-    assert f"WARNING: {young} was not evaluated yet and is left out" in capsys.readouterr().err
+    assert f"WARNING: {young} has no evaluation yet and is left out" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(finished.run, other, ignore=shutil.ignore_patterns("*.pth"))
     recipe = yaml.safe_load((other / "config.yaml").read_text())

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from allspark import config_io
 from allspark.build import complete
-from allspark.config import (
+from allspark.config_io import (
     build_recipe,
     differences,
     full_key,
@@ -57,7 +58,7 @@ def test_released_and_revised_differ_in_these_options_alone():
     }
     short = {"method.teacher_momentum: 0.996 -> 0.99", "method.class_thresholds: False -> True"}  # runs, from scratch
     assert both("camvid") == expected | short
-    assert both("pascal") == expected | {"optim.late: True -> False"}
+    assert both("pascal") == expected | {"optim.lr_one_step_late: True -> False"}
 
 
 def test_a_base_that_is_not_there(tmp_path, monkeypatch):
@@ -65,8 +66,8 @@ def test_a_base_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "methods").mkdir()
     (tmp_path / "datasets" / "x.yaml").write_text("epochs: 1")
     (tmp_path / "methods" / "mine.yaml").write_text("base: mien")
-    monkeypatch.setattr("allspark.config.CONFIG_ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"--method mien: there is no .*mien\.yaml; known are mine"):
+    monkeypatch.setattr("allspark.config_io.CONFIG_ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"--method mien: .*mien\.yaml does not exist; known are mine"):
         load_recipe("x", "mine")
     (tmp_path / "methods" / "mine.yaml").write_text("base: mine")
     with pytest.raises(UserError, match="names the file itself"):
@@ -124,6 +125,38 @@ def test_a_recipe_of_ones_own_by_another_method(tmp_path):
         load_config(tmp_path / "mine.yaml", None, "nothing")
 
 
+def test_old_keys_are_translated_with_a_note(tmp_path, monkeypatch):
+    """In a file, in the recipe of a checkpoint, as override and in a section of a method's file."""
+    old = {**MINIMAL, "log_interval": 3, "optim": {"late": True, "lr": 0.5}}
+    expected = ("log_interval is now log.interval", "optim.late is now optim.lr_one_step_late")
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    for recipe in (build_recipe(old, None, "checkpoint"), load_config(tmp_path / "old.yaml")):
+        assert (recipe.log.interval, recipe.optim.lr_one_step_late, recipe.optim.lr) == (3, True, 0.5)
+        assert recipe.notes == expected
+        assert "notes" not in to_plain(recipe) and recipe == build_recipe(to_plain(recipe), None, "new")
+    recipe = build_recipe(MINIMAL, parse_overrides(["log_interval=7", "late=true"]), "test")
+    assert (recipe.log.interval, recipe.optim.lr_one_step_late, recipe.notes) == (7, True, expected)
+    recipe = load_config(tmp_path / "old.yaml", {"log.interval": 9})  # an override of the new key replaces it
+    assert (recipe.log.interval, recipe.notes) == (9, expected)
+    with pytest.raises(UserError, match=r"test: has both log_interval and log\.interval, its new name; remove log_int"):
+        build_recipe({**old, "log": {"interval": 2}}, None, "test")
+
+
+def test_a_translation_may_be_a_function(monkeypatch):
+    def halve(content, value):
+        return merge(content, {"epochs": value // 2}), "half_epochs is now epochs, and half of it"
+
+    monkeypatch.setitem(config_io.RENAMED, "half_epochs", halve)
+    recipe = build_recipe({**MINIMAL, "half_epochs": 8}, None, "test")
+    assert (recipe.epochs, recipe.notes) == (4, ("half_epochs is now epochs, and half of it",))
+
+
+def test_every_key_is_documented():
+    for path, key in config_io.keys().items():
+        help_text = key.metadata["help"]
+        assert help_text and not help_text.endswith(".") and len(help_text) < 160, path
+
+
 def test_yaml_floats_without_a_dot():
     assert build_recipe(MINIMAL, parse_overrides(["lr=6e-4"]), "test").optim.lr == 6e-4
 
@@ -145,7 +178,7 @@ def test_data_root_from_the_environment(monkeypatch):
         ("lr=-1", ["optim.lr=-1", "above 0"]),
         ("optim.name=adam", ["optim.name='adam'", "sgd or adamw"]),
         ("data.scale_range=[1]", ["data.scale_range=[1]", "[float, float]"]),
-        ("data.scale_range=[2, 1]", ["data.scale_range", "the smaller first"]),
+        ("data.scale_range=[2, 1]", ["data.scale_range", "the smaller factor"]),
         ("crop_size=32", ["data.crop_size=32", "at least 64"]),
         ("model.dropout=1", ["model.dropout=1", "at most 0.99"]),
         ("optim.momentum=.nan", ["optim.momentum=nan"]),

@@ -11,7 +11,8 @@ from timm.layers import DropPath
 import train
 from allspark.__main__ import main
 from allspark.build import complete
-from allspark.config import BottleneckConfig, ModelConfig, OptimConfig, load_recipe
+from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
+from allspark.config_io import load_recipe
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
@@ -268,7 +269,7 @@ def test_published_recipe(method, dataset, depth):
     assert (recipe.data.crop_size, recipe.epochs, recipe.batch_size) == (crop, epochs, batch)
     optim = recipe.optim
     assert (optim.name, optim.lr, optim.lr_multi, optim.weight_decay) == ("sgd", lr, factor, decay)
-    assert (optim.momentum, optim.power, optim.late) == (0.9, 0.9, method != "imas")
+    assert (optim.momentum, optim.power, optim.lr_one_step_late) == (0.9, 0.9, method != "imas")
     assert recipe.criterion.name == criterion and min_kept in (None, recipe.criterion.min_kept)
     assert recipe.method.name == method and recipe.method.options.get("threshold") == threshold
     assert recipe.method.options.get("labeled_view", "weak") == "weak"

@@ -23,11 +23,12 @@ from allspark.engine.checkpoint import (
     load_state,
     save_checkpoint,
 )
-from allspark.engine.log import RunLog, drop_lines_after
+from allspark.engine.log import RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.engine.run_lock import RunLock
 from allspark.engine.signals import SAVE, Stop
 from allspark.engine.stepper import Stepper
+from allspark.engine.writers import drop_lines_after
 from allspark.models.memory import SemanticMemory
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import Stopped, UserError
@@ -37,8 +38,18 @@ def test_poly_schedule():
     cfg = OptimConfig(lr=0.1, power=0.9)
     assert poly_lr(cfg, 0, 10) == 0.1
     assert math.isclose(poly_lr(cfg, 5, 10), 0.1 * 0.5**0.9)
-    late = OptimConfig(lr=0.1, power=0.9, late=True)  # the released code sets the rate behind the step
+    late = OptimConfig(lr=0.1, power=0.9, lr_one_step_late=True)  # as in the released code
     assert [poly_lr(late, step, 10) for step in range(4)] == [0.1] + [poly_lr(cfg, step, 10) for step in range(3)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_warmup_is_linear_and_then_the_schedule(late):
+    """As in SegFormer's recipe: the schedule's rate times a factor that rises from 0 to 1."""
+    plain = OptimConfig(lr=0.1, power=1.0, lr_one_step_late=late)
+    warm = OptimConfig(lr=0.1, power=1.0, lr_one_step_late=late, warmup_steps=4)
+    factors = [poly_lr(warm, step, 10) / poly_lr(plain, step, 10) for step in range(10)]
+    expected = [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
+    assert factors == pytest.approx([0, *expected[:-1]] if late else expected)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -87,7 +98,7 @@ def test_log_lines_and_means(tmp_path):
     log = RunLog(tmp_path, active=True, interval=2, start_step=0, total_steps=4)
     for step, value in enumerate((1.0, 3.0, 5.0), start=1):
         log.add({"loss": torch.tensor(value)}, step=step, epoch=0, lr=0.1, images=4)
-    log.scores(step=3, epoch=0, miou=50.0, iou={"a": 50.0, "b": None})
+    log.evaluation(step=3, epoch=0, miou=50.0, iou={"a": 50.0, "b": None})
     log.info("hello")
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +139,7 @@ def test_skipped_steps_are_counted_in_the_lines_and_told_once_per_window(tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [2, 3] and log.in_row == 1
     warnings = [line for line in (tmp_path / "train.log").read_text().splitlines() if "WARNING" in line]
-    assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 so far" in warnings[1]
+    assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 in total" in warnings[1]
 
 
 def test_losses_that_were_not_logged_yet_go_on_in_the_next_process(tmp_path):

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 import eval as eval_script
-from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe, to_plain
+from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
+from allspark.config_io import to_plain
 from allspark.data import splits
 from allspark.data.batch import normalize
 from allspark.data.datasets import DATASETS, cityscapes
@@ -409,13 +410,13 @@ def test_a_list_that_changed_under_its_name_is_told(tmp_path, capsys, monkeypatc
         (("--dataset", "pascal"), "pascal.*trained on tiny"),
         (("--scales", "0"), "scales"),
         (("--json", "{root}"), "--json.*folder"),
-        (("--json", "{root}/val.txt"), "--json.*val.txt: is there"),
+        (("--json", "{root}/val.txt"), "--json.*val.txt: exists"),
         (("--save-dir", "{root}/val.txt"), "val.txt"),
         (("--save-dir", "{root}"), "part of the input"),
         (("--list", "{root}/missing.txt"), "gone.png"),
         (("--list", "{root}/bare.txt"), "no mask"),
-        (("--list", "{root}/ignored.txt"), "no pixel"),
-        (("--list", "{root}/ignored.txt", "--absent-as-zero"), "no pixel"),
+        (("--list", "{root}/ignored.txt"), "all mask pixels are ignored"),
+        (("--list", "{root}/ignored.txt", "--absent-as-zero"), "all mask pixels are ignored"),
         (("--checkpoint", "{root}/val.txt"), "val.txt"),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from allspark.__main__ import main
-from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, verified
+from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, verify
 from allspark.config import ModelConfig
 from allspark.data.batch import normalize
 from allspark.inference import load_for_inference
@@ -123,15 +123,15 @@ def test_what_differs_is_not_written(network):
 
     whole = {(height, width) for _, height, width in CHECKED}
     assert EXAMPLE[2:] not in whole
-    assert "differ by at most 0.0e+00" in verified(network, network, 65, Path("m.onnx"))
+    assert "differ by at most 0.0e+00" in verify(network, network, 65, Path("m.onnx"))
     for run in (at(whole, 1e-3), at({(300, 190)}, 2e-4), at({(300, 190)}, float("nan"))):
         with pytest.raises(UserError, match="m.onnx: not written: its logits differ"):
-            verified(run, network, 65, Path("m.onnx"))
+            verify(run, network, 65, Path("m.onnx"))
     ramp = torch.linspace(0, 1, 3).view(1, 3, 1, 1)
     with pytest.raises(UserError, match="in windows by"):
-        verified(at({(65, 65)}, ramp), network, 65, Path("m.onnx"))
-    with pytest.raises(UserError, match=r"does not take images of \(1, 3, 224, 224\)"):
-        verified(lambda image: network(image if image.shape[-1] != 224 else image[:, :2]), network, 65, Path("m.onnx"))
+        verify(at({(65, 65)}, ramp), network, 65, Path("m.onnx"))
+    with pytest.raises(UserError, match=r"does not accept images of \(1, 3, 224, 224\)"):
+        verify(lambda image: network(image if image.shape[-1] != 224 else image[:, :2]), network, 65, Path("m.onnx"))
 
 
 @pytest.mark.parametrize(

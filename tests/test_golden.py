@@ -169,7 +169,7 @@ def test_trajectory():
     """
     golden = np.load(GOLDEN / "trajectory_b0_pascal_2x65_12it.npz")
     model = released_model("b0_pascal_crop65", 21, 65).train().double()
-    cfg = OptimConfig(name="sgd", lr=0.001, lr_multi=10.0, weight_decay=1e-4, late=True)
+    cfg = OptimConfig(name="sgd", lr=0.001, lr_multi=10.0, weight_decay=1e-4, lr_one_step_late=True)
     optimizer = build_optimizer(cfg, model)
     method = METHODS["allspark"](CrossEntropy())
     for step in range(12):

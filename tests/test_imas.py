@@ -9,7 +9,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from test_methods import CLASSES, CROP, FIRST, make_method, make_model, random_batches
 
 from allspark.build import build_method, complete
-from allspark.config import CustomDataConfig, load_recipe
+from allspark.config import CustomDataConfig
+from allspark.config_io import load_recipe
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.datasets.custom import make_spec

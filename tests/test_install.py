@@ -18,8 +18,9 @@ import eval as eval_script
 import train
 from allspark import __main__ as command
 from allspark import memory_estimate as memory
+from allspark.arguments import COMMANDS
 from allspark.bench import scale
-from allspark.config import CONFIG_ROOT, load_config
+from allspark.config_io import CONFIG_ROOT, load_config
 from allspark.data.batch import Views
 from allspark.data.cache import open_reader
 from allspark.data.datasets import DATASETS, spec_for
@@ -39,7 +40,7 @@ ELSEWHERE = """
 import sys
 from pathlib import Path
 from allspark.__main__ import main
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.data import spec_for
 from allspark.data.splits import find_split, val_entries
 from allspark.split_lists.manifest import SPLITS_ROOT
@@ -113,7 +114,7 @@ def test_it_works_in_another_folder(wheel, tmp_path):
 def test_in_a_checkout_its_own_files_are_used(monkeypatch, capsys):
     assert REPO / "configs" == CONFIG_ROOT and REPO / "splits" == SPLITS_ROOT == SHIPPED_SPLITS
     assert split_roots(SPLITS_ROOT) == (SPLITS_ROOT,) and split_roots(Path("elsewhere")) == (Path("elsewhere"),)
-    assert command.script("train") is train.main and command.script("eval") is eval_script.main
+    assert command.load_script("train") is train and command.load_script("eval") is eval_script
     words = ["--dataset", "shapes", "--method", "supervised", "--split", "1_8", "--print-config"]
     assert run_main(command.main, ["train", *words]) == 0
     printed = capsys.readouterr().out
@@ -122,7 +123,7 @@ def test_in_a_checkout_its_own_files_are_used(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     told = capsys.readouterr().out
-    assert all(f"    {name} " in told for name in (*command.SCRIPTS, *command.VERBS))
+    assert all(f"  {name} " in told for name in COMMANDS)
 
 
 def test_opencv_without_libgl_is_one_message(tmp_path, monkeypatch, capsys):
@@ -136,9 +137,9 @@ def test_opencv_without_libgl_is_one_message(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cv2")
     with pytest.raises(UserError, match=r"libGL.so.1: cannot.*--no-deps opencv-python-headless"):
-        command.loaded("verb")
+        command.load_module("verb")
     with pytest.raises(ModuleNotFoundError, match="not_there"):
-        command.loaded("bug")
+        command.load_module("bug")
 
 
 def test_no_module_needs_a_posix_system():

@@ -407,7 +407,7 @@ def test_the_number_of_images_may_change_in_a_resumed_run_and_is_checked(finishe
 
 def test_a_score_without_a_value_is_null_and_no_scalar(tmp_path):
     log = RunLog(tmp_path, active=True, interval=1, start_step=0, total_steps=1)
-    log.scores(step=1, epoch=0, miou=50.0, iou={"a": 50.0}, pseudo_accuracy=None, pseudo_coverage=0.0)
+    log.evaluation(step=1, epoch=0, miou=50.0, iou={"a": 50.0}, pseudo_accuracy=None, pseudo_coverage=0.0)
     log.close()
     (line,) = (json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["pseudo_accuracy"] is None and line["pseudo_coverage"] == 0

@@ -21,7 +21,7 @@ def two_processes(finished, start_process, tmp_path_factory):
     """train.py under torchrun, its first epoch supervised: (folder of the finished run, what was printed)."""
     run = tmp_path_factory.mktemp("two") / "run"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc_per_node=2"]
-    words = ["--config", finished.config, "--save-path", run, "log_interval=1", "burn_in_epochs=1"]
+    words = ["--config", finished.config, "--save-path", run, "log.interval=1", "burn_in_epochs=1"]
     process = start_process([*launcher, "train.py", *words])
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
@@ -82,7 +82,7 @@ def train_in_group(words, function, call, rank, number):
 def test_two_processes_stop_at_one_step_and_go_on_bit_for_bit(pair, two_processes, finished, tmp_path):
     """The signal reaches one of them; statistics of batch norm are each one's own in the middle of an epoch."""
     words = ["--config", str(finished.config), "--save-path", str(tmp_path / "run")]
-    words += ["log_interval=1", "burn_in_epochs=1", "data.num_workers=0"]
+    words += ["log.interval=1", "burn_in_epochs=1", "data.num_workers=0"]
     assert pair(train_in_group, words, "seed_step", 2, 1, signal.SIGTERM) == [75, 75]
     content = load(tmp_path / "run" / "latest.pth")
     assert content["step"] == 2 and any("running_mean" in name for name in content["ranks"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_methods import CLASSES, FIRST, make_method, make_model, quiet_model, random_batches
 
 from allspark.build import complete
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.student import Student
 

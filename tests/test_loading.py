@@ -14,7 +14,8 @@ import eval as eval_script
 import train
 from allspark import __main__ as verbs
 from allspark.build import build_method, complete
-from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe, load_config, to_plain
+from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, Recipe
+from allspark.config_io import load_config, to_plain
 from allspark.data.batch import normalize
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.image_io import read_image

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from allspark.build import build_method
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.data.datasets import spec_for
 from allspark.losses import OHEM, CrossEntropy, Dice, WithDice, build_criterion, consistency_loss
 from allspark.utils.errors import UserError

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 import train
-from allspark.config import Recipe, _hints
+from allspark.config import Recipe
+from allspark.config_io import type_hints
 from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,7 @@ def refused(capfd, place):
 
 def key_paths(kind=Recipe, prefix=""):
     """(path, whether it is a section) of every key of a recipe, but the options of a method, which are its own."""
-    for name, hint in _hints(kind).items():
+    for name, hint in type_hints(kind).items():
         sections = [part for part in (hint, *getattr(hint, "__args__", ())) if dataclasses.is_dataclass(part)]
         yield prefix + name, bool(sections)
         if sections and name != "method":
@@ -53,7 +54,7 @@ NUMBERS = [
     "optim.lr",
     "optim.momentum",
     "data.timeout",
-    "log_interval",
+    "log.interval",
 ]
 
 
@@ -84,10 +85,10 @@ MERGED = "b0: &b0 {x: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join([f'*b{i - 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (BILLION, "aliases stand for more"),
-        (MERGED, "aliases stand for more"),
-        ("a: &a {b: *a}", "aliases stand for more"),
-        ("# " + "x" * (2 << 20), "characters are no settings"),
+        (BILLION, "aliases expand to more"),
+        (MERGED, "aliases expand to more"),
+        ("a: &a {b: *a}", "aliases expand to more"),
+        ("# " + "x" * (2 << 20), "characters are too many"),
         ("[" * 1200, "not valid YAML"),
         ("epochs: 3\nepochs:\n  - 1\n", "epochs"),
         ("? {a: b}\n: 1", "not valid YAML"),

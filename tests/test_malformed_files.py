@@ -16,7 +16,7 @@ from PIL import Image
 import eval as eval_script
 import train
 from allspark import __main__ as verbs
-from allspark.config import load_config
+from allspark.config_io import load_config
 from allspark.data.datasets import spec_for
 from allspark.data.image_io import read_image, read_mask
 from allspark.engine.checkpoint import load_checkpoint

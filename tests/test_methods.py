@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from allspark.build import build_loader, build_method, complete
-from allspark.config import BottleneckConfig, ModelConfig, bind_options, load_recipe
+from allspark.config import BottleneckConfig, ModelConfig
+from allspark.config_io import bind_options, load_recipe
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.data.datasets import DATASETS, shapes
 from allspark.data.spec import Sample

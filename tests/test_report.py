@@ -15,9 +15,9 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.cli import report
-from allspark.cli.compare import named_folders, read_run
-from allspark.config import merge
+from allspark.config_io import merge
 from allspark.data.spec import DatasetSpec, voc_palette
+from allspark.runs import named_folders, read_run
 from allspark.utils.errors import UserError
 from allspark.visualization.best_worst import BestWorst, encode_image
 
@@ -38,7 +38,7 @@ def second(finished, tmp_path):
     shutil.copytree(finished.run, folder, ignore=shutil.ignore_patterns("*.pth"))
     (folder / "best.pth").symlink_to(finished.run / "best.pth")
     recipe = yaml.safe_load((folder / "config.yaml").read_text())
-    recipe = merge(recipe, {"seed": 7, "optim": {"lr": 0.5}, "log_interval": 99})  # the last changes no result
+    recipe = merge(recipe, {"seed": 7, "optim": {"lr": 0.5}, "log": {"interval": 99}})  # the last changes no result
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
@@ -115,7 +115,7 @@ def test_without_images_neither_data_nor_checkpoint_is_needed(second, tmp_path):
     (second / "run.json").unlink()  # as in a run that is older than it
     main(["report", str(second), "--out", str(tmp_path / "page.html"), "--no-images"])
     facts = content(tmp_path / "page.html")["runs"][0]["facts"]
-    assert facts["split"].endswith("hash not known") and facts["device"].startswith("not known")
+    assert facts["split"].endswith("hash unknown") and facts["device"].startswith("unknown")
 
 
 def rename_class(folder: Path, new: str) -> None:
@@ -177,8 +177,8 @@ EVALUATION = '{"step": 3, "epoch": 0, "miou": 20.0, "iou": {"left": %s}}'
     [
         ("no checkpoint", r"best\.pth: no such checkpoint.*--no-images"),
         ("no config", r"config\.yaml.*cannot be read"),
-        ("bytes", r"metrics\.jsonl: holds other bytes than text"),
-        ("", r"not evaluated yet"),
+        ("bytes", r"metrics\.jsonl: not a text file"),
+        ("", r"no evaluation yet"),
         (
             '{"step": "one", "loss": 2.0}\n' + EVALUATION % "1.0",
             r"metrics\.jsonl: not a line that train\.py writes.*one",
@@ -260,14 +260,14 @@ def test_few_images_are_best_or_worst_and_not_both():
 
 def test_a_page_stays_below_its_limit(finished, tmp_path):
     entry = report.read_entries([str(finished.run)])[0]
-    whole, told = report.page_below(10**7, [entry], [])
+    whole, told = report.page_within(10**7, [entry], [])
     assert told == []
     extremes = scored(8, 17)[0]
     entry.evaluated = report.Evaluated(
         extremes.confusion.result(17), extremes, "whole", {"step": 6, "sha256": "0" * 64, "split": {}}
     )
     limit = len(whole) + 6000
-    text, (note,) = report.page_below(limit, [entry], [])
+    text, (note,) = report.page_within(limit, [entry], [])
     assert len(text) <= limit and re.match(r"\d+ of 16 images are on the page", note)
     (tmp_path / "page.html").write_text(text)
     found = content(tmp_path / "page.html")
@@ -275,13 +275,11 @@ def test_a_page_stays_below_its_limit(finished, tmp_path):
 
 
 def test_long_logs_are_averaged(finished):
-    run = report.checked(read_run(finished.run))
+    run = report.check_lines(read_run(finished.run))
     run.lines[:] = [{"step": step, "epoch": 0, "loss": float(step % 2)} for step in range(1, 2001)] + run.lines
     curve = report.curves(run)["loss"]
     assert (
-        len(curve["steps"]) <= report.MOST_POINTS
-        and curve["each"] > 1
-        and set(curve["values"][:300]) <= {0.4, 0.6, 0.5}
+        len(curve["steps"]) <= report.MAX_POINTS and curve["each"] > 1 and set(curve["values"][:300]) <= {0.4, 0.6, 0.5}
     )
 
 

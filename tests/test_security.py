@@ -22,14 +22,15 @@ import torch
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.config import load_config, parse_overrides
+from allspark.config_io import load_config, parse_overrides
 from allspark.data.image_io import BadSample, read_image
 from allspark.engine.checkpoint import load_checkpoint
 from allspark.prepare.archives import iter_entries
 from allspark.utils import download
 from allspark.utils.download import fetch
 from allspark.utils.errors import UserError
-from allspark.utils.safe_load import check_tensors, load_tensors, parse_yaml
+from allspark.utils.safe_load import check_tensors, load_tensors
+from allspark.utils.safe_yaml import parse_yaml
 from allspark.weights.loading import read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

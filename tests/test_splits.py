@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from allspark.arguments import parse
 from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data.audit import preflight
@@ -349,9 +350,7 @@ def test_sizes_round_as_the_published_lists_do():
 
 
 def run_verb(*words: str) -> None:
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    verb.main(parser.parse_args(words))
+    verb.main(parse("splits", words))
 
 
 @pytest.fixture
@@ -404,7 +403,7 @@ def test_verb_make_names_what_is_wrong(make, tmp_path):
         run_verb(*make, "nope.txt")
     with pytest.raises(UserError, match="'nope'"):
         run_verb("make", "--dataset", "nope", "--train", "x", "--sizes", "1_2")
-    with pytest.raises(UserError, match="--seed: -1"):
+    with pytest.raises(SystemExit):
         run_verb(*make, "x", "--seed", "-1")
 
 
@@ -413,7 +412,7 @@ def test_verb_list_prints_counts_and_hashes(data, tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
     assert [line[:2] for line in lines] == [["mine/few/labeled", "6"], ["mine/few/unlabeled", "9"], ["mine/val", "4"]]
     assert lines[0][2] == list_hash(f"train/{i:03}.jpg" for i in range(6))[:12]
-    with pytest.raises(UserError, match="no lists of other, there is mine"):
+    with pytest.raises(UserError, match="no lists of other; there are mine"):
         verb.show(argparse.Namespace(dataset="other"), tmp_path / "splits")
 
 
@@ -424,7 +423,7 @@ def test_verb_list_tells_provenance_and_traps(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "    = shapes/1_4 of this project\n" in out and "    WARNING: split 1_8 has the name of" in out
     verb.show(argparse.Namespace(dataset="cityscapes_labelids"), tmp_path)
-    assert "brought by `splits fetch`: cityscapes/val, cityscapes/1_30" in capsys.readouterr().out
+    assert "available with `splits fetch`: cityscapes/val, cityscapes/1_30" in capsys.readouterr().out
     published = SHARED / "splits" / "pascal"
     if not published.is_dir():
         pytest.skip(f"{published} is absent: no published lists beside the project")

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from PIL import Image
 from test_inference import Blurred, Pointwise, image, sliding
 
-from allspark.bench.measure import Ledger
 from allspark.data.batch import normalize
 from allspark.data.spec import DatasetSpec, voc_palette
 from allspark.evaluation import tiled as strips
 from allspark.evaluation.evaluate import predict, predict_with_confidence
 from allspark.evaluation.sliding_window import Inference, class_scores
+from allspark.memory_estimate import MemoryCounter
 from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
 from allspark.visualization import prediction_writer as outputs
@@ -69,7 +69,7 @@ def test_memory_is_that_of_a_strip():
     model, inference = Pointwise(64), sliding(48, flip=True)
 
     def peak(height):
-        picture, ledger = pixels(1, 3, height, 64), Ledger()
+        picture, ledger = pixels(1, 3, height, 64), MemoryCounter()
         with eval_mode(model), ledger:
             for _ in strips.tiled_scores(model, picture, inference, CPU):
                 pass

@@ -169,7 +169,7 @@ def test_check_tells_how_to_get_the_weights_that_timm_has(capsys, tmp_path):
     verbs.main(
         ["check", *words, "model.encoder=timm:test_convnext", "device=cpu", "--save-path", str(tmp_path / "run")]
     )
-    assert "from random numbers (get it by `hf download timm/test_convnext.r160_in1k " in capsys.readouterr().out
+    assert "from random initialization (get it by `hf download timm/test_convnext.r160_in1k " in capsys.readouterr().out
 
 
 def test_channels_are_held_against_what_their_cells_cover():
@@ -227,4 +227,4 @@ def test_a_run_from_start_to_prediction(name, place, capsys):
     loaded = load_for_inference(place.run / "latest.pth", torch.device("cpu"))
     assert loaded.model.encoder.name == name
     verbs.main(["weights", "inspect", str(place.run / "latest.pth")])
-    assert f"encoder timm:{name}, with the names of timm" in capsys.readouterr().out
+    assert f"encoder timm:{name}, with timm's tensor names" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from runs import FILES, assert_finite_losses, assert_same_tensors, load
 from test_methods import CASES, learning
 
 import train
-from allspark.config import load_recipe
+from allspark.config_io import load_recipe
 from allspark.utils.errors import run_main
 from allspark.weights.loading import rename_released
 
@@ -143,7 +143,7 @@ def test_every_method_trains_from_lists(name, bottleneck, place, read_metrics):
 
 
 def test_a_supervised_start_has_the_labeled_loss_alone(place, read_metrics):
-    words = ("burn_in_epochs=1", "epochs=2", "log_interval=3")
+    words = ("burn_in_epochs=1", "epochs=2", "log.interval=3")
     assert run_main(train.main, place.lists("--method", "selftrain", "--save-path", place.run, *words)) == 0
     start, rest = read_metrics(place.run)[0]
     assert "loss_u" not in start and "loss_u" in rest

@@ -10,7 +10,7 @@ from runs import load
 
 import train
 from allspark.build import complete
-from allspark.config import load_config, load_recipe, parse_overrides
+from allspark.config_io import load_config, load_recipe, parse_overrides
 from allspark.inference import load_for_inference
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

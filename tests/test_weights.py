@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, NAMES, close, formula, image
 
 from allspark.__main__ import main
-from allspark.config import ModelConfig, build_recipe
+from allspark.config import ModelConfig
+from allspark.config_io import build_recipe
 from allspark.data.datasets import spec_for
 from allspark.inference import build_method, load_for_inference
 from allspark.models.segmentor import build_model
@@ -362,10 +363,10 @@ def test_targets_that_are_refused(source, call, tmp_path):
     assert "--force" in call("import", source, "--out", there, code=2)
     assert there.read_bytes() == b"earlier work"
     assert ".safetensors" in call("import", source, "--out", tmp_path / "ours.onnx", code=2)
-    assert "is the file that is read" in call("import", source, "--out", source, "--force", code=2)
+    assert "is the source file" in call("import", source, "--out", source, "--force", code=2)
     save_released(released("b0_pascal_baseline"), tmp_path / "best.pth")
     said = call("import", tmp_path / "best.pth", "--out", tmp_path / "ours.safetensors", code=2)
-    assert "whole model" in said and ".pth" in said
+    assert "complete model" in said and ".pth" in said
     call("import", source, "--out", there, "--force")
     assert len(torch.load(there, weights_only=True)) > 100
 
@@ -399,13 +400,13 @@ def test_inspect(source, call, tmp_path):
     del state["decoder.allspark.map_in.0.bias"]
     save_released(state, tmp_path / "best.pth")
     said = call("inspect", tmp_path / "best.pth")
-    assert "21 classes, decoder mlp of width 256, bottleneck of 2 heads with a memory for crops of 65" in said
+    assert "21 classes, decoder mlp with 256 channels, bottleneck with 2 heads and a memory for crops of 65" in said
     assert "1 missing" in said and "missing: bottleneck.map_in.bias" in said
 
 
 def test_inspect_own(finished, call, tmp_path):
     said = call("inspect", finished.run / "best.pth")
-    assert "checkpoint of this code" in said and "tiny" in said and "3 classes, decoder mlp of width 32" in said
+    assert "checkpoint of this code" in said and "tiny" in said and "3 classes, decoder mlp with 32 channels" in said
     call("import", finished.run / "best.pth", "--out", tmp_path / "ours.pth")
     assert "imported: format AllSpark, this code, file best.pth, sha256" in call("inspect", tmp_path / "ours.pth")
     torch.save({"format": "allspark-1", "model": {"encoder.norm": torch.zeros(1)}}, tmp_path / "stub.pth")

@@ -86,7 +86,7 @@ def test_fetch_from_a_server_that_drops_after_one_that_lies(server, source, call
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     words = ("--from", f"{server}/corrupt/mit_b0.pth", "--from", f"{server}/drop/mit_b0.pth", "--out", out)
     said = call("fetch", "mit_b0", *words, "--sha256", digest)
-    assert "licence: NVIDIA" in said and "research" in said
+    assert "license: NVIDIA" in said and "research" in said
     assert [path.name for path in out.parent.iterdir()] == ["mit_b0.pth"]
     theirs = encoder_state(source)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in encoder_state(out).items())
@@ -95,7 +95,7 @@ def test_fetch_from_a_server_that_drops_after_one_that_lies(server, source, call
 def test_fetch_without_a_hash_refuses_what_is_no_weight_file(server, call, tmp_path):
     out = tmp_path / "pretrained" / "mit_b0.pth"
     said = call("fetch", "mit_b0", "--from", f"{server}/corrupt/mit_b0.pth", "--out", out, code=2)
-    assert "no source gave usable weights" in said and "not a readable weight file" in said
+    assert "no source has usable weights" in said and "not a readable weight file" in said
     assert not list(out.parent.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""python -m allspark check: all that can be wrong with a recipe and its data, told at once, before a run starts."""
+"""allspark check: problems of a recipe, its data, its weights and its memory, found before a run starts."""
 
 from __future__ import annotations
 
@@ -10,174 +10,165 @@ from pathlib import Path
 
 import torch
 
+from allspark import recipe_arguments as recipe_args
+from allspark.run import describe_batch
 from allspark.build import build_loader, build_method
-from allspark.cli import recipe as recipe_words
 from allspark.config import Recipe
 from allspark.data.audit import AuditReport, audit, select_hidden
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
 from allspark.data.splits import Lists, describe_lists, resolve
 from allspark.device import choose_device
-from allspark.engine.optim import scaled
+from allspark.engine.optim import scale_lr
 from allspark.engine.stepper import micro_batch_size, set_precision
 from allspark.evaluation.sliding_window import inference_for
 from allspark.memory_estimate import GB, StepMemory, free_memory, measure_step, predict_step, resident_peak
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import TimmEncoder
-from allspark.run import describe_batch
 from allspark.utils.errors import UserError
 from allspark.weights.loading import load_pretrained
 
-REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true takes less"
-QUICK = 200  # files of each list
-CHECKPOINTS = 4  # latest, previous, best, and the one that is being written
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    recipe_words.add_arguments(parser)
-    parser.add_argument("--quick", action="store_true", help=f"open {QUICK} files of each list, not all of them")
-    parser.add_argument("--data-only", action="store_true", help="not the network, its weights and its memory")
-    parser.add_argument("--save-path", type=Path, default=Path("exp"), help="where there must be room; default: exp")
-    parser.add_argument("--processes", type=int, default=1, help="that share the batch: predict the memory of one")
-    parser.add_argument("--dry-run", action="store_true", help="take two real steps, too, and tell their memory")
+REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true needs less"
+QUICK_FILES = 200  # of each list, with --quick
+CHECKPOINTS = 4  # latest, previous, best, and the one being written
 
 
 def main(args: argparse.Namespace) -> None:
-    recipe = recipe_words.recipe_of(args)
+    recipe = recipe_args.recipe_of(args)
     spec = spec_for(recipe.data)
     method = build_method(recipe, spec)
     if args.processes < 1 or recipe.batch_size % args.processes:
         raise UserError(f"--processes {args.processes}: give a number that divides batch_size={recipe.batch_size}")
-    found = AuditReport()
+    found = AuditReport(notes=[*recipe.notes])
     with found.collect_errors():
         lists = resolve(recipe.data, problems=found.problems)
         found.extend(data_findings(recipe, spec, lists, args.quick))
-        if not found.problems or recipe.data.cache == "none":  # a cache would be built now, and find the same
+        if not found.problems or recipe.data.cache == "none":  # building a cache would report the same problems
             loader = build_loader(recipe, lists, spec, method.views)
-            found.notes += batch_notes(recipe, published(args), loader.steps_per_epoch, args.processes)
-            found.notes += recipe_words.changes(args, recipe)
+            found.notes += batch_notes(recipe, recipe_without_overrides(args), loader.steps_per_epoch, args.processes)
+            found.notes += recipe_args.changes(args, recipe)
     if args.data_only:
-        return tell(found)
+        return print_findings(found)
     with found.collect_errors():
         inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
         found.extend(model_findings(recipe, spec))
-        memory, kind = predicted(recipe, spec, args.processes)
-        found.notes.append(told_memory(memory, kind, recipe, args.processes))
-        found.warnings += too_little(memory, kind)
+        memory, kind = predict_memory(recipe, spec, args.processes)
+        found.notes.append(memory_note(memory, kind, recipe, args.processes))
+        found.warnings += memory_warnings(memory, kind)
         found.extend(disk_findings(memory, args.save_path))
         if args.dry_run:
-            found.notes += measured(recipe, spec)
-    tell(found)
+            found.notes += measure_memory(recipe, spec)
+    print_findings(found)
 
 
-def tell(found: AuditReport) -> None:
-    """Notes, warnings and problems, a line each; UserError for problems: of a single one, that one."""
+def print_findings(found: AuditReport) -> None:
+    """Print notes, warnings and problems, a line each. UserError if there are problems."""
     print("\n".join((*found.notes, *(f"WARNING: {line}" for line in found.warnings))))
     if not found.problems:
-        print("nothing that would stop this run was found")
+        print("no problems found")
         return
     first, *others = found.problems
     if not others:
         raise UserError(first)
     print("\n".join(f"PROBLEM: {line}" for line in found.problems))
-    raise UserError(f"{len(found.problems)} problems, listed above; the first: {first}")
+    raise UserError(f"{len(found.problems)} problems, listed above; the first is: {first}")
 
 
 def data_findings(recipe: Recipe, spec: DatasetSpec, lists: Lists, quick: bool) -> AuditReport:
-    """Whose the lists are, and what their files hold."""
-    found = audit(recipe.data, spec, lists, QUICK if quick else None)
+    """Origin of the lists and content of their files."""
+    found = audit(recipe.data, spec, lists, QUICK_FILES if quick else None)
     for line in (*describe_lists(lists, spec), *select_hidden(lists, spec, recipe.evaluation.pseudo_labels)[1]):
         warning = line.removeprefix("WARNING: ")
         (found.notes if warning == line else found.warnings).append(warning)
     return found
 
 
-def published(args: argparse.Namespace) -> Recipe:
-    """The recipe without the words behind it: as configs/ or the file of --config has it."""
+def recipe_without_overrides(args: argparse.Namespace) -> Recipe:
+    """The recipe as it is in configs/ or in the file of --config."""
     plain = copy.copy(args)
     plain.overrides = []
     try:
-        return recipe_words.recipe_of(plain)
-    except UserError:  # a file that is whole with these words alone
-        return recipe_words.recipe_of(args)
+        return recipe_args.recipe_of(plain)
+    except UserError:  # the file is complete only with the overrides
+        return recipe_args.recipe_of(args)
 
 
 def batch_notes(recipe: Recipe, plain: Recipe, steps: int, processes: int) -> list[str]:
-    """The global batch, and where it is another than the recipe's what that means for the learning rate."""
-    lr = scaled(recipe.optim, recipe.batch_size).lr
+    """Batch size and learning rate, and advice if the batch size differs from the recipe's."""
+    lr = scale_lr(recipe.optim, recipe.batch_size).lr
     notes = [
-        f"a step takes {describe_batch(recipe, processes)}; {steps} steps per epoch, "
+        f"a step has {describe_batch(recipe, processes)}; {steps} steps per epoch, "
         f"{steps * recipe.epochs} in {recipe.epochs} epochs; learning rate {lr:g}, times {recipe.optim.lr_multi:g} "
-        "outside of the encoder"
+        "outside the encoder"
     ]
     if recipe.batch_size != plain.batch_size:
         linear = plain.optim.lr * recipe.batch_size / plain.batch_size
         notes.append(
             f"batch_size is {plain.batch_size} in the recipe and {recipe.batch_size} here, the learning rate "
-            f"{plain.optim.lr:g} and {lr:g}; in proportion to the batch (lr_scaling=linear) it is {linear:g}. Results "
-            "compare best where both are the recipe's: micro_batch takes a step in parts, which need less memory"
+            f"{plain.optim.lr:g} and {lr:g}; scaled with the batch (lr_scaling=linear) it would be {linear:g}. "
+            "Results are most comparable with the recipe's own values; micro_batch splits a step to save memory"
         )
     return notes
 
 
 def model_findings(recipe: Recipe, spec: DatasetSpec) -> AuditReport:
-    """Whether the network can be built and its weights be loaded."""
+    """Whether the network can be built and its weights loaded."""
     found = AuditReport()
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
     with found.collect_errors():
         found.notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     if recipe.model.pretrained == recipe.model.init_from == "none":
-        way = "model.pretrained=FILE, see `python -m allspark weights fetch`"
+        remedy = "model.pretrained=FILE, see `python -m allspark weights fetch`"
         if isinstance(model.encoder, TimmEncoder):
-            way = model.encoder.download_hint() or "model.pretrained=FILE"
-        found.notes.append(f"weights: none, {recipe.model.encoder} starts from random numbers ({way})")
+            remedy = model.encoder.way_to_weights() or "model.pretrained=FILE"
+        found.notes.append(f"weights: none, {recipe.model.encoder} starts from random initialization ({remedy})")
     return found
 
 
-def predicted(recipe: Recipe, spec: DatasetSpec, processes: int) -> tuple[StepMemory, str]:
-    """The memory of a step on the device that the recipe names, and which that is; auto: a GPU where there is one."""
+def predict_memory(recipe: Recipe, spec: DatasetSpec, processes: int) -> tuple[StepMemory, str]:
+    """Predicted memory of a training step, and the device type of the recipe; auto: a GPU if there is one."""
     gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     kind = "cuda" if gpu else "cpu"
     return predict_step(recipe, spec, build_method(recipe, spec), kind, processes), kind
 
 
-def told_memory(memory: StepMemory, kind: str, recipe: Recipe, processes: int) -> str:
-    share = f"{micro_batch_size(recipe, processes)} labeled images at once, one of {processes} process(es)"
+def memory_note(memory: StepMemory, kind: str, recipe: Recipe, processes: int) -> str:
+    share = f"{micro_batch_size(recipe, processes)} labeled images per forward pass, one of {processes} process(es)"
     context = "; the CUDA context and the allocator's gaps come on top" if kind == "cuda" else ""
     return f"memory of a training step on {kind}, {share}: predicted {memory}{context}"
 
 
-def too_little(memory: StepMemory, kind: str) -> list[str]:
+def memory_warnings(memory: StepMemory, kind: str) -> list[str]:
     free = free_memory(kind)
     if free is None or memory.peak < free:
         return []
-    return [f"a training step takes more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"]
+    return [f"a training step needs more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"]
 
 
 def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
-    """Room for the checkpoints, each of which holds what a process keeps from step to step."""
+    """Whether the checkpoints fit on the disk; each has the tensors that persist from step to step."""
     place = Path(os.path.abspath(save_path))
     while not place.exists():
         place = place.parent
-    needed, free = CHECKPOINTS * sum(memory.persistent.values()), shutil.disk_usage(place).free
-    told = f"{save_path}: {CHECKPOINTS} checkpoints take up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
+    needed, free = CHECKPOINTS * sum(memory.held.values()), shutil.disk_usage(place).free
+    note = f"{save_path}: {CHECKPOINTS} checkpoints need up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
     if needed > free:
-        return AuditReport(problems=[f"{told}; make room, or choose another --save-path"])
-    return AuditReport(notes=[f"disk of {told}"])
+        return AuditReport(problems=[f"{note}; make free_memory or choose another --save-path"])
+    return AuditReport(notes=[f"disk of {note}"])
 
 
-def measured(recipe: Recipe, spec: DatasetSpec) -> list[str]:
+def measure_memory(recipe: Recipe, spec: DatasetSpec) -> list[str]:
     device = choose_device(recipe.device)
     set_precision(recipe.precision, device)
     try:
         memory = measure_step(recipe, spec, build_method(recipe, spec), device)
     except RuntimeError as error:
-        if "allocate" not in str(error):  # as both GPUs and main memory say it
+        if "allocate" not in str(error):  # in the message of both GPU and CPU allocators
             raise
         raise UserError(f"--dry-run: {str(error).splitlines()[0]}; {REMEDIES}") from None
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
-        return [f"measured by two steps: {memory}; torch's allocator reserved {reserved / GB:.2f} GB"]
+        return [f"measured in two steps: {memory}; torch's allocator reserved {reserved / GB:.2f} GB"]
     peak = resident_peak()
-    told = f"; the process had {peak / GB:.2f} GB of main memory at most" if peak else ""
-    return [f"measured by two steps: {memory}{told}"]
+    resident = f"; peak resident memory of the process: {peak / GB:.2f} GB" if peak else ""
+    return [f"measured in two steps: {memory}{resident}"]

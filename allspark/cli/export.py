@@ -1,4 +1,4 @@
-"""python -m allspark export: a checkpoint -> one file that predicts without this code, by torch.export or ONNX."""
+"""allspark export: a checkpoint -> one file that predicts without this code, for torch.export or ONNX."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from allspark import inference as loading
-from allspark.cli.weights import written_whole
-from allspark.config import to_plain
+from allspark.cli.weights import atomic_file
+from allspark.config_io import to_plain
 from allspark.data.batch import normalize
 from allspark.evaluation.sliding_window import predict_sliding
 from allspark.models.segmentor import Segmentor, SegOutput
@@ -29,46 +29,42 @@ Run = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 -> logits (B, K, H
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 NEEDS = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
-MIN_SIDE = 64  # of an exported network: torch.export takes for granted that no map inside shrinks to one cell
-EXAMPLE = (2, 3, 97, 161)  # what the network is followed with; none of its sides may stand for another one
-CHECKED = ((1, 64, 64), (3, 66, 97), (1, 224, 224), (1, 300, 190), (2, 129, 352))  # batch, height, width: none is it
-WINDOWED = (150, 210)  # height and width of the image that is put to it in windows
-TOLERANCE = 1e-4  # of the largest logit, or of 1
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="of train.py or `weights import`"
-    )
-    parser.add_argument("--dataset", help="whose classes imported weights predict; of a run of train.py: a check")
-    parser.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="torch: a torch.export program")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .pt2 (torch) or .onnx")
-    parser.add_argument("--force", action="store_true", help="overwrite --out")
+MIN_SIDE = 64  # torch.export assumes that no feature map shrinks to a single cell
+EXAMPLE = (2, 3, 97, 161)  # shape of the traced input; all sizes differ so that none is taken for another one
+CHECKED = (
+    (1, 64, 64),
+    (3, 66, 97),
+    (1, 224, 224),
+    (1, 300, 190),
+    (2, 129, 352),
+)  # batch, height, width
+WINDOWED = (150, 210)  # height and width of the image that is predicted in sliding windows
+TOLERANCE = 1e-4  # relative to the largest logit, at least to 1
 
 
 def main(args: argparse.Namespace) -> None:
-    check_words(args.format, args.out, args.force)
+    check_arguments(args.format, args.out, args.force)
     loaded = loading.load_for_inference(args.checkpoint, torch.device("cpu"), args.dataset)
     network = Exported(loaded.model).eval()
     with quiet():
-        program = followed(network)
+        program = trace(network)
     about = metadata(loaded)
-    with written_whole(args.out) as temporary, quiet():
+    with atomic_file(args.out) as temporary, quiet():
         {"torch": save_torch, "onnx": save_onnx}[args.format](program, temporary, about)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         run = {"torch": open_torch, "onnx": open_onnx}[args.format](temporary)
-        print(verified(run, network, loaded.crop_size or loading.ANY_CROP, args.out))
+        print(verify(run, network, loaded.crop_size or loading.ANY_CROP, args.out))
     size = args.out.stat().st_size / 2**20
     print(f"{args.out}: {size:.1f} MiB; uint8 RGB (B, 3, H, W) in, logits of {len(about['classes'])} classes out")
 
 
-def check_words(form: str, out: Path, force: bool) -> None:
-    """UserError where the file cannot be made: found before anything is computed."""
+def check_arguments(form: str, out: Path, force: bool) -> None:
+    """UserError if the file cannot be written, before anything is computed."""
     if out.is_dir() or out.suffix != SUFFIXES[form]:
         raise UserError(f"--out {out}: must name a file that ends in {SUFFIXES[form]} for --format {form}")
     if out.exists() and not force:
-        raise UserError(f"--out {out}: is there already; choose another name, or overwrite it with --force")
+        raise UserError(f"--out {out}: already exists; choose another name or overwrite it with --force")
     if missing := [name for name in NEEDS[form] if importlib.util.find_spec(name) is None]:
         raise UserError(f"--format {form} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
@@ -86,7 +82,7 @@ class Exported(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters tell about themselves."""
+    """Suppress warnings and log messages of the exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -97,36 +93,36 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def followed(network: Exported) -> ExportedProgram:
-    """The network as a program in which batch, height and width are open; UserError where torch cannot follow it."""
+def trace(network: Exported) -> ExportedProgram:
+    """The network as a program with dynamic batch, height and width; UserError if torch cannot trace it."""
     example = torch.zeros(EXAMPLE, dtype=torch.uint8)
     free = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
     try:
         with torch.no_grad():
             program = torch.export.export(network, (example,), dynamic_shapes=(free,), strict=False)
-    except Exception as error:  # torch raises many kinds; what it cannot follow is in the encoder
+    except Exception as error:  # torch raises many types
         raise UserError(
-            f"torch {torch.__version__} cannot export this network ({reason_of(error)}); another encoder, or another "
-            "version of torch, may do"
+            f"torch {torch.__version__} cannot export this network ({reason_of(error)}); try another encoder or "
+            "version of torch"
         ) from error
-    # It also noted which maps inside differ in size for the example. Nothing depends on that, as `verified` shows, but
-    # newer versions of torch would refuse images for which a side happens to be a multiple of the stride.
+    # The trace also records which inner maps differ in size for the example. Nothing depends on that, as verify()
+    # shows, but newer versions of torch would reject images for which a side happens to be a multiple of the stride.
     if hasattr(program, "_guards_code"):
         program._guards_code = []
     return program
 
 
 def metadata(loaded: loading.InferenceModel) -> dict[str, Any]:
-    """What a user of the file needs to know, in plain values."""
+    """What a user of the file needs to know, as plain values."""
     inference = {"mode": loaded.spec.eval_mode, "window": loaded.crop_size}
     if loaded.recipe is not None:
         chosen = loaded.inference()
         inference = {"mode": chosen.mode, "window": chosen.window}
     return {
         "classes": list(loaded.spec.classes),
-        "palette": [list(map(int, colour)) for colour in loaded.spec.palette],
+        "palette": [list(map(int, color)) for color in loaded.spec.palette],
         "input": "image: uint8 RGB (batch, 3, height, width)",
-        "output": "logits: float32 (batch, class, height, width); the class is the largest",
+        "output": "logits: float32 (batch, class, height, width); the class with the largest logit is predicted",
         "min_side": MIN_SIDE,
         "evaluated": inference,
         "dataset": loaded.spec.name,
@@ -144,17 +140,17 @@ def open_torch(path: Path) -> Run:
 
 
 def save_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """One file; the operator set is the one that this version of torch writes."""
+    """One file, with the operator set that this version of torch writes by default."""
     import onnx
 
     try:
         names = {"input_names": ["image"], "output_names": ["logits"]}
         proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
-    except Exception as error:  # as in `followed`
+    except Exception as error:  # torch raises many types
         raise UserError(
-            f"torch {torch.__version__} cannot write this network as ONNX ({reason_of(error)}); --format torch may do"
+            f"torch {torch.__version__} cannot write this network as ONNX ({reason_of(error)}); try --format torch"
         ) from error
-    del proto.graph.value_info[:]  # sizes inside, in symbols that are renamed here
+    del proto.graph.value_info[:]  # inner sizes, in terms of the symbols renamed below
     for value in (*proto.graph.input, *proto.graph.output):
         for index, name in ((0, "batch"), (2, "height"), (3, "width")):
             value.type.tensor_type.shape.dim[index].dim_param = name
@@ -174,22 +170,29 @@ def open_onnx(path: Path) -> Run:
 
 
 @torch.no_grad()
-def verified(run: Run, network: Exported, window: int, out: Path) -> str:
-    """What the file and the network differ by on whole images and on windows, in words; UserError where it matters."""
+def verify(run: Run, network: Exported, window: int, out: Path) -> str:
+    """Compare the file with the network on whole images and windows.
+
+    Returns:
+        A summary of the differences.
+
+    Raises:
+        UserError: they exceed TOLERANCE.
+    """
     generator = torch.Generator().manual_seed(0)
     whole, largest = 0.0, 1.0
     for batch, height, width in CHECKED:
         image = torch.randint(256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
-        want, got = network(image), answer(run, image, out)
+        want, got = network(image), run_exported(run, image, out)
         whole, largest = max(whole, float((want - got).abs().max())), max(largest, float(want.abs().max()))
     image = torch.randint(256, (1, 3, *WINDOWED), dtype=torch.uint8, generator=generator)
-    side = min(max(window, MIN_SIDE), min(WINDOWED) - 1)  # more than one window, of one size
+    side = min(max(window, MIN_SIDE), min(WINDOWED) - 1)  # several windows of one size
     parts = [predict_sliding(lambda x, f=f: SegOutput(f(x)), image, side) for f in (network, run)]
     windows = float((parts[0] - parts[1]).abs().max())
-    if not (whole <= TOLERANCE * largest and windows <= TOLERANCE):  # which no nan is
+    if not (whole <= TOLERANCE * largest and windows <= TOLERANCE):  # NaN is not
         raise UserError(
             f"{out}: not written: its logits differ from the network's by {whole:.1e} of {largest:.1f}, probabilities "
-            f"in windows by {windows:.1e}, allowed is {TOLERANCE:.0e}; this network cannot be exported for all sizes"
+            f"in windows by {windows:.1e}, tolerance {TOLERANCE:.0e}; this network cannot be exported for all sizes"
         )
     sizes = ", ".join(f"{height} x {width}" for _, height, width in CHECKED)
     return (
@@ -198,11 +201,11 @@ def verified(run: Run, network: Exported, window: int, out: Path) -> str:
     )
 
 
-def answer(run: Run, image: Tensor, out: Path) -> Tensor:
+def run_exported(run: Run, image: Tensor, out: Path) -> Tensor:
     try:
         return run(image)
-    except Exception as error:  # of onnxruntime or of torch: a size that the file does not take
+    except Exception as error:  # of onnxruntime or torch
         raise UserError(
-            f"{out}: not written: it does not take images of {tuple(image.shape)} ({reason_of(error)}); this network "
+            f"{out}: not written: it does not accept images of {tuple(image.shape)} ({reason_of(error)}); this network "
             "cannot be exported for all sizes"
         ) from error

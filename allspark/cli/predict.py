@@ -1,4 +1,4 @@
-"""python -m allspark predict: images in; masks of class indices, and pictures of them, out."""
+"""allspark predict: masks of class indices, and pictures of them, for images and videos."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from allspark import inference as loading
-from allspark.cli.arguments import add_inference_arguments, positive, precision_context
 from allspark.data.image_io import read_image, walk
 from allspark.data.spec import Sample
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
@@ -31,26 +30,8 @@ from allspark.utils.errors import UserError
 from allspark.visualization.prediction_writer import PredictionWriter, real_path, unique_names
 from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, is_video, read_frames
 
-LARGE = 4_000_000  # pixels, from which on it is asked whether an image fits into memory: half a second for each size
-Check = Callable[[Tensor, Path], None]  # image (3, H, W), its file: UserError where it cannot be predicted
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_inference_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where <name>.png goes: class indices")
-    parser.add_argument("--index-only", action="store_true", help="without _color, _overlay and _confidence.png")
-    parser.add_argument(
-        "--every", type=positive, default=1, metavar="N", help="of a video, each N-th frame: 0, N, 2 N, ..."
-    )
-    parser.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="where the paths of a list start; default: beside it"
-    )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="image, folder (images below it), quoted glob, .txt list, or video, whose frames go to <name>/000000.png",
-    )
+LARGE = 4_000_000  # pixels; larger images are checked to fit into memory, half a second per size
+Check = Callable[[Tensor, Path], None]  # (3, H, W) and its file; UserError if it cannot be predicted
 
 
 def main(args: argparse.Namespace) -> None:
@@ -65,17 +46,17 @@ def main(args: argparse.Namespace) -> None:
     folder.prepare([named[path] for path in images], images, videos=videos)
     unreadable: dict[Path, UserError] = {}
     predicted = 0
-    check = fitting(loaded.model, inference, device)
+    check = memory_check(loaded.model, inference, device)
     for image, names in batches(named, args.batch_size, unreadable, args.every, check):
-        with precision_context(args, device):
+        with loading.precision_context(args, device):
             masks, prob = predict_with_confidence(loaded.model, image, loaded.spec, device, inference, names)
         for name, *tensors in zip(names, image, masks.cpu(), prob.cpu(), strict=True):
             folder.write(name, *tensors)
         predicted += len(names)
-    still = sum(path not in unreadable for path in images)
-    told = [f"{still} of {len(images)} images"] if images or not videos else []
-    told += [f"{predicted - still} frames of {len(videos)} video(s)"] if videos else []
-    print(f"{' and '.join(told)} predicted: {args.out}")
+    num_images = sum(path not in unreadable for path in images)
+    counts = [f"{num_images} of {len(images)} images"] if images or not videos else []
+    counts += [f"{predicted - num_images} read_frames of {len(videos)} video(s)"] if videos else []
+    print(f"{' and '.join(counts)} predicted: {args.out}")
     if unreadable:
         first, *others = unreadable.values()
         for error in others:
@@ -90,9 +71,17 @@ def batches(
     every: int = 1,
     check: Check = check_min_size,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Images (B, 3, H, W) uint8 of equal size with their names, read `size` at a time, and no more held.
+    """Read images in batches of equal size.
 
-    A file that cannot be predicted is left out, and the reason put into `unreadable`.
+    Args:
+        named: file -> name of its prediction.
+        size: files read at a time, at most so many are in memory.
+        unreadable: receives file -> reason for files that cannot be predicted; they are left out.
+        every: of a video, each N-th frame is read.
+        check: raises UserError for an image that cannot be predicted.
+
+    Yields:
+        (B, 3, H, W) uint8, and B names.
     """
     expected = sum(-(-frame_count(path) // every) if is_video(path) else 1 for path in named)
     items = read_each(named, unreadable, every, check)
@@ -106,48 +95,48 @@ def batches(
 def read_each(
     named: Mapping[Path, str], unreadable: dict[Path, UserError], every: int, check: Check
 ) -> Iterator[tuple[Tensor, str]]:
-    """(3, H, W) uint8 and the name of its prediction, for each image, and for the frames of each video."""
+    """Yield (3, H, W) uint8 and the name of its prediction, for each image and each frame of a video."""
     for path, name in named.items():
         try:
             if is_video(path):
                 for number, frame in read_frames(path, every):
-                    yield checked(frame, path, check), f"{name}/{number:06d}"
+                    yield to_checked_tensor(frame, path, check), f"{name}/{number:06d}"
             else:
-                yield checked(read_image(path), path, check), name
+                yield to_checked_tensor(read_image(path), path, check), name
         except UserError as error:
             unreadable[path] = error
 
 
-def checked(image: np.ndarray, path: Path, check: Check) -> Tensor:
-    """(H, W, 3) -> (3, H, W)."""
+def to_checked_tensor(image: np.ndarray, path: Path, check: Check) -> Tensor:
+    """(H, W, 3) array -> (3, H, W) tensor; UserError from `check`."""
     tensor = to_tensor(image)
     check(tensor, path)
     return tensor
 
 
-def fitting(model: nn.Module, inference: Inference, device: torch.device) -> Check:
-    """A check of an image's size: not too small, and as a whole not too large for the memory that is there."""
-    known: dict[torch.Size, int] = {}
+def memory_check(model: nn.Module, inference: Inference, device: torch.device) -> Check:
+    """A check that an image is not too small and, if it is predicted as a whole, fits into memory."""
+    peaks: dict[torch.Size, int] = {}
 
     def check(image: Tensor, path: Path) -> None:
         check_min_size(image, path)
         height, width = image.shape[-2:]
         if inference.mode != "whole" or height * width < LARGE:
             return
-        if image.shape not in known:
-            known[image.shape] = whole_pass(model, image.shape, max(1.0, *inference.scales), device)
-        there = free_memory(device.type)
-        if there is not None and known[image.shape] > there:
+        if image.shape not in peaks:
+            peaks[image.shape] = forward_peak(model, image.shape, max(1.0, *inference.scales), device)
+        free = free_memory(device.type)
+        if free is not None and peaks[image.shape] > free:
             raise UserError(
-                f"{path}: {width} x {height} pixels; as a whole they take {known[image.shape] / GB:.1f} GB, this "
-                f"{device.type} has {there / GB:.1f} GB: --mode sliding_window takes a part of it at a time"
+                f"{path}: {width} x {height} pixels need {peaks[image.shape] / GB:.1f} GB as a whole, this "
+                f"{device.type} has {free / GB:.1f} GB; --mode sliding_window predicts it in parts"
             )
 
     return check
 
 
-def whole_pass(model: nn.Module, shape: torch.Size, scale: float, device: torch.device) -> int:
-    """Bytes of the tensors of a forward pass at their most, by one on tensors without content."""
+def forward_peak(model: nn.Module, shape: torch.Size, scale: float, device: torch.device) -> int:
+    """Peak memory of a forward pass in bytes, from a pass on fake tensors."""
     _, height, width = shape
     ledger = FakeMemoryCounter()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger:
@@ -156,56 +145,57 @@ def whole_pass(model: nn.Module, shape: torch.Size, scale: float, device: torch.
     return ledger.peak
 
 
-def find_images(words: list[str], out: Path, data_root: Path | None) -> list[Path]:
-    """The images and videos that the words mean, each once, in their order; nothing below `out` is one of them."""
+def find_images(arguments: list[str], out: Path, data_root: Path | None) -> list[Path]:
+    """The images and videos named by the PATH arguments, each once and in order, without those below `out`."""
     found: dict[Path, Path] = {}
-    for word in words:
-        for image in images_of(word, real_path(out), data_root):
+    for argument in arguments:
+        for image in expand(argument, real_path(out), data_root):
             if image.is_symlink():
                 found.setdefault(real_path(image), image)
-            else:  # its own name goes before a link's
+            else:  # a file takes precedence over links to it
                 found[real_path(image)] = image
     return list(found.values())
 
 
-def images_of(word: str, out: Path, data_root: Path | None) -> list[Path]:
-    path = Path(os.path.expanduser(word))
-    if not word.strip():
-        raise UserError("an empty name among the images; a shell variable without a value? The current folder is .")
+def expand(argument: str, out: Path, data_root: Path | None) -> list[Path]:
+    """The images and videos of a file, list, folder or glob."""
+    path = Path(os.path.expanduser(argument))
+    if not argument.strip():
+        raise UserError("a PATH is empty; check for an unset shell variable, or write . for the current folder")
     if path.is_file():
-        return listed(path, data_root) if path.suffix.lower() == ".txt" else [path]
+        return read_list(path, data_root) if path.suffix.lower() == ".txt" else [path]
     suffixes = IMAGE_SUFFIXES
-    if path.is_dir():  # videos in it are asked for by name or glob: a folder of photos has some that nobody thinks of
-        files = (file for file in walk(path) if not hidden(file.relative_to(path)))
-    elif any(sign in word for sign in "*?["):
+    if path.is_dir():  # without videos, which folders of photos often contain unnoticed
+        files = (file for file in walk(path) if not is_hidden(file.relative_to(path)))
+    elif any(character in argument for character in "*?["):
         files = (Path(match) for match in glob.glob(str(path), recursive=True))
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     else:
-        raise UserError(f"{word}: no such image, folder or list; correct the path")
+        raise UserError(f"{argument}: no such image, folder or list; correct the path")
     named = (file for file in files if file.suffix.lower() in suffixes and out not in real_path(file).parents)
-    images = [file for file in named if file.is_file() or not file.exists()]  # a link to nothing is told
+    images = [file for file in named if file.is_file() or not file.exists()]  # a broken link is an error later
     if not images:
         kinds = ", ".join(sorted(suffixes))
         raise UserError(
-            f"{word}: no images there ({kinds}; what lies below --out does not count); correct the path, or name a "
-            "video itself"
+            f"{argument}: no images found ({kinds}; not below --out); correct the path, or give the path of a video "
+            "itself"
         )
     return sorted(images)
 
 
-def hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def listed(path: Path, data_root: Path | None) -> list[Path]:
-    """The first column of a list; its files lie below data_root, or beside the list, if they are not absolute."""
+def read_list(path: Path, data_root: Path | None) -> list[Path]:
+    """The first column of a list; relative paths start at data_root, by default the folder of the list."""
     entries = [
         Entry(Sample(entry.sample.image), entry.source) for entry in read_entries(path, data_root or path.parent)
     ]
     if not entries:
-        raise UserError(f"{path}: this list names no image; write one per line")
+        raise UserError(f"{path}: this list is empty; write an image per line")
     try:
         check_files(entries)
     except UserError as error:
-        raise UserError(f"{error}: without --data-root, paths in a list start from its own folder") from None
+        raise UserError(f"{error}: without --data-root, paths start at the folder of the list") from None
     return [entry.sample.image for entry in entries]

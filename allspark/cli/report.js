@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page from the JSON in it. Names and texts come from files: they go through textContent and attributes alone.
+// Draws the page from its JSON. Names and texts are untrusted: only textContent and attributes receive them.
 const report = JSON.parse(document.getElementById("data").textContent);
 const runColor = (index) => `var(--run${index % 8})`;
 const runDash = (index) => (index < 8 ? "none" : "6 3");
@@ -38,23 +38,23 @@ function choice(label, selected, changed, extra = []) {
   return [make("label", {}, `${label} `, select), select];
 }
 
-// Runs: facts of each, and where their recipes differ
+// Runs: a table of their settings and results, and the differences between their recipes
 
 function drawRuns() {
   const names = report.runs.map((run) => run.name);
   document.title = `Report: ${names.join(", ")}`;
   byId("title").textContent = `${report.dataset}: ${names.length > 3 ? `${names.length} runs` : names.join(" \u00b7 ")}`;
-  byId("made").textContent = `made ${report.made} by python -m allspark report; scores in percent, on val`;
+  byId("made").textContent = `created ${report.made} by allspark report; scores in percent, on val`;
   if (report.notes.length) byId("notes").append(...report.notes.map((note) => make("li", {}, note)));
   else byId("notes").remove();
   const heads = report.runs.map((run, index) => make("th", { scope: "col" }, runKey(index), run.name));
   const rows = Object.keys(report.runs[0].facts).map((fact) => [fact, report.runs.map((run) => run.facts[fact])]);
   byId("runs").append(scrolling("runs", factTable(heads, rows)));
   if (report.runs.length < 2) return;
-  byId("runs").append(make("h3", {}, "What differs between their recipes"));
+  byId("runs").append(make("h3", {}, "Differences between the recipes"));
   const differing = report.differences;
   byId("runs").append(differing.length ? scrolling("differences", factTable(heads.map((head) => head.cloneNode(true)), differing))
-    : make("p", {}, "Nothing that may change a result."));
+    : make("p", {}, "None that may change a result."));
 }
 
 function factTable(heads, rows) {
@@ -64,12 +64,12 @@ function factTable(heads, rows) {
     make("thead", {}, make("tr", {}, make("td"), ...heads)), make("tbody", {}, ...body));
 }
 
-// Curves: one panel for each logged number, one line for each run
+// Curves: a panel per logged number, a line per run
 
 const TITLES = {
   miou: "val mIoU (%)", lr: "learning rate", loss: "loss", images_per_s: "training images per second",
   pseudo_accuracy: "pseudo-labels: accuracy (%)", pseudo_coverage: "pseudo-labels: coverage (%)",
-  pseudo_miou: "pseudo-labels: mIoU (%)", mask_ratio: "share of pixels that learn (mask_ratio)",
+  pseudo_miou: "pseudo-labels: mIoU (%)", mask_ratio: "share of pixels in the unlabeled loss (mask_ratio)",
 };
 const BOX = { width: 420, height: 220, left: 52, right: 10, top: 10, bottom: 26 };
 
@@ -79,8 +79,8 @@ function drawCurves() {
   const legend = report.runs.map((run, index) => make("li", {}, runKey(index), run.name));
   const thinned = Math.max(...report.runs.flatMap((run) => Object.values(run.curves).map((curve) => curve.each)));
   byId("curves").append(make("ul", { class: "legend" }, ...legend),
-    make("p", { class: "faint" }, "Over the steps. Point at a panel, or focus it and use the arrow keys, for the values there."
-      + (thinned > 1 ? ` Long logs are drawn as means of up to ${thinned} lines.` : "")),
+    make("p", { class: "faint" }, "By training step. Point at a panel, or focus it and use the arrow keys, to read values."
+      + (thinned > 1 ? ` In long logs a point is the mean of up to ${thinned} lines.` : "")),
     make("div", { class: "panels" }, ...keys.map(panel)));
 }
 
@@ -95,7 +95,7 @@ function panel(key) {
   const cursor = draw("line", { class: "cursor", y1: BOX.top, y2: BOX.height - BOX.bottom, visibility: "hidden" });
   const last = lines.map(({ run, curve }) => `${run.name}: last ${short(curve.values[curve.values.length - 1])}`).join("; ");
   const picture = draw("svg", {
-    viewBox: `0 0 ${BOX.width} ${BOX.height}`, tabindex: "0", role: "img", "aria-label": `${title} over the steps. ${last}`,
+    viewBox: `0 0 ${BOX.width} ${BOX.height}`, tabindex: "0", role: "img", "aria-label": `${title} by step. ${last}`,
   }, ...axes(ticks, steps, x, y), ...lines.flatMap((line) => curveMarks(line, x, y)), cursor);
   const readout = make("div", { class: "readout", "aria-live": "polite" });
   let place = steps.length - 1;
@@ -148,7 +148,7 @@ function scale(from, to, start, end) {
   return map;
 }
 
-// About four steps of 1, 2 or 5 times a power of ten that cover both ends
+// About four ticks, at multiples of 1, 2 or 5 times a power of ten, that cover the range
 function niceTicks(low, high) {
   if (low === high) [low, high] = [Math.min(low, 0), Math.max(high, 0)];
   const range = high - low || 1;
@@ -172,7 +172,7 @@ function short(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-// Classes: a table that is sorted by its heads
+// Classes: a table sortable by its columns
 
 function drawClasses() {
   const place = make("div");
@@ -191,11 +191,11 @@ function drawClasses() {
   const [mineLabel, mine] = choice("Run", 0, redraw);
   const [againstLabel, against] = choice("against", report.runs.length > 1 ? 1 : "", redraw, [make("option", { value: "" }, "none")]);
   byId("classes").append(make("div", { class: "controls" }, mineLabel, ...(report.runs.length > 1 ? [againstLabel] : [])), place,
-    make("p", { class: "faint" }, "Press the head of a column to sort by it, again to turn the order. \u2013 : neither in the truth nor predicted."));
+    make("p", { class: "faint" }, "Click a column header to sort by it, again to reverse. \u2013 : neither in the truth nor predicted."));
   redraw();
 }
 
-// [head, value of class, its text]
+// [header, value of a class, its text]
 function classColumns(mine, other) {
   const [run, against] = [report.runs[mine], other === null ? null : report.runs[other]];
   const columns = [["class", (index) => index], [against ? `IoU ${run.name}` : "IoU", (index) => run.iou[index], percent]];
@@ -220,7 +220,7 @@ function classTable(columns, sorting, mine, other, sort) {
   const value = columns[sorting.column][1];
   const order = report.classes.map((_, index) => index).sort((a, b) => {
     const [one, two] = [value(a), value(b)];
-    if (one === null || two === null) return (one === null) - (two === null); // what has no value stands last
+    if (one === null || two === null) return (one === null) - (two === null); // classes without a value come last
     return sorting.down ? two - one : one - two;
   });
   const heads = columns.map(([head], column) => make("th", {
@@ -239,12 +239,12 @@ function classTable(columns, sorting, mine, other, sort) {
   return make("table", { class: "classes" }, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
 }
 
-// Confusions: rows = truth, in percent of the row
+// Confusion matrix: rows are the truth, in percent of the row
 
 function drawConfusion() {
   const section = byId("confusion");
   if (!report.runs[0].confusion) {
-    section.append(make("p", {}, "Made with --no-images: the logs do not hold what takes the predictions."));
+    section.append(make("p", {}, "Not available with --no-images: it needs the predictions."));
     return;
   }
   const place = make("div");
@@ -263,7 +263,7 @@ function matrix(counts, readout) {
     return row.map((count, predicted) => {
       const share = sum ? count / sum : 0;
       const text = sum ? `${percent(100 * share, 2)} % of ${names[truth]} is predicted as ${names[predicted]} (${count.toLocaleString("en")} pixels)`
-        : `no pixel is ${names[truth]}`;
+        : `there are no pixels of ${names[truth]}`;
       return make("td", {
         title: text, tabindex: truth + predicted ? "-1" : "0", class: share > 0.7 ? "full" : share > 0.55 ? "half" : null,
         style: { background: share ? `rgba(var(--heat), ${(0.06 + 0.94 * share).toFixed(3)})` : "" },
@@ -288,14 +288,14 @@ function matrix(counts, readout) {
     make("thead", {}, make("tr", {}, make("td"), ...heads)), make("tbody", {}, ...rows));
 }
 
-// Images: photo, truth and prediction lie on each other, and one slider uncovers them in turn
+// Images: image, truth and prediction are stacked, and a slider moves from one to the next
 
 const STOPS = ["image", "truth", "prediction"];
 
 function drawImages() {
   const section = byId("images"), { best, worst } = report.examples;
   if (!best.length && !worst.length) {
-    section.append(make("p", {}, report.runs[0].confusion ? "No image has a pixel with a class." : "Made with --no-images."));
+    section.append(make("p", {}, report.runs[0].confusion ? "No image has a pixel with a class." : "Not available with --no-images."));
     return;
   }
   const cards = [];
@@ -309,8 +309,8 @@ function drawImages() {
     oninput: () => section.style.setProperty("--opacity", opacity.value / 100),
   });
   const all = STOPS.map((name, stop) => make("button", { type: "button", onclick: () => cards.forEach((one) => one.show(100 * stop)) }, name));
-  section.append(make("p", { class: "faint" }, `Of ${report.runs[0].name}, by the mIoU over the classes that an image has in truth or prediction. `
-    + "The slider goes from the image over the truth to the prediction; dragging over a picture moves the edge between two of them. White: ignored pixels; a class whose colour is black is not drawn. Beside each class: its IoU in the image."),
+  section.append(make("p", { class: "faint" }, `Of ${report.runs[0].name}, ranked by mIoU over the classes in the truth or prediction of the image. `
+    + "The slider goes from the image over the truth to the prediction; dragging over a picture moves the edge between two of them. White: ignored pixels; a class whose color is black is not drawn. Beside each class: its IoU in the image."),
     make("div", { class: "controls", role: "group", "aria-label": "all images" }, "all at once:", ...all, make("label", {}, "opacity of the masks ", opacity)),
     ...row("Worst", worst), ...row("Best", best));
 }

@@ -1,4 +1,4 @@
-"""python -m allspark report: one or several runs on one HTML page that needs nothing beside it and no network."""
+"""allspark report: runs on one self-contained HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from typing import Any
 
 import yaml
 
-from allspark.cli.arguments import positive
-from allspark.cli.compare import Run, differing_lists, list_name, read_runs, training_minutes, val_images
-from allspark.config import DEVICES, RUN_KEYS, DataConfig, to_plain
+from allspark.config import DataConfig
+from allspark.config_io import is_runtime, to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
 from allspark.data.worker_pool import worker_count
 from allspark.device import choose_device
-from allspark.engine.log import METRICS
+from allspark.engine.writers import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import EvalResult, nan_to_none
 from allspark.inference import load_for_inference
+from allspark.runs import Run, differing_lists, list_name, read_runs, val_dataset
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, short_repr
 from allspark.visualization.best_worst import BestWorst, ScoredImage, encode_image
 
-PARTS = Path(__file__).parent  # report.html, report.css and report.js lie beside this file
-LIMIT = 10 * 10**6  # bytes of a page; images are left out above it
-TOLERANCE = 0.1  # percent of mIoU: so much another device may change it
-MOST_POINTS = 500  # of a curve; more are averaged
-MOST_IMAGES = 100  # best, and as many worst
+TEMPLATES = Path(__file__).parent  # of report.html, report.css and report.js
+MAX_BYTES = 10 * 10**6  # of a page; images beyond are left out
+TOLERANCE = 0.1  # percent of mIoU by which another device may differ
+MAX_POINTS = 500  # of a curve; more are averaged
+MAX_IMAGES = 100  # best ones, and as many worst ones
 SUFFIXES = {".htm", ".html"}
-WITHOUT = "; --no-images makes the page without what takes data and checkpoint"
-CHECKPOINTS = ("best", "latest")
+NO_IMAGES_HINT = "; --no-images makes the page without data and checkpoint"
 
 
 @dataclass
 class Evaluated:
-    """What the evaluation of a run's checkpoint on val gave; meta: that of Loaded."""
+    """The evaluation of a run's checkpoint on val; meta is that of the loaded checkpoint."""
 
     scores: EvalResult
     extremes: BestWorst
@@ -54,7 +53,7 @@ class Evaluated:
 
 @dataclass
 class Entry:
-    """A run on the page under its name; evaluated: None with --no-images."""
+    """A run on the page; evaluated is None with --no-images."""
 
     name: str
     run: Run
@@ -62,35 +61,23 @@ class Entry:
 
     @property
     def split(self) -> Mapping[str, str]:
-        """Its lists and their hashes, as what was evaluated tells it."""
-        return self.run.facts.get("split", {}) if self.evaluated is None else self.evaluated.meta["split"]
+        """The names and hashes of its lists."""
+        return self.run.provenance.get("split", {}) if self.evaluated is None else self.evaluated.meta["split"]
 
     @property
     def best(self) -> dict[str, Any]:
         return max(self.run.evaluations, key=lambda line: line["miou"])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "folder that train.py wrote; name=FOLDER names it; the best and worst images are those of the first"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=words)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
-    parser.add_argument("--images", type=positive, default=8, metavar="N", help="best and worst val images: N of each")
-    parser.add_argument("--no-images", action="store_true", help="what the logs tell alone: no data, no checkpoint")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="best", help="which one is evaluated")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data lies, if not where the recipes say")
-    parser.add_argument("--device", default="auto", choices=DEVICES)
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images of equal size go together")
-
-
 def main(args: argparse.Namespace) -> None:
     check_out(args.out)
-    if args.images > MOST_IMAGES:
-        raise UserError(f"--images {args.images}: give at most {MOST_IMAGES}, a page holds {LIMIT / 1e6:.0f} MB")
+    if args.images > MAX_IMAGES:
+        raise UserError(f"--images {args.images}: give at most {MAX_IMAGES}, a page holds {MAX_BYTES / 1e6:.0f} MB")
     entries = read_entries(args.runs)
     for place, entry in enumerate(() if args.no_images else entries):
         entry.evaluated = evaluate_run(entry, args, 0 if place else args.images)
     notes = [*differing_lists({entry.name: entry.split for entry in entries}), *score_notes(entries)]
-    text, left_out = page_below(LIMIT, entries, notes)
+    text, left_out = page_within(MAX_BYTES, entries, notes)
     write_text(args.out, text, "make room or choose another --out")
     for note in (*notes, *left_out):
         print(f"WARNING: {note}", file=sys.stderr)
@@ -98,36 +85,35 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Before the work; the suffix, so that no checkpoint or log is replaced by a slip."""
+    """UserError unless --out can be written; the suffix keeps a mistyped --out from replacing a checkpoint."""
     if out.suffix.lower() not in SUFFIXES or out.is_dir():
         raise UserError(f"--out {out}: must be a file whose name ends in .html, such as report.html")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror}); choose another") from None
+        raise UserError(f"--out {out}: cannot create the folder ({error.strerror}); choose another") from None
 
 
-def read_entries(words: Sequence[str]) -> list[Entry]:
-    """FOLDER or name=FOLDER, all on one data set with the same classes, under names that no two share."""
-    entries = [Entry(name, checked(run)) for name, run in read_runs(words)]
+def read_entries(arguments: Sequence[str]) -> list[Entry]:
+    """The runs of NAME=FOLDER or FOLDER arguments; UserError unless names differ and data set and classes agree."""
+    entries = [Entry(name, check_lines(run)) for name, run in read_runs(arguments)]
     if twice := sorted({entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}):
-        raise UserError(f"two runs have the name {twice[0]}; give each one of its own: name=FOLDER")
+        raise UserError(f"two runs have the name {twice[0]}; give each its own name: name=FOLDER")
     first = entries[0].run.recipe.data
     for entry in entries[1:]:
         data = entry.run.recipe.data
         if data.dataset != first.dataset or spec_for(data).classes != spec_for(first).classes:
             raise UserError(
                 f"{entries[0].run.folder} was trained on {first.dataset}, {entry.run.folder} on {data.dataset} or with "
-                "other classes: they cannot be compared; make a page of each"
+                "other classes: they cannot be compared; make a page for each"
             )
     return entries
 
 
-def checked(run: Run) -> Run:
-    """The run, its log known to hold what the page shows; UserError naming the line that does not."""
+def check_lines(run: Run) -> Run:
+    """The run; UserError if its log has a line that the page cannot show."""
     for line in run.lines:
-        whole = is_count(line["step"]) and ("miou" not in line or is_evaluation(line))
-        if not whole:
+        if not (is_count(line["step"]) and ("miou" not in line or is_evaluation(line))):
             raise UserError(
                 f"{run.folder / METRICS}: not a line that train.py writes: "
                 f"{short_repr(json.dumps(line))}; remove the line"
@@ -150,18 +136,18 @@ def is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluated:
-    """The checkpoint of the run on val, by the run's own mode; `count` best and worst images are kept."""
+    """Evaluate the checkpoint of a run on val in the mode of its recipe, collecting `count` best and worst images."""
     path = entry.run.folder / f"{args.checkpoint}.pth"
     try:
         device = choose_device(args.device)
         loaded = load_for_inference(path, device)
         if loaded.recipe is None or loaded.spec.classes != spec_for(entry.run.recipe.data).classes:
-            raise UserError(f"{path}: not the checkpoint of the recipe beside it; bring that one back")
+            raise UserError(f"{path}: does not belong to the recipe in its folder; restore the original file")
         data = loaded.recipe.data if args.data_root is None else replace(loaded.recipe.data, data_root=args.data_root)
         extremes, inference = BestWorst(loaded.spec, count), loaded.inference()
         scores = evaluate(
             loaded.model,
-            val_images(data, loaded.spec),
+            val_dataset(data, loaded.spec),
             loaded.spec,
             device,
             inference,
@@ -172,12 +158,12 @@ def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluate
             save=extremes,
         )
     except UserError as error:
-        raise UserError(f"{error}{WITHOUT}") from None
+        raise UserError(f"{error}{NO_IMAGES_HINT}") from None
     return Evaluated(scores, extremes, inference.mode, loaded.meta)
 
 
 def score_notes(entries: Sequence[Entry]) -> Iterator[str]:
-    """Where the page's numbers are not those of the log, and where a run is not at its end."""
+    """Warnings: a run is not finished, or its checkpoint now evaluates to another score than in its log."""
     for entry in entries:
         done, epochs = entry.run.evaluations[-1]["epoch"] + 1, entry.run.recipe.epochs
         if done < epochs:
@@ -188,42 +174,42 @@ def score_notes(entries: Sequence[Entry]) -> Iterator[str]:
         today = entry.evaluated.scores.miou
         if logged and not abs(logged[-1] - today) <= TOLERANCE:
             yield (
-                f"{entry.name}: mIoU {today:.2f} here, {logged[-1]:.2f} in its log at the same step: the data, the val "
-                "list, the checkpoint or the precision is another one than at training"
+                f"{entry.name}: mIoU {today:.2f} now, {logged[-1]:.2f} in its log at the same step: the data, "
+                "the val list, the checkpoint or the precision differs from training"
             )
 
 
-def page_below(limit: int, entries: Sequence[Entry], notes: Sequence[str]) -> tuple[str, list[str]]:
-    """The page, and what was left out so that it has no more than `limit` bytes."""
-    content, told = content_of(entries, notes), []
+def page_within(limit: int, entries: Sequence[Entry], notes: Sequence[str]) -> tuple[str, list[str]]:
+    """The page of at most `limit` bytes, and notes about images that were left out."""
+    content, left_out = content_of(entries, notes), []
     examples, text = content["examples"], page(content)
-    there = sum(map(len, examples.values()))
+    total = sum(map(len, examples.values()))
     while len(text) > limit and any(examples.values()):
-        kept = 1 - (len(text) - limit) / len(text)
+        share = 1 - (len(text) - limit) / len(text)
         for images in examples.values():
-            del images[math.floor(len(images) * kept) :]
+            del images[math.floor(len(images) * share) :]
         count = sum(map(len, examples.values()))
-        told = [f"{count} of {there} images are on the page; more would make it larger than {limit / 1e6:.0f} MB"]
-        text = page({**content, "notes": [*notes, *told]})
-    return text, told
+        left_out = [f"{count} of {total} images are on the page; all would make it larger than {limit / 1e6:.0f} MB"]
+        text = page({**content, "notes": [*notes, *left_out]})
+    return text, left_out
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """ASCII: the three files put into one, the content as JSON that no text in it can break out of.
+    """The three template files combined, in ASCII, with the content as escaped JSON.
 
-    The policy at its head lets this script run and no other, and lets nothing be fetched.
+    Its content security policy allows this script alone and no request.
     """
-    html, style, script = ((PARTS / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    html, style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     data = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&":
-        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {"SCRIPT-HASH": f"sha256-{digest}", "STYLE": style, "SCRIPT": script, "DATA": data}
     return re.sub(r"\{\{([A-Z-]+)\}\}", lambda match: parts[match[1]], html)
 
 
 def content_of(entries: Sequence[Entry], notes: Sequence[str]) -> dict[str, Any]:
-    """All that report.js draws, as plain values."""
+    """The data of report.js, as plain values."""
     spec, first = spec_for(entries[0].run.recipe.data), entries[0].evaluated
     return {
         "dataset": spec.name,
@@ -250,16 +236,16 @@ def run_content(entry: Entry, spec: DatasetSpec) -> dict[str, Any]:
         "facts": facts(entry),
         "recipe": yaml.safe_dump(to_plain(entry.run.recipe), sort_keys=False, allow_unicode=True),
         "curves": curves(entry.run),
-        "iou": [rounded(value) for value in iou],
+        "iou": [round_digits(value) for value in iou],
         "confusion": None if evaluated is None else evaluated.extremes.confusion.matrix.tolist(),
     }
 
 
 def facts(entry: Entry) -> dict[str, str]:
-    """The head of a run's column -> what stands there."""
+    """The rows of the table of runs: name -> value."""
     run, recipe, best = entry.run, entry.run.recipe, entry.best
     last, model = run.evaluations[-1], recipe.model
-    evaluated = "not evaluated; classes: best epoch of the log"
+    evaluated = "no; the IoU per class is that of the best epoch in the log"
     if entry.evaluated is not None:
         meta, scores = entry.evaluated.meta, entry.evaluated.scores
         evaluated = (
@@ -270,76 +256,76 @@ def facts(entry: Entry) -> dict[str, str]:
         "folder": str(run.folder),
         "method": recipe.method.name,
         "model": f"{model.encoder}, decoder {model.decoder}, bottleneck {model.bottleneck.name}",
-        "split": split_words(recipe.data, entry.split),
+        "split": split_text(recipe.data, entry.split),
         "seed": str(recipe.seed),
         "epochs": f"{last['epoch'] + 1} of {recipe.epochs}",
         "steps": f"{run.lines[-1]['step']} of {recipe.batch_size} labeled images",
         "crop, optimizer": f"{recipe.data.crop_size}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
         "mIoU, last epoch": f"{last['miou']:.2f}",
         "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch']}; selected on val)",
-        "device": device_words(run.facts),
-        "time": f"{timedelta(seconds=round(60 * training_minutes(run)))} by its logged speed, without evaluations",
-        "evaluated here": evaluated,
+        "device": device_text(run.provenance),
+        "time": f"{timedelta(seconds=round(60 * run.training_minutes()))} by its logged speed, without evaluations",
+        "evaluated now": evaluated,
     }
 
 
-def split_words(data: DataConfig, split: Mapping[str, str]) -> str:
+def split_text(data: DataConfig, split: Mapping[str, str]) -> str:
     """'1_30, labeled list sha256 e0170a14f670 (shapes/1_30 of this project)'."""
     name = split.get("name") or data.split or data.labeled_id_path or "folders of the recipe"
     if "labeled" in split:
         return f"{name}, labeled list {list_name(split['labeled'])}"
-    return f"{name}, lists sha256 {split['sha256'][:12]}" if "sha256" in split else f"{name}, hash not known"
+    return f"{name}, lists sha256 {split['sha256'][:12]}" if "sha256" in split else f"{name}, hash unknown"
 
 
-def device_words(facts: Mapping[str, Any]) -> str:
-    """What the last start ran on."""
+def device_text(facts: Mapping[str, Any]) -> str:
+    """The machine of the last start."""
     if not {"processes", "device", "torch", "revision"} <= facts.keys():
-        return "not known: the run is older than run.json"
+        return "unknown: the run is older than run.json"
     processes, device, torch, revision = (facts[key] for key in ("processes", "device", "torch", "revision"))
     return f"{processes} process(es) on {device}, torch {torch}, revision {revision}"
 
 
 def differing_keys(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
-    """The keys of the recipes in which the runs differ and that may change a result, with the value of each run."""
-    flat = [dict(flattened(to_plain(entry.run.recipe))) for entry in entries]
-    keys = dict.fromkeys(key for recipe in flat for key in recipe if key not in RUN_KEYS)
+    """The keys that differ between the recipes and may change a result, with the value of each run."""
+    flat = [dict(flatten(to_plain(entry.run.recipe))) for entry in entries]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe if not is_runtime(key))
     rows = [(key, [one.get(key, "-") for one in flat]) for key in keys]
-    return [(key, list(map(worded, values))) for key, values in rows if any(value != values[0] for value in values)]
+    return [(key, list(map(yaml_text, values))) for key, values in rows if any(value != values[0] for value in values)]
 
 
-def worded(value: Any) -> str:
-    """As YAML has it: null, true, 0.5, a text as it is."""
+def yaml_text(value: Any) -> str:
+    """A value as YAML writes it: null, true, 0.5, text without quotes."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def flattened(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in plain.items():
         if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + str(key), value
 
 
 def curves(run: Run) -> dict[str, dict[str, Any]]:
-    """Each number that was logged by step: its steps and values, and of how many points each is the mean."""
+    """Each logged number: steps, values, and the number of log lines that each point is the mean of."""
     keys = dict.fromkeys(key for line in run.lines for key, value in line.items() if is_number(value))
     found = {}
     for key in keys:
         if key in ("step", "epoch"):
             continue
         points = [(line["step"], float(line[key])) for line in run.lines if is_number(line.get(key))]
-        each = math.ceil(len(points) / MOST_POINTS)
+        each = math.ceil(len(points) / MAX_POINTS)
         groups = [points[at : at + each] for at in range(0, len(points), each)]
         found[key] = {
             "steps": [group[-1][0] for group in groups],
-            "values": [rounded(sum(value for _, value in group) / len(group)) for group in groups],
+            "values": [round_digits(sum(value for _, value in group) / len(group)) for group in groups],
             "each": each,
         }
     return found
 
 
-def rounded(value: float | None) -> float | None:
-    """To six digits that count: a page of many numbers stays small."""
+def round_digits(value: float | None) -> float | None:
+    """Six significant digits, to keep the page small."""
     return None if value is None else float(f"{value:.6g}")
 
 
@@ -347,9 +333,9 @@ def example(scored: ScoredImage) -> dict[str, Any]:
     pictures = {"image": "JPEG", "truth": "PNG", "prediction": "PNG"}
     return {
         "name": scored.name,
-        "miou": rounded(scored.miou),
+        "miou": round_digits(scored.miou),
         "size": scored.image.size,
-        "iou": [[index, rounded(value)] for index, value in enumerate(scored.iou) if not math.isnan(value)],
+        "iou": [[index, round_digits(value)] for index, value in enumerate(scored.iou) if not math.isnan(value)],
         **{name: data_uri(encode_image(getattr(scored, name), kind), kind) for name, kind in pictures.items()},
     }
 

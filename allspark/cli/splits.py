@@ -1,4 +1,4 @@
-"""python -m allspark splits list | verify | fetch | build | make: published lists, and lists of one's own."""
+"""allspark splits list | verify | fetch | build | make: published lists and lists of your own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from allspark.config import DataConfig, load_config, root_variable
+from allspark.config import DataConfig
+from allspark.config_io import load_config, root_variable
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.spec import Sample
 from allspark.data.splits import (
@@ -24,63 +24,10 @@ from allspark.data.splits import (
     require_file,
 )
 from allspark.split_lists import published
-from allspark.split_lists.layouts import LAYOUTS, get_layout
+from allspark.split_lists.layouts import get_layout
 from allspark.split_lists.make_splits import hold_out, make_splits, parse_sizes, write_splits
 from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, name_clash, split_roots
 from allspark.utils.errors import UserError
-
-OUTCOMES = (
-    "identical: the published images in the published order; unrecorded: as many lines, or the same images, where "
-    "nobody recorded more; unknown: a list of your own; DIFFERS: not what was published, and how. Exit code 2 if one "
-    "differs."
-)
-DRAWING = "Seeded; the smaller list of two is part of the larger; every class gets its share of images."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    show = add_verb(verbs, "list", "the lists that are there, whose they are, their traps, and what can be fetched")
-    show.add_argument("--dataset", help="only this one")
-    verify = add_verb(verbs, "verify", "compare lists with what was published under their names", OUTCOMES)
-    verify.add_argument("--from", dest="source", metavar="DIR", help="laid out like splits/, the default")
-    verify.add_argument("--dataset", help="only this one")
-    fetch = add_verb(verbs, "fetch", "bring published lists from their public repositories, and verify them")
-    fetch.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
-    fetch.add_argument("--split", nargs="+", metavar="S", help="such as 1_8 or val; default: all of the data set")
-    fetch.add_argument("--from", dest="source", metavar="DIR|URL", help="a checkout, a folder like splits/, or a url")
-    build = add_verb(verbs, "build", "derive what the data gives: val, train, the unlabeled half of a labeled list")
-    build.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
-    build.add_argument("--data-root", metavar="DIR", help="default: ALLSPARK_DATA_<DATASET>, else data/<dataset>")
-    for verb in (fetch, build):
-        verb.add_argument("--out", metavar="DIR", help="default: splits/")
-        verb.add_argument("--force", action="store_true", help="overwrite lists that hold something else")
-    add_make(add_verb(verbs, "make", "draw labeled and unlabeled lists from a full train list", DRAWING))
-
-
-def add_verb(verbs: Any, name: str, help_text: str, more: str = "") -> argparse.ArgumentParser:
-    return verbs.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}. {more}")
-
-
-def add_make(make: argparse.ArgumentParser) -> None:
-    whose = make.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}")
-    whose.add_argument("--config", metavar="FILE", help="the recipe that describes a data set of one's own")
-    make.add_argument(
-        "--data-root", metavar="DIR", help="default: the recipe's, else ALLSPARK_DATA_<DATASET>, else data/<dataset>"
-    )
-    make.add_argument(
-        "--train", required=True, metavar="LIST", help="list of `image mask` lines; with --masks a folder of images"
-    )
-    make.add_argument(
-        "--masks", metavar="DIR", help="folder of masks with the images' names; both folders are below the data root"
-    )
-    make.add_argument("--sizes", required=True, help="fractions or counts: 1_4,1_8,1_16 or 16,32")
-    make.add_argument(
-        "--val", metavar="SIZE", help="first take so many images to evaluate on: <out>/val.txt, such as 1_5"
-    )
-    make.add_argument("--seed", type=int, default=0, help="default: 0")
-    make.add_argument("--out", type=Path, metavar="DIR", help="default: splits/<dataset>")
-    make.add_argument("--force", action="store_true", help="overwrite lists that are there")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -95,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    get_layout(published.folder_of(args.dataset))  # refuses one that has none, whatever lies there
+    get_layout(published.folder_of(args.dataset))  # raises for a data set without lists of its own
     root = data_root(args)
     if not root.is_dir():
         raise UserError(f"--data-root {root} is not a folder; correct it or set {root_variable(args.dataset)}=DIR")
@@ -103,27 +50,25 @@ def build(args: argparse.Namespace) -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    if args.seed < 0:
-        raise UserError(f"--seed: {args.seed}; give 0 or more")
     data = data_config(args)
     spec = spec_for(data)
     root = find_data(data, spec)
-    bare: list[Entry] = []
+    no_mask: list[Entry] = []
     if args.masks is None:
         entries = drop_repeats(read_entries(require_file(Path(args.train), "--train"), root, spec.mask_path))
     else:
-        entries, bare = without_masks(folder_entries(root, args.train, args.masks))
+        entries, no_mask = split_by_mask(folder_entries(root, args.train, args.masks))
     val = None
     if args.val is not None:
         count, *others = parse_sizes(args.val, len(entries), "--val").values()
         if others:
             raise UserError(f"--val {args.val}: give one size, such as 1_5")
         val, entries = hold_out(entries, count, args.seed)
-    splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed, bare)
+    splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed, no_mask)
     out = args.out or SPLITS_ROOT / spec.splits
     write_splits(splits, root, out, args.force, val)
-    if bare:
-        print(f"{len(bare)} images have no mask, such as {bare[0].sample.image}: unlabeled in every split")
+    if no_mask:
+        print(f"{len(no_mask)} images have no mask, such as {no_mask[0].sample.image}: unlabeled in every split")
     if val is not None:
         digest = hash_samples([entry.sample for entry in val], root)
         print(f"{out / 'val.txt'}: {len(val)} images to evaluate on, sha256 {digest[:12]}")
@@ -132,16 +77,16 @@ def make(args: argparse.Namespace) -> None:
         print(f"{out / name}: {len(labeled)} labeled, {len(unlabeled)} unlabeled, sha256 {digest[:12]}")
 
 
-def without_masks(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """The images of a folder that have a mask, and those that have none, unless it is all of them."""
+def split_by_mask(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """The entries with an existing mask and those without; if none has one, all are returned as if they had."""
     exists = make_exists_check()
     masked = [entry for entry in entries if exists(entry.sample.mask)]
-    bare = [Entry(Sample(entry.sample.image), entry.source) for entry in entries if not exists(entry.sample.mask)]
-    return (masked, bare) if masked else (entries, [])
+    no_mask = [Entry(Sample(entry.sample.image), entry.source) for entry in entries if not exists(entry.sample.mask)]
+    return (masked, no_mask) if masked else (entries, [])
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
-    """The data section of --config, or the least one that names --dataset; no crop is ever taken here."""
+    """The data section of --config, or a minimal one for --dataset; its crop size is not used."""
     if args.config is not None:
         data = load_config(args.config).data
         return data if args.data_root is None else replace(data, data_root=args.data_root)
@@ -154,15 +99,16 @@ def data_root(args: argparse.Namespace) -> Path:
 
 
 def show(args: argparse.Namespace, splits_root: Path = SPLITS_ROOT) -> None:
-    """A line per list: count and sha256 of its normal form, the same whatever its line ends and mask column.
+    """Print each list with its count and the sha256 of its images, the same for any line ends and mask column.
 
-    Below a split that is known by its hash: whose it is, who uses it, its traps; then what can be fetched.
+    Published splits, recognized by their hash, are followed by origin, users and known problems. At the end stands
+    what can be fetched.
     """
     only = DATASETS[args.dataset].splits if args.dataset in DATASETS else args.dataset
     hashes: dict[str, dict[str, str]] = defaultdict(dict)  # split -> kind -> sha256
     lines: dict[str, list[str]] = defaultdict(list)
     pattern, files = f"{only or '*'}/**/*.txt", {}
-    for root in reversed(split_roots(splits_root)):  # the first has the last word
+    for root in reversed(split_roots(splits_root)):  # an earlier root takes precedence
         files |= {path.relative_to(root).with_suffix(""): path for path in root.glob(pattern)}
     for name, path in sorted(files.items()):
         images = [sample.image.as_posix() for sample in read_list(path, Path())]
@@ -170,30 +116,30 @@ def show(args: argparse.Namespace, splits_root: Path = SPLITS_ROOT) -> None:
         hashes[split][name.name] = list_hash(images)
         lines[split].append(f"{name.as_posix():40} {len(images):7}  {list_hash(images)[:12]}")
     for split in lines:
-        print("\n".join((*lines[split], *what_is_known(split, hashes[split]))))
+        print("\n".join((*lines[split], *describe_split(split, hashes[split]))))
     fetchable = [
         split.name if "/" in split.name else split.list_name(kind)
         for split, kind, facts in load_manifest().all_lists(only)
         if split.places and not facts.derived and split.name not in lines
     ]
     if fetchable:
-        print(f"published, and brought by `splits fetch`: {', '.join(dict.fromkeys(fetchable))}")
+        print(f"published, available with `splits fetch`: {', '.join(dict.fromkeys(fetchable))}")
     elif not lines:
-        there = ", ".join(sorted(path.name for path in splits_root.glob("*") if path.is_dir())) or "nothing"
-        raise UserError(f"{splits_root}: no lists{f' of {only}' if only else ''}, there is {there}; see `splits make`")
+        known = ", ".join(sorted(path.name for path in splits_root.glob("*") if path.is_dir())) or "none"
+        raise UserError(f"{splits_root}: no lists{f' of {only}' if only else ''}; there are {known}; see `splits make`")
 
 
-def what_is_known(name: str, hashes: dict[str, str]) -> list[str]:
-    """Provenance and traps of the published split that these lists are, indented; nothing of others."""
-    told = []
+def describe_split(name: str, hashes: dict[str, str]) -> list[str]:
+    """Indented lines: origin and known problems of the published split with these hashes; none for other lists."""
+    lines = []
     found = [load_manifest().by_hash(sha256) for sha256 in hashes.values()]
     for split in {split.name: split for split, _ in filter(None, found)}.values():
-        whose = "; ".join(f"{place.source} {place.path} ({place.source.license})" for place in split.places)
-        told.append(f"= {split.name} of {whose or split.owner}")
-        told += [f"used by {user}" for user in split.used_by]
-        told += [split.note] if split.note else []
-        told += [f"trap: {trap}" for trap in split.traps]
+        origin = "; ".join(f"{place.source} {place.path} ({place.source.licence})" for place in split.places)
+        lines.append(f"= {split.name} of {origin or split.whose}")
+        lines += [f"used by {user}" for user in split.used_by]
+        lines += [split.note] if split.note else []
+        lines += [f"trap: {trap}" for trap in split.traps]
     folder, _, split_name = name.partition("/")
     if "labeled" in hashes and (warning := name_clash(split_name, hashes["labeled"], folder)):
-        told.append(f"WARNING: {warning}")
-    return [f"    {line}" for line in told]
+        lines.append(f"WARNING: {warning}")
+    return [f"    {line}" for line in lines]

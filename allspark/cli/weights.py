@@ -1,4 +1,4 @@
-"""python -m allspark weights import | inspect | fetch: encoders and whole models of every public format -> ours."""
+"""allspark weights import | inspect | fetch: encoders and complete models of public formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allspark.config import build_recipe, to_plain
+from allspark.config_io import build_recipe, to_plain
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
 from allspark.inference import load_for_inference, string_section
 from allspark.models.timm_encoder import PREFIX
@@ -38,28 +38,6 @@ from allspark.weights.loading import (
 from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
 
 TORCH = (".pth", ".pt")
-FORMATS = "The format is told by the names of the tensors; pretrained_weights/README.md lists those that are known."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    what = "a file of any public format -> encoder weights or a checkpoint of ours"
-    take = verbs.add_parser("import", help=what, description=f"{what}. {FORMATS}")
-    take.add_argument("source", type=Path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
-    take.add_argument("--out", type=Path, required=True, metavar="DST", help=".pth; encoder weights: or .safetensors")
-    take.add_argument("--force", action="store_true", help="overwrite DST")
-    what = "what a file holds: format, network, classes, what is missing, hash, licence"
-    look = verbs.add_parser("inspect", help=what, description=f"{what}. {FORMATS}")
-    look.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
-    what = "ImageNet weights of an encoder, from the first public mirror that has them"
-    get = verbs.add_parser("fetch", help=what, description=f"{what}, converted and put in place.")
-    get.add_argument("name", choices=ENCODER_SIZES, metavar="NAME", help=", ".join(ENCODER_SIZES))
-    get.add_argument("--out", type=Path, metavar="DST", help="default: pretrained_weights/NAME.pth")
-    get.add_argument(
-        "--from", dest="sources", action="append", metavar="URL|PATH", help="instead of the mirrors; several: in turn"
-    )
-    get.add_argument("--sha256", metavar="HEX", help="of the file that --from names, or its first 8 digits or more")
-    get.add_argument("--force", action="store_true", help="overwrite DST")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -70,12 +48,12 @@ def import_weights(args: argparse.Namespace) -> None:
     check_target(args.out, args.force)
     file = read_weights(args.source)
     if args.out.exists() and args.out.samefile(args.source):
-        raise UserError(f"--out {args.out}: is the file that is read; choose another name")
+        raise UserError(f"--out {args.out}: is the source file; choose another name")
     if file.content.get("format") == FORMAT:
-        write_checkpoint(args.out, ours_again(file))
+        write_checkpoint(args.out, inference_checkpoint(file))
         return
     found = recognize(file)
-    print("\n".join(described(found)))
+    print("\n".join(describe(found)))
     state = found.state()
     if found.architecture.num_classes is None:
         write_encoder(args.out, state, found)
@@ -86,8 +64,8 @@ def import_weights(args: argparse.Namespace) -> None:
         write_checkpoint(args.out, {"model": state, "architecture": plain, "source": source})
 
 
-def ours_again(file: WeightFile) -> dict[str, Any]:
-    """The network that a checkpoint of this code predicts with, a teacher's weights in place of its student's."""
+def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
+    """The network that a checkpoint of this code predicts with: of a method with a teacher, the teacher."""
     loaded = load_for_inference(file.path, torch.device("cpu"))
     content = load_checkpoint(file.path)
     if is_imported(content):
@@ -105,35 +83,35 @@ def source_of(file: WeightFile, title: str) -> dict[str, str]:
     return {"format": title, "file": file.path.name, "sha256": file_digest(file.path)}
 
 
-def described(found: RecognizedModel, source: str | None = None) -> list[str]:
-    """Format, network and keys in a few lines. source: where the file came from, if it lay elsewhere."""
+def describe(found: RecognizedModel, source: str | None = None) -> list[str]:
+    """Format, network and keys in a few lines; source: the origin of the file if it was downloaded."""
     model, classes = found.architecture.model, found.architecture.num_classes
     network = f"encoder {model.encoder}"
     if classes is not None:
-        network += f", {classes} classes, decoder {model.decoder} of width {model.decoder_channels}"
+        network += f", {classes} classes, decoder {model.decoder} with {model.decoder_channels} channels"
     if model.bottleneck.name != "none":
         crop = found.architecture.crop_size
-        network += f", bottleneck of {model.bottleneck.num_heads} heads with a memory for crops of {crop}"
-    fit, left = found.result, found.leftovers
-    others = [name for name in fit.unexpected if name not in left]
-    lines = [f"{source or found.file.path}: {found.key_map.title}; {network}"]
-    lines.append(f"  keys: {len(fit.loaded)} matched, {len(fit.missing)} missing, {len(others)} unexpected")
-    lines += [f"  missing: {abbreviate(fit.missing)}"] * bool(fit.missing)
+        network += f", bottleneck with {model.bottleneck.num_heads} heads and a memory for crops of {crop}"
+    result, classifier = found.result, found.leftovers
+    others = [name for name in result.unexpected if name not in classifier]
+    lines = [f"{source or found.file.path}: {found.naming.title}; {network}"]
+    lines.append(f"  keys: {len(result.taken)} matched, {len(result.missing)} missing, {len(others)} unexpected")
+    lines += [f"  missing: {abbreviate(result.missing)}"] * bool(result.missing)
     lines += [f"  left out: {abbreviate(others)}"] * bool(others)
-    lines += [f"  left out, a classifier that is of no use here: {abbreviate(left)}"] * bool(left)
-    return lines + [f"  does not fit: {name} {why}" for name, why in list(fit.wrong.items())[:4]]
+    lines += [f"  left out, the classifier of the pretraining: {abbreviate(classifier)}"] * bool(classifier)
+    return lines + [f"  does not fit: {name} {why}" for name, why in list(result.wrong.items())[:4]]
 
 
 def check_target(path: Path, force: bool) -> None:
     if path.is_dir() or path.suffix not in (*TORCH, ".safetensors"):
         raise UserError(f"--out {path}: must name a file that ends in .pth or, for encoder weights, .safetensors")
     if path.exists() and not force:
-        raise UserError(f"--out {path}: is there already; choose another name, or overwrite it with --force")
+        raise UserError(f"--out {path}: already exists; choose another name or overwrite it with --force")
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     if path.suffix not in TORCH:
-        raise UserError(f"--out {path}: a whole model is written as a checkpoint; choose a name that ends in .pth")
+        raise UserError(f"--out {path}: a complete model is written as a checkpoint; choose a name that ends in .pth")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, content)
@@ -141,7 +119,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_encoder(path: Path, state: Mapping[str, Tensor], found: RecognizedModel) -> None:
-    with written_whole(path) as temporary:
+    with atomic_file(path) as temporary:
         if path.suffix == ".safetensors":
             save_file(dict(state), temporary, metadata={"format": "pt"})
         else:
@@ -153,17 +131,18 @@ def write_encoder(path: Path, state: Mapping[str, Tensor], found: RecognizedMode
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A place to write to beside `path`, put there at the end; nothing is left of it when that fails."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it at the end and removed on an error.
+
+    The temporary file has the same name, which torch and ONNX store inside it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             yield Path(folder) / path.name
             os.replace(Path(folder) / path.name, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
-        raise UserError(
-            f"{path}: cannot be written ({reason_of(error)}); make room, or choose another place"
-        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap OSErrors
+        raise UserError(f"{path}: cannot be written ({reason_of(error)}); make room or choose another path") from error
 
 
 def inspect_weights(args: argparse.Namespace) -> None:
@@ -172,17 +151,17 @@ def inspect_weights(args: argparse.Namespace) -> None:
     print(f"sha256 {digest}, {len(file.tensors)} tensors, {args.file.stat().st_size} bytes")
     own = load_checkpoint(args.file) if file.content.get("format") == FORMAT else None
     if own is not None:
-        print(f"checkpoint of this code, {origin_of(own, args.file)}")
-    print(f"licence: {licence_of(digest)}")
+        print(f"checkpoint of this code, {describe_origin(own, args.file)}")
+    print(f"license: {license_of(digest)}")
     encoder = "" if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model.encoder
     if encoder and not encoder.startswith(("mit_", "resnet")):
-        names = "the names of timm" if encoder.startswith(PREFIX) else "names of its own"
-        print(f"encoder {encoder}, with {names}; eval.py, predict and model.init_from take the file as it is")
+        names = "timm's" if encoder.startswith(PREFIX) else "its own"
+        print(f"encoder {encoder}, with {names} tensor names; eval.py, predict and model.init_from accept it as it is")
     else:
-        print("\n".join(described(recognize(file))))
+        print("\n".join(describe(recognize(file))))
 
 
-def origin_of(content: Mapping[str, Any], path: Path) -> str:
+def describe_origin(content: Mapping[str, Any], path: Path) -> str:
     if is_imported(content):
         return (
             f"imported: {', '.join(f'{key} {value}' for key, value in string_section(content, 'source', path).items())}"
@@ -190,40 +169,42 @@ def origin_of(content: Mapping[str, Any], path: Path) -> str:
     return f"trained on {build_recipe(content['recipe'], None, str(path)).data.dataset}, step {content['step']}"
 
 
-def licence_of(digest: str) -> str:
+def describe_license(digest: str) -> str:
     for name in ENCODER_SIZES:
         for mirror in mirrors(name):
             if mirror.digest is not None and f"sha256:{digest}".startswith(mirror.digest):
                 return f"{name} of {mirror.place}; {license_of(name)}"
-    return f"not known from the file. Published MiT weights and all that is trained from them: {MIT_LICENSE}"
+    return f"unknown. For published MiT weights and everything trained from them: {MIT_LICENSE}"
 
 
 def fetch_weights(args: argparse.Namespace) -> None:
+    if args.name not in ENCODER_SIZES:
+        raise UserError(f"{args.name}: unknown encoder; known are {', '.join(ENCODER_SIZES)}")
     out = args.out or Path("pretrained_weights") / f"{args.name}.pth"
     check_target(out, args.force)
     if args.sha256 and not args.sources:
-        raise UserError("--sha256: says which file --from must bring; the mirrors' files differ from each other")
-    print(f"licence: {license_of(args.name)}")
-    folder = out.parent / f".{args.name}.download"  # what an interrupted download has brought waits here
+        raise UserError("--sha256 needs --from; the files of the mirrors have different hashes")
+    print(f"license: {license_of(args.name)}")
+    folder = out.parent / f".{args.name}.download"  # keeps interrupted downloads
     reasons = []
     for place, url, digest, terms in sources(args):
         try:
-            bring(url, digest, args.name, folder, out)
+            fetch_encoder(url, digest, args.name, folder, out)
         except UserError as error:
-            tried = [line for line in str(error).splitlines() if line.startswith("  ")]  # of allspark.utils.download
+            tried = [line for line in str(error).splitlines() if line.startswith("  ")]  # one per attempt
             reasons += tried or [f"  {url}: {error}"]
         else:
-            print(f"from {place}{terms and f', which says of the licence: {terms}'}")
+            print(f"from {place}{terms and f', license stated there: {terms}'}")
             shutil.rmtree(folder)
             return
     with contextlib.suppress(OSError):
         folder.rmdir()
-    told = "\n".join((*reasons, *["A file from elsewhere: --from URL or PATH"][: not args.sources]))
-    raise UserError(f"{args.name}: no source gave usable weights\n{told}")
+    hint = [] if args.sources else ["To use another file: --from URL or PATH"]
+    raise UserError("\n".join((f"{args.name}: no source has usable weights", *reasons, *hint)))
 
 
 def sources(args: argparse.Namespace) -> list[tuple[str, str, str | None, str]]:
-    """Place, url, digest and the place's words on the licence, of what to try."""
+    """Name, URL, digest and stated license of each source to try."""
     if args.sources:
         digest = args.sha256 and f"sha256:{args.sha256.lower().removeprefix('sha256:')}"
         if digest and not DIGEST.fullmatch(digest):
@@ -232,8 +213,8 @@ def sources(args: argparse.Namespace) -> list[tuple[str, str, str | None, str]]:
     return [(mirror.place, mirror.url, mirror.digest, mirror.license) for mirror in mirrors(args.name)]
 
 
-def bring(url: str, digest: str | None, name: str, folder: Path, out: Path) -> None:
-    """Download, convert, put in place; of what came only the encoder is kept."""
+def fetch_encoder(url: str, digest: str | None, name: str, folder: Path, out: Path) -> None:
+    """Download a file and convert its encoder; the rest of the file is discarded."""
     suffix = Path(urlsplit(url).path).suffix
     raw = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}{suffix}"
     fetch([url], raw, digest=digest)
@@ -242,9 +223,9 @@ def bring(url: str, digest: str | None, name: str, folder: Path, out: Path) -> N
         if found.architecture.model.encoder != name:
             raise UserError(f"holds {found.architecture.model.encoder}, not {name}")
         state = found.state()
-        print("\n".join(described(found, url)))
+        print("\n".join(describe(found, url)))
         write_encoder(out, state, found)
     except UserError as error:
-        raise UserError(str(error).removeprefix(f"{raw}: ")) from None  # `raw` is gone by then
+        raise UserError(str(error).removeprefix(f"{raw}: ")) from None  # raw no longer exists
     finally:
         raw.unlink(missing_ok=True)

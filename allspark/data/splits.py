@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from allspark import distributed
-from allspark.config import CustomDataConfig, DataConfig, root_variable
+from allspark.config import CustomDataConfig, DataConfig
+from allspark.config_io import root_variable
 from allspark.data.datasets import spec_for
 from allspark.data.image_io import walk
 from allspark.data.spec import DatasetSpec, Sample, identity

@@ -11,7 +11,7 @@ from allspark.config import OptimConfig
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Two groups: the encoder with lr, everything else with lr * lr_multi. Weight decay is on every parameter."""
+    """Two parameter groups: the encoder with lr, everything else with lr * lr_multi. All parameters are decayed."""
     named = [(is_encoder(name), p) for name, p in model.named_parameters()]
     encoder, others = [p for inside, p in named if inside], [p for inside, p in named if not inside]
     groups = [{"params": encoder, "scale": 1.0}, {"params": others, "scale": cfg.lr_multi}]
@@ -19,29 +19,37 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
     optimizer = torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
-    for parameter in (*encoder, *others):  # from 0, as it comes out anyway: a first step that is skipped would leave
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # what was in the allocated memory
+    # The same as torch's lazy initialization, but defined even if the first step is skipped on the device.
+    for parameter in (*encoder, *others):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def is_encoder(name: str) -> bool:
-    """Whether a parameter may come from a file of encoder weights: the pyramid of a plain ViT never does."""
+    """Whether a parameter belongs to the pretrained encoder; the feature pyramid on a plain ViT does not."""
     return name.startswith("encoder.") and not name.startswith("encoder.pyramid.")
 
 
-def scaled(cfg: OptimConfig, batch_size: int) -> OptimConfig:
-    """With the learning rate of this batch: lr_scaling=linear states it for batches of lr_batch images."""
+def scale_lr(cfg: OptimConfig, batch_size: int) -> OptimConfig:
+    """The config with the learning rate for this batch size; lr_scaling=linear gives lr for a batch of lr_batch."""
     return cfg if cfg.lr_scaling == "none" else replace(cfg, lr=cfg.lr * batch_size / cfg.lr_batch)
 
 
 def poly_lr(cfg: OptimConfig, step: int, total_steps: int) -> float:
-    """lr * (1 - step / total) ** power, with steps counted from 0."""
-    # Released: train_allspark.py sets the rate after the step, from that step's number: `late` runs one step behind.
-    step = max(step - 1, 0) if cfg.late else step
-    return cfg.lr * (1 - step / total_steps) ** cfg.power
+    """Learning rate of a step: lr * (1 - step / total_steps) ** power, after a linear warm-up from 0.
+
+    Args:
+        cfg: its lr, power, warmup_steps and lr_one_step_late are used.
+        step: number of the step, from 0.
+        total_steps: steps of the whole run.
+    """
+    # Released: train_allspark.py sets the rate after the step, from that step's number.
+    step = max(step - 1, 0) if cfg.lr_one_step_late else step
+    warmup = min(step / cfg.warmup_steps, 1) if cfg.warmup_steps else 1
+    return warmup * cfg.lr * (1 - step / total_steps) ** cfg.power
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Before the step: lr for the encoder, each group's multiple of it for the rest."""
+    """Before a step: the encoder's group gets lr, the other group its multiple."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]

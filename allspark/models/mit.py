@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -89,6 +88,8 @@ class Block(nn.Module):
     """Pre-norm attention and Mix-FFN on a (B, H, W, C) map, each with a residual connection."""
 
     def __init__(self, channels: int, heads: int, reduction: int, drop_path: float) -> None:
+        from timm.layers import DropPath  # takes as long to import as torch
+
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = EfficientSelfAttention(channels, heads, reduction)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from allspark.config import ModelConfig
@@ -41,6 +40,8 @@ class MLPDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.add_levels(in_channels, channels)
+        from mmcv.cnn import ConvModule  # takes as long to import as torch
+
         self.fuse = ConvModule(len(in_channels) * channels, channels, 1, norm_cfg={"type": "BN"})
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
@@ -82,6 +83,8 @@ class MLPBNDecoder(MLPDecoder):
     """mmsegmentation's SegformerHead: batch norm and ReLU in each level, and the finest level is concatenated first."""
 
     def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
+        from mmcv.cnn import ConvModule
+
         self.convs = nn.ModuleList(ConvModule(size, channels, 1, norm_cfg={"type": "BN"}) for size in in_channels)
 
     def fused_sum(self, features: Sequence[Tensor]) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-import timm
 import torch
-from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +36,7 @@ SIZES = {  # by timm's names
 }
 
 
-class ResNet(FeatureListNet):
+class ResNet(nn.Module):
     """image (B, 3, H, W) -> four maps (B, C_i, H_i, W_i) of strides 4, 8, 16, 16, rounded up.
 
     The last stage has dilation 2 instead of a stride, from its second block on. The state_dict has the names that timm
@@ -50,25 +48,36 @@ class ResNet(FeatureListNet):
     """
 
     def __init__(self, name: str, drop_path: float = 0.0) -> None:
+        import timm  # takes as long to import as torch
+        from timm.models import FeatureListNet
+
+        super().__init__()
         size = SIZES[name]
         network = timm.create_model(name, output_stride=size.strides[-1], drop_path_rate=drop_path)
-        super().__init__(network, out_indices=(1, 2, 3, 4))
+        features = FeatureListNet(network, out_indices=(1, 2, 3, 4))
+        self.feature_info = features.feature_info
+        for child, module in features.items():
+            self.add_module(child, module)
+        self.run_block: Callable[[nn.Module, Tensor], Tensor] | None = None
         self.channels, self.strides = size.channels, size.strides
         self.decoder_channels = size.decoder_channels
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        # Not compiled: dynamo does not support context_fn
+        self.run_block = torch.compiler.disable(checkpoint_block) if enable else None
+
     def forward(self, image: Tensor) -> list[Tensor]:
         x, features = image, []
-        for name, module in self.items():
+        for name, module in self.named_children():
             if not name.startswith("layer"):
                 x = module(x)
                 continue
             for block in module:
-                x = checkpoint_block(block, x) if self.grad_checkpointing else block(x)  # set_grad_checkpointing
+                x = block(x) if self.run_block is None else self.run_block(block, x)
             features.append(x)
         return features
 
 
-@torch.compiler.disable  # dynamo does not support context_fn, so the blocks are not compiled then
 def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
     """block(x), whose activations are recomputed in the backward pass."""
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), freeze_statistics(block)))

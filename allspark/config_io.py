@@ -1,0 +1,431 @@
+"""Recipes from YAML files and `key.path=value` overrides, and back. Every error names the key by its full path."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from allspark.config import MethodConfig, Recipe
+from allspark.utils.errors import UserError, short_repr
+from allspark.utils.safe_yaml import parse_yaml
+
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel has configs, splits, train.py and eval.py inside the package
+CONFIG_ROOT = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"  # in a checkout they are beside it
+MAPS = ("value_map", "color_map")  # replaced as a whole; sections are merged key by key
+
+# Old key path -> new key path, or a function (content without the old key, its value) -> (content, note).
+# Applied to YAML files, overrides and the recipes in checkpoints.
+Translation = Callable[[Mapping[str, Any], Any], tuple[Mapping[str, Any], str]]
+RENAMED: dict[str, str | Translation] = {
+    "log_interval": "log.interval",
+    "optim.late": "optim.lr_one_step_late",
+    "method.warmup_epochs": "model.bottleneck.warmup_epochs",
+}
+
+
+def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a data set and a method, from configs/.
+
+    Later values replace earlier ones: configs/datasets/<dataset>.yaml, configs/methods/<method>.yaml (after the file
+    named by its `base`), the section `datasets: <dataset>:` of that file, overrides.
+
+    Args:
+        dataset, method: names of the files.
+        overrides: key path -> value, as parse_overrides returns them.
+
+    Raises:
+        UserError: a file is missing, or a key or value is invalid.
+    """
+    notes: list[str] = []
+    content = _with_method(_read(_find("datasets", dataset), notes), dataset, method, notes)
+    return build_recipe(content, overrides, f"--dataset {dataset} --method {method}", notes)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, method: str | None = None) -> Recipe:
+    """A complete recipe from one file, such as the config.yaml of a run.
+
+    Args:
+        path: the YAML file.
+        overrides: key path -> value, as parse_overrides returns them.
+        method: replaces the file's method and bottleneck by everything that configs/methods/<method>.yaml sets.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is invalid.
+    """
+    notes: list[str] = []
+    content = _read(Path(path), notes)
+    if method is not None:
+        data, model = content.get("data"), content.get("model")
+        content = {key: value for key, value in content.items() if key != "method"}
+        if isinstance(model, Mapping):
+            content["model"] = {key: value for key, value in model.items() if key != "bottleneck"}
+            bottleneck = model.get("bottleneck")
+            if isinstance(bottleneck, Mapping) and "warmup_epochs" in bottleneck:  # belongs to the data set
+                content["model"]["bottleneck"] = {"warmup_epochs": bottleneck["warmup_epochs"]}
+        dataset = str(data.get("dataset")) if isinstance(data, Mapping) else ""
+        content = _with_method(content, dataset, method, notes)
+    return build_recipe(content, overrides, str(path), notes)
+
+
+def build_recipe(
+    content: Mapping[str, Any], overrides: Mapping[str, Any] | None, source: str, notes: Sequence[str] = ()
+) -> Recipe:
+    """Fill the dataclasses.
+
+    Args:
+        content: nested plain values, as YAML or to_plain give them.
+        overrides: key path -> value.
+        source: where content comes from, for error messages.
+        notes: what was translated already.
+
+    Raises:
+        UserError: a key is unknown, missing, of the wrong type or out of range.
+    """
+    content, notes = translate(content, source, [*notes])
+    given = {full_key(key): value for key, value in (overrides or {}).items()}
+    file_batch_size = content.get("batch_size") if isinstance(content, Mapping) else None
+    for key, value in given.items():
+        update, notes = translate(_nest(key, value), "command line", notes)
+        content = merge(content, update)
+    content, notes = _rename_self_training(content, notes)
+    recipe = dataclasses.replace(_convert(content, Recipe, "", source), notes=tuple(dict.fromkeys(notes)))
+    if recipe.optim.lr_scaling != "none" and recipe.optim.lr_batch is None:
+        stated = recipe.batch_size if file_batch_size is None else file_batch_size
+        lr_batch = _convert(stated, int, "batch_size", source)
+        recipe = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, lr_batch=lr_batch))
+    root = os.environ.get(root_variable(recipe.data.dataset))
+    if root and "data.data_root" not in given:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, data_root=root))
+    check_ranges(recipe, source)
+    return recipe
+
+
+def check_ranges(recipe: Recipe, source: str) -> None:
+    """Raises UserError for the first value that is out of its range."""
+    for path, key in keys().items():
+        low, above, high = (key.metadata[name] for name in ("low", "above", "high"))
+        if low is above is None:
+            continue
+        value = functools.reduce(lambda part, name: getattr(part, name, None), path.split("."), recipe)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None or ((number > above if low is None else number >= low) and number <= high):
+                continue  # NaN satisfies neither
+            bound = f"at most {high}" if number > high else f"above {above}" if low is None else f"at least {low}"
+            raise UserError(f"{source}: {path}={number} must be {bound}")
+    smallest, largest = recipe.data.scale_range
+    if smallest > largest:
+        raise UserError(f"{source}: data.scale_range=[{smallest}, {largest}]: the smaller factor must come first")
+
+
+def translate(content: Mapping[str, Any], source: str, notes: list[str]) -> tuple[Mapping[str, Any], list[str]]:
+    """Move the values of old keys to their new keys.
+
+    Returns:
+        The content, and the notes with one more for each old key.
+    """
+    for old, new in RENAMED.items():
+        rest, value = _take(content, old)
+        if value is dataclasses.MISSING:
+            continue
+        if callable(new):
+            content, note = new(rest, value)
+        else:
+            if _take(rest, new)[1] is not dataclasses.MISSING:
+                raise UserError(f"{source}: has both {old} and {new}, its new name; remove {old}")
+            content, note = merge(rest, _nest(new, value)), f"{old} is now {new}"
+        notes = [*notes, note]
+    return content, notes
+
+
+def _rename_self_training(content: Any, notes: list[str]) -> tuple[Any, list[str]]:
+    """method=allspark without a bottleneck is now method=selftrain."""
+    method, model = (content.get(key) if isinstance(content, Mapping) else None for key in ("method", "model"))
+    options = {"name": method} if isinstance(method, str) else method
+    bottleneck = model.get("bottleneck", "none") if isinstance(model, Mapping) else None
+    kind = bottleneck.get("name", "none") if isinstance(bottleneck, Mapping) else bottleneck
+    if not isinstance(options, Mapping) or (options.get("name"), kind) != ("allspark", "none"):
+        return content, notes
+    options = {key: value for key, value in options.items() if key != "pseudo_context"}  # an option of the bottleneck
+    note = "method=allspark without a bottleneck is now method=selftrain"
+    return {**content, "method": {**options, "name": "selftrain"}}, [*notes, note]
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """key path -> value, from `key.path=value` arguments of a command line; the value is YAML."""
+    overrides = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"'{item}': not an override; write key.path=value, e.g. optim.lr=0.01")
+        try:
+            overrides[key] = parse_yaml(value)
+        except ValueError as error:
+            raise UserError(f"{' '.join(item.split())[:200]}: the value is not YAML ({str(error)[:200]})") from error
+    return overrides
+
+
+def full_key(key: str) -> str:
+    """The full path of a key given by its last part, if only one key ends so: lr -> optim.lr."""
+    known, old = ([p for p in paths if p == key or p.endswith(f".{key}")] for paths in (_all_paths(), RENAMED))
+    paths = known or old
+    if key.startswith("method.") or key in paths or not paths:
+        return key
+    if len(paths) > 1:
+        raise UserError(f"{key}: ambiguous; write one of {', '.join(paths)}")
+    return paths[0]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError if it cannot be read or is none."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML recipe") from error
+    except ValueError as error:  # neither UTF-8 nor YAML
+        raise UserError(f"{path}: not valid YAML: {str(error)[:300]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is a {type(content).__name__}, must be a mapping of keys to values")
+    return content
+
+
+def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key, other values replaced. A string updates a section's name: criterion: ohem."""
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping):
+            old = {"name": old}
+        if isinstance(old, Mapping) and isinstance(value, str):
+            value = {"name": value}
+        sections = isinstance(old, Mapping) and isinstance(value, Mapping) and key not in MAPS
+        merged[key] = merge(old, value) if sections else value
+    return merged
+
+
+def to_plain(value: Any) -> Any:
+    """A recipe or a section as nested dicts and lists: what config.yaml and checkpoints hold and build_recipe reads."""
+    if isinstance(value, MethodConfig):
+        return {"name": value.name, **to_plain(value.options)}
+    if dataclasses.is_dataclass(value):
+        return {key.name: to_plain(getattr(value, key.name)) for key in dataclasses.fields(value) if key.compare}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two plain recipes differ and that may change a result, as 'key: old -> new'."""
+    changed = []
+    for name in sorted({*old, *new}, key=str):  # the keys of a value_map are numbers
+        path, a, b = f"{prefix}{name}", old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if path == "model.bottleneck" and a.get("name") == b.get("name") == "none":
+                continue  # its options have no effect
+            changed += differences(a, b, f"{path}.")
+        elif a != b and not is_runtime(path):
+            changed.append(f"{path}: {a} -> {b}")
+    return changed
+
+
+def is_runtime(path: str) -> bool:
+    """Whether a resumed run may change this key."""
+    return path in keys() and keys()[path].metadata["runtime"]
+
+
+@functools.cache
+def keys() -> dict[str, dataclasses.Field]:
+    """Key path -> field of every key with a value of its own, without the options of the methods."""
+
+    def walk(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
+        for key in dataclasses.fields(kind):
+            if key.metadata:
+                yield prefix + key.name, key
+            elif key.compare and (inner := section_type(type_hints(kind)[key.name])):
+                yield from walk(inner, f"{prefix}{key.name}.")
+
+    return dict(walk(Recipe, ""))
+
+
+@functools.cache
+def _all_paths() -> list[str]:
+    """The paths of all keys and sections."""
+    parents = (path.split(".")[:depth] for path in keys() for depth in range(1, path.count(".") + 2))
+    return list(dict.fromkeys(".".join(parts) for parts in parents))
+
+
+@functools.cache
+def type_hints(kind: type) -> dict[str, Any]:
+    """Key -> type, of a section."""
+    hints = typing.get_type_hints(kind)
+    return {key.name: hints[key.name] for key in dataclasses.fields(kind) if key.compare}
+
+
+def section_type(hint: Any) -> type | None:
+    """The dataclass in a type such as CustomDataConfig | None."""
+    return next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+
+
+def root_variable(dataset: str) -> str:
+    """The environment variable that gives the root folder of a data set."""
+    return "ALLSPARK_DATA_" + re.sub(r"\W", "_", dataset.upper())
+
+
+def bind_options(kind: type, options: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """All keyword-only arguments of a constructor: the given options, checked against their types, and the defaults.
+
+    A constructor with **options passes them on to its base class, whose arguments are then options, too.
+
+    Args:
+        kind: the class.
+        options: name -> value, as YAML gives it.
+        path: the section that the options are in, for error messages.
+    """
+    hints, known = {}, {}
+    for constructor in (base.__init__ for base in kind.__mro__):
+        parameters = inspect.signature(constructor).parameters.values()
+        known = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} | known
+        hints = typing.get_type_hints(constructor) | hints
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    for key in options:
+        if key not in known:
+            raise UserError(f"{path}.{key}: unknown option; known are {', '.join(known) or 'none'}")
+    given = {key: _convert(value, hints[key], f"{path}.{key}", "recipe") for key, value in options.items()}
+    return {name: given.get(name, p.default) for name, p in known.items()}
+
+
+def type_text(hint: Any) -> str:
+    """A type as YAML writes its values: int or null, ce or ohem, [[int, int, int], ...], {int: int}."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if arg is type(None) else type_text(arg) for arg in args)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return f"[{', '.join('...' if arg is Ellipsis else type_text(arg) for arg in args)}]"
+    if origin is dict:
+        return f"{{{type_text(args[0])}: {type_text(args[1])}}}"
+    return hint.__name__
+
+
+def is_usable(value: int | bool | str) -> bool:
+    """Whether a file, and a file name, can hold the value: no surrogate, no NUL, at most 64 bits."""
+    if isinstance(value, str):
+        return "\0" not in value and not re.search("[\ud800-\udfff]", value)
+    return abs(value) < 2**63
+
+
+def _read(path: Path, notes: list[str]) -> dict[str, Any]:
+    """read_yaml with old keys translated; their notes are appended to `notes`."""
+    content, notes[:] = translate(read_yaml(path), str(path), notes)
+    return dict(content)
+
+
+def _with_method(content: Mapping[str, Any], dataset: str, method: str, notes: list[str]) -> dict[str, Any]:
+    """content updated by the file of the method's `base`, the method's file and its section for the data set."""
+    path = _find("methods", method)
+    own = _read(path, notes)
+    if (base := own.pop("base", None)) is not None:
+        if base == method:
+            raise UserError(f"{path}: base={base!r} names the file itself")
+        content = _with_method(content, dataset, str(base), notes)
+    sections = own.pop("datasets", None) or {}
+    if not isinstance(sections, Mapping):
+        raise UserError(f"{path}: datasets={short_repr(sections)} must be a section of data set names")
+    for name in sections:
+        _find("datasets", str(name))
+    special = sections.get(dataset) or {}
+    if not isinstance(special, Mapping):
+        raise UserError(f"{path}: datasets.{dataset}={short_repr(special)} must be a section of keys")
+    special, notes[:] = translate(special, str(path), notes)
+    return merge(merge(content, own), special)
+
+
+def _find(folder: str, name: str) -> Path:
+    path = CONFIG_ROOT / folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise UserError(f"--{folder.removesuffix('s')} {name}: {path} does not exist; known are {known}")
+    return path
+
+
+def _nest(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _take(content: Any, path: str) -> tuple[Any, Any]:
+    """content without the key at `path`, and the key's value; MISSING if it is not there."""
+    name, _, rest = path.partition(".")
+    if not isinstance(content, Mapping) or name not in content:
+        return content, dataclasses.MISSING
+    if not rest:
+        return {key: value for key, value in content.items() if key != name}, content[name]
+    section, value = _take(content[name], rest)
+    return {**content, name: section}, value
+
+
+def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
+    """A YAML value as the hinted type; UserError names the key's path."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _convert_section(value, hint, path, source)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)), path, source)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) == len(value):
+            return tuple(_convert(item, kind, path, source) for item, kind in zip(value, kinds, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        pairs = ((_convert(k, args[0], path, source), v) for k, v in value.items())
+        return {key: _convert(item, args[1], f"{path}.{key}", source) for key, item in pairs}
+    if hint is float and not isinstance(value, bool):  # YAML 1.1 reads 6e-4 as a string
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return float(value)
+    if hint in (int, bool, str) and type(value) is hint and is_usable(value):
+        return value
+    if type(value) is hint:
+        raise UserError(f"{source}: {path}={short_repr(value)} must be a 64-bit number or plain text")
+    misread = hint is str and isinstance(value, bool)
+    remedy = "; YAML reads yes, no, on and off as true or false: put it in quotes" if misread else ""
+    raise UserError(f"{source}: {path}={short_repr(value)} is {type(value).__name__}, must be {type_text(hint)}{remedy}")
+
+
+def _convert_section(value: Any, kind: type, path: str, source: str) -> Any:
+    hints = type_hints(kind)
+    if isinstance(value, str) and "name" in hints:
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{source}: {path or 'the recipe'}={short_repr(value)} must be a section of keys")
+    if kind is MethodConfig:  # the options are beside the name; bind_options checks them
+        value = {"name": value.get("name"), "options": {k: v for k, v in value.items() if k != "name"}}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            places = {p.rpartition(".")[2]: p for p in _all_paths()} | {name: prefix + name for name in hints}
+            close = difflib.get_close_matches(str(key), places, 1)
+            remedy = f"did you mean {places[close[0]]}?" if close else f"known here are {', '.join(hints)}"
+            raise UserError(f"{source}: {prefix}{key}: unknown key; {remedy}")
+    for entry in dataclasses.fields(kind):
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in value:
+            raise UserError(f"{source}: {prefix}{entry.name} is missing; it has no default")
+    return kind(**{key: _convert(item, hints[key], prefix + key, source) for key, item in value.items()})

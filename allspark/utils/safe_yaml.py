@@ -1,0 +1,51 @@
+"""YAML from untrusted files: plain values only, no code, and no expansion beyond a bound."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+MAX_YAML = 1 << 20  # characters
+MAX_NODES = 100_000  # with aliases expanded
+
+
+def parse_yaml(text: str) -> Any:
+    """yaml.safe_load with bounds on the text and on what its aliases expand to.
+
+    Raises:
+        ValueError: the text is not valid YAML, too long, nested too deep or expands too far.
+    """
+    if len(text) > MAX_YAML:
+        raise ValueError(f"{len(text)} characters are too many; at most {MAX_YAML} are read")
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None and count_expanded(node, {}) > MAX_NODES:
+                raise ValueError(f"its aliases expand to more than {MAX_NODES} values")
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError("values are nested too deep") from None
+    except Exception as error:  # yaml.YAMLError, or what int, float, date etc. raise for a value
+        raise ValueError(" ".join(re.split(r"\s+", str(error))) or type(error).__name__) from None
+
+
+def count_expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """The number of nodes with every alias expanded, at most MAX_NODES + 1; known: id -> count of nodes seen so far."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = MAX_NODES + 1  # until it is counted: a node that contains itself never ends
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    count = 1
+    for child in children:
+        count = min(count + count_expanded(child, known), MAX_NODES + 1)
+    known[id(node)] = count
+    return count
