@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from allspark.ranges import check_ranges
 from allspark.utils.errors import UserError, short_repr
-from allspark.utils.safe_load import parse_yaml
+from allspark.utils.safe_yaml import parse_yaml
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel holds configs, splits, train.py and eval.py inside the package

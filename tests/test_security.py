@@ -29,7 +29,8 @@ from allspark.prepare.archives import iter_entries
 from allspark.utils import download
 from allspark.utils.download import fetch
 from allspark.utils.errors import UserError
-from allspark.utils.safe_load import check_tensors, load_tensors, parse_yaml
+from allspark.utils.safe_load import check_tensors, load_tensors
+from allspark.utils.safe_yaml import parse_yaml
 from allspark.weights.loading import read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
