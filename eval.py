@@ -5,10 +5,6 @@ from __future__ import annotations
 import sys
 
 from allspark.arguments import parse
-from allspark.data.loaders import InferenceModel
-from allspark.evaluation.metrics import EvalResult
-from allspark.split_lists.manifest import name_clash
-from allspark.visualization.prediction_writer import PredictionWriter
 
 if __name__ == "__main__":
     parse("eval", sys.argv[1:])  # answer --help and wrong arguments before torch is imported
@@ -23,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from allspark import launch
 from allspark import inference as loading
+from allspark import distributed, launch
 from allspark.config import Recipe
 from allspark.data import splits
 from allspark.data.image_io import read_image
@@ -33,11 +29,13 @@ from allspark.data.transforms import to_tensor
 from allspark.data.worker_pool import worker_count
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.metrics import format_table, nan_to_none
+from allspark.evaluation.metrics import EvalResult, format_table, nan_to_none
 from allspark.evaluation.sliding_window import Inference
+from allspark.inference import InferenceModel
+from allspark.split_lists.manifest import name_clash
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, run_main
-from allspark.visualization.prediction_writer import unique_names
+from allspark.visualization.prediction_writer import PredictionWriter, unique_names
 
 
 def main(argv: Sequence[str]) -> None:

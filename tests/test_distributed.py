@@ -125,7 +125,7 @@ def test_processes_that_began_differently_are_told(pair):
 def test_what_a_user_can_mend_is_no_bug_of_several_processes_either():
     """leave: exit code 2 and a line, in place of a traceback."""
     place = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/shapes")
-    assert user_error_message(place) == "error: /etc/passwd/shapes: Not a directory; mend that, or choose another place"
+    assert user_error_message(place) == "error: /etc/passwd/shapes: Not a directory; fix it or choose another path"
     assert (
         user_error_message(UserError("lower it")) == "error: lower it"
         and user_error_message(RuntimeError("closed by peer")) is None

@@ -200,7 +200,7 @@ def test_a_name_too_long_is_told_before_the_work(predict, photos, tmp_path):
     assert files(predict(photos, "--index-only"))[-1] == f"{stem}.png"
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as allspark.data.base says
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as allspark.data.image_io
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "picture.png"
     save_pixels(np.full((4, 4), 7, np.uint8), path)

@@ -104,7 +104,7 @@ def test_weights_of_timm_give_its_maps(name, suffix, tmp_path):
     save_file(network.state_dict(), file) if suffix == ".safetensors" else torch.save(network.state_dict(), file)
     model = make_model(name).eval()
     (said,) = load_pretrained(model, str(file), "none")
-    assert re.search(r"\d+ tensors, left out: \S*(head|fc|norm)", said)
+    assert re.search(r"\d+ tensors, unused: \S*(head|fc|norm)", said)
     image = torch.randn(1, 3, 64, 96)
     raw = image * model.encoder.scale + model.encoder.shift
     theirs = network.forward_intermediates(raw, intermediates_only=True)
@@ -147,7 +147,7 @@ def test_weights_that_are_refused(tmp_path):
         {key: value for key, value in state.items() if key != "stages.1.downsample.0.bias"}, tmp_path / "less.pth"
     )
     for file, words in (
-        ("other.pth", "timm does not know it as weights of test_convnext"),
+        ("other.pth", "timm cannot convert it to weights of test_convnext"),
         ("less.pth", "1 of .*stages_1.downsample.0.bias"),
     ):
         with pytest.raises(UserError, match=words):

@@ -205,7 +205,7 @@ def test_a_checkpoint_is_fine_tuned_to_other_classes_and_another_crop(finished, 
     assert len(new["decoder.classifier.weight"]) == 21 and len(old["decoder.classifier.weight"]) == 3
     assert new["bottleneck.memory.queue"].shape != old["bottleneck.memory.queue"].shape
     said = capsys.readouterr().out + (place.run / "train.log").read_text(encoding="utf-8")
-    assert said.count(f"init_from {source}: took {len(taken | statistics)} tensors") == 2
+    assert said.count(f"init_from {source}: loaded {len(taken | statistics)} tensors") == 2
     assert "decoder.classifier" in said and "bottleneck.memory" in said
 
 
@@ -229,4 +229,4 @@ def test_encoder_weights_are_taken_under_the_names_of_the_original_files(place):
     expected = {f"encoder.{rename_released(name)}": tensor for name, tensor in original.items() if name in encoder}
     assert_same_tensors(expected, {name: tensor for name, tensor in state.items() if name.startswith("encoder.")})
     log = (place.run / "train.log").read_text(encoding="utf-8")
-    assert f"mit_b0.pth: {len(encoder)} tensors, left out: head.weight" in log
+    assert f"mit_b0.pth: {len(encoder)} tensors, unused: head.weight" in log

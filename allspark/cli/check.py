@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from allspark import recipe_arguments as recipe_args
-from allspark.run import describe_batch
 from allspark.build import build_loader, build_method
 from allspark.config import Recipe
 from allspark.data.audit import AuditReport, audit, select_hidden
@@ -25,6 +24,7 @@ from allspark.evaluation.sliding_window import inference_for
 from allspark.memory_estimate import GB, StepMemory, free_memory, measure_step, predict_step, resident_peak
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import TimmEncoder
+from allspark.run import describe_batch
 from allspark.utils.errors import UserError
 from allspark.weights.loading import load_pretrained
 

@@ -152,7 +152,7 @@ def inspect_weights(args: argparse.Namespace) -> None:
     own = load_checkpoint(args.file) if file.content.get("format") == FORMAT else None
     if own is not None:
         print(f"checkpoint of this code, {describe_origin(own, args.file)}")
-    print(f"license: {license_of(digest)}")
+    print(f"license: {describe_license(digest)}")
     encoder = "" if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model.encoder
     if encoder and not encoder.startswith(("mit_", "resnet")):
         names = "timm's" if encoder.startswith(PREFIX) else "its own"

@@ -1,4 +1,4 @@
-"""Loading files from untrusted sources: no code runs, and memory stays bounded by the size of the file."""
+"""Loading tensors from untrusted files: no code runs, and memory stays bounded by the size of the file."""
 
 from __future__ import annotations
 

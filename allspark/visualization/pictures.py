@@ -221,13 +221,14 @@ def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) ->
 
 
 def plot_seeds(rows: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
-    """Draw a dot per seed and a bar at the mean, one line per row, and save it; a band marks the first row's range.
-
-    Args:
-        rows: name -> value of each seed.
-    """
+    """Draw a line of dots per row and save it. rows: name -> value of each seed; see draw_seeds."""
     figure = new_figure(7.6, 0.26 * len(rows) + 0.9)
-    axes = figure.subplots()
+    draw_seeds(figure.subplots(), rows, title)
+    save_figure(figure, path)
+
+
+def draw_seeds(axes: Axes, rows: Mapping[str, Sequence[float]], title: str) -> None:
+    """A dot per seed and a bar at the mean, one line per row; a band marks the first row's range."""
     for y, values in enumerate(rows.values()):
         axes.plot(values, [y] * len(values), "o", color=COLORS[0], markersize=5, alpha=0.65, markeredgewidth=0)
         axes.plot(np.mean(values), y, "|", color="black", markersize=11, markeredgewidth=1.6)
@@ -236,7 +237,6 @@ def plot_seeds(rows: Mapping[str, Sequence[float]], title: str, path: Path) -> N
     style_axes(axes, title, xlabel="")
     axes.set_yticks(range(len(rows)), [f"{name}  {np.mean(values):.1f}" for name, values in rows.items()])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    save_figure(figure, path)
 
 
 def plot_losses(rows: Mapping[str, Sequence[Mapping[str, Points]]], path: Path) -> None:
