@@ -215,7 +215,7 @@ def write_document(path: Path) -> None:
         made.extend(pictures)
         return rendered(result) + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
 
-    write_text(path, report.filled(text, render), "make room, or give a document of your own")
+    write_text(path, report.fill_tables(text, render), "make room, or give a document of your own")
     print(f"written: {', '.join(map(str, [path, *made]))}")
 
 
