@@ -54,8 +54,8 @@ class Point:
             python += [*launcher, f"--nproc_per_node={processes}", "-m"]
         sides = ["--sides", "ours"] if self.vary == "processes" else ["--sides", "plain", "ours"]
         options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        return [*python, "allspark", "bench", "step", *options, "--threads", str(max(1, threads // processes))]
-        +[*arguments, *sides]
+        options += ["--threads", str(max(1, threads // processes))]
+        return [*python, "allspark", "bench", "step", *options, *arguments, *sides]
 
 
 def points(varied: Sequence[str]) -> list[Point]:
