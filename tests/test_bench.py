@@ -275,9 +275,9 @@ def test_points_are_steps_that_the_bench_takes():
 
 def test_a_point_that_takes_too_much_is_left_out(monkeypatch):
     hold = "import time; held = b'1' * 300_000_000; time.sleep(60)"
-    assert "more than 60 s" in scale.watched([sys.executable, "-c", hold], deadline=0.3)
+    assert "more than 60 s" in scale.run_limited([sys.executable, "-c", hold], deadline=0.3)
     monkeypatch.setattr(scale, "LIMIT_BYTES", 2e8)
-    assert "GB" in scale.watched([sys.executable, "-c", hold], deadline=30)
-    assert scale.watched([sys.executable, "-c", ""], deadline=30) is None
+    assert "GB" in scale.run_limited([sys.executable, "-c", hold], deadline=30)
+    assert scale.run_limited([sys.executable, "-c", ""], deadline=30) is None
     with pytest.raises(UserError, match="no such thing"):
-        scale.watched([sys.executable, "-c", "raise SystemExit('no such thing')"], deadline=30)
+        scale.run_limited([sys.executable, "-c", "raise SystemExit('no such thing')"], deadline=30)

@@ -10,7 +10,7 @@ from runs import FILES, At, assert_finite_losses, assert_same_run, load, sending
 
 import eval as eval_script
 import train
-from allspark import distributed
+from allspark import distributed, train_step
 from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,8 @@ def train_in_group(words, function, call, rank, number):
     """train.py in a process of a group; the one of this rank gets a signal. -> exit code."""
     with pytest.MonkeyPatch.context() as patch:
         if distributed.rank() == rank:
-            patch.setattr(train, function, At(getattr(train, function), call, sending(number)))
+            module = train_step if function == "seed_step" else train
+            patch.setattr(module, function, At(getattr(module, function), call, sending(number)))
         try:
             return run_main(train.main, words)
         except SystemExit as end:

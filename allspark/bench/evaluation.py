@@ -1,4 +1,4 @@
-"""bench eval: sliding windows, a whole image, labels from scores, counting of pixels; ours and the plain way."""
+"""bench eval: sliding windows, a whole image, labels from scores, pixel counts; ours and the plain implementation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from allspark.models.segmentor import build_model
 
 @dataclass(frozen=True)
 class EvalCase:
-    """An image of a size, and the side of the windows."""
+    """Model, size of the image, and side of the windows."""
 
     encoder: str = "mit_b0"
     height: int = 1024
@@ -69,7 +69,7 @@ def bench_eval(case: EvalCase, precisions: Sequence[str], repeats: int, device: 
 
 
 def count_rows(case: EvalCase, size: str, repeats: int, device: torch.device) -> list[Row]:
-    """From class scores to labels, and from labels to counts: each side in the dtype that its pipeline hands on."""
+    """From class scores to labels, and from labels to counts; each side in the dtype of its own pipeline."""
     scores = blobs(case)
     mask = scores.roll((8, 8), (2, 3)).argmax(1)[0]  # most pixels are right, as after training
     mask[:8] = IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""bench loader: images per second from files to normalized tensors on the device, ours and the plain way."""
+"""bench loader: images per second from files to normalized tensors on the device, ours and the plain implementation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class LoaderCase:
-    """Which files (of LIKENESSES), by how many workers, in batches of which size; images: files, None: as usual."""
+    """Kind of files (a key of LIKENESSES), workers, batch size, and number of files; images None: the default."""
 
     name: str
     workers: int = 2
@@ -38,7 +38,7 @@ class LoaderCase:
 
 
 class Stream(Dataset):
-    """One stream of TrainPairs alone, by index: the view (3, crop, crop) uint8, and the mask or where it is valid."""
+    """One stream of TrainPairs, by index: the view (3, crop, crop) uint8, and the mask or the valid pixels."""
 
     def __init__(self, pairs: TrainPairs, stream: int) -> None:
         self.pairs, self.stream = pairs, stream
@@ -70,7 +70,7 @@ class Both(Dataset):
 
 
 def bench_loader(case: LoaderCase, folder: Path, repeats: int, device: torch.device) -> tuple[list[Row], list[str]]:
-    """Rows of each stream alone and of both, from files that are written into folder; and notes."""
+    """Rows of each stream alone and of both together, and notes; the files are written to folder."""
     like = LIKENESSES[case.name]
     data = DataConfig(dataset=like.dataset, data_root=str(folder), crop_size=like.crop, num_workers=case.workers)
     spec = spec_for(data)
@@ -88,8 +88,8 @@ def bench_loader(case: LoaderCase, folder: Path, repeats: int, device: torch.dev
     return rows, [f"{case.name}-like: {len(samples)} made-up images of {size / 1e6:.2f} MB, {case.workers} workers"]
 
 
-def kept_loader(dataset: Dataset, case: LoaderCase, device: torch.device) -> DataLoader:
-    """With the workers of training: they stay between passes."""
+def persistent_loader(dataset: Dataset, case: LoaderCase, device: torch.device) -> DataLoader:
+    """A loader whose workers stay alive between passes, as in training."""
     return make_loader(
         dataset,
         case.workers,
@@ -102,11 +102,11 @@ def kept_loader(dataset: Dataset, case: LoaderCase, device: torch.device) -> Dat
 def run_plain(
     what: str, lists: Lists, spec: DatasetSpec, data: DataConfig, case: LoaderCase, device: torch.device
 ) -> Run:
-    """All images of a stream once, or of both."""
+    """A pass over all images of a stream, or of both."""
     labeled = PlainStream(lists.labeled, spec, data, SEED, LABELED, strong=True)
     unlabeled = PlainStream(lists.unlabeled, spec, data, SEED, UNLABELED, strong=False)
     dataset = {"labeled": labeled, "unlabeled": unlabeled, "both": Both(labeled, unlabeled)}[what]
-    loader = kept_loader(dataset, case, device)
+    loader = persistent_loader(dataset, case, device)
 
     def run() -> None:
         for batch in loader:
@@ -119,14 +119,14 @@ def run_plain(
 def run_ours(
     what: str, lists: Lists, spec: DatasetSpec, data: DataConfig, case: LoaderCase, device: torch.device
 ) -> Run:
-    """The same through TrainPairs, and through TrainLoader where it is both streams."""
+    """The same with TrainPairs, or with TrainLoader for both streams."""
     if what == "both":
         train_loader = TrainLoader(lists, spec, data, VIEWS, case.batch, SEED)
         return lambda: deque(train_loader.on(device), maxlen=0)
     pairs = TrainPairs(lists, spec, data, VIEWS, SEED)
     pairs.open_cache()
     stream = Stream(pairs, LABELED if what == "labeled" else UNLABELED)
-    loader = kept_loader(stream, case, device)
+    loader = persistent_loader(stream, case, device)
 
     def run() -> None:
         for view, mask in loader:

@@ -1,4 +1,4 @@
-"""What was measured on: the machine as it describes itself, and the two rates that bound every step on it."""
+"""The machine of a benchmark: its description, and the two rates that bound every step on it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from allspark.engine.stepper import AUTOCAST, has_bf16, set_precision
 from allspark.memory_estimate import main_memory
 from allspark.utils.parallel import usable_cores
 
-# Variables that begin so decide on speed
+# Environment variables with these prefixes affect the speed
 ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")
-LEAST_SECONDS = 0.3  # that a rate is measured for
+LEAST_SECONDS = 0.3  # minimum time for which a rate is measured
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """CPU, cores, threads, memory, versions, and the environment that the allocator goes by."""
+    """CPU, cores, threads, memory, versions, and environment variables that affect the speed."""
     found = {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -51,8 +51,7 @@ def cpu_name() -> str:
 
 
 def floor(device: torch.device, precisions: list[str]) -> dict[str, float]:
-    """Rates measured here: floating-point operations per second of a large matrix product, by precision, and bytes per
-    second of a copy ("copy"), each the best of several."""
+    """FLOP/s of a large matrix product by precision, and bytes/s of a copy ("copy"), each the best of several runs."""
     rates = {precision: matrix_rate(device, precision) for precision in dict.fromkeys(precisions)}
     return {**rates, "copy": copy_rate(device)}
 

@@ -1,4 +1,4 @@
-"""What the bench measures with: a clock for several sides in turn, peak memory, and counters of work and traffic."""
+"""Measuring tools of the benchmark: time of several implementations in turn, peak memory, operations and traffic."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that are measured in turn. baseline: the one that the others of its case are compared with.
+    """One of the implementations that are compared.
 
-    clear: lets go of what a run leaves behind and the next one would replace, such as gradients.
+    Args:
+        name: in the tables.
+        run: one run.
+        precision: of the run.
+        baseline: whether the others of its case are compared with it.
+        clear: frees what a run leaves behind and the next run would replace, such as gradients.
     """
 
     name: str
@@ -35,8 +40,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run takes. flops: of matrix products, convolutions and attention; moved_bytes: what its operations read
-    and write; peak_bytes: of tensors at their most, beyond those that were there before.
+    """Cost of a run.
+
+    Args:
+        flops: of matrix products, convolutions and attention.
+        moved_bytes: read and written by its operations.
+        peak_bytes: peak memory beyond the tensors that existed before.
     """
 
     flops: int
@@ -46,9 +55,14 @@ class Work:
 
 @dataclass
 class Row:
-    """What was measured of a side. seconds: of each run, which takes `images` images. Work, None: not measured.
+    """Measurements of a side.
 
-    point: where it stands in a sweep.
+    Args:
+        case, side, precision, baseline: what was measured.
+        seconds: time of each run.
+        images: images per run; None: not counted.
+        work: cost of a run; None: not measured.
+        point: value of the varied parameter in a sweep.
     """
 
     case: str
@@ -70,10 +84,21 @@ def measure(
     images: int | None = None,
     work: bool = True,
 ) -> list[Row]:
-    """A Row per side, timed in turn: in every round each side runs twice, and the second counts. In training a step
-    follows its like, and does not find the caches of the processor and of malloc as another formulation left them.
+    """Time the sides in turn; in every round each side runs twice, and the second run counts.
 
-    work: also how much it is and how much memory it takes, for which each side runs once more (on a GPU twice).
+    As in training, a run then follows one of its kind, and does not find the caches of the processor and of malloc as
+    another implementation left them.
+
+    Args:
+        case: title of the comparison.
+        sides: implementations to compare.
+        repeats: rounds.
+        device: to wait for.
+        images: images per run.
+        work: also measure the cost, with one more run of each side (on a GPU two).
+
+    Returns:
+        A Row per side.
     """
     seconds: list[list[float]] = [[] for _ in sides]
     with tqdm(total=repeats * len(sides), desc=case, unit="turn", leave=False, disable=None) as bar:
@@ -101,7 +126,7 @@ def timed(run: Run, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -121,14 +146,16 @@ def convolution_backward_flops(
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    """The gradients of input and weight cost a forward pass each. torch's own formula leaves the groups out of the
-    second, so that a depthwise convolution counts as a full one."""
+    """FLOPs of a convolution's backward pass: the gradients of input and weight cost a forward pass each.
+
+    torch's own formula ignores the groups for the weight, so that a depthwise convolution counts as a full one.
+    """
     positions = x_shape if transposed else grad_shape
     return (output_mask[0] + output_mask[1]) * 2 * math.prod(positions) * math.prod(weight_shape[1:])
 
 
 def count_work(side: Side, device: torch.device) -> Work:
-    """On a GPU the peak is that of torch's allocator, which sees what kernels take for themselves, too."""
+    """Cost of a run; on a GPU the peak is that of torch's allocator, which includes workspaces of kernels."""
     if side.clear is not None:
         side.clear()
     peak = allocator_peak(side.run, device) if device.type == "cuda" else None

@@ -350,7 +350,7 @@ class PlainStream(Dataset):
 
 
 def strong(image: Image.Image, rng: Generator) -> Image.Image:
-    """Colour jitter, grey, blur in PIL, drawn as transforms.strong draws them."""
+    """Color jitter, grayscale and blur in PIL, drawn as by transforms.strong."""
     jitters, order = rng.random() < 0.8, rng.permutation(4)
     factors, hue = rng.uniform(0.5, 1.5, size=3), rng.uniform(-0.25, 0.25)
     greys, blurs, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)

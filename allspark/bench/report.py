@@ -1,4 +1,4 @@
-"""What the bench writes: a result as plain values, its table, its curves, and the tables of a document."""
+"""Output of the benchmark: results as plain values, tables, curves, and the tables of a document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = Mapping[str, Any]
 def make_result(
     bench: str, options: Values, rows: Sequence[Row], notes: Sequence[str], device: torch.device
 ) -> dict[str, Any]:
-    """Everything that was measured and on what, as JSON takes it."""
+    """All measurements and a description of the machine, as values for JSON."""
     rates = floor(device, [row.precision for row in rows])
     return {
         "bench": bench,
@@ -34,8 +34,10 @@ def make_result(
 
 
 def with_derived(row: Row, rows: Sequence[Row], rates: Values) -> dict[str, Any]:
-    """A row and what follows from it: median, ratio to the baseline of its case, images per second, and the seconds
-    that its operations take at the measured matrix rate, and its bytes at the measured rate of a copy.
+    """A row with derived values.
+
+    These are the median, the ratio to the baseline of its case, images per second, and the seconds that its operations
+    would take at the measured matrix rate and its bytes at the measured copy rate.
     """
     median = statistics.median(row.seconds)
     derived = {"median": median, "min": min(row.seconds), "max": max(row.seconds)}
@@ -59,7 +61,7 @@ def duration(seconds: float) -> str:
     return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
-def shown(key: str, form: Callable[[Any], str]) -> Callable[[Values], str]:
+def format_value(key: str, form: Callable[[Any], str]) -> Callable[[Values], str]:
     return lambda row: "" if row.get(key) is None else form(row[key])
 
 
@@ -68,26 +70,26 @@ COLUMNS: dict[str, Callable[[Values], str]] = {
     "side": lambda row: row["side"] + ("" if row["precision"] == "fp32" else f", {row['precision']}"),
     "median": lambda row: duration(row["median"]),
     "min to max": lambda row: f"{duration(row['min'])} to {duration(row['max'])}",
-    "ratio": shown("ratio", lambda ratio: f"{ratio:.2f}x"),
-    "images/s": shown("images_per_second", lambda rate: f"{rate:.3g}"),
-    "peak": shown("work", lambda work: f"{work['peak_bytes'] / 2**20:,.0f} MiB"),
-    "peak ratio": shown("peak_ratio", lambda ratio: f"{ratio:.2f}x"),
-    "GFLOP": shown("work", lambda work: f"{work['flops'] / 1e9:,.1f}"),
-    "at matrix rate": shown("seconds_at_matrix_rate", duration),
-    "at copy rate": shown("seconds_at_copy_rate", duration),
-    "of matrix rate": shown("share_of_matrix_rate", lambda share: f"{100 * share:.0f} %"),
+    "ratio": format_value("ratio", lambda ratio: f"{ratio:.2f}x"),
+    "images/s": format_value("images_per_second", lambda rate: f"{rate:.3g}"),
+    "peak": format_value("work", lambda work: f"{work['peak_bytes'] / 2**20:,.0f} MiB"),
+    "peak ratio": format_value("peak_ratio", lambda ratio: f"{ratio:.2f}x"),
+    "GFLOP": format_value("work", lambda work: f"{work['flops'] / 1e9:,.1f}"),
+    "at matrix rate": format_value("seconds_at_matrix_rate", duration),
+    "at copy rate": format_value("seconds_at_copy_rate", duration),
+    "of matrix rate": format_value("share_of_matrix_rate", lambda share: f"{100 * share:.0f} %"),
 }
 
 
 def table(result: Values) -> list[list[str]]:
-    """The cells of a result, its head first; columns that say nothing are left out."""
+    """The cells of a result, header first, without empty columns."""
     columns = {title: [cell(row) for row in result["rows"]] for title, cell in COLUMNS.items()}
     columns = {title: cells for title, cells in columns.items() if any(cells)}
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
 def remarks(result: Values) -> list[str]:
-    """What it was measured on, and the notes of the bench; a line each."""
+    """Lines about the machine, and the notes of the benchmark."""
     machine, rates = result["machine"], result["floor"]
     kind = machine.get("gpu") or f"{machine['cpu_capability']}, bf16 {'in hardware' if machine['bf16'] else 'emulated'}"
     environment = " ".join(f"`{name}={value}`" for name, value in machine["environment"].items())
@@ -102,7 +104,7 @@ def remarks(result: Values) -> list[str]:
 
 
 def plot_scale(result: Values, folder: Path) -> list[Path]:
-    """A picture for each quantity that was varied: time and peak memory of a step against it."""
+    """A picture for each varied parameter: time and peak memory of a step against it."""
     rows, made = [row for row in result["rows"] if row["point"]], []
     for vary in dict.fromkeys(row["point"]["vary"] for row in rows):
         path = folder / f"benchmarks_{vary}.png"
@@ -137,8 +139,8 @@ def plot_sweep(vary: str, rows: Sequence[Values], path: Path) -> None:
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def filled(document: str, render: Callable[[str], str | None]) -> str:
-    """The text, render(NAME) between each `<!-- bench: NAME -->` and `<!-- end -->`; None: as it was."""
+def fill_tables(document: str, render: Callable[[str], str | None]) -> str:
+    """The document with render(NAME) between `<!-- bench: NAME -->` and `<!-- end -->`; None: unchanged."""
 
     def block(match: re.Match) -> str:
         text = render(match[2])

@@ -1,4 +1,4 @@
-"""bench scale: the step as its parts grow, each point in a process of its own, so that none sees another's memory."""
+"""bench scale: the step with growing parameters, each point in its own process, to separate their memory."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SWEEPS: dict[str, tuple] = {
     "encoder": ("mit_b0", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5"),
     "processes": (1, 2),
 }
-LIMIT_SECONDS, LIMIT_BYTES = 60, 16e9  # of a run of the step; of a process
-START_SECONDS = 60  # that a process gets to start
+LIMIT_SECONDS, LIMIT_BYTES = 60, 16e9  # per run of the step; per process
+START_SECONDS = 60  # for a process to start
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value of what is varied, all else as in BASE."""
+    """One value of the varied parameter; all others are those of BASE."""
 
     vary: str
     value: Any
@@ -42,8 +42,8 @@ class Point:
     def __str__(self) -> str:
         return f"{self.vary} {self.value}"
 
-    def command(self, words: Sequence[str], threads: int) -> list[str]:
-        """Processes share the threads; several of them are ours alone, on the same batch."""
+    def command(self, arguments: Sequence[str], threads: int) -> list[str]:
+        """The command of this point. Several processes share the threads and the batch, and only run our side."""
         settings = {key: value for key, value in BASE.items() if key != self.vary}
         processes = self.value if self.vary == "processes" else 1
         if self.vary != "processes":
@@ -52,9 +52,10 @@ class Point:
         if processes > 1:
             launcher = ["torch.distributed.run", "--standalone", "--local-addr=localhost"]
             python += [*launcher, f"--nproc_per_node={processes}", "-m"]
-        words = [*words, *(["--sides", "ours"] if self.vary == "processes" else ["--sides", "plain", "ours"])]
-        options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        return [*python, "allspark", "bench", "step", *options, "--threads", str(max(1, threads // processes)), *words]
+        sides = ["--sides", "ours"] if self.vary == "processes" else ["--sides", "plain", "ours"]
+        options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        options += ["--threads", str(max(1, threads // processes))]
+        return [*python, "allspark", "bench", "step", *options, *arguments, *sides]
 
 
 def points(varied: Sequence[str]) -> list[Point]:
@@ -64,26 +65,38 @@ def points(varied: Sequence[str]) -> list[Point]:
 def bench_scale(
     varied: Sequence[str], precisions: Sequence[str], repeats: int, threads: int, device: str, folder: Path
 ) -> tuple[list[Row], list[str]]:
-    """Rows of all points, and notes that name those which took too long or too much. folder: for what they write."""
+    """Measure all points.
+
+    Args:
+        varied: keys of SWEEPS.
+        precisions: of our side.
+        repeats: rounds per point.
+        threads: of torch.
+        device: cpu or cuda.
+        folder: for temporary files.
+
+    Returns:
+        Rows of all points, and notes about points that took too much time or memory.
+    """
     rows, notes = [], []
-    words = ["--precision", *precisions, "--repeats", str(repeats), "--device", device]
+    arguments = ["--precision", *precisions, "--repeats", str(repeats), "--device", device]
     runs = (1 + len(precisions)) * (repeats + 3)
     with tqdm(points(varied), "scale", unit="point", leave=False, disable=None) as bar:
         for point in bar:
             bar.set_postfix_str(str(point))
             path = folder / "point.json"
             path.unlink(missing_ok=True)
-            command = [*point.command(words, threads), "--json", str(path)]
-            if (reason := watched(command, START_SECONDS + LIMIT_SECONDS * runs)) is not None:
+            command = [*point.command(arguments, threads), "--json", str(path)]
+            if (reason := run_limited(command, START_SECONDS + LIMIT_SECONDS * runs)) is not None:
                 notes.append(f"{point}: left out, {reason}")
                 continue
             measured = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            rows += [as_row(values, point) for values in measured]
+            rows += [row_of_point(values, point) for values in measured]
     return rows, notes
 
 
-def as_row(values: dict[str, Any], point: Point) -> Row:
-    """The row of a point's own table in that of all points. Several processes are compared with one."""
+def row_of_point(values: dict[str, Any], point: Point) -> Row:
+    """A row of the table of one point, for the table of all points. Several processes are compared with one."""
     row = Row(**{key: values[key] for key in Row.__dataclass_fields__})
     row.work = Work(**values["work"])
     row.point = {"vary": point.vary, "value": point.value}
@@ -94,13 +107,20 @@ def as_row(values: dict[str, Any], point: Point) -> Row:
     return row
 
 
-def watched(command: Sequence[str], deadline: float) -> str | None:
-    """Run it; None when it is done, or why it was stopped. UserError with its last words where it fails."""
+def run_limited(command: Sequence[str], deadline: float) -> str | None:
+    """Run a command within the limits of time and memory.
+
+    Returns:
+        None, or why it was stopped.
+
+    Raises:
+        UserError: it failed; with the end of its output.
+    """
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     started = time.monotonic()
-    with TemporaryFile("w+") as words:
-        child = subprocess.Popen(command, env=environment, stdout=words, stderr=words, start_new_session=True)
+    with TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
             while child.poll() is None:
                 if time.monotonic() - started > deadline:
@@ -111,15 +131,15 @@ def watched(command: Sequence[str], deadline: float) -> str | None:
         finally:
             end(child)
         if child.returncode == -9:  # SIGKILL
-            return "the system ended it, as a rule for its memory"
+            return "the system killed it, usually because of its memory"
         if child.returncode:
-            words.seek(0)
-            raise UserError(f"{' '.join(command)}: failed: {' '.join(words.read().splitlines()[-3:])}")
+            output.seek(0)
+            raise UserError(f"{' '.join(command)}: failed: {' '.join(output.read().splitlines()[-3:])}")
     return None
 
 
 def end(child: subprocess.Popen) -> None:
-    """With all that it started; on Windows, which has no process groups, the child alone."""
+    """Kill a process and its children; on Windows, which has no process groups, only the process."""
     with contextlib.suppress(ProcessLookupError):
         if hasattr(os, "killpg"):
             os.killpg(child.pid, signal.SIGKILL)
@@ -129,7 +149,7 @@ def end(child: subprocess.Popen) -> None:
 
 
 def resident(process: int) -> int:
-    """Bytes of memory that a process holds; 0 where it is over, or the system does not tell."""
+    """Bytes of memory of a process; 0 if it has ended or the system does not report it."""
     try:
         pages = Path(f"/proc/{process}/statm").read_text().split()[1]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""bench step: the training step of AllSpark with the memory in use, ours and the plain one."""
+"""bench step: the training step of AllSpark with the memory in use, ours and the plain implementation."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from allspark.models.mit import MiTSize
 from allspark.models.segmentor import ENCODERS, Segmentor, build_model
 from allspark.train_step import TrainState, train_step
 
-TOTAL_STEPS = 1000  # of the run that the step belongs to; it only sets the learning rate
+TOTAL_STEPS = 1000  # of the run; only sets the learning rate
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A step on `batch` labeled and as many unlabeled images, over all processes."""
+    """A step on `batch` labeled and as many unlabeled images over all processes."""
 
     encoder: str = "mit_b0"
     crop: int = 257
@@ -50,7 +50,7 @@ class StepCase:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Images (B, 3, H, W) normalized, mask (B, H, W) int64: the share of one process, on its device."""
+    """The share of one process: images (B, 3, H, W), normalized, and mask (B, H, W) int64, on its device."""
 
     image_x: Tensor
     mask: Tensor
@@ -69,7 +69,18 @@ class StepBatch:
 def bench_step(
     case: StepCase, precisions: Sequence[str], sides: Sequence[str], repeats: int, device: torch.device
 ) -> tuple[list[Row], list[str]]:
-    """Rows, and notes on what was left out. sides: of plain, ours, transformers."""
+    """Measure a step.
+
+    Args:
+        case: model and batch.
+        precisions: of our side.
+        sides: of plain, ours, transformers.
+        repeats: rounds.
+        device: of the step.
+
+    Returns:
+        Rows, and notes on what was not measured.
+    """
     torch.manual_seed(0)
     model = build_model(case.model, case.classes, case.crop).to(device)
     batch = StepBatch.of(case, device)
@@ -77,7 +88,7 @@ def bench_step(
     if "ours" in sides:
         chosen += [our_side(case, model, precision, batch) for precision in precisions]
     rows = measure(str(case), chosen, repeats, device, images=2 * case.batch) if chosen else []
-    for row in rows:  # counted in this process; the others do as much
+    for row in rows:  # counted in this process; each of the others has the same cost
         row.work = Work(*(count * distributed.world_size() for count in vars(row.work).values()))
     notes = []
     if "transformers" in sides:
@@ -129,7 +140,7 @@ def plain_side(case: StepCase, source: Segmentor, batch: StepBatch) -> Side:
 def against_transformers(
     case: StepCase, source: Segmentor, batch: StepBatch, repeats: int, device: torch.device
 ) -> list[Row]:
-    """Encoder and decoder alone, supervised, on as many images as the joint pass has: plain, and transformers'."""
+    """Supervised step of encoder and decoder on as many images as the joint pass: plain and transformers."""
     image, mask = torch.cat((batch.image_x, batch.image_u)), torch.cat((batch.mask, batch.mask))
     plain = plain_copy(source, case.model).train()
     plain.bottleneck = None
@@ -155,7 +166,7 @@ def transformers_segformer(size: MiTSize, num_classes: int) -> nn.Module:
 
 
 def supervised(name: str, model: nn.Module, loss_of: Callable[[], Tensor], baseline: bool = False) -> Side:
-    """Forward, backward and a step of SGD."""
+    """A side with forward pass, backward pass and SGD step."""
     cfg = OptimConfig()
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
 
