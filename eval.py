@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from allspark import inference as loading
 from allspark import distributed, launch
+from allspark import inference as loading
 from allspark.config import Recipe
 from allspark.data import splits
 from allspark.data.image_io import read_image

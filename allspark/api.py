@@ -36,7 +36,9 @@ def load_checkpoint(path: str | Path, device: str = "auto", dataset: str | None 
     return load_for_inference(path, choose_device(device), dataset)
 
 
-def predict(model: InferenceModel, image: np.ndarray | str | Path, mode: str | None = None, **options: Any) -> np.ndarray:
+def predict(
+    model: InferenceModel, image: np.ndarray | str | Path, mode: str | None = None, **options: Any
+) -> np.ndarray:
     """The class of each pixel of an image.
 
     Args:

@@ -406,7 +406,9 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
         raise UserError(f"{source}: {path}={short_repr(value)} must be a 64-bit number or plain text")
     misread = hint is str and isinstance(value, bool)
     remedy = "; YAML reads yes, no, on and off as true or false: put it in quotes" if misread else ""
-    raise UserError(f"{source}: {path}={short_repr(value)} is {type(value).__name__}, must be {type_text(hint)}{remedy}")
+    raise UserError(
+        f"{source}: {path}={short_repr(value)} is {type(value).__name__}, must be {type_text(hint)}{remedy}"
+    )
 
 
 def _convert_section(value: Any, kind: type, path: str, source: str) -> Any:

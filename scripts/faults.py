@@ -31,7 +31,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # equal bits want equal thread counts
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 sys.path.insert(0, str(REPO))
 
-import torch  # noqa: E402
+import torch
 
 START = 240.0  # seconds for a run to begin, on a busy machine
 PATIENCE = 600.0  # for it to end

@@ -29,18 +29,18 @@ from torch import Tensor, nn
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from allspark import inference as loading  # noqa: E402
-from allspark.data import splits  # noqa: E402
-from allspark.device import choose_device  # noqa: E402
-from allspark.engine.checkpoint import load_checkpoint  # noqa: E402
-from allspark.evaluation.dataset import SegmentationDataset  # noqa: E402
-from allspark.evaluation.evaluate import evaluate  # noqa: E402
-from allspark.evaluation.sliding_window import inference_for  # noqa: E402
-from allspark.models.bottleneck import CrossBatch  # noqa: E402
-from allspark.models.memory import SemanticMemory  # noqa: E402
-from allspark.models.segmentor import Segmentor, SegOutput  # noqa: E402
-from allspark.utils.errors import UserError, run_main  # noqa: E402
-from allspark.visualization.pictures import plot_curves  # noqa: E402
+from allspark import inference as loading
+from allspark.data import splits
+from allspark.device import choose_device
+from allspark.engine.checkpoint import load_checkpoint
+from allspark.evaluation.dataset import SegmentationDataset
+from allspark.evaluation.evaluate import evaluate
+from allspark.evaluation.sliding_window import inference_for
+from allspark.models.bottleneck import CrossBatch
+from allspark.models.memory import SemanticMemory
+from allspark.models.segmentor import Segmentor, SegOutput
+from allspark.utils.errors import UserError, run_main
+from allspark.visualization.pictures import plot_curves
 
 
 class ReadsMemory(nn.Module):

@@ -146,7 +146,7 @@ def write_document(path: Path) -> None:
         made.extend(pictures)
         return render(result) + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
 
-    write_text(path, report.filled(text, render_table), "make room or give another document")
+    write_text(path, report.fill_tables(text, render_table), "make room or give another document")
     print(f"written: {', '.join(map(str, [path, *made]))}")
 
 

@@ -157,7 +157,9 @@ def complete_samples(
         split: [sample for sample in samples if all(map(available, sample))] for split, samples in splits.items()
     }
     if not any(complete_samples.values()) or not (options.allow_partial or has_official_counts(plan, complete_samples)):
-        found = ", ".join(f"{split} {len(samples)} of {plan.counts[split]}" for split, samples in complete_samples.items())
+        found = ", ".join(
+            f"{split} {len(samples)} of {plan.counts[split]}" for split, samples in complete_samples.items()
+        )
         absent = [o.target for samples in splits.values() for sample in samples for o in sample if not available(o)]
         lost = f"; {len(set(absent))} files have no source, first {absent[0]}" if absent else ""
         archives = ", ".join(f"{archive.name} ({archive.origin})" for archive in plan.archives)

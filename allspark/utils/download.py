@@ -341,7 +341,9 @@ def write_body(
     response: http.client.HTTPResponse, part: Path, start: int, size: int | None, terms: Requirements
 ) -> None:
     """Write the response from byte `start` on; raises Unavailable if it ends early, stalls or exceeds the limit."""
-    progress_bar = dict(desc=part.stem, unit="B", unit_scale=True, unit_divisor=1024, disable=None)  # on a terminal only
+    progress_bar = dict(
+        desc=part.stem, unit="B", unit_scale=True, unit_divisor=1024, disable=None
+    )  # on a terminal only
     with open(part, "r+b" if start else "wb") as file, tqdm(initial=start, total=size, **progress_bar) as progress:
         file.seek(start)
         file.truncate()
