@@ -158,7 +158,7 @@ def log_evaluation(
     if run.model.bottleneck is not None:  # share of each class's slots that was written, in percent
         fill = run.model.bottleneck.memory.fill().tolist()
         memory = {name: round(value, 1) for name, value in zip(run.spec.classes, fill, strict=True)}
-    run.log.scores(
+    run.log.evaluation(
         step=position.step,
         epoch=position.epoch,
         miou=scores.miou,

@@ -152,11 +152,13 @@ def build_run(
     log = RunLog(
         save_path,
         active=distributed.is_main(),
-        interval=recipe.log_interval,
+        interval=recipe.log.interval,
         start_step=position.step,
         start_epoch=position.epoch,
         total_steps=total_steps,
         stepper=stepper,
+        writers=recipe.log.writers,
+        config=to_plain(recipe),
     )
     stack.enter_context(log)
     log.load_state_dict(unlogged, device)

@@ -118,7 +118,7 @@ def test_a_recipe_of_ones_own_by_another_method(tmp_path):
         assert (mine.data.dataset, mine.epochs, mine.model.encoder, mine.seed) == ("mine", 7, "mit_b1", 3)
         assert (
             replace(mine.model.bottleneck, warmup_epochs=4) == there.model.bottleneck
-            and mine.optim.late == there.optim.late
+            and mine.optim.lr_one_step_late == there.optim.lr_one_step_late
         )
         assert (mine.method.name, mine.method.options) == (there.method.name, there.method.options)
     with pytest.raises(UserError, match="nothing"):

@@ -120,7 +120,7 @@ def model_findings(recipe: Recipe, spec: DatasetSpec) -> AuditReport:
     if recipe.model.pretrained == recipe.model.init_from == "none":
         remedy = "model.pretrained=FILE, see `python -m allspark weights fetch`"
         if isinstance(model.encoder, TimmEncoder):
-            remedy = model.encoder.way_to_weights() or "model.pretrained=FILE"
+            remedy = model.encoder.download_hint() or "model.pretrained=FILE"
         found.notes.append(f"weights: none, {recipe.model.encoder} starts from random initialization ({remedy})")
     return found
 
@@ -150,7 +150,7 @@ def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
     place = Path(os.path.abspath(save_path))
     while not place.exists():
         place = place.parent
-    needed, free = CHECKPOINTS * sum(memory.held.values()), shutil.disk_usage(place).free
+    needed, free = CHECKPOINTS * sum(memory.persistent.values()), shutil.disk_usage(place).free
     note = f"{save_path}: {CHECKPOINTS} checkpoints need up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
     if needed > free:
         return AuditReport(problems=[f"{note}; make free_memory or choose another --save-path"])

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         predicted += len(names)
     num_images = sum(path not in unreadable for path in images)
     counts = [f"{num_images} of {len(images)} images"] if images or not videos else []
-    counts += [f"{predicted - num_images} read_frames of {len(videos)} video(s)"] if videos else []
+    counts += [f"{predicted - num_images} frames of {len(videos)} video(s)"] if videos else []
     print(f"{' and '.join(counts)} predicted: {args.out}")
     if unreadable:
         first, *others = unreadable.values()

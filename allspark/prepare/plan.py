@@ -153,13 +153,11 @@ def complete_samples(
         return done or output.source is None or output.source in index.files
 
     splits = {split: splits.get(split, []) for split in plan.counts if splits.get(split) or split not in plan.optional}
-    complete_samples = {
+    complete = {
         split: [sample for sample in samples if all(map(available, sample))] for split, samples in splits.items()
     }
-    if not any(complete_samples.values()) or not (options.allow_partial or has_official_counts(plan, complete_samples)):
-        found = ", ".join(
-            f"{split} {len(samples)} of {plan.counts[split]}" for split, samples in complete_samples.items()
-        )
+    if not any(complete.values()) or not (options.allow_partial or has_official_counts(plan, complete)):
+        found = ", ".join(f"{split} {len(samples)} of {plan.counts[split]}" for split, samples in complete.items())
         absent = [o.target for samples in splits.values() for sample in samples for o in sample if not available(o)]
         lost = f"; {len(set(absent))} files have no source, first {absent[0]}" if absent else ""
         archives = ", ".join(f"{archive.name} ({archive.origin})" for archive in plan.archives)
@@ -167,7 +165,7 @@ def complete_samples(
             f"{plan.dataset}: {', '.join(map(str, options.sources))} is incomplete: {found}{lost}. Pass with "
             f"--from {archives}, or the folders they unpack to; --allow-partial prepares what is available"
         )
-    return {split: samples for split, samples in complete_samples.items() if samples}
+    return {split: samples for split, samples in complete.items() if samples}
 
 
 def has_official_counts(plan: Plan, splits: Mapping[str, Sequence[Sample]]) -> bool:

@@ -58,7 +58,7 @@ class PartialFile:
 
     url: str = ""
     size: int | None = None  # bytes of the complete file
-    get_validator: str = ""  # strong ETag or Last-Modified
+    validator: str = ""  # strong ETag or Last-Modified
 
 
 def fetch(
@@ -341,10 +341,8 @@ def write_body(
     response: http.client.HTTPResponse, part: Path, start: int, size: int | None, terms: Requirements
 ) -> None:
     """Write the response from byte `start` on; raises Unavailable if it ends early, stalls or exceeds the limit."""
-    progress_bar = dict(
-        desc=part.stem, unit="B", unit_scale=True, unit_divisor=1024, disable=None
-    )  # on a terminal only
-    with open(part, "r+b" if start else "wb") as file, tqdm(initial=start, total=size, **progress_bar) as progress:
+    bar = dict(desc=part.stem, unit="B", unit_scale=True, unit_divisor=1024, disable=None)  # on a terminal only
+    with open(part, "r+b" if start else "wb") as file, tqdm(initial=start, total=size, **bar) as progress:
         file.seek(start)
         file.truncate()
         done, checked_at, checked_done = start, time.monotonic(), start

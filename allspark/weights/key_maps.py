@@ -168,7 +168,7 @@ class KeyMap:
         ]
         return [(compile_row(theirs), ours) for theirs, ours in (*rows, *self.rest.items())]
 
-    def rename_weights(self, name: str) -> str | None:
+    def translate(self, name: str) -> str | None:
         """Our name for their tensor, without `encoder.` if the file contains only an encoder; None if it is unknown."""
         for rule, ours in self.rules:
             if match := rule.fullmatch(name):

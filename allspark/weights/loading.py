@@ -308,7 +308,7 @@ def infer_architecture(tensors: Mapping[str, Tensor], path: Path, is_model: bool
     encoder = find_encoder(tensors, path)
     if not is_model:
         return Architecture(ModelConfig(encoder=encoder), None, None)
-    num_classes, first_dim = get_shape(tensors, "decoder.classifier.weight", 4, path)[:2]
+    num_classes, width = get_shape(tensors, "decoder.classifier.weight", 4, path)[:2]
     marks = {"decoder.convs.": "mlp_bn", "decoder.aspp.": "deeplab"}
     decoder = next((kind for mark, kind in marks.items() if any(name.startswith(mark) for name in tensors)), "mlp")
     bottleneck, crop = BottleneckConfig(name="none"), None
@@ -322,7 +322,7 @@ def infer_architecture(tensors: Mapping[str, Tensor], path: Path, is_model: bool
             )
         bottleneck = BottleneckConfig(name="allspark", num_heads=max(1, rows // max(1, columns)))
         crop = ENCODER_SIZES[encoder].strides[-1] * (side - 1) + 1  # the released code: side = crop // 32 + 1
-    model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=first_dim, bottleneck=bottleneck)
+    model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=width, bottleneck=bottleneck)
     return Architecture(model, num_classes, crop)
 
 
