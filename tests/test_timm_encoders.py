@@ -176,7 +176,7 @@ def test_channels_are_held_against_what_their_cells_cover():
     """The bottleneck's class maps of a padded image are padded, too: to where its cells lie."""
     model = make_model("test_convnext", "allspark")
     grouped = []
-    model.bottleneck.remember = lambda tokens, maps, size: grouped.append(maps)
+    model.bottleneck.write_memory = lambda tokens, maps, size: grouped.append(maps)
     logits = torch.randn(1, 5, 70, 90)
     model(torch.rand(2, 3, 70, 90), cross=CrossBatch(1, logits))
     (maps,) = grouped
@@ -207,7 +207,7 @@ def test_checkpointing_changes_no_gradient(name):
         (("timm:levit_128",), "strides 16/32/64, and 4 levels are needed"),
         (("timm:convnext_atto.nobody",), "Invalid pretrained tag"),
         (("timm:test_convnext", "model.decoder=deeplab"), "4/8/16/32. Set model.decoder=mlp"),
-        (("timm:test_resnet", "model.checkpointing=true"), "batch norm would count every batch twice"),
+        (("timm:test_resnet", "model.checkpointing=true"), "batch norm would count each batch twice"),
         (("convnext_tiny",), "timm:NAME"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
