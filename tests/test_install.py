@@ -41,7 +41,7 @@ import sys
 from pathlib import Path
 from allspark.__main__ import main
 from allspark.config_io import load_recipe
-from allspark.data import spec_for
+from allspark.data.datasets import spec_for
 from allspark.data.splits import find_split, val_entries
 from allspark.split_lists.manifest import SPLITS_ROOT
 

@@ -197,7 +197,7 @@ def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, sa
     random = torch.get_rng_state()
     shown = Snapshots(SPEC.palette, 2)
     run = SimpleNamespace(recipe=recipe, method=method, model=model, crops=crops, device=CPU)
-    found = train.measure_pseudo_labels(run, shown)
+    found = train.pseudo_label_quality(run, shown)
     assert [name.partition("/")[0] for name in shown.strips] == ["unlabeled"] * 2
     assert all(strip.dtype == np.uint8 and strip.shape[1] > 2 * strip.shape[0] for strip in shown.strips.values())
 

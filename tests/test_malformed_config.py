@@ -145,7 +145,7 @@ CUSTOM = [
     ("labeled_images=../../nowhere", "no such folder"),
     ("labeled_masks=nowhere", "does not exist"),
     ("val_images=masks", "does not exist"),
-    ("unlabeled_images=lists", "no images in it"),
+    ("unlabeled_images=lists", "contains no images"),
     ('labeled_images="a\\0b"', "plain text"),
     ("labeled_images=null", "no labeled images"),
     ("labeled_masks=null", "has no mask"),
@@ -158,18 +158,18 @@ def test_a_data_set_of_ones_own(word, told, refused):
 
 
 LISTS = {
-    "latin": ("image\xe9.png m.png".encode("latin-1"), "no UTF-8"),
-    "utf16": ("images/a.png masks/a.png\n".encode("utf-16"), "no UTF-8"),
+    "latin": ("image\xe9.png m.png".encode("latin-1"), "not UTF-8 text"),
+    "utf16": ("images/a.png masks/a.png\n".encode("utf-16"), "not UTF-8 text"),
     "nul": (b"images/labeled/labeled0.png\0 masks/labeled/labeled0.png\n", "does not exist"),
     "long name": (b"x" * 400 + b" y\n", "does not exist"),
-    "folder": (b"images masks\n", "cannot be read|is no file"),
+    "folder": (b"images masks\n", "cannot be read|not a regular file"),
     "one mask missing": (b"images/labeled/labeled0.png\n" * 3, "has no mask"),
     "outside": (b"/etc/passwd /etc/passwd\n", "not an image"),
     "swapped": (b"masks/labeled/labeled0.png images/labeled/labeled0.png\n" * 4, "one channel"),
     "commas": (b"images/labeled/labeled0.png,masks/labeled/labeled0.png\n", "has no mask|does not exist"),
     "json": (b'["a", "b", "c"]', "3 columns"),
     "blank": (b" \n\t\n", "no labeled images"),
-    "device": (b"/dev/zero /dev/zero\n", "is no file"),
+    "device": (b"/dev/zero /dev/zero\n", "not a regular file"),
 }
 
 

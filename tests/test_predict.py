@@ -229,10 +229,10 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
     "words, told",
     [
         (("{photos}/gone.png",), r"gone\.png: no such image"),
-        (("",), "an empty name among the images"),
-        (("{photos}/*.jpg",), r"\*\.jpg: no images there"),
-        (("{photos}/empty",), "empty: no images there"),
-        (("{photos}", "--out", "{photos}"), "photos: no images there.*--out"),
+        (("",), "a PATH is empty"),
+        (("{photos}/*.jpg",), r"\*\.jpg: no images found"),
+        (("{photos}/empty",), "empty: no images found"),
+        (("{photos}", "--out", "{photos}"), "photos: no images found.*--out"),
         (("{photos}/a.png", "--out", "{photos}"), r"photos/a\.png.*part of the input"),
         (("{photos}/a.png", "--out", "{photos}/b.png"), r"b\.png: the folder cannot be created"),
         (("{photos}/like_color",), r"f_color\.png: both .*f\.png and .*f_color\.png"),
@@ -402,7 +402,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
 def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "LARGE", 64 * 80)
     monkeypatch.setattr(verb, "free_memory", lambda kind: 100_000)
-    with pytest.raises(UserError, match=r"a\.png: 80 x 64 pixels; as a whole.* 0\.0 GB: --mode sliding_window"):
+    with pytest.raises(UserError, match=r"a\.png: 80 x 64 pixels need.* 0\.0 GB; --mode sliding_window"):
         predict(photos / "a.png", photos / "b.png", "--index-only")
     assert files(tmp_path / "out") == ["b.png"]
     assert files(predict(photos / "a.png", "--index-only", "--mode", "sliding_window")) == ["a.png", "b.png"]

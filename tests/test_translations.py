@@ -13,8 +13,6 @@ from allspark.build import complete
 from allspark.config_io import load_config, load_recipe, parse_overrides
 from allspark.inference import load_for_inference
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
 # The sections of a config.yaml that have changed since, as a run of 483fa05 wrote them
 OLD = """
 data: {dataset: shapes, data_root: data/shapes, crop_size: 97, split: "1_30"}
@@ -34,8 +32,8 @@ def old_config(folder, bottleneck):
 
 
 def test_the_warmup_of_an_old_config(tmp_path):
-    with pytest.warns(FutureWarning, match=r"method.warmup_epochs is now called model.bottleneck.warmup_epochs"):
-        recipe = complete(load_config(old_config(tmp_path, "allspark")))
+    recipe = complete(load_config(old_config(tmp_path, "allspark")))
+    assert recipe.notes == ("method.warmup_epochs is now model.bottleneck.warmup_epochs",)
     assert (recipe.method.name, recipe.model.bottleneck.warmup_epochs) == ("allspark", 13)
     assert "warmup_epochs" not in recipe.method.options and recipe.method.options["pseudo_context"] == "batch"
     assert (
@@ -44,8 +42,8 @@ def test_the_warmup_of_an_old_config(tmp_path):
 
 
 def test_self_training_of_an_old_config(tmp_path):
-    with pytest.warns(FutureWarning, match="without a bottleneck is now called method.name=selftrain"):
-        recipe = complete(load_config(old_config(tmp_path, "none")))
+    recipe = complete(load_config(old_config(tmp_path, "none")))
+    assert recipe.notes[1:] == ("method=allspark without a bottleneck is now method=selftrain",)
     assert recipe.method.name == "selftrain" and "pseudo_context" not in recipe.method.options
 
 

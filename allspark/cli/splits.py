@@ -134,7 +134,7 @@ def describe_split(name: str, hashes: dict[str, str]) -> list[str]:
     lines = []
     found = [load_manifest().by_hash(sha256) for sha256 in hashes.values()]
     for split in {split.name: split for split, _ in filter(None, found)}.values():
-        origin = "; ".join(f"{place.source} {place.path} ({place.source.licence})" for place in split.places)
+        origin = "; ".join(f"{place.source} {place.path} ({place.source.license})" for place in split.places)
         lines.append(f"= {split.name} of {origin or split.owner}")
         lines += [f"used by {user}" for user in split.used_by]
         lines += [split.note] if split.note else []

@@ -94,8 +94,8 @@ def describe(found: RecognizedModel, source: str | None = None) -> list[str]:
         network += f", bottleneck with {model.bottleneck.num_heads} heads and a memory for crops of {crop}"
     result, classifier = found.result, found.leftovers
     others = [name for name in result.unexpected if name not in classifier]
-    lines = [f"{source or found.file.path}: {found.naming.title}; {network}"]
-    lines.append(f"  keys: {len(result.taken)} matched, {len(result.missing)} missing, {len(others)} unexpected")
+    lines = [f"{source or found.file.path}: {found.key_map.title}; {network}"]
+    lines.append(f"  keys: {len(result.loaded)} matched, {len(result.missing)} missing, {len(others)} unexpected")
     lines += [f"  missing: {abbreviate(result.missing)}"] * bool(result.missing)
     lines += [f"  left out: {abbreviate(others)}"] * bool(others)
     lines += [f"  left out, the classifier of the pretraining: {abbreviate(classifier)}"] * bool(classifier)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allspark.data.spec import identity
 from allspark.utils.errors import UserError
 
 
@@ -99,9 +98,9 @@ ade20k_lists = folder_lists({"train": "images/training", "val": "images/validati
 
 LAYOUTS: dict[str, Layout] = {  # by folder of splits/
     "pascal": Layout(voc_image, voc_mask, voc_lists, train="train_aug"),
-    "cityscapes": Layout(identity, cityscapes_mask, cityscapes_lists, train="train"),
-    "coco": Layout(identity, coco_mask, coco_lists, train="train"),
-    "ade20k": Layout(identity, ade20k_mask, ade20k_lists, train="train"),
+    "cityscapes": Layout(str, cityscapes_mask, cityscapes_lists, train="train"),
+    "coco": Layout(str, coco_mask, coco_lists, train="train"),
+    "ade20k": Layout(str, ade20k_mask, ade20k_lists, train="train"),
 }
 
 
