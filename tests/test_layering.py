@@ -27,7 +27,8 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "visualization": {"data", "evaluation"},
     "engine": {"config", "distributed"},
     "build": {"config", "config_io", "data", "distributed", "losses", "methods"},
-    "train_step": {"config", "data.batch", "distributed", "engine", "methods", "models"},
+    "cuda_graph": {"config", "data.batch", "distributed", "engine.stepper", "methods"},
+    "train_step": {"config", "cuda_graph", "data.batch", "distributed", "engine", "methods", "models"},
     "run": {
         "build",
         "config",
@@ -48,7 +49,7 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     | {"visualization"},
     "api": {"config", "data", "device", "evaluation", "inference", "models"},
     "bench": {"config", "data", "distributed", "engine", "evaluation", "losses", "memory_estimate", "methods", "models"}
-    | {"train_step", "visualization"},
+    | {"cuda_graph", "train_step", "visualization"},
 }
 
 

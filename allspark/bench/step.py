@@ -15,6 +15,7 @@ from allspark import distributed
 from allspark.bench.measure import Row, Side, Work, measure
 from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, Recipe
+from allspark.cuda_graph import build_graphs
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.checkpoint import Position
 from allspark.engine.optim import build_optimizer, poly_lr
@@ -108,7 +109,7 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
     method_config = MethodConfig(name="allspark")
     recipe = Recipe(
         data=data, model=case.model, method=method_config, batch_size=case.batch, epochs=1, precision=precision
-    )
+    )  # cuda_graph is on, as in training
     method = METHODS["allspark"](CrossEntropy())
     method.attach(model)
     stepper = Stepper(model, build_optimizer(recipe.optim, model), precision)
@@ -117,7 +118,8 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
         network = DistributedDataParallel(model, broadcast_buffers=False)
     if case.compile:
         model.compile_parts()
-    state = TrainState(recipe, network, method, stepper, TOTAL_STEPS)
+    graphs = build_graphs(recipe, method, stepper, print)
+    state = TrainState(recipe, network, method, stepper, TOTAL_STEPS, graphs)
     labeled = LabeledBatch(batch.image_x, batch.mask)
     unlabeled = UnlabeledBatch(batch.image_u, (), torch.ones_like(batch.mask, dtype=torch.bool), ())
 
