@@ -100,16 +100,22 @@ def bench_step(
     return rows, notes
 
 
-def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch) -> Side:
+def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch, cuda_graph: bool = True) -> Side:
     """The step of train.py, on a copy of the weights."""
     device = batch.image_x.device
     model = build_model(case.model, case.classes, case.crop).to(device).train()
     model.load_state_dict(source.state_dict())
     data = DataConfig(dataset="bench", data_root="", crop_size=case.crop)
-    method_config = MethodConfig(name="allspark")
     recipe = Recipe(
-        data=data, model=case.model, method=method_config, batch_size=case.batch, epochs=1, precision=precision
-    )  # cuda_graph is on, as in training
+        data=data,
+        model=case.model,
+        method=MethodConfig(name="allspark"),
+        batch_size=case.batch,
+        epochs=1,
+        precision=precision,
+        compile=case.compile,
+        cuda_graph=cuda_graph,
+    )
     method = METHODS["allspark"](CrossEntropy())
     method.attach(model)
     stepper = Stepper(model, build_optimizer(recipe.optim, model), precision)
