@@ -700,7 +700,8 @@ def c2_profile(out: Path, found: dict[str, Any]) -> None:
     case = StepCase(encoder="mit_b5", crop=513, batch=2)
     with GPU:
         model = build_model(case.model, case.classes, case.crop)
-        batch = StepBatch.of(case, GPU)
+    batch = StepBatch.of(case, GPU)
+    with GPU:
         side = our_side(case, model, "bf16", batch, cuda_graph=False)
     for _ in range(3):
         side.run()

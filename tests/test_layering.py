@@ -29,19 +29,8 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "build": {"config", "config_io", "data", "distributed", "losses", "methods"},
     "cuda_graph": {"config", "data.batch", "distributed", "engine.stepper", "methods"},
     "train_step": {"config", "cuda_graph", "data.batch", "distributed", "engine", "methods", "models"},
-    "run": {
-        "build",
-        "config",
-        "config_io",
-        "data",
-        "distributed",
-        "engine",
-        "evaluation",
-        "launch",
-        "methods",
-        "models",
-    }
-    | {"train_step", "weights"},
+    "run": {"build", "config", "config_io", "cuda_graph", "data", "distributed", "engine", "evaluation", "launch"}
+    | {"methods", "models", "train_step", "weights"},
     "recipe_arguments": {"build", "config", "config_io", "engine.optim"},
     "inference": {"build", "config", "config_io", "data", "engine", "evaluation", "models"},
     "memory_estimate": {"config", "data", "engine", "methods", "models", "train_step"},
