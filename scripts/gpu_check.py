@@ -137,7 +137,8 @@ class Trainer:
         set_precision(precision, device)
         set_deterministic(self.recipe.deterministic)
         torch.manual_seed(0)
-        self.model = build_model(self.recipe.model, self.spec.num_classes, crop).to(device).train()
+        with CPU if NULL else device:  # where weights are drawn
+            self.model = build_model(self.recipe.model, self.spec.num_classes, crop).to(device).train()
         self.method = build_method(self.recipe, self.spec).to(device)
         self.method.attach(self.model)
         optimizer = build_optimizer(self.recipe.optim, self.model)
@@ -341,14 +342,18 @@ def a4_cpu_equals_cuda(out: Path, found: dict[str, Any]) -> None:
     worst: dict[str, Any] = {}
     problems = []
     for method, bottleneck in CASES:
-        found = []
+        pair: list[tuple[Trainer, dict[str, float]]] = []
+        start: dict[str, Any] = {}
         for device in (CPU, GPU):
             trainer = Trainer(method, bottleneck, device, **NO_DROPOUT)
+            if pair:
+                trainer.load(start)
+            start = start or copy.deepcopy(trainer.content())
             with DrawnOnCPU():
                 torch.manual_seed(1)
                 losses = trainer.step(trainer.batch())
-            found.append((trainer, {name: value.item() for name, value in losses.items()}))
-        (on_cpu, losses), (on_gpu, theirs) = found
+            pair.append((trainer, {name: value.item() for name, value in losses.items()}))
+        (on_cpu, losses), (on_gpu, theirs) = pair
         loss = max(abs(theirs[name] - value) / max(abs(value), 1e-3) for name, value in losses.items())
         norm = relative(on_gpu.stepper.norm, on_cpu.stepper.norm)
         name = f"{method} {bottleneck}"
@@ -438,7 +443,7 @@ def a7_evaluation(out: Path, found: dict[str, Any]) -> None:
     ways = [(mode, {}) for mode in ("whole", "sliding_window", "center_crop")]
     ways.append(("whole", {"scales": (0.75, 1.25), "flip": True}))
     for mode, options in [*ways, ("strips", {})]:
-        found = []
+        both = []
         inference = inference_for(spec, 129, "sliding_window" if mode == "strips" else mode, None, **options)
         for trainer, device in zip(trainers, (CPU, GPU), strict=True):
             predictor = trainer.method.predictor(trainer.model).eval()
@@ -447,10 +452,10 @@ def a7_evaluation(out: Path, found: dict[str, Any]) -> None:
                     labels = predict_tiled(predictor, images[:1], spec, device, inference, ["image"])[0]
                 else:
                     labels = predict(predictor, images, spec, device, inference, ["image"])
-            found.append(labels.cpu())
-        same = (found[0] == found[1]).sum().item()
-        shares[f"{mode} {options or ''}".strip()] = same / found[0].numel()
-        agreed, total = agreed + same, total + found[0].numel()
+            both.append(labels.cpu())
+        same = (both[0] == both[1]).sum().item()
+        shares[f"{mode} {options or ''}".strip()] = same / both[0].numel()
+        agreed, total = agreed + same, total + both[0].numel()
     require(agreed / total >= 0.999, str(shares))
     found |= {"equal_pixels": agreed / total, **shares}
 
