@@ -22,6 +22,7 @@ from allspark import distributed, launch
 from allspark.build import build_loader, build_method, complete
 from allspark.config import OptimConfig, Recipe
 from allspark.config_io import build_recipe, differences, to_plain
+from allspark.cuda_graph import build_graphs
 from allspark.data.audit import preflight, select_hidden
 from allspark.data.datasets import spec_for
 from allspark.data.loaders import TrainLoader
@@ -175,7 +176,8 @@ def build_run(
         content=partial(checkpoint_content, recipe, lists, model, method, stepper, log),
         images=lambda position: loader.images((position.step - 1) % loader.steps_per_epoch),
     )
-    state = (recipe, network, method, stepper, total_steps)
+    graphs = build_graphs(recipe, method, stepper, log.info)
+    state = (recipe, network, method, stepper, total_steps, graphs)
     return Run(*state, optim, spec, loader, val, crops, inference, log, checkpointer), position
 
 

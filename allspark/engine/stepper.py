@@ -162,11 +162,16 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"skipped": int(self.skipped), "in_row": int(self.in_row)}
-        return {"optimizer": self.optimizer.state_dict(), "stepper": {"scaler": self.scaler.state_dict(), **counts}}
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])  # a tensor with CUDA graphs
+        return {"optimizer": optimizer, "stepper": {"scaler": self.scaler.state_dict(), **counts}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         fused = self.optimizer.defaults.get("fused")  # as supported by this device, not by that of the checkpoint
-        groups = [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]
+        own = self.optimizer.param_groups  # of lr: a float, or with CUDA graphs a tensor; set before each step
+        saved = state["optimizer"]["param_groups"]
+        groups = [{**group, "fused": fused, "lr": each["lr"]} for group, each in zip(saved, own, strict=True)]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if "stepper" in state:  # missing in older checkpoints
             self.scaler.load_state_dict(state["stepper"]["scaler"])

@@ -41,6 +41,7 @@ class Method(nn.Module, ABC):
     """
 
     views = Views()
+    capturable = False  # losses() neither reads values from the device nor depends on `progress`: CUDA graphs
     uses_cutmix_partner = False  # pastes images of the batch into each other without boxes from the loader
     spec_fields: tuple[str, ...] = ()  # fields of DatasetSpec that the constructor takes in addition to its options
     ignore_padding = True  # leave padded pixels out of the unlabeled loss

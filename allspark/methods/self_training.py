@@ -35,6 +35,8 @@ class SelfTraining(TeacherMethod):
         teacher_momentum: of the moving average.
     """
 
+    capturable = True
+
     def __init__(
         self,
         criterion: Criterion,
