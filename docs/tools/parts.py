@@ -1,15 +1,15 @@
-"""What the parts of a trained network are worth: mIoU on val with each of them taken away, from the same weights.
+"""Ablate a trained network without training it again: mIoU on val of the same weights with one part disabled.
 
-    python scripts/parts.py exp/demo/supervised/best.pth exp/demo/allspark/best.pth
-    python scripts/parts.py --only memory --json parts.json copies/of/latest_*.pth        # over the steps of a run ...
-    python scripts/parts.py --draw parts.json                                             # ... as parts.png
+    python docs/tools/parts.py exp/demo/supervised/best.pth exp/demo/allspark/best.pth
+    python docs/tools/parts.py --only memory --json parts.json copies/of/latest_*.pth   # over the steps of a run ...
+    python docs/tools/parts.py --draw parts.json                                        # ... drawn as parts.png
 
-- stride 4 to stride 32: a feature map of the encoder is flat, its mean over the image stands everywhere.
-- memory: AllSpark's bottleneck reads it, as in training; evaluation, and the pass that makes pseudo-labels, rebuild an
-  image's channels from its own (as released). A teacher reads its student's memory.
-- attention: what the bottleneck's attention gives is 0, which leaves its convolutions and norms.
+- no stride 4 to no stride 32: a feature map of the encoder is replaced by its mean over the image.
+- memory: the bottleneck of AllSpark reads the memory, as for labeled images in training. In evaluation, and for
+  pseudo-labels, it reads the channels of the image itself (as released). A teacher reads the memory of its student.
+- no attention: the output of the bottleneck's attention is 0; its convolutions and norms remain.
 
-All in windows of the training crop, since a memory holds maps of that size alone.
+Evaluation uses windows of the training crop size, because the memory holds maps of that size only.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ def main(argv: Sequence[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=raw)
     parser.add_argument("checkpoints", nargs="*", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
-    parser.add_argument("--only", action="append", metavar="PART", help="this alone, such as memory; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="the figures of --json over the steps, as a .png")
+    parser.add_argument("--only", action="append", metavar="PART", help="measure only this part, such as memory; may be repeated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the results in a file of --json over the steps, as a .png")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
     if args.draw:
         return draw(args.draw)
     if not args.checkpoints:
-        parser.error("name checkpoints, or --draw a file of --json")
+        parser.error("give checkpoints, or --draw with a file of --json")
     found = {str(path): worth(path, choose_device(args.device), args.only) for path in args.checkpoints}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
