@@ -28,7 +28,7 @@ from allspark.utils.errors import UserError, reason_of, short_repr
 from allspark.visualization.pictures import Points
 
 ARCHIVE = ".jsonl.gz"  # suffix of a file with the logs of several runs
-MAX_ARCHIVE = 64 << 20  # bytes after decompression
+MAX_ARCHIVE = 16 << 20  # bytes after decompression
 ROW_NAME = r"\w[\w +.,=-]{,99}"  # in an archive
 
 

@@ -46,7 +46,7 @@ from allspark.visualization.pictures import plot_curves
 class ReadsMemory(nn.Module):
     """The network with the keys and values of its memory, for every image: (B, 3, crop, crop) -> SegOutput.
 
-    UserError for images of another size: the memory's maps are those of a crop.
+    UserError for images of another size: the maps in the memory have the size of a crop's.
     """
 
     def __init__(self, model: Segmentor, memory: SemanticMemory) -> None:
@@ -85,9 +85,9 @@ def main(argv: Sequence[str]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=more, formatter_class=raw)
     parser.add_argument("checkpoints", nargs="*", type=Path, metavar="FILE", help="best.pth or latest.pth of a run")
-    parser.add_argument("--only", action="append", metavar="PART", help="measure only this part, such as memory; may be repeated")
+    parser.add_argument("--only", action="append", metavar="PART", help="only this part, e.g. memory; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the results in a file of --json over the steps, as a .png")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw a file of --json as a .png of the same name")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args(argv)
     if args.draw:

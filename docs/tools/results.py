@@ -109,10 +109,11 @@ def reduce_colors(picture: Image.Image, exact: int = 128) -> Image.Image:
         return_inverse=True, return_counts=True
     )
     colors = torch.stack((codes >> 16, codes >> 8 & 255, codes & 255), dim=1)  # (colors, 3)
-    palette = colors[counts.argsort(descending=True, stable=True)[:256]]
+    order = counts.argsort(descending=True, stable=True)
+    palette = colors[order[:256]]
     if len(colors) > 256:
         frequent = palette[:exact]
-        rare = pixels[~torch.isin(inverse, counts.argsort(descending=True, stable=True)[:exact])]
+        rare = pixels[~torch.isin(inverse, order[:exact])]
         strip = Image.fromarray(rare[:, None].to(torch.uint8).numpy())
         others = strip.quantize(256 - exact, method=Image.Quantize.MEDIANCUT, kmeans=3).getpalette()
         palette = torch.cat((frequent, torch.tensor(others).view(-1, 3)))[:256]
