@@ -313,11 +313,11 @@ def a2_attention(out: Path, found: dict[str, Any]) -> None:
             k, v = k * present[:, None], v * present[:, None]
         given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         wanted = [x.detach().double().requires_grad_() for x in given]
-        found = attention.shared_channel_attention(*given, 0.0, present)
+        attended = attention.shared_channel_attention(*given, 0.0, present)
         truth = reference_attention(*wanted, present)
-        found.backward(grad.to(dtype))
+        attended.backward(grad.to(dtype))
         truth.backward(grad.to(dtype).double())
-        pairs = [(found, truth), *((a.grad, b.grad) for a, b in zip(given, wanted, strict=True))]
+        pairs = [(attended, truth), *((a.grad, b.grad) for a, b in zip(given, wanted, strict=True))]
         error = max(relative(a, b) for a, b in pairs)
         errors[f"K={classes} N={cells} {kind} {str(dtype)[6:]}"] = error
         require(error <= (1e-4 if dtype == torch.float32 else 2e-2), f"{list(errors)[-1]}: {error:.1e}")
@@ -622,7 +622,7 @@ def b2_too_many_processes(out: Path, found: dict[str, Any]) -> None:
     command = [*run, *words, "--save-path", str(out / "two"), f"device={DEVICE}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     ours = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    require(result.returncode != 0 and len(ours) == 1 and "GPU" in ours[0], f"{result.returncode}: {ours}")
+    require(result.returncode != 0 and len(set(ours)) == 1 and "GPU" in ours[0], f"{result.returncode}: {ours}")
     found |= {"exit": result.returncode, "message": ours}
 
 
@@ -843,7 +843,7 @@ def c8_graph(out: Path, found: dict[str, Any]) -> None:
             times.append(timed(lambda trainer=trainer, batch=batch: trainer.step(batch), 1, 5))
         apart = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(*losses, strict=True))
         found[name] = {"apart": apart, "eager_ms": times[0], "graph_ms": times[1]}
-        if not apart < 1e-3:
+        if not apart < (1e-5 if precision == "fp32" else 2e-2):  # atomic additions in half precision
             problems.append(f"{name}: {losses}")
     require(not problems, "; ".join(problems))
 
@@ -928,8 +928,8 @@ CHECKS: dict[str, tuple[Callable[[Path, dict[str, Any]], None], int]] = {  # nam
     "a2": (a2_attention, 30),
     "c8": (c8_graph, 60),
     "a10": (a10_determinism, 60),
-    "c1": (c1_step, 110),
-    "p": (p_processes, 80),
+    "c1": (c1_step, 130),
+    "p": (p_processes, 110),
     "c12": (c12_memory, 40),
     "c3": (c3_bottleneck, 20),
     "b3": (b3_sync_batch_norm, 15),
