@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from allspark.config import ModelConfig
 from allspark.device import check_architecture, choose_device, gpus_allocated, reinstall, why_no_cuda
 from allspark.launch import check_gpus
+from allspark.models.segmentor import build_model
 from allspark.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +91,11 @@ def test_setup_reads_the_driver(tmp_path):
     found = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
     assert found.stdout == "12\n"
     assert subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True).stdout in ("", "13\n")
+
+
+def test_compile_needs_a_compiler(monkeypatch):
+    model = build_model(ModelConfig(encoder="mit_b0"), 3, 65)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"compile=true needs a C\+\+ compiler; install g\+\+"):
+        model.compile_parts()
