@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from allspark.config import Recipe
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.stepper import Stepper
 from allspark.methods import Method
+from allspark.models.timm_encoder import PREFIX
+from allspark.utils.errors import UserError, reason_of
 
 WARMUP = 3  # eager steps before a capture, in which libraries and optimizer create their state
 
@@ -21,31 +23,37 @@ Losses = dict[str, Tensor]
 Update = Callable[[LabeledBatch, UnlabeledBatch | None], Losses]
 
 
-def build_graphs(
-    recipe: Recipe, method: Method, stepper: Stepper, log_fn: Callable[[str], None]
-) -> GraphedUpdate | None:
-    """CUDA graphs for the steps of a run; None if cuda_graph is false or its steps cannot be captured.
+def build_graphs(recipe: Recipe, method: Method, stepper: Stepper) -> GraphedUpdate | None:
+    """CUDA graphs for the steps of a run, or None if steps are launched eagerly.
 
     Args:
         recipe: of the run.
         method: of the recipe.
-        stepper: its optimizer's learning rates become tensors, which a graph reads.
-        log_fn: for messages.
+        stepper: its optimizer is prepared for the capture.
     """
-    prevented = (
-        not recipe.cuda_graph
-        or stepper.device.type != "cuda"
-        or distributed.world_size() > 1
-        or not method.capturable
-        or recipe.compile
-        or recipe.model.checkpointing  # saves the state of the random generator on the host
-        or recipe.model.bottleneck.own_channels  # draws on the host
-    )
-    if prevented:
+    if why_eager(recipe, method, stepper.device) is not None:
         return None
     for group in stepper.optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=stepper.device)
-    return GraphedUpdate(log_fn)
+        if "capturable" in group:  # of Adam
+            group["capturable"] = True
+    return GraphedUpdate()
+
+
+def why_eager(recipe: Recipe, method: Method, device: torch.device) -> str | None:
+    """Why the steps of a run are not replayed as CUDA graphs; None if they are."""
+    reasons = {
+        "the device is not a CUDA GPU": device.type != "cuda",
+        "cuda_graph=false": not recipe.cuda_graph,
+        "several processes": distributed.world_size() > 1,
+        # Not inherited: a subclass may use the step number
+        f"method {recipe.method.name} is not marked as capturable": not vars(type(method)).get("capturable", False),
+        "compile=true": recipe.compile,
+        "an encoder of timm, which may read values from the device": recipe.model.encoder.startswith(PREFIX),
+        "model.checkpointing=true, which saves the host's random state": recipe.model.checkpointing,
+        "model.bottleneck.own_channels=true, which draws on the host": recipe.model.bottleneck.own_channels,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 class GraphedUpdate:
@@ -57,15 +65,13 @@ class GraphedUpdate:
 
     Args:
         capture: (update, labeled, unlabeled) -> a Graph.
-        log_fn: receives a message if a step cannot be captured; all steps are eager then.
     """
 
-    def __init__(self, log_fn: Callable[[str], None], capture: Callable[..., Graph] | None = None) -> None:
-        self.log_fn, self.capture = log_fn, capture or Graph
+    def __init__(self, capture: Callable[..., Graph] | None = None) -> None:
+        self.capture = capture or Graph
         self.key: Hashable = None
-        self.eager_steps = 0
+        self.seen = 0  # steps of the current kind
         self.graph: Graph | None = None
-        self.failed = False
 
     def __call__(
         self, kind: Hashable, update: Update, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None
@@ -79,50 +85,54 @@ class GraphedUpdate:
         """
         key = (kind, *(tensor.shape for tensor in tensors_of(labeled, unlabeled)))
         if key != self.key:
-            self.key, self.eager_steps, self.graph = key, 0, None
-        if self.graph is None and self.eager_steps >= WARMUP and not self.failed:
-            try:
-                self.graph = self.capture(update, labeled, unlabeled)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.failed = True
-                self.log_fn(f"WARNING: CUDA graphs are off, a step cannot be captured: {str(error).splitlines()[0]}")
-        self.eager_steps += 1
+            self.key, self.seen, self.graph = key, 0, None
+        self.seen += 1
+        if self.graph is None and self.seen > WARMUP:
+            self.graph = self.capture(update, labeled, unlabeled)
         return update(labeled, unlabeled) if self.graph is None else self.graph.replay(labeled, unlabeled)
 
 
 class Graph:
-    """One captured update, with the tensors that it reads and writes."""
+    """One captured update, with the tensors that it reads and writes.
+
+    Raises:
+        UserError: the update cannot be captured. The run must end then: gradients, the loss scaler and the random
+            generator are left as in the middle of a step.
+    """
 
     def __init__(self, update: Update, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> None:
-        self.labeled, self.unlabeled = clone(labeled), clone(unlabeled)
+        self.batches = tuple(map(clone, (labeled, unlabeled)))
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's threads may pin memory meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.losses = update(self.labeled, self.unlabeled)
+        try:
+            # thread_local: the loader's threads may pin memory meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.losses = update(*self.batches)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"this step cannot be captured in a CUDA graph ({reason_of(error)}); set cuda_graph=false and run the "
+                "same command again"
+            ) from error
 
     def replay(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> Losses:
-        inputs = tensors_of(self.labeled, self.unlabeled)
-        for static, value in zip(inputs, tensors_of(labeled, unlabeled), strict=True):
+        for static, value in zip(tensors_of(*self.batches), tensors_of(labeled, unlabeled), strict=True):
             static.copy_(value)
         self.graph.replay()
         return {name: loss.clone() for name, loss in self.losses.items()}  # the next replay overwrites them
 
 
-def tensors_of(labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> list[Tensor]:
-    """All tensors of a step's batches, in a fixed order."""
-    found = [labeled.image, labeled.mask]
-    if unlabeled is not None:
-        found += [unlabeled.weak, *unlabeled.strong, unlabeled.valid, *unlabeled.cutmix]
-    return found
+Batch = LabeledBatch | UnlabeledBatch | None
 
 
-def clone(batch: Any) -> Any:
-    """A copy of a batch with tensors of its own; None for None."""
-    if batch is None:
-        return None
-    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return type(batch)(
-        **{name: v.clone() if isinstance(v, Tensor) else tuple(t.clone() for t in v) for name, v in values.items()}
-    )
+def tensors_of(*batches: Batch) -> list[Tensor]:
+    """All tensors of some batches, in a fixed order."""
+    fields = [
+        getattr(batch, field.name) for batch in batches if batch is not None for field in dataclasses.fields(batch)
+    ]
+    return [tensor for value in fields for tensor in ([value] if isinstance(value, Tensor) else value)]
+
+
+def clone(batch: Batch) -> Batch:
+    """A copy of a batch with tensors of its own."""
+    return None if batch is None else copy.deepcopy(batch)

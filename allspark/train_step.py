@@ -21,7 +21,7 @@ from allspark.models.student import Student
 
 @dataclass(frozen=True)
 class TrainState:
-    """References to what a training step changes.
+    """What a training step reads and updates.
 
     Args:
         recipe: the config.

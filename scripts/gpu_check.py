@@ -145,7 +145,7 @@ class Trainer:
         self.stepper = RecordingStepper(self.model, optimizer, precision, self.recipe.optim.clip_norm)
         if self.recipe.compile:
             self.model.compile_parts()
-        graphs = build_graphs(self.recipe, self.method, self.stepper, print)
+        graphs = build_graphs(self.recipe, self.method, self.stepper)
         self.state = TrainState(self.recipe, self.model, self.method, self.stepper, 1000, graphs)
 
     def batch(self, seed: int = 0) -> tuple[LabeledBatch, UnlabeledBatch | None]:
@@ -825,10 +825,13 @@ def c8_graph(out: Path, found: dict[str, Any]) -> None:
     methods = ["fixmatch", "unimatch", "unimatch_v2", "maskmatch", "pseudoseg", "allspark", "allspark_revised"]
     cases = [(method, "allspark", "bf16") for method in methods]
     cases += [("supervised", "none", "fp32"), ("fixmatch_r50", "none", "fp16"), ("allspark", "allspark", "fp32")]
+    cases += [("fixmatch", "none", "fp32 adamw")]
     for method, bottleneck, precision in cases:
+        precision, _, optimizer = precision.partition(" ")
         name, losses, times = f"{method} {bottleneck} {precision}", [], []
         for cuda_graph in (False, True):
-            trainer = Trainer(method, bottleneck, precision=precision, cuda_graph=cuda_graph)
+            options = {"cuda_graph": cuda_graph, "optim.name": optimizer or "sgd"}
+            trainer = Trainer(method, bottleneck, precision=precision, **options)
             values = trainer.steps(7)
             labeled, unlabeled = trainer.batch(7)
             labeled.image[0, 0, 0, 0] = math.inf

@@ -1,27 +1,29 @@
 """What replays steps as CUDA graphs, with a stand-in for the graph: the same update on static tensors."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from allspark.cuda_graph import WARMUP, Graph, GraphedUpdate, clone, tensors_of
+from allspark.build import build_method, complete
+from allspark.config_io import load_recipe
+from allspark.cuda_graph import WARMUP, Graph, GraphedUpdate, clone, tensors_of, why_eager
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
+from allspark.data.datasets import spec_for
+from allspark.methods import METHODS
 
 
 class StaticTensors(Graph):
     """Runs the captured update on its static inputs instead of replaying kernels."""
 
     def __init__(self, update, labeled, unlabeled):
-        self.labeled, self.unlabeled, self.update = clone(labeled), clone(unlabeled), update
-        self.graph, self.losses = self, {}
+        self.batches, self.update = (clone(labeled), clone(unlabeled)), update
+        self.graph, self.losses = SimpleNamespace(replay=self.run), {}
 
-    def replay(self, labeled=None, unlabeled=None):
-        if labeled is None:  # as torch's graph
-            self.losses = self.update(self.labeled, self.unlabeled)
-            return None
-        return super().replay(labeled, unlabeled)
+    def run(self):
+        self.losses = self.update(*self.batches)
 
 
 def batch(seed, size=4):
@@ -52,7 +54,7 @@ def test_replayed_steps_equal_eager_ones():
     eager = nn.Conv2d(3, 2, 1)
     graphed, losses = copy.deepcopy(eager), ([], [])
     updates = make_update(eager), make_update(graphed)
-    runner = GraphedUpdate(print, StaticTensors)
+    runner = GraphedUpdate(StaticTensors)
     for step in range(2 * WARMUP + 1):
         losses[0].append(updates[0](*batch(step))["loss"])
         losses[1].append(runner("kind", updates[1], *batch(step))["loss"])
@@ -62,7 +64,7 @@ def test_replayed_steps_equal_eager_ones():
 
 
 def test_another_kind_or_shape_is_captured_anew():
-    runner, calls = GraphedUpdate(print, StaticTensors), []
+    runner, calls = GraphedUpdate(StaticTensors), []
     update = make_update(nn.Conv2d(3, 2, 1))
     for kind, size in (("burn-in", 4), ("memory", 4), ("memory", 5)):
         for _ in range(WARMUP):
@@ -73,17 +75,31 @@ def test_another_kind_or_shape_is_captured_anew():
     assert len({id(graph) for graph in calls}) == 3
 
 
-def test_a_step_that_cannot_be_captured_stays_eager():
-    def refuse(*arguments):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"cuda_graph": False}, "cuda_graph=false"),
+        ({"compile": True}, "compile=true"),
+        ({"model.checkpointing": True}, "model.checkpointing=true"),
+        ({"model.encoder": "timm:convnext_tiny"}, "an encoder of timm"),
+        ({"model.bottleneck.own_channels": True}, "model.bottleneck.own_channels=true"),
+    ],
+)
+def test_why_steps_are_eager(changes, reason):
+    recipe = complete(load_recipe("shapes", "allspark", changes))
+    method = build_method(recipe, spec_for(recipe.data))
+    found = why_eager(recipe, method, torch.device("cuda"))
+    assert found is None if reason is None else found.startswith(reason)
+    assert why_eager(recipe, method, torch.device("cpu")) == "the device is not a CUDA GPU"
 
-    messages, update = [], make_update(nn.Conv2d(3, 2, 1))
-    runner = GraphedUpdate(messages.append, refuse)
-    losses = [runner("kind", update, *batch(step))["loss"].item() for step in range(WARMUP + 3)]
-    assert len(losses) == WARMUP + 3 and runner.graph is None
-    assert messages == [
-        "WARNING: CUDA graphs are off, a step cannot be captured: operation not permitted when stream is capturing"
-    ]
+
+def test_each_method_states_for_itself_whether_it_can_be_captured():
+    eager = {name for name, kind in METHODS.items() if not vars(kind).get("capturable", False)}
+    assert eager == {"imas"}
+    recipe = complete(load_recipe("shapes", "fixmatch"))
+    mine = type("Mine", (METHODS["fixmatch"],), {})(nn.CrossEntropyLoss())
+    assert why_eager(recipe, mine, torch.device("cuda")) == "method fixmatch is not marked as capturable"
 
 
 def test_all_tensors_of_a_batch_are_inputs():

@@ -27,7 +27,7 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "visualization": {"data", "evaluation"},
     "engine": {"config", "distributed"},
     "build": {"config", "config_io", "data", "distributed", "losses", "methods"},
-    "cuda_graph": {"config", "data.batch", "distributed", "engine.stepper", "methods"},
+    "cuda_graph": {"config", "data.batch", "distributed", "engine.stepper", "methods"} | {"models.timm_encoder"},
     "train_step": {"config", "cuda_graph", "data.batch", "distributed", "engine", "methods", "models"},
     "run": {"build", "config", "config_io", "cuda_graph", "data", "distributed", "engine", "evaluation", "launch"}
     | {"methods", "models", "train_step", "weights"},

@@ -124,7 +124,7 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
         network = DistributedDataParallel(model, broadcast_buffers=False)
     if case.compile:
         model.compile_parts()
-    graphs = build_graphs(recipe, method, stepper, print)
+    graphs = build_graphs(recipe, method, stepper)
     state = TrainState(recipe, network, method, stepper, TOTAL_STEPS, graphs)
     labeled = LabeledBatch(batch.image_x, batch.mask)
     unlabeled = UnlabeledBatch(batch.image_u, (), torch.ones_like(batch.mask, dtype=torch.bool), ())

@@ -99,7 +99,7 @@ class Stepper:
 
     Attributes:
         skipped: number of skipped steps so far, on the device.
-        in_row: number of skipped steps since the last step that was not skipped, on the device.
+        in_row: number of consecutive skipped steps up to now, on the device.
     """
 
     def __init__(
@@ -168,10 +168,10 @@ class Stepper:
         return {"optimizer": optimizer, "stepper": {"scaler": self.scaler.state_dict(), **counts}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        fused = self.optimizer.defaults.get("fused")  # as supported by this device, not by that of the checkpoint
-        own = self.optimizer.param_groups  # of lr: a float, or with CUDA graphs a tensor; set before each step
+        # Keep this device's flags and type of lr, a float or with CUDA graphs a tensor; lr is set before every step
+        own = [{k: each[k] for k in ("fused", "lr", "capturable") if k in each} for each in self.optimizer.param_groups]
         saved = state["optimizer"]["param_groups"]
-        groups = [{**group, "fused": fused, "lr": each["lr"]} for group, each in zip(saved, own, strict=True)]
+        groups = [{**group, **flags} for group, flags in zip(saved, own, strict=True)]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if "stepper" in state:  # missing in older checkpoints
             self.scaler.load_state_dict(state["stepper"]["scaler"])

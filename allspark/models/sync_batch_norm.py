@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from allspark.distributed import all_gather, all_reduce_sum
 
@@ -69,6 +69,7 @@ class NormalizeTogether(torch.autograd.Function):
         return torch.addcmul(on_maps(bias - mean * factor), values, on_maps(factor)).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, total = ctx.saved_tensors
         grad, normalized = at_least_float(grad), (at_least_float(x) - on_maps(mean)) * on_maps(scale)
