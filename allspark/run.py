@@ -250,7 +250,7 @@ def resume(
         load_buffers_of_rank({"model": model, "method": method}, content.get("ranks", {}))
         stepper.load_state_dict(content)
     if name != LATEST and distributed.is_main() and (save_path / LATEST).exists():
-        (save_path / LATEST).rename(save_path / "damaged.pth")  # or it would replace previous.pth, which is intact
+        (save_path / LATEST).rename(save_path / "damaged.pth")  # or the next save moves it over previous.pth
     position = Position(content["epoch"], content["step"], content["best"], content.get("world_size"))
     return position, content.get("log", []), notes
 

@@ -64,7 +64,7 @@ class Segmentor(nn.Module):
 
     Attributes:
         heads: modules that a method trains besides the decoder, added by Method.attach; they use SegOutput.features.
-        multiple: images are padded to a multiple of so many pixels (TimmEncoder), 1: not padded.
+        multiple: image sides are padded to a multiple of this (TimmEncoder); 1 disables padding.
     """
 
     def __init__(self, encoder: nn.Module, bottleneck: AllSparkBottleneck | None, decoder: nn.Module) -> None:
