@@ -88,7 +88,7 @@ def mean_losses(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class Stepper:
     """Optimizer step with loss scaling and clipping.
 
-    A step with a non-finite gradient leaves parameters and buffers unchanged and is counted on the device, without a
+    A step with a non-finite gradient leaves the parameters and buffers of the model unchanged and is counted on the device, without a
     host sync.
 
     Args:
@@ -133,7 +133,7 @@ class Stepper:
             torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         finite = norm.isfinite()
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips the step for the same reason
+            self.scaler.step(self.optimizer)  # skips the step if a gradient is not finite
             self.scaler.update()
         elif self.optimizer.defaults.get("fused"):  # fused kernels check found_inf on the device
             self.optimizer.found_inf = (~finite).float()
@@ -149,7 +149,7 @@ class Stepper:
         self.optimizer.zero_grad()  # here, so that the next forward pass can use their memory
 
     def poll_skipped(self) -> int:
-        """Call after each step: `in_row` without a host sync; on a GPU, that of DELAY steps ago."""
+        """Call after a step: `in_row` without a host sync; on a GPU, that of DELAY steps ago."""
         self.pending.append(start_read(self.in_row))
         if len(self.pending) <= (DELAY if self.device.type == "cuda" else 0):
             return 0
