@@ -88,8 +88,8 @@ def mean_losses(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class Stepper:
     """Optimizer step with loss scaling and clipping.
 
-    A step with a non-finite gradient leaves the parameters and buffers of the model unchanged and is counted on the device, without a
-    host sync.
+    A step with a non-finite gradient leaves the parameters and buffers of the model unchanged. It is counted on the
+    device, without a host sync.
 
     Args:
         model: network whose buffers (statistics, memory) are restored after a skipped step.
