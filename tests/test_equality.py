@@ -47,7 +47,7 @@ class Unmixed(imas.IMAS):
     """Every image as a batch of its own, which is never mixed: whether the others are is drawn in each process."""
 
     def perturbed(self, unlabeled, pseudo, easy):
-        parts = [super(Unmixed, self).perturbed(*image) for image in zip(*map(images, (unlabeled, pseudo, easy)))]
+        parts = [super(Unmixed, self).perturbed(*image) for image in zip(*map(images, (unlabeled, pseudo, easy.double())))]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -60,6 +60,15 @@ def images(batch):
     return [type(batch)(*fields) for fields in zip(*(images(getattr(batch, f.name)) for f in fields_of(batch)))]
 
 
+def double(batch):
+    """A batch of tensors, or a class of them, with its images in float64."""
+    if torch.is_tensor(batch):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, tuple):
+        return tuple(map(double, batch))
+    return batch and type(batch)(*(double(getattr(batch, field.name)) for field in fields_of(batch)))
+
+
 def lists_of(root):
     images, masks = sorted((root / "images").iterdir()), sorted((root / "masks").iterdir())
     pairs = tuple(map(Sample, images, masks))
@@ -68,7 +77,7 @@ def lists_of(root):
 
 def on_footing(name, bottleneck, alone):
     """Model and method with nothing in them that is drawn or that looks at the rest of a batch."""
-    model = quiet_model(bottleneck, seed=0)
+    model = quiet_model(bottleneck, seed=0).double()
     if bottleneck == "allspark":
         model.bottleneck.memory.policy = "local" if alone else "gather"
         if name == "unimatch_v2" and alone:
@@ -76,6 +85,7 @@ def on_footing(name, bottleneck, alone):
     options = {key: value for key, value in {**STILL, **LEARNING}.items() if takes(name, key)}
     method = Unmixed(CrossEntropy(), **options) if name == "imas" else make_method(name, **options)
     method.attach(model)
+    model.double()  # heads of the method, too
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = Frozen
@@ -104,6 +114,7 @@ def losses_of(name, bottleneck, root, alone):
         loader.set_epoch(epoch)
         for labeled, unlabeled in loader.on("cpu"):
             assert (labeled.mask != 255).all() and (unlabeled is None or unlabeled.valid.all())
+            labeled, unlabeled = map(double, (labeled, unlabeled))
             seed_step(0, step)
             progress = Progress(step, epoch, STEPS)
             start = method.supervised_losses(Student(network, read_memory=True), labeled) if step < 2 else None
@@ -145,18 +156,24 @@ def blocks(tmp_path_factory):
 
 
 def test_processes_with_a_share_each_equal_one_with_all(pair, blocks):
-    """Every loss of every method, to 1e-5 over 6 steps."""
+    """Every loss of every method over 6 steps, in float64.
+
+    In float32 the test depends on the processor: with MaskMatch and the bottleneck the confidence of one of 16,900
+    pixels is within 1e-7 of the threshold 0.3, and one pixel more or less changes the loss by 1e-4. In float64 the
+    closest decision (arg max, threshold or class of a channel) is 8e-8 away from a tie, far above the rounding.
+    """
     shares, halves = zip(*pair(run_cases, blocks), strict=True)
     far = {}
     for case, steps in (halves[0] | halves[1]).items():
         assert len(steps) == STEPS and steps[-1]["loss"] != steps[2]["loss"]
         together = zip(*(share[case] for share in shares), strict=True)
-        far[case] = max(
-            abs(value - np.mean([one[key] for one in both]))
-            for step, both in zip(steps, together, strict=True)
-            for key, value in step.items()
-        )
-    assert far.keys() == set(CASES) and {case: distance for case, distance in far.items() if not distance < 1e-5} == {}
+        for step, both in zip(steps, together, strict=True):
+            for key, value in step.items():
+                distance = abs(value - np.mean([one[key] for one in both]))
+                far[*case, key] = max(distance, far.get((*case, key), 0.0))
+    assert {case[:2] for case in far} == set(CASES)
+    # Ratios, such as mask_ratio, are float32
+    assert {case: d for case, d in far.items() if not d < (1e-9 if case[2].startswith("loss") else 1e-6)} == {}
 
 
 def scores_of(root):
