@@ -42,7 +42,7 @@ def prepare(*words):
     main(["prepare", "ade20k", "--workers", "1", *map(str, words)])
 
 
-def test_classes_are_the_stored_values_less_one(tmp_path):
+def test_classes_are_stored_values_minus_one(tmp_path):
     path = tmp_path / "m.png"
     Image.fromarray(np.array([[0, 1, 2, 13, 67, 150]], np.uint8)).save(path)
     assert read_mask(path, SPEC).tolist() == [[255, 0, 1, 12, 66, 149]]
@@ -53,12 +53,12 @@ def test_classes_are_the_stored_values_less_one(tmp_path):
         read_mask(path, SPEC)
 
 
-def test_a_prediction_for_the_server_is_what_a_mask_stores():
+def test_server_prediction_format():
     stored = np.arange(151, dtype=np.uint8)[None]
     assert np.array_equal(SPEC.submission(SPEC.decode_mask(stored)), stored)
 
 
-def test_the_archive_becomes_the_data_set(archive, tmp_path, capsys):
+def test_prepare_archive(archive, tmp_path, capsys):
     source, files = archive
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"train 5 of 20210, val 2 of 2000.*ADEChallengeData2016.zip.*--allow-partial"):
@@ -74,7 +74,7 @@ def test_the_archive_becomes_the_data_set(archive, tmp_path, capsys):
     assert again == set(kept)
 
 
-def test_a_value_of_no_class_is_told_and_can_be_ignored(tmp_path):
+def test_value_without_class(tmp_path):
     mask = np.full((32, 40), 12, np.uint8)
     mask[0, :3] = 200
     source = mini.write_zip(tmp_path / ZIP, mini.ade20k_files(NAMES, {"ADE_val_00000002": mask}))
@@ -103,7 +103,7 @@ def server(tmp_path):
         thread.join()
 
 
-def test_download_brings_the_archive_and_goes_on_from_it(archive, server, tmp_path, monkeypatch, capsys):
+def test_download_and_resume(archive, server, tmp_path, monkeypatch, capsys):
     """The real code on a server of this machine: the address and the digest alone are another archive's."""
     digest = f"md5:{file_digest(archive[0], 'md5')}"
     there = Archive(ZIP, "here", (f"{server}/gone.zip", f"{server}/{ZIP}"), digest)
@@ -119,7 +119,7 @@ def test_download_brings_the_archive_and_goes_on_from_it(archive, server, tmp_pa
     assert official.digest.startswith("md5:") and len(official.digest) == len(digest)
 
 
-def test_lists_are_built_from_the_data_and_read_by_the_recipe(archive, tmp_path, capsys):
+def test_make_splits_and_load_recipe(archive, tmp_path, capsys):
     source, files = archive
     out, lists = tmp_path / "out", tmp_path / "splits"
     prepare("--from", source, "--out", out, "--allow-partial")
@@ -139,7 +139,7 @@ def test_lists_are_built_from_the_data_and_read_by_the_recipe(archive, tmp_path,
     assert image.shape == (32, 40, 3) and np.array_equal(mask, np.where(stored == 0, 255, stored - 1))
 
 
-def test_what_the_manifest_says_of_its_lists():
+def test_manifest_entries():
     """Counts as methods.md 8.2 of the specification has them; val and train are all images, whatever their order."""
     known = load_manifest().splits
     splits = {name.partition("/")[2]: split for name, split in known.items() if name.startswith("ade20k")}

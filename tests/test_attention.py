@@ -61,7 +61,7 @@ class LikeAGPU(TorchFunctionMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("rows", [1 << 26, 4 * M], ids=["one block", "blocks of 4 rows"])
-def test_the_code_of_a_gpu(monkeypatch, dropout, rows):
+def test_gpu_code_path(monkeypatch, dropout, rows):
     monkeypatch.setattr(attention, "GPU_BLOCK", rows)
     monkeypatch.setattr(attention, "MIN_ROWS", 1)
     q, k, v = tensors((CQ, N), (M, N), (M, N))
@@ -83,7 +83,7 @@ def test_float16_does_not_overflow():
     torch.testing.assert_close(found.float(), channel_attention(q, q, q, 0.0), atol=0.5, rtol=1e-2)
 
 
-def test_variance_without_the_map():
+def test_variance_without_map():
     q, k = tensors((B, CQ, N), (M, N))
     similarity = q @ k.t()
     torch.testing.assert_close(similarity_variance(q, k), similarity.var((1, 2), correction=0))
@@ -92,7 +92,7 @@ def test_variance_without_the_map():
     torch.testing.assert_close(similarity_variance(q, k, PRESENT), expected)
 
 
-def test_dropout_is_one_mask_in_both_directions(monkeypatch):
+def test_dropout_shares_one_mask(monkeypatch):
     """The weights that the forward pass dropped are those that the backward pass drops; the rest is scaled up."""
     monkeypatch.setattr(attention, "CPU_BLOCK", 4 * M)
     monkeypatch.setattr(attention, "MIN_ROWS", 1)
@@ -105,7 +105,7 @@ def test_dropout_is_one_mask_in_both_directions(monkeypatch):
     same_with_gradients(found, expected, (q, k, v), 1e-10)
 
 
-def test_dropout_follows_the_seed_and_has_its_rate():
+def test_dropout_seed_and_rate():
     q, k, v = tensors((64, N), (1000, N), (1000, N), dtype=torch.float32)
     results = []
     for seed in (0, 0, 1):
@@ -119,14 +119,14 @@ def test_dropout_follows_the_seed_and_has_its_rate():
     assert attention.dropout_mask(np.random.Generator(np.random.SFC64(0)), torch.empty(99, 99), 1e-6).mean() > 0.99
 
 
-def test_own_keys_are_shared_keys_of_one_image():
+def test_own_keys_equal_shared_keys_of_one_image():
     q, k, v = tensors((1, N, CQ), (1, N, M), (1, N, M))
     own = channel_attention(q, k, v, 0.0)
     shared = shared_channel_attention(q, k[0].t(), v[0].t(), 0.0)
     same_with_gradients(shared, own, (q, k, v), 1e-10)
 
 
-def test_the_map_is_never_whole():
+def test_map_is_never_materialized():
     """Twice the keys, the same peak of what the forward and backward pass hold beside their inputs and results."""
     from torch.utils._python_dispatch import TorchDispatchMode
 

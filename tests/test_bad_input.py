@@ -112,7 +112,7 @@ def test_recipe(words, told, place, refused):
         (("--config", "/no/recipe.yaml"), ("/no/recipe.yaml", "cannot be read")),
     ],
 )
-def test_which_recipe(words, told, refused):
+def test_recipe_selection(words, told, refused):
     refused(train.main, words, *told)
 
 
@@ -132,12 +132,12 @@ def test_recipe_file(text, told, place, refused):
     refused(train.main, place.train(), place.config, told)
 
 
-def test_recipe_file_of_bytes(place, refused):
+def test_recipe_file_bytes(place, refused):
     place.config.write_bytes(b"\xff\xfe\x00epochs")
     refused(train.main, place.train(), place.config, "not valid YAML")
 
 
-def test_save_path_that_is_a_file(place, refused):
+def test_save_path_is_file(place, refused):
     place.run.write_text("mine")
     refused(train.main, place.train(), place.run)
     assert place.run.read_text() == "mine"
@@ -229,7 +229,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
-def test_data(damage, place, refused):
+def test_data_damage(damage, place, refused):
     damage.do(place.root)
     words = place.lists("--method", "selftrain", "--save-path", place.run) if damage.lists else place.train()
     refused(train.main, words, *damage.told)
@@ -240,13 +240,13 @@ FOUND_BY_CHECK = ("mask value", "no class in any mask of val", "empty val list",
 
 
 @pytest.mark.parametrize("damage", [d for d in DAMAGES if d.name in FOUND_BY_CHECK], ids=lambda damage: damage.name)
-def test_check_finds_the_same_before_a_run(damage, place, refused):
+def test_check_finds_damage(damage, place, refused):
     damage.do(place.root)
     words = place.lists("--method", "selftrain") if damage.lists else ["--config", place.config]
     refused(verbs.main, ["check", "--data-only", *words], *damage.told)
 
 
-def test_damage_that_the_start_did_not_open_is_told_no_worse(place, refused):
+def test_damage_not_opened_at_startup(place, refused):
     """Of many unlabeled images the start opens twenty; the others are found in a worker of the loader."""
     for index in range(6, 24):
         folder = place.root / "images" / "unlabeled"
@@ -260,7 +260,7 @@ def test_damage_that_the_start_did_not_open_is_told_no_worse(place, refused):
     assert (place.run / "train.log").exists() and unopened, "it was found before the run, not in it"
 
 
-def test_bad_samples_are_named_skipped_and_counted(place, refused):
+def test_bad_samples_are_skipped_and_counted(place, refused):
     """By choice: a truncated and an illegal labeled sample, a text for an unlabeled image, and a run to its end."""
     half(place.root / IMAGE)
     set_pixel(place.root / "masks/labeled/labeled2.png", 77)
@@ -275,13 +275,13 @@ def test_bad_samples_are_named_skipped_and_counted(place, refused):
     assert len(counts) == 2 and 0 < counts[0] < counts[1]
 
 
-def test_val_is_not_skipped(place, refused):
+def test_val_samples_are_not_skipped(place, refused):
     """The mean IoU over other images is another number."""
     half(place.root / "images/val/val0.png")
     refused(train.main, place.train("data.on_bad_sample=skip"), "images/val/val0.png", "truncated")
 
 
-def test_where_nothing_can_be_read_skipping_does_not_help(place, refused):
+def test_skipping_with_nothing_readable(place, refused):
     for path in (place.root / "images" / "unlabeled").iterdir():
         path.write_text("hello")
     told = ("images/unlabeled/unlabeled", "and 5 more problems")
@@ -342,7 +342,7 @@ def test_truncated_checkpoint(who, finished, readers, refused, tmp_path):
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 @pytest.mark.parametrize("who", WHO)
-def test_the_code_in_a_foreign_pickle_does_not_run(who, kind, readers, refused, tmp_path):
+def test_foreign_pickle_code_does_not_run(who, kind, readers, refused, tmp_path):
     file, folder = tmp_path / "foreign.pth", tmp_path / "made_by_the_pickle"
     with_code(file, kind, folder)
     main, words, named = readers(who, file)
@@ -357,7 +357,7 @@ def test_the_code_in_a_foreign_pickle_does_not_run(who, kind, readers, refused, 
 
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("content", [{"anything": 1}, [1, 2], {"format": "allspark-1"}], ids=["dict", "list", "empty"])
-def test_file_of_another_program(content, who, readers, refused, tmp_path):
+def test_foreign_file(content, who, readers, refused, tmp_path):
     file = tmp_path / "other.pth"
     torch.save(content, file)
     main, words, named = readers(who, file)
@@ -368,7 +368,7 @@ def test_missing_checkpoint(refused):
     refused(eval_script.main, ["--checkpoint", "/no/best.pth"], "/no/best.pth", "no such checkpoint", "best.pth")
 
 
-def test_checkpoint_of_another_class_count(finished, refused, tmp_path):
+def test_checkpoint_class_count(finished, refused, tmp_path):
     content = torch.load(finished.run / "best.pth", weights_only=True)
     content["recipe"]["data"]["custom"]["classes"].append("fourth")
     torch.save(content, tmp_path / "four.pth")
@@ -376,29 +376,29 @@ def test_checkpoint_of_another_class_count(finished, refused, tmp_path):
     refused(eval_script.main, ["--checkpoint", tmp_path / "four.pth", "--device", "cpu"], *told)
 
 
-def test_run_of_another_class_count(finished, refused):
+def test_run_class_count(finished, refused):
     argv = finished.train("data.custom.classes=[ground, left, right, fourth]")
     refused(train.main, argv, finished.run, "data.custom.classes", "fourth", "--fresh")
 
 
-def test_checkpoint_of_another_data_set(finished, refused):
+def test_checkpoint_dataset(finished, refused):
     argv = ["--checkpoint", finished.run / "best.pth", "--dataset", "pascal", "--device", "cpu"]
     refused(eval_script.main, argv, "--dataset pascal", "tiny")
 
 
-def test_weights_of_another_encoder(finished, place, refused):
+def test_weights_of_other_encoder(finished, place, refused):
     for key in ("pretrained", "init_from"):
         argv = place.train("model.encoder=mit_b1", f"model.{key}={finished.run / 'best.pth'}")
         refused(train.main, argv, finished.run / "best.pth", "does not fit", "stages.0", "model.encoder")
 
 
-def test_evaluation_without_its_data(finished, refused, tmp_path):
+def test_eval_without_data(finished, refused, tmp_path):
     argv = ["--checkpoint", finished.run / "best.pth", "--device", "cpu", "--data-root"]
     refused(eval_script.main, [*argv, "/no/where"], "/no/where", "ALLSPARK_DATA_TINY")
     refused(eval_script.main, [*argv, tmp_path], tmp_path / "images" / "val", "data_root")
 
 
-def test_save_path_of_a_run_with_another_recipe(finished, refused):
+def test_save_path_of_other_recipe(finished, refused):
     refused(train.main, finished.train("seed=1"), finished.run, "seed: 0 -> 1", "--save-path", "--fresh")
 
 

@@ -66,7 +66,7 @@ def networks():
     return model, plain_copy(model, cfg)
 
 
-def test_a_step_is_the_same(networks):
+def test_same_step(networks):
     """Two of them: the second one sees the memory, the statistics and the momentum that the first one left."""
     model, plain = networks
     cfg = OptimConfig()
@@ -108,7 +108,7 @@ def test_a_step_is_the_same(networks):
         assert memory.pointer.count_nonzero() > 1
 
 
-def test_evaluation_is_the_same(networks):
+def test_same_evaluation(networks):
     model, plain = networks
     spec = bench.EvalCase(classes=CLASSES).spec
     image = torch.randint(0, 256, (1, 3, 80, 100), dtype=torch.uint8)
@@ -123,7 +123,7 @@ def test_evaluation_is_the_same(networks):
     assert len(windows.unique()) > 1 and not torch.equal(windows, label)
 
 
-def test_counts_are_the_same():
+def test_same_counts():
     rng = np.random.default_rng(0)
     prediction, mask = rng.integers(0, CLASSES, (2, 40, 50))
     mask[:7] = IGNORE_INDEX
@@ -146,7 +146,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stream", [LABELED, UNLABELED])
-def test_the_data_path_is_the_same(files, stream):
+def test_same_data_path(files, stream):
     lists, spec, data = files
     samples = (lists.labeled, lists.unlabeled)[stream]
     ours = Stream(TrainPairs(lists, spec, data, Views(), seed=0), stream)
@@ -160,7 +160,7 @@ def test_the_data_path_is_the_same(files, stream):
     assert padded > 0
 
 
-def test_the_strong_view_is_the_same(files):
+def test_same_strong_view(files):
     lists, spec, data = files
     ours = Stream(TrainPairs(lists, spec, data, Views("strong"), seed=0), LABELED)
     weak = PlainStream(lists.labeled, spec, data, 0, LABELED, strong=False)
@@ -174,7 +174,7 @@ def grey_levels(view, plain_view):
     return (normalize(view) - plain_view).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def test_a_depthwise_convolution_counts_its_groups():
+def test_depthwise_convolution_flops():
     conv = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
     x = torch.randn(1, 16, 10, 10, requires_grad=True)
     work = measure.count_work(measure.Side("conv", lambda: conv(x).sum().backward()), CPU)
@@ -182,7 +182,7 @@ def test_a_depthwise_convolution_counts_its_groups():
     assert work.moved_bytes > 3 * 4 * 1600
 
 
-def test_the_peak_is_of_what_is_alive():
+def test_peak_of_live_tensors():
     kept = torch.ones(1000)  # float32: what was there before does not count, in-place work and views neither
 
     def run():
@@ -196,7 +196,7 @@ def test_the_peak_is_of_what_is_alive():
     assert work.moved_bytes == 4000 * 2 * (1 + 1 + 3 + 1)
 
 
-def test_step_writes_what_it_measured(tmp_path, capsys):
+def test_step_output(tmp_path, capsys):
     words = ["--crop", "64", "--batch", "1", "--classes", "3", "--repeats", "1", "--threads", "1"]
     main(["bench", "step", *words, "--precision", "fp32", "--json", str(tmp_path / "step.json")])
     result = json.loads((tmp_path / "step.json").read_text())
@@ -213,7 +213,7 @@ def test_step_writes_what_it_measured(tmp_path, capsys):
     assert "| mit_b0, crop 64, 1+1, 3 classes | plain" in out and "GFLOP/s" in out
 
 
-def test_evaluation_and_loader_are_measured(tmp_path):
+def test_evaluation_and_loader_output(tmp_path):
     words = ["--height", "64", "--width", "96", "--window", "64", "--classes", "3", "--repeats", "1"]
     main(["bench", "eval", *words, "--precision", "fp32", "--json", str(tmp_path / "eval.json")])
     rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
@@ -226,7 +226,7 @@ def test_evaluation_and_loader_are_measured(tmp_path):
     assert all(row["images_per_second"] > 0 for row in rows)
 
 
-def test_the_document_is_filled_in(tmp_path, capsys):
+def test_document_is_filled_in(tmp_path, capsys):
     place = {"precision": "fp32", "images": 4, "work": measure.Work(10**9, 10**9, 2**30), "point": POINT}
     rows = [
         measure.Row("crop 64: a", "plain", seconds=[1.0, 3.0, 2.0], baseline=True, **place),
@@ -252,7 +252,7 @@ def test_the_document_is_filled_in(tmp_path, capsys):
     assert document.read_text() == text
 
 
-def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
+def test_unmeasurable_is_refused(tmp_path, capsys):
     for words in (["step", "--crop", "32"], ["step", "--classes", "300"], ["loader", "--workers", "-1"]):
         with pytest.raises(SystemExit):
             main(["bench", *words])
@@ -263,7 +263,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
         main(["bench", "step", "--precision", "fp16"])
 
 
-def test_points_are_steps_that_the_bench_takes():
+def test_points_are_measurable_steps():
     for point in scale.points(list(scale.SWEEPS)):
         words = point.command(["--precision", "fp32", "--repeats", "1"], threads=2)
         args = parse("bench", words[words.index("bench") + 1 :])
@@ -273,7 +273,7 @@ def test_points_are_steps_that_the_bench_takes():
         assert ("torch.distributed.run" in words) == several and args.threads == (1 if several else 2)
 
 
-def test_a_point_that_takes_too_much_is_left_out(monkeypatch):
+def test_too_expensive_point_is_skipped(monkeypatch):
     hold = "import time; held = b'1' * 300_000_000; time.sleep(60)"
     assert "more than 60 s" in scale.run_limited([sys.executable, "-c", hold], deadline=0.3)
     monkeypatch.setattr(scale, "LIMIT_BYTES", 2e8)

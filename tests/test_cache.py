@@ -67,7 +67,7 @@ def folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
-def test_cached_is_decoded(samples, tmp_path, capsys):
+def test_cached_equals_decoded(samples, tmp_path, capsys):
     files = opened([*samples, samples[0]], tmp_path / "cache")
     assert equal(files, samples) and files.image(samples[1].image).shape == (11, 13, 3)
     assert equal(open_reader("none", SPEC, [], []), samples)
@@ -79,7 +79,7 @@ def test_cached_is_decoded(samples, tmp_path, capsys):
         files.image(samples[0].image)[0] = 0
 
 
-def test_a_cache_is_made_once(samples, tmp_path, capsys):
+def test_cache_is_built_once(samples, tmp_path, capsys):
     opened(samples, tmp_path / "cache")
     expected = [read_pair(sample, SPEC) for sample in samples]
     for sample in samples:
@@ -91,7 +91,7 @@ def test_a_cache_is_made_once(samples, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_changed_file_is_decoded_again(samples, tmp_path):
+def test_changed_file_is_decoded_again(samples, tmp_path):
     opened(samples, tmp_path / "cache")
     before = folders(tmp_path / "cache")
     Image.fromarray(np.full((4, 6, 3), 9, np.uint8)).save(samples[0].image)
@@ -101,7 +101,7 @@ def test_a_changed_file_is_decoded_again(samples, tmp_path):
     assert set(before) < set(folders(tmp_path / "cache"))  # who has the old one open goes on with it
 
 
-def test_a_run_keeps_what_it_opened(samples, tmp_path):
+def test_open_cache_survives_rebuild(samples, tmp_path):
     """Another run that finds a file changed replaces the cache under the feet of nobody."""
     files, expected = opened(samples, tmp_path / "cache"), read_image(samples[0].image)
     Image.fromarray(np.full((4, 6, 3), 9, np.uint8)).save(samples[0].image)
@@ -109,7 +109,7 @@ def test_a_run_keeps_what_it_opened(samples, tmp_path):
     assert np.array_equal(files.image(samples[0].image), expected)
 
 
-def test_masks_belong_to_what_they_mean(samples, tmp_path):
+def test_masks_depend_on_spec(samples, tmp_path):
     """The same files, described otherwise."""
     opened(samples, tmp_path / "cache")
     other = make_spec("mine", CustomDataConfig(classes=("a", "b"), value_map={0: 1, 7: 0, 9: 255, 255: 255}))
@@ -117,7 +117,7 @@ def test_masks_belong_to_what_they_mean(samples, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["no index", "not json", "short", "not ours"])
-def test_a_damaged_cache_is_made_anew(samples, tmp_path, harm):
+def test_damaged_cache_is_rebuilt(samples, tmp_path, harm):
     opened(samples, tmp_path / "cache")
     for folder in (tmp_path / "cache").glob("*/"):
         index, pixels = folder / "index.json", folder / "pixels"
@@ -130,7 +130,7 @@ def test_a_damaged_cache_is_made_anew(samples, tmp_path, harm):
     assert equal(opened(samples, tmp_path / "cache"), samples)
 
 
-def test_workers_that_are_not_forked_get_the_way_to_it(samples, tmp_path):
+def test_spawned_workers_find_cache(samples, tmp_path):
     files = opened(samples, tmp_path / "cache")
     Image.fromarray(np.zeros((500, 500, 3), np.uint8)).save(tmp_path / "large.png")
     large = open_reader(str(tmp_path / "cache"), SPEC, [tmp_path / "large.png"], [samples[0].mask])
@@ -145,7 +145,7 @@ def open_and_tell(samples, root, start, answers) -> None:
     answers.put([files.image(sample.image).tobytes() for sample in samples])
 
 
-def test_processes_that_start_at_once_make_one_cache(samples, tmp_path, capfd):
+def test_concurrent_processes_build_one_cache(samples, tmp_path, capfd):
     start, answers = fork.Event(), fork.Queue()
     processes = [fork.Process(target=open_and_tell, args=(samples, tmp_path / "cache", start, answers)) for _ in "1234"]
     for process in processes:
@@ -158,7 +158,7 @@ def test_processes_that_start_at_once_make_one_cache(samples, tmp_path, capfd):
     assert capfd.readouterr().out.count("decoding") == 2  # of the images and of the masks
 
 
-def test_a_whole_cache_needs_no_lock(samples, tmp_path):
+def test_complete_cache_needs_no_lock(samples, tmp_path):
     """It may lie where this user may only read; to make one, every user of the folder can take the lock."""
     root = tmp_path / "cache"
     opened(samples, root)
@@ -179,7 +179,7 @@ def hold(path: Path, pipe: int) -> None:
         signal.pause()
 
 
-def test_a_process_that_was_killed_holds_nobody_up(samples, tmp_path):
+def test_killed_process_releases_lock(samples, tmp_path):
     """It leaves a lock file and a half cache; neither has to be removed by hand."""
     root = tmp_path / "cache"
     opened(samples, root)
@@ -194,7 +194,7 @@ def test_a_process_that_was_killed_holds_nobody_up(samples, tmp_path):
     assert equal(opened(samples, root), samples) and not [name for name in folders(root) if "partial" in name]
 
 
-def test_a_file_that_cannot_be_read_leaves_no_cache(samples, tmp_path):
+def test_unreadable_file_leaves_no_cache(samples, tmp_path):
     whole = samples[3].image.read_bytes()
     samples[3].image.write_bytes(whole[:-30])
     with pytest.raises(UserError, match=rf"^{samples[3].image}: truncated"):
@@ -210,13 +210,13 @@ def test_a_file_that_cannot_be_read_leaves_no_cache(samples, tmp_path):
         opened(samples, tmp_path / "cache")
 
 
-def test_a_pair_of_two_sizes_is_told(samples, tmp_path):
+def test_pair_size_mismatch(samples, tmp_path):
     mixed = [replace(samples[0], mask=samples[1].mask)]
     with pytest.raises(UserError, match=r"differ in width x height: .*rgb.png is 30 x 20, .*grey.png_mask.png is 13 x"):
         opened(mixed, tmp_path / "cache").pair(mixed[0])
 
 
-def test_a_write_that_fails_leaves_no_cache(samples, tmp_path):
+def test_failed_write_leaves_no_cache(samples, tmp_path):
     """As on a full disk: the system takes no byte beyond the first 2000 of a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -231,14 +231,14 @@ def test_a_write_that_fails_leaves_no_cache(samples, tmp_path):
     assert equal(opened(samples, tmp_path / "cache"), samples)
 
 
-def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path):
+def test_small_disk_is_reported_first(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     check_space(tmp_path, 7, free // 2)
     with pytest.raises(UserError, match=r"7 decoded files take [\d,]+ bytes, [\d,]+ are free.*data.cache=none"):
         check_space(tmp_path, 7, 2 * free)
 
 
-def test_a_folder_that_cannot_be_made_is_told(samples, tmp_path):
+def test_uncreatable_folder(samples, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=rf"data.cache={tmp_path}/file/cache: cannot be used"):
         opened(samples, tmp_path / "file" / "cache")

@@ -32,7 +32,7 @@ def predicted(recipe, *where):
     ],
     ids=["teacher and memory", "neither"],
 )
-def test_the_prediction_is_what_is_measured(method, options):
+def test_prediction_matches_measurement(method, options):
     recipe = recipe_of(method, **options)
     found = predicted(recipe)
     real = memory.measure_step(recipe, SPEC, build_method(recipe, SPEC), torch.device("cpu"))
@@ -42,7 +42,7 @@ def test_the_prediction_is_what_is_measured(method, options):
     assert (found.persistent["teacher"] > 0) == (method == "allspark_revised")
 
 
-def test_what_a_step_takes_with_several_processes_and_on_a_gpu():
+def test_prediction_for_ranks_and_gpu():
     """A share of the batch and DDP's copy of the gradients; half of the bytes in bf16, but for weights and norms."""
     recipe = recipe_of("supervised", batch_size=16)
     alone, shared = predicted(recipe), predicted(recipe, "cpu", 4)
@@ -52,7 +52,7 @@ def test_what_a_step_takes_with_several_processes_and_on_a_gpu():
     assert predicted(recipe_of("supervised", batch_size=16, precision="bf16"), "cuda").peak < 0.9 * alone.peak
 
 
-def test_check_tells_the_memory(place, capsys, monkeypatch):
+def test_check_reports_memory(place, capsys, monkeypatch):
     place.edit(model={"bottleneck": "none", "encoder": "tiny"})
     monkeypatch.setattr("allspark.cli.check.free_memory", lambda kind: 1_000_000)
     assert run_main(main, ["check", "--config", str(place.config), "--dry-run"]) == 0
@@ -69,6 +69,6 @@ def test_check_tells_the_memory(place, capsys, monkeypatch):
     assert "--processes 3: give a number that divides batch_size=2" in capsys.readouterr().err
 
 
-def test_the_machine_has_memory():
+def test_machine_memory():
     assert memory.free_memory("cpu") > memory.resident_peak() > 10_000_000
     assert (memory.free_memory("cuda") is None) == (not torch.cuda.is_available())

@@ -73,7 +73,7 @@ def test_table_curves_and_pictures(finished, tmp_path, capsys):
     assert Image.open(out / "curves.png").width > 500
 
 
-def test_three_small_files_are_enough(finished, tmp_path):
+def test_three_small_files_suffice(finished, tmp_path):
     """As runs are kept in docs/: their numbers without their weights."""
     kept, out = tmp_path / "kept", tmp_path / "table"
     kept.mkdir()
@@ -86,7 +86,7 @@ def test_three_small_files_are_enough(finished, tmp_path):
 
 
 @pytest.mark.parametrize("footing", sorted((REPO / "docs/runs").iterdir()), ids=lambda path: path.name)
-def test_the_tables_of_kept_runs_are_those_of_their_numbers(footing):
+def test_recorded_tables_match_their_runs(footing):
     """docs/runs, by scripts/results.sh."""
     rows = read_rows([f"{run.parent.name}={run}" for run in sorted(footing.glob("*/seed_*"))])
     kept, made = (
@@ -96,7 +96,7 @@ def test_the_tables_of_kept_runs_are_those_of_their_numbers(footing):
     assert sorted(kept.splitlines()) == sorted(made.splitlines())  # the shell has an order of its own
 
 
-def test_the_runs_of_one_name_are_the_seeds_of_one_row(write_run, capsys):
+def test_runs_of_one_name_are_seeds(write_run, capsys):
     scores = [(24.0, 20.0), (22.0, 23.0), (30.5, 29.0)]  # two evaluations of each seed
     words = [write_run(f"b{seed}", seed, *pair) for seed, pair in enumerate(scores)]
     rows = read_rows([*(f"mine={run}" for run in words), f"other={write_run('alone', 0, 10.0)}"])
@@ -112,7 +112,7 @@ def test_the_runs_of_one_name_are_the_seeds_of_one_row(write_run, capsys):
     assert "it is selected on" in score_table(rows)
 
 
-def test_each_seed_less_the_same_seed_of_the_base(write_run):
+def test_difference_per_seed(write_run):
     base = {0: 20.0, 1: 21.5, 2: 25.0}
     mine = {1: 22.0, 2: 24.0, 3: 90.0}
     words = [f"base={write_run(f'a{seed}', seed, score)}" for seed, score in base.items()]
@@ -128,7 +128,7 @@ def test_each_seed_less_the_same_seed_of_the_base(write_run):
         paired_table(rows, "fixmatch")
 
 
-def test_runs_of_one_name_are_one_recipe(write_run, tmp_path):
+def test_one_name_needs_one_recipe(write_run, tmp_path):
     first = write_run("a", 0, 20.0)
     moved = write_run("b", 1, 20.0, data={"data_root": "/elsewhere"}, device="auto")  # where it ran, not what
     assert len(read_rows([f"x={first}", f"x={moved}"])[0].runs) == 2
@@ -140,7 +140,7 @@ def test_runs_of_one_name_are_one_recipe(write_run, tmp_path):
         read_rows([f"x={first}", f"x={moved}", f"x={write_run('d', 1, 20.0)}"])
 
 
-def test_pseudo_labels_and_pairs_come_with_the_table(write_run, tmp_path, capsys):
+def test_pseudo_labels_and_pairs_in_table(write_run, tmp_path, capsys):
     pseudo = [{"pseudo_accuracy": None, "pseudo_coverage": 0.0}, {"pseudo_accuracy": 81.5, "pseudo_coverage": 40.25}]
     more = [{"pseudo_accuracy": math.nan, "pseudo_coverage": 10.0}, {"pseudo_accuracy": 84.5, "pseudo_coverage": 44.75}]
     words = [f"mine={write_run('a', 0, 20.0, 22.0, more=pseudo)}", f"mine={write_run('b', 1, 21.0, 25.0, more=more)}"]
@@ -162,13 +162,13 @@ def test_pseudo_labels_and_pairs_come_with_the_table(write_run, tmp_path, capsys
     assert "pseudo" not in (tmp_path / "without" / "table.md").read_text().lower()
 
 
-def test_a_run_on_its_way_is_told(write_run):
+def test_unfinished_run_is_marked(write_run):
     done, half = write_run("a", 0, 20.0, 21.0), write_run("b", 1, 20.0)
     (note,) = unfinished(read_rows([f"x={done}", f"x={half}"]))
     assert note == "x seed 1 is not finished: 1 of 2 epochs are evaluated"
 
 
-def test_a_line_is_the_mean_in_a_band_from_lowest_to_highest():
+def test_curve_band_is_min_to_max():
     axes = pictures.new_figure(4, 3).subplots()
     seeds = [[(1, 10.0), (2, 20.0), (3, 99.0)], [(1, 13.0), (2, 26.0)], []]  # one stopped early, one has nothing
     pictures.draw_rows(axes, {"mine": seeds, "one": [[(1, 5.0), (2, 6.0)]], "none": [[]]}, "title")
@@ -179,7 +179,7 @@ def test_a_line_is_the_mean_in_a_band_from_lowest_to_highest():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine  23.0", "one  6.0"]
 
 
-def test_every_seed_is_a_dot_and_the_first_row_a_band(tmp_path):
+def test_every_seed_is_a_dot(tmp_path):
     axes = pictures.new_figure(4, 3).subplots()
     pictures.draw_seeds(axes, {"base": [40.0, 43.0], "mine": [50.0]}, "title")
     dots, bars = axes.lines[::2], axes.lines[1::2]
@@ -193,7 +193,7 @@ def test_every_seed_is_a_dot_and_the_first_row_a_band(tmp_path):
     assert Image.open(tmp_path / "20.png").height > 3 * Image.open(tmp_path / "1.png").height
 
 
-def test_twenty_rows_are_told_apart(tmp_path):
+def test_twenty_rows_are_distinguishable(tmp_path):
     points = {f"row {index}": [[(1, 20.0 + index), (2, 25.0 + index)]] for index in range(20)}
     axes = pictures.new_figure(8, 5).subplots()
     pictures.draw_rows(axes, points, "title")
@@ -212,7 +212,7 @@ def test_twenty_rows_are_told_apart(tmp_path):
         assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
 
 
-def test_a_method_and_its_variants_have_one_colour():
+def test_method_variants_share_a_color():
     names = ["a", "a+allspark", "b", "b+none", "a+more", *(f"row {index}" for index in range(10)), "row 1+allspark"]
     found = pictures.line_styles(names)
     kinds = {(look["color"], look["linestyle"]) for look in found.values()}
@@ -221,7 +221,7 @@ def test_a_method_and_its_variants_have_one_colour():
     assert found["b+none"]["color"] == found["b"]["color"] != found["a"]["color"]
 
 
-def test_panels_of_many_rows_share_a_legend(tmp_path):
+def test_large_panels_share_a_legend(tmp_path):
     """As wide as with few rows, and with room below the panels for every name."""
     few, many = ({f"row {i}": [[(1, 20.0 + i), (2, 25.0)]] for i in range(count)} for count in (3, 20))
     sizes = []
@@ -233,7 +233,7 @@ def test_panels_of_many_rows_share_a_legend(tmp_path):
     assert (bottom < 128).any(1).sum() > 40  # rows of pixels with text
 
 
-def test_a_wide_grid_goes_on_in_bands():
+def test_wide_grid_wraps():
     palette = [(10 * index, 200, 255 - 10 * index) for index in range(21)]
     masks = tuple(np.full((10, 20), index, np.uint8) for index in range(21))  # truth 0, predictions 1 to 20
     example = pictures.GridRow("a", np.zeros((3, 10, 20), np.uint8), masks)
@@ -264,7 +264,7 @@ def script(tmp_path):
     return run
 
 
-def test_the_script_trains_what_is_missing_and_compares(place, script, tmp_path):
+def test_script_trains_missing_runs(place, script, tmp_path):
     out = tmp_path / "some where"
     words = [word for word in place.lists() if word not in ("--dataset", "pascal", "epochs=1")]
     (out / "supervised").mkdir(parents=True)
@@ -282,7 +282,7 @@ def test_the_script_trains_what_is_missing_and_compares(place, script, tmp_path)
         file.unlink()
 
 
-def test_the_script_takes_a_recipe_of_ones_own(script, tmp_path):
+def test_script_takes_own_recipe(script, tmp_path):
     """The words of each training and of the comparison, from a Python that writes them down."""
     python, called, out = tmp_path / "env" / "bin" / "python", tmp_path / "called", tmp_path / "out"
     python.write_text(f'#!/bin/sh\necho "$@" >>"{called}"\n')
@@ -302,7 +302,7 @@ def test_the_script_takes_a_recipe_of_ones_own(script, tmp_path):
     )
 
 
-def test_the_script_tells_a_slip_before_it_trains(script, tmp_path):
+def test_script_reports_mistakes_first(script, tmp_path):
     slip = script(methods="supervised fixmach+allspark", out=str(tmp_path / "out"))
     assert slip.returncode == 2 and "configs/methods/fixmach.yaml does not exist" in slip.stderr
     no_split = script(dataset="pascal", methods="supervised")
@@ -316,7 +316,7 @@ def test_overlay_differs(finished, tmp_path):
     assert plain.shape == laid.shape and not np.array_equal(plain, laid)
 
 
-def test_other_images_under_one_name_are_told(finished, tmp_path, capsys):
+def test_different_images_under_one_name(finished, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(finished.run, other)
     facts = json.loads((other / "run.json").read_text())
@@ -336,7 +336,7 @@ def test_other_images_under_one_name_are_told(finished, tmp_path, capsys):
         file.unlink()
 
 
-def test_which_lists_are_told():
+def test_lists_in_table():
     a = {"name": "1_8", "sha256": "0", "labeled": "1" * 64, "val": "2" * 64}
     assert differing_lists({"a": a, "b": a, "older": {"name": "1_8", "sha256": "0"}}) == []
     assert differing_lists({"a": a, "b": {**a, "name": "92", "labeled": "3" * 64}}) == []
@@ -346,7 +346,7 @@ def test_which_lists_are_told():
     assert note.startswith("val is not the same val list")
 
 
-def test_how_each_row_came_about(write_run, capsys):
+def test_row_origins(write_run, capsys):
     """Command without the seed, revision, list, seeds, minutes; an older run says nothing."""
     runs = [write_run(name, seed, 20.0, 30.0) for seed, name in enumerate("abcd")]
     for folder, revision in zip(runs, ("1234567", "1234567", "89abcde"), strict=False):
@@ -371,7 +371,7 @@ def test_how_each_row_came_about(write_run, capsys):
             read_rows([str(runs[0])])
 
 
-def test_what_is_not_a_finished_run_is_refused(finished, tmp_path, capsys):
+def test_unfinished_run_is_refused(finished, tmp_path, capsys):
     with pytest.raises(UserError, match="no metrics.jsonl"):
         main(["compare", str(tmp_path), "--out", str(tmp_path / "out")])
     young = tmp_path / "young"

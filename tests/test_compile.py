@@ -46,14 +46,14 @@ def losses_of(backend):
     return losses, graphs
 
 
-def test_compiled_parts_train_alike_and_are_compiled_once():
+def test_compiled_model_trains_alike():
     eager, none = losses_of(None)
     compiled, graphs = losses_of("eager")  # graphs are made and looked up as ever, and run as they are
     assert compiled == pytest.approx(eager, abs=1e-5)
     assert not any(none) and graphs[0] > 0 and len(set(graphs)) == 1
 
 
-def test_a_resnet_that_keeps_little_is_compiled_around_its_blocks():
+def test_compiled_resnet_blocks():
     """Dynamo refuses what keeps their batch norms from counting a batch twice, so they stay as they are."""
     torch._dynamo.reset()
     torch.manual_seed(0)

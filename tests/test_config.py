@@ -27,7 +27,7 @@ MINIMAL = {
 }
 
 
-def test_order_of_precedence():
+def test_precedence():
     """defaults < data set < method < the method's section for the data set < command line."""
     semi = load_recipe("cityscapes", "selftrain")
     assert (semi.optim.lr, semi.optim.lr_multi, semi.batch_size) == (0.001, 1.0, 8)  # method's section, data set
@@ -37,7 +37,7 @@ def test_order_of_precedence():
     assert semi.optim.power == 0.9  # default
 
 
-def test_released_and_revised_differ_in_these_options_alone():
+def test_released_and_revised_differences():
     """The table of docs/differences.md; what a method does not set stands at the default of its constructor."""
 
     def both(dataset):
@@ -61,7 +61,7 @@ def test_released_and_revised_differ_in_these_options_alone():
     assert both("pascal") == expected | {"optim.lr_one_step_late: True -> False"}
 
 
-def test_a_base_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_base(tmp_path, monkeypatch):
     (tmp_path / "datasets").mkdir()
     (tmp_path / "methods").mkdir()
     (tmp_path / "datasets" / "x.yaml").write_text("epochs: 1")
@@ -83,7 +83,7 @@ def test_short_keys():
         full_key("dropout")
 
 
-def test_a_name_selects_and_keeps_the_options():
+def test_name_keeps_options():
     assert merge({"criterion": {"name": "ohem", "thresh": 0.5}}, {"criterion": "ce"}) == {
         "criterion": {"name": "ce", "thresh": 0.5}
     }
@@ -92,7 +92,7 @@ def test_a_name_selects_and_keeps_the_options():
     assert (recipe.model.bottleneck.name, recipe.model.bottleneck.num_heads) == ("allspark", 1)
 
 
-def test_a_map_of_values_is_given_whole(tmp_path):
+def test_mapping_is_replaced_whole(tmp_path):
     """What is left out of one has no class: a value that was in the recipe's is not in it any more."""
     recipe = {
         "data": {"dataset": "mine", "data_root": "", "crop_size": 65},
@@ -106,7 +106,7 @@ def test_a_map_of_values_is_given_whole(tmp_path):
     assert custom.value_map == {0: 0, 7: 1} and custom.classes == ("a", "b")
 
 
-def test_a_recipe_of_ones_own_by_another_method(tmp_path):
+def test_own_recipe_with_other_method(tmp_path):
     """Its data, encoder and schedule; method, bottleneck and what else belongs to the method are those of configs/."""
     recipe = {"data": {"dataset": "mine", "data_root": "", "crop_size": 65}, "epochs": 7}
     recipe["model"] = {"encoder": "mit_b1", "bottleneck": {"name": "allspark", "num_heads": 4}}
@@ -125,7 +125,7 @@ def test_a_recipe_of_ones_own_by_another_method(tmp_path):
         load_config(tmp_path / "mine.yaml", None, "nothing")
 
 
-def test_old_keys_are_translated_with_a_note(tmp_path, monkeypatch):
+def test_old_keys_are_translated(tmp_path, monkeypatch):
     """In a file, in the recipe of a checkpoint, as override and in a section of a method's file."""
     old = {**MINIMAL, "log_interval": 3, "optim": {"late": True, "lr": 0.5}}
     expected = ("log_interval is now log.interval", "optim.late is now optim.lr_one_step_late")
@@ -142,7 +142,7 @@ def test_old_keys_are_translated_with_a_note(tmp_path, monkeypatch):
         build_recipe({**old, "log": {"interval": 2}}, None, "test")
 
 
-def test_a_translation_may_be_a_function(monkeypatch):
+def test_translation_may_be_a_function(monkeypatch):
     def halve(content, value):
         return merge(content, {"epochs": value // 2}), "half_epochs is now epochs, and half of it"
 
@@ -157,11 +157,11 @@ def test_every_key_is_documented():
         assert help_text and not help_text.endswith(".") and len(help_text) < 160, path
 
 
-def test_yaml_floats_without_a_dot():
+def test_yaml_floats_without_dot():
     assert build_recipe(MINIMAL, parse_overrides(["lr=6e-4"]), "test").optim.lr == 6e-4
 
 
-def test_data_root_from_the_environment(monkeypatch):
+def test_data_root_from_environment(monkeypatch):
     monkeypatch.setenv("ALLSPARK_DATA_X", "/somewhere")
     assert build_recipe(MINIMAL, None, "test").data.data_root == "/somewhere"
 
@@ -208,7 +208,7 @@ def test_yaml_runs_no_code(tmp_path):
         load_config(tmp_path / "evil.yaml")
 
 
-def test_differences_leave_out_what_cannot_change_a_result():
+def test_differences_ignore_irrelevant_keys():
     old = to_plain(build_recipe(MINIMAL, None, "test"))
     new = to_plain(build_recipe(MINIMAL, parse_overrides(["device=cpu", "num_workers=0", "lr=0.5"]), "test"))
     assert differences(old, new) == ["optim.lr: 0.001 -> 0.5"]

@@ -44,7 +44,7 @@ def test_spec_is_consistent(spec):
     assert set(range(spec.num_classes)) | {255} <= set(decoded.tolist())
 
 
-def test_class_counts_and_places():
+def test_class_counts():
     counts = {"pascal": 21, "cityscapes": 19, "cityscapes_labelids": 19, "coco": 81, "camvid": 11}
     assert {name: DATASETS[name].num_classes for name in counts} == counts
     assert DATASETS["pascal"].palette[15] == (192, 128, 128) and DATASETS["pascal"].classes[15] == "person"
@@ -53,7 +53,7 @@ def test_class_counts_and_places():
     assert {name for name in counts if DATASETS[name].eval_mode != "whole"} == {"cityscapes", "cityscapes_labelids"}
 
 
-def test_cityscapes_label_ids_decode_to_train_ids(tmp_path):
+def test_cityscapes_label_ids(tmp_path):
     spec = DATASETS["cityscapes_labelids"]
     path = save(tmp_path / "a_gtFine_labelIds.png", np.array([[0, 7, 8, 11], [33, 29, 255, 26]], np.uint8))
     assert read_mask(path, spec).tolist() == [[255, 0, 1, 2], [18, 255, 255, 13]]
@@ -62,14 +62,14 @@ def test_cityscapes_label_ids_decode_to_train_ids(tmp_path):
         read_mask(path, cityscapes.SPEC)
 
 
-def test_camvid_unlabelled_is_ignored(tmp_path):
+def test_camvid_unlabeled_is_ignored(tmp_path):
     path = save(tmp_path / "m.png", np.array([[0, 10, 11, 255]], np.uint8))
     assert read_mask(path, DATASETS["camvid"]).tolist() == [[0, 10, 255, 255]]
     with pytest.raises(UserError, match=r"m2.png.* 12 \(1 pixel\)"):
         read_mask(save(tmp_path / "m2.png", np.array([[12]], np.uint8)), DATASETS["camvid"])
 
 
-def test_camvid_pixels_as_distributed():
+def test_camvid_real_pixels():
     folder = SHARED / "data" / "camvid" / "labels" / "val"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: no CamVid beside the project")
@@ -82,7 +82,7 @@ def test_camvid_pixels_as_distributed():
     assert counts[:11].tolist() == recorded and counts[11:255].sum() == 0 and counts[255] == 297271
 
 
-def test_unknown_name_lists_the_names():
+def test_unknown_dataset_lists_names():
     with pytest.raises(UserError, match=r"'voc'.*pascal.*shapes.*data\.custom"):
         spec_for(DataConfig(dataset="voc", data_root="x", crop_size=65))
     with pytest.raises(UserError, match="camvid"):
@@ -114,7 +114,7 @@ def test_custom_values(tmp_path, options, stored, decoded):
         ({"value_map": {10: 0}}, 0, r"0 \(1 pixel\)"),
     ],
 )
-def test_custom_illegal_value_is_the_stored_one(tmp_path, options, stored, named):
+def test_custom_illegal_value(tmp_path, options, stored, named):
     spec = make_spec("mine", CustomDataConfig(classes=CUSTOM.classes, **options))
     with pytest.raises(UserError, match=rf"bad.png: illegal mask values {named}.*value_map"):
         read_mask(save(tmp_path / "bad.png", np.array([[stored]], np.uint8)), spec)
@@ -135,19 +135,19 @@ def test_custom_illegal_value_is_the_stored_one(tmp_path, options, stored, named
         ({"value_map": {1: 3}}, "1: 3 is neither"),
     ],
 )
-def test_custom_mistakes_are_named(options, message):
+def test_custom_mistakes(options, message):
     with pytest.raises(UserError, match=message):
         make_spec("mine", CustomDataConfig(**{"classes": CUSTOM.classes, **options}))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
-def test_coloured_mask_is_refused(tmp_path, mode):
+def test_colored_mask_is_refused(tmp_path, mode):
     path = save(tmp_path / "m.png", np.zeros((4, 4, 3), np.uint8), mode)
     with pytest.raises(UserError, match=rf"m.png.*class indices.*found {mode}"):
         read_mask(path, make_spec("mine", CUSTOM))
 
 
-def test_mask_of_every_integer_kind(tmp_path):
+def test_integer_masks(tmp_path):
     spec, indices = make_spec("mine", CUSTOM), np.array([[0, 1], [2, 255]])
     assert read_mask(save_palette(tmp_path / "p.png", indices), spec).tolist() == indices.tolist()
     assert read_mask(save(tmp_path / "i16.png", indices.astype(np.uint16)), spec).tolist() == indices.tolist()
@@ -159,7 +159,7 @@ def test_mask_of_every_integer_kind(tmp_path):
         read_mask(save(tmp_path / "neg.tif", np.array([[-1, -1, 0]], np.int32)), spec)
 
 
-def test_image_of_every_kind(tmp_path):
+def test_image_modes(tmp_path):
     rng = np.random.default_rng(0)
     rgb, grey = rng.integers(0, 256, (5, 7, 3), np.uint8), rng.integers(0, 256, (5, 7), np.uint8)
     assert np.array_equal(read_image(save(tmp_path / "rgb.png", rgb)), rgb)
@@ -174,7 +174,7 @@ def test_image_of_every_kind(tmp_path):
         read_image(save(tmp_path / "f.tif", grey.astype(np.float32)))
 
 
-def test_exif_orientation_is_applied(tmp_path):
+def test_exif_orientation(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned clockwise to be shown upright
@@ -182,7 +182,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(rgb, -1))
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files(tmp_path):
     whole = save(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not an image")
@@ -194,7 +194,7 @@ def test_damaged_files_are_named(tmp_path):
         read_image(tmp_path / "gone.png")
 
 
-def test_decompression_bomb_is_refused(tmp_path):
+def test_decompression_bomb(tmp_path):
     header = b"IHDR" + struct.pack(">IIBBBBB", 16_000, 16_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4))
@@ -202,7 +202,7 @@ def test_decompression_bomb_is_refused(tmp_path):
         read_image(tmp_path / "bomb.png")
 
 
-def test_pair_of_different_sizes_names_both(tmp_path):
+def test_pair_size_mismatch(tmp_path):
     image = save(tmp_path / "a.png", np.zeros((6, 8, 3), np.uint8))
     mask = save(tmp_path / "b.png", np.zeros((8, 6), np.uint8))
     with pytest.raises(UserError, match=r"a.png is 8 x 6.*b.png is 6 x 8"):

@@ -68,7 +68,7 @@ def test_sizes(shared, size):
 
 
 @pytest.mark.parametrize("name", resnet.SIZES)
-def test_facts_agree_with_timm(name):
+def test_timm_has_same_settings(name):
     with torch.device("meta"):
         encoder = ENCODERS[name](0.0)
     assert encoder.strides == tuple(encoder.feature_info.reduction()) == (4, 8, 16, 16)
@@ -79,14 +79,14 @@ def test_facts_agree_with_timm(name):
     assert dilations == [(1, 1), (2, 2), (2, 2)]
 
 
-def test_drop_path_is_passed_on():
+def test_drop_path():
     with torch.device("meta"):
         rates = [module.drop_prob for module in ENCODERS["resnet50"](0.2).modules() if isinstance(module, DropPath)]
         assert max(rates) == pytest.approx(0.2)
         assert not any(isinstance(module, DropPath) for module in ENCODERS["resnet50"](0.0).modules())
 
 
-def test_checkpointing_changes_nothing():
+def test_gradient_checkpointing():
     """Neither gradients nor, though the blocks run twice, the statistics of batch norm, under drop path as well."""
     results, image = [], torch.randn(2, 3, CROP, CROP)
     for checkpointing in (False, True):
@@ -133,14 +133,14 @@ def test_decoder_literal(deepest, rates):
 
 
 @torch.no_grad()
-def test_logits_are_resized_as_their_decoder_says(shared):
+def test_logit_resizing(shared):
     image = torch.randn(1, 3, 65, 70)
     for model, corners in ((shared, True), (make_model("mit_b0", decoder="mlp").eval(), False)):
         logits = F.interpolate(model.decoder(model.encoder(image)), (65, 70), mode="bilinear", align_corners=corners)
         torch.testing.assert_close(model(image).logits, logits)
 
 
-def test_a_single_image_trains():
+def test_single_image_trains():
     """Its pooled branch has one value per channel: normalized by the running statistics, which stay as they are."""
     pool = DeepLabV3Plus((8, 8, 8, 8), CLASSES, 16).aspp.pool.train()
     norm, x = filled(pool)[2], torch.randn(2, 8, 3, 3)
@@ -181,11 +181,11 @@ def step(name, batch, bottleneck="none"):
 
 
 @pytest.mark.parametrize(("name", "batch"), [("unimatch", 2), ("fixmatch", 1), ("imas", 2), ("pseudoseg", 1)])
-def test_every_parameter_gets_a_gradient(name, batch):
+def test_every_parameter_gets_gradient(name, batch):
     step(name, batch)
 
 
-def test_the_bottleneck_on_a_resnet():
+def test_bottleneck_on_resnet():
     """Its memory has a cell for each of the deepest map, which is of stride 16."""
     model = step("fixmatch", 1, "allspark")
     assert model.bottleneck.memory.side == CROP // 16
@@ -195,7 +195,7 @@ def test_the_bottleneck_on_a_resnet():
             assert make_model(encoder, crop, "allspark").bottleneck.memory.side == side
 
 
-def test_the_loss_falls():
+def test_loss_falls():
     model, method = make_model(decoder_channels=16), METHODS["supervised"](CrossEntropy())
     optimizer = build_optimizer(OptimConfig(name="adamw", lr=1e-3, lr_multi=1.0), model)
     mask = torch.arange(CLASSES).repeat_interleave(CROP // CLASSES).expand(2, CROP, CROP)
@@ -215,7 +215,7 @@ def test_the_loss_falls():
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("encoder", ["mit_b0", "resnet50"])
-def test_which_fit_together(encoder, decoder):
+def test_supported_combinations(encoder, decoder):
     if (encoder, decoder) == ("mit_b0", "deeplab"):
         with pytest.raises(UserError) as refusal:
             make_model(encoder, decoder=decoder)
@@ -229,12 +229,12 @@ def test_which_fit_together(encoder, decoder):
 
 
 @pytest.mark.parametrize("strides", [(2, 4, 8, 16), (4, 8, 16, 32), (8, 8, 8, 8)])
-def test_strides_without_published_dilations_are_refused(strides):
+def test_unpublished_strides_are_refused(strides):
     assert "stride 4" in DeepLabV3Plus.unsupported(strides) and MLPDecoder.unsupported(strides) is None
     assert DeepLabV3Plus.unsupported((4, 8, 8, 8)) is None
 
 
-def test_the_refusal_comes_before_training(place, capsys):
+def test_refusal_precedes_training(place, capsys):
     words = place.train("model.decoder=deeplab")
     assert run_main(train.main, words) == 2
     assert "model.encoder=mit_b0" in capsys.readouterr().err
@@ -281,6 +281,6 @@ def test_published_recipe(method, dataset, depth):
 
 @pytest.mark.parametrize("dataset", ["camvid", "shapes"])
 @pytest.mark.parametrize("name", ["unimatch_r50", "fixmatch_r101", "supervised_r50", "imas_r101"])
-def test_recipes_of_small_data_sets_start_from_scratch(name, dataset):
+def test_small_datasets_start_from_scratch(name, dataset):
     recipe = complete(load_recipe(dataset, name))
     assert recipe.model.pretrained == "none" and recipe.model.decoder == "deeplab" and recipe.optim.name == "adamw"

@@ -26,11 +26,11 @@ TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
         ("12.6", (12, 2), "the driver shows no GPU"),  # versions with the same major number are compatible
     ],
 )
-def test_why_cuda_cannot_be_used(built_for, supported, says):
+def test_why_cuda_is_unavailable(built_for, supported, says):
     assert re.search(says, why_no_cuda(built_for, supported))
 
 
-def test_the_default_wheel_for_a_new_driver():
+def test_default_wheel_on_new_driver():
     assert "index-url" not in reinstall((13, 1)) and "index-url" not in reinstall(None)
 
 
@@ -51,7 +51,7 @@ def test_gpus_without_kernels():
 @pytest.mark.parametrize(
     "name, value", [("CUDA_VISIBLE_DEVICES", "0"), ("SLURM_JOB_GPUS", "2,3"), ("SLURM_GPUS_ON_NODE", "4")]
 )
-def test_a_job_with_gpus_never_trains_on_the_cpu(monkeypatch, name, value):
+def test_no_cpu_fallback_in_gpu_job(monkeypatch, name, value):
     for other in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(other, raising=False)
     assert gpus_allocated() is None
@@ -69,7 +69,7 @@ def test_cuda_by_name(monkeypatch):
         choose_device("cuda")
 
 
-def test_two_ranks_on_one_gpu_are_refused():
+def test_two_ranks_on_one_gpu():
     store = dist.HashStore()
     store.set("gpu 0", "H100 GPU-1 on elsewhere")
     check_gpus(store, 1, 2, "H100 GPU-1")  # on another host
@@ -78,7 +78,7 @@ def test_two_ranks_on_one_gpu_are_refused():
         check_gpus(store, 1, 3, "H100 GPU-1")
 
 
-def test_setup_reads_the_driver(tmp_path):
+def test_setup_reads_driver(tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         "#!/bin/sh\necho '| NVIDIA-SMI 535.183.01    Driver Version: 535.183.01    CUDA Version: 12.2     |'\n"

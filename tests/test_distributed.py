@@ -83,7 +83,7 @@ def test_collectives(pair):
     assert first["sum"] == second["sum"] == 3
 
 
-def test_without_a_launcher_everything_is_one_process(monkeypatch):
+def test_single_process_without_launcher(monkeypatch):
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script that runs plain python
@@ -93,7 +93,7 @@ def test_without_a_launcher_everything_is_one_process(monkeypatch):
     assert distributed.all_reduce_sum(x) is x and distributed.all_gather(x) is x
 
 
-def test_srun_is_a_launcher(monkeypatch):
+def test_srun_launch(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -113,7 +113,7 @@ def refused(facts):
         return str(error)
 
 
-def test_processes_that_began_differently_are_told(pair):
+def test_ranks_that_differ_are_reported(pair):
     same = {"code": launch.code_version(), "recipe": "a", "lists": "b"}
     assert pair(refused, [same, same]) == [None, None]
     first, second = pair(refused, [same, same | {"recipe": "another"}])
@@ -122,7 +122,7 @@ def test_processes_that_began_differently_are_told(pair):
     )
 
 
-def test_what_a_user_can_mend_is_no_bug_of_several_processes_either():
+def test_user_error_is_one_message():
     """leave: exit code 2 and a line, in place of a traceback."""
     place = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/shapes")
     assert user_error_message(place) == "error: /etc/passwd/shapes: Not a directory; fix it or choose another path"
@@ -153,7 +153,7 @@ def saves_last(folder):
     return time.time()
 
 
-def test_nobody_goes_before_the_last_checkpoint_is_written(pair, tmp_path):
+def test_last_checkpoint_before_exit(pair, tmp_path):
     """srun --wait would kill process 0 in the middle of it."""
     first, second = pair(saves_last, tmp_path)
     assert abs(first - second) < 0.5 and (tmp_path / "latest.pth").is_file()
@@ -181,7 +181,7 @@ def ended(start_process):
     return ends
 
 
-def test_a_process_that_fails_takes_the_others_with_it(ended):
+def test_failing_rank_ends_the_others(ended):
     """Its message is on top and in the launcher's last lines; process 0 has a line, and no traceback."""
     code, errors, seconds = ended["error"]
     own, summary = errors.split("Root Cause")
@@ -191,14 +191,14 @@ def test_a_process_that_fails_takes_the_others_with_it(ended):
     assert "rank      : 1" in summary and "exitcode  : 2" in summary and "RuntimeError" not in errors
 
 
-def test_a_process_that_is_killed_takes_the_others_with_it(ended):
+def test_killed_rank_ends_the_others(ended):
     code, errors, seconds = ended["killed"]
     assert code == 1 and seconds < 45
     assert errors.startswith("error: rank 0 lost another process, which was killed or hangs (")
     assert "rank      : 1" in errors.split("Root Cause")[1] and "SIGKILL" in errors and "RuntimeError" not in errors
 
 
-def test_a_restart_sees_nothing_of_the_start_before(monkeypatch):
+def test_restart_ignores_earlier_attempt(monkeypatch):
     """torchrun's store outlives its processes, and with it what they said and where they could be reached."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -218,7 +218,7 @@ def test_a_restart_sees_nothing_of_the_start_before(monkeypatch):
     assert names == {launch.start_name()}
 
 
-def test_a_taken_port_is_named(monkeypatch):
+def test_taken_port(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

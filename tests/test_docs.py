@@ -31,7 +31,7 @@ ROWS = [
 ]
 
 
-def test_every_oddity_has_its_row():
+def test_every_oddity_has_a_row():
     """The 32 of the released AllSpark code, and those of the other methods."""
     numbers = [row[0].split()[0] for row in ROWS]
     assert numbers[:32] == [str(number) for number in range(1, 33)]
@@ -39,7 +39,7 @@ def test_every_oddity_has_its_row():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_every_row_names_a_test_that_exists(row):
+def test_rows_name_existing_tests(row):
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row[-1])
     assert named, row[0]
     for file, name in named:
@@ -59,7 +59,7 @@ def published_rows():
                 yield lists, row[1], words
 
 
-def test_published_results_name_lists_that_are_known_and_commands_that_resolve(capsys):
+def test_published_results(capsys):
     """Each to a recipe of the encoder and crop of its row."""
     commands = 0
     for lists, network, words in published_rows():
@@ -118,7 +118,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links(page):
     """Files and their headings; what lies outside is at least written as an address."""
     prose = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
@@ -160,7 +160,7 @@ def said(words):
     return None
 
 
-def test_commands_are_understood():
+def test_commands_parse():
     """Every option of every command on these pages is one that there is; every recipe named by them resolves."""
     count = 0
     for place, words in COMMANDS:
@@ -176,7 +176,7 @@ def test_commands_are_understood():
     assert count > 60
 
 
-def test_scripts_that_commands_name_are_there():
+def test_named_scripts_exist():
     """And the variables that are set in front of them are theirs."""
     count = 0
     for place, words in COMMANDS:
@@ -198,13 +198,13 @@ def test_quick_commands_run(capsys):
         assert capsys.readouterr().out
 
 
-def test_python_on_these_pages_is_python():
+def test_python_examples_parse():
     for page in PAGES:
         for line, block in blocks(page, "python"):
             compile(block, f"{page.name}:{line}", "exec")
 
 
-def test_the_examples_of_the_api_run(place, tmp_path, monkeypatch):
+def test_api_examples_run(place, tmp_path, monkeypatch):
     """The tenth method, by its class, its line in METHODS and its YAML, trains; the examples load what it saved."""
     page, names = ROOT / "docs" / "api.md", {"__name__": "api"}
     examples = [compile(block, f"api.md:{line}", "exec") for line, block in blocks(page, "python")]
@@ -227,7 +227,7 @@ def test_the_examples_of_the_api_run(place, tmp_path, monkeypatch):
     assert set(names["label"].unique().tolist()) <= {0, 1, 2}
 
 
-def test_every_method_has_its_section_and_picture():
+def test_every_method_has_section_and_picture():
     page = ROOT / "docs" / "methods.md"
     for file in (ROOT / "configs" / "methods").glob("*.yaml"):
         if not re.search(r"_r\d+$", file.stem):
@@ -235,7 +235,7 @@ def test_every_method_has_its_section_and_picture():
             assert f"](method_{file.stem}.png)" in text_of(page)
 
 
-def test_the_table_of_recipes_is_what_they_set():
+def test_recipe_table_matches_configs():
     """docs/recipes.md: `python docs/tools/recipe_tables.py` writes it."""
     spec = importlib.util.spec_from_file_location("recipe_tables", ROOT / "docs" / "tools" / "recipe_tables.py")
     tables = importlib.util.module_from_spec(spec)
@@ -243,7 +243,7 @@ def test_the_table_of_recipes_is_what_they_set():
     assert text_of(tables.PAGE) == tables.render(text_of(tables.PAGE))
 
 
-def test_the_faq_has_every_theme_with_its_threads():
+def test_faq_covers_every_theme():
     themes = re.split(r"^## ", text_of(ROOT / "docs" / "faq.md"), flags=re.MULTILINE)[1:]
     assert [theme.split(".")[0] for theme in themes] == [str(number) for number in range(1, 19)]
     for theme in themes:
@@ -258,7 +258,7 @@ def test_citation():
     assert cited["preferred-citation"]["authors"][0]["family-names"] == "Wang"
 
 
-def test_the_options_of_every_method_stand_in_its_section():
+def test_method_options_are_documented():
     sections = re.split(r"^## ", text_of(ROOT / "docs" / "methods.md"), flags=re.MULTILINE)[1:]
     for section in sections:
         name, options = section.split()[0], section.partition("\nOptions: ")[2]

@@ -168,24 +168,24 @@ def ranges(server) -> list[str | None]:
 
 
 @pytest.mark.parametrize("digest", [None, SHA, SHA[:15], MD5, SHA.upper().replace("SHA", "sha")])
-def test_a_file_arrives(get, server, digest):
+def test_downloads_file(get, server, digest):
     assert get("good", digest=digest) == CONTENT
     assert get("gone", digest=digest) == CONTENT and len(server.asked) == 1  # kept, nobody is asked again
 
 
-def test_an_interrupted_download_goes_on(get, server, monkeypatch):
+def test_resumes_interrupted_download(get, server, monkeypatch):
     monkeypatch.setattr(download, "PROGRESS", 50_000)  # as long as there is progress, beyond the usual attempts
     assert get("drop") == CONTENT
     assert ranges(server) == [None, "bytes=70000-", "bytes=140000-", "bytes=210000-", "bytes=280000-"]
 
 
-def test_it_gives_up_without_progress(get, server):
+def test_gives_up_without_progress(get, server):
     with pytest.raises(UserError, match="drop: the connection ended after 280000 of 300000 bytes"):
         get("drop")
     assert len(server.asked) == download.ATTEMPTS
 
 
-def test_it_goes_on_in_a_later_call_too(get, server, tmp_path):
+def test_resumes_in_later_call(get, server, tmp_path):
     with pytest.raises(UserError, match="ended after 100000 of 300000 bytes"):
         get("dead")
     assert (tmp_path / "out" / "file.bin.part").stat().st_size == 100_000
@@ -198,52 +198,52 @@ def test_it_goes_on_in_a_later_call_too(get, server, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["whole", "changes", "grows", "mixed"])
-def test_what_cannot_be_gone_on_with_starts_again(get, server, path):
+def test_restarts_when_resume_is_impossible(get, server, path):
     digest = None if path in ("whole", "changes") else SHA
     assert get(path, digest=digest) == CONTENT
     assert None in ranges(server)[1:] or path in ("whole", "changes")  # those two send all in answer to a Range
 
 
-def test_without_validator_and_digest_nothing_is_joined(get, server):
+def test_no_resume_without_validator_or_digest(get, server):
     assert get("mixed") == CONTENT and ranges(server) == [None, None]
 
 
-def test_a_part_of_another_source_is_not_used(get, server):
+def test_part_of_other_source_is_discarded(get, server):
     assert get("dead", "good") == CONTENT
     assert server.asked[-1] == ("/good", None)
 
 
-def test_the_next_source_is_asked_when_one_fails(get, server):
+def test_falls_back_to_next_source(get, server):
     assert get("gone", "corrupt", "page", "longer", "good", digest=SHA) == CONTENT
     asked = [path for path, _ in server.asked]
     assert asked.count("/gone") == 1 and asked.count("/corrupt") == 1 and asked[-1] == "/good"
 
 
-def test_a_corrupt_file_is_thrown_away(get, tmp_path):
+def test_corrupt_file_is_discarded(get, tmp_path):
     with pytest.raises(UserError, match=r"corrupt: it is damaged or another file \(sha256:\w+, expected sha256:"):
         get("corrupt", digest=SHA)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("path", ["longer", "page", "untold"])
-def test_without_digest_what_is_not_whole_is_refused(get, tmp_path, path):
+def test_incomplete_file_without_digest(get, tmp_path, path):
     with pytest.raises(UserError, match=f"{path}: .*(of 300010 bytes|got a web page|does not state the file's length)"):
         get(path)
     assert not (tmp_path / "out" / "file.bin").exists()
 
 
-def test_a_digest_sees_what_a_wrong_length_hides(get):
+def test_digest_overrides_length(get):
     with pytest.raises(UserError, match="shorter: it is damaged"):
         get("shorter", digest=SHA)
     assert get("untold", digest=SHA) == CONTENT
 
 
-def test_a_busy_server_is_asked_again(get, server):
+def test_retries_busy_server(get, server):
     assert get("busy") == CONTENT and len(server.asked) == 2
 
 
 @pytest.mark.parametrize("path", ["stall", "trickle"])
-def test_a_server_that_stalls_does_not_hold_us(get, path):
+def test_stalled_server_times_out(get, path):
     begin = time.monotonic()
     with pytest.raises(UserError, match=f"{path}: (no response within 0.2 s|stalled at)"):
         get(path, timeout=0.2)
@@ -257,7 +257,7 @@ def test_redirects(get, server, start):
     assert get(f"{server.url}/leads/{server.url}/good") == CONTENT
 
 
-def test_unencrypted_sources_need_a_full_hash():
+def test_unencrypted_source_needs_full_hash():
     assert refusal("http://example.org/f", None) and refusal("http://example.org/f", SHA[:20])
     assert not refusal("http://example.org/f", SHA) and not refusal("http://example.org/f", MD5)
     assert not refusal("https://example.org/f", None) and not refusal("http://localhost:1/f", None)
@@ -265,7 +265,7 @@ def test_unencrypted_sources_need_a_full_hash():
     assert is_loopback("http://[::1]:80/f") and not is_loopback("http://localhost.example.org/f")
 
 
-def test_every_source_and_its_reason_are_named(tmp_path, server):
+def test_failure_names_every_source(tmp_path, server):
     sources = [f"{server.url}/gone", "http://example.org/file", "no/such", "ftp://a/b", "http://127.0.0.1:1/x"]
     with pytest.raises(UserError) as caught:
         fetch(sources, tmp_path / "file", wait=0.01)
@@ -276,7 +276,7 @@ def test_every_source_and_its_reason_are_named(tmp_path, server):
     assert "download the file manually and put it there" in message and str(tmp_path / "file") in message
 
 
-def test_files_of_the_disk(tmp_path):
+def test_file_sources(tmp_path):
     source = tmp_path / "with blank.bin"
     source.write_bytes(CONTENT)
     for index, url in enumerate((str(source), "file://" + pathname2url(str(source)))):
@@ -288,7 +288,7 @@ def test_files_of_the_disk(tmp_path):
     assert source.read_bytes() == CONTENT and not (tmp_path / "x").exists()
 
 
-def test_a_target_that_is_another_file_is_left_alone(tmp_path, get):
+def test_existing_other_file_is_untouched(tmp_path, get):
     target = tmp_path / "out" / "file.bin"
     target.parent.mkdir()
     target.write_bytes(b"mine")
@@ -299,7 +299,7 @@ def test_a_target_that_is_another_file_is_left_alone(tmp_path, get):
         fetch(["x"], tmp_path / "out")
 
 
-def test_a_check_of_ones_own(get, tmp_path):
+def test_custom_check(get, tmp_path):
     seen = []
 
     def check(path):
@@ -315,7 +315,7 @@ def test_a_check_of_ones_own(get, tmp_path):
         get("good", check=check)
 
 
-def test_more_than_is_plausible_is_refused(get, tmp_path):
+def test_size_limit(get, tmp_path):
     with pytest.raises(UserError, match="300000 bytes, above the limit of 1000"):
         get("good", size_limit=1000)
     with pytest.raises(UserError, match="above the limit of 1000"):
@@ -323,13 +323,13 @@ def test_more_than_is_plausible_is_refused(get, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_digests_are_checked_before_anything_is_asked(tmp_path):
+def test_bad_digest_is_refused_first(tmp_path):
     for digest in ("sha256:123", "md5:12345678", "crc32:12345678", SHA + "0", "12345678"):
         with pytest.raises(UserError, match="neither sha256:"):
             fetch(["x"], tmp_path / "x", digest=digest)
 
 
-def test_a_full_disk_is_one_message_and_the_next_call_goes_on(get, server, tmp_path):
+def test_full_disk_then_resume(get, server, tmp_path):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the largest file that may be written
@@ -343,7 +343,7 @@ def test_a_full_disk_is_one_message_and_the_next_call_goes_on(get, server, tmp_p
     assert get("good") == CONTENT and ranges(server)[1].startswith("bytes=")
 
 
-def test_a_file_digest(tmp_path):
+def test_file_digest(tmp_path):
     (tmp_path / "f").write_bytes(CONTENT)
     found = file_digest(tmp_path / "f"), file_digest(tmp_path / "f", "md5")
     assert found == (SHA.removeprefix("sha256:"), MD5.removeprefix("md5:"))

@@ -13,7 +13,7 @@ from allspark.models.student import Student, predict
 from allspark.utils.errors import UserError
 
 
-def test_update_equals_a_loop_with_its_ramp():
+def test_update_equals_loop():
     torch.manual_seed(0)
     student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     teacher = EMATeacher(copy.deepcopy(student), 0.9)
@@ -41,7 +41,7 @@ def test_never_trains():
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_teacher_labels_follows_and_predicts():
+def test_teacher_labels_and_predicts():
     model, method = make_model(dropout=0.0, drop_path=0.0), make_method("allspark", teacher="ema")
     method.attach(model)
     assert not any("memory" in name for name in method.state_dict())  # no second memory: inference never reads one
@@ -60,7 +60,7 @@ def test_teacher_labels_follows_and_predicts():
     torch.testing.assert_close(bias[0], model.decoder.classifier.bias[0] - 500)
 
 
-def test_teacher_is_in_the_state_and_comes_back():
+def test_teacher_state_round_trip():
     model, method = make_model(), make_method("allspark", teacher="ema")
     method.attach(model)
     with torch.no_grad():
@@ -71,6 +71,6 @@ def test_teacher_is_in_the_state_and_comes_back():
     assert other.teacher.model.decoder.classifier.bias.eq(3).all()
 
 
-def test_momentum_must_be_below_one():
+def test_momentum_below_one():
     with pytest.raises(UserError, match=r"teacher_momentum=1.0"):
         make_method("allspark", teacher="ema", teacher_momentum=1.0)

@@ -90,7 +90,7 @@ def test_segmentation_models_pytorch(variant, image):
 
 
 @torch.no_grad()
-def test_encoder_of_a_whole_model_of_segmentation_models_pytorch(image, tmp_path):
+def test_segmentation_models_pytorch_whole_model(image, tmp_path):
     smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
     model = filled(smp.Unet("mit_b0", encoder_weights=None))
     torch.save({"state_dict": {f"model.{name}": t for name, t in model.state_dict().items()}}, tmp_path / "unet.ckpt")
@@ -102,7 +102,7 @@ def test_encoder_of_a_whole_model_of_segmentation_models_pytorch(image, tmp_path
 
 
 @torch.no_grad()
-def test_logits_of_transformers(image, tmp_path):
+def test_transformers_logits(image, tmp_path):
     config = transformers_config(MIT_SIZES["mit_b0"], num_labels=7)
     from transformers import SegformerForSemanticSegmentation
 

@@ -43,7 +43,7 @@ def test_poly_schedule():
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_warmup_is_linear_and_then_the_schedule(late):
+def test_linear_warmup(late):
     """As in SegFormer's recipe: the schedule's rate times a factor that rises from 0 to 1."""
     plain = OptimConfig(lr=0.1, power=1.0, lr_one_step_late=late)
     warm = OptimConfig(lr=0.1, power=1.0, lr_one_step_late=late, warmup_steps=4)
@@ -72,7 +72,7 @@ def test_checkpoint_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pth"]  # no temporary file stays
 
 
-def test_a_failing_write_leaves_the_old_checkpoint(tmp_path):
+def test_failed_write_keeps_old_checkpoint(tmp_path):
     path = tmp_path / "latest.pth"
     save_checkpoint(path, {"step": 1})
     with pytest.raises(Exception, match="pickle"):
@@ -80,12 +80,12 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path):
     assert load_checkpoint(path, needed=("step",))["step"] == 1
 
 
-def test_state_that_does_not_fit(tmp_path):
+def test_mismatched_state(tmp_path):
     with pytest.raises(UserError, match=r"here\.pth.*weight: \(3, 2\) in the file, \(4, 2\) in the model"):
         load_state(nn.Linear(2, 4), nn.Linear(2, 3).state_dict(), "here.pth")
 
 
-def test_a_memory_that_was_saved_without_its_count_counts_as_full():
+def test_memory_without_count_is_full():
     memory = SemanticMemory(2, 4, side=3)
     state = {name: value for name, value in memory.state_dict().items() if name != "filled"}
     load_state(memory, state, "here.pth")
@@ -108,7 +108,7 @@ def test_log_lines_and_means(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
-def test_a_resumed_log_has_no_doubles(tmp_path):
+def test_resumed_log_has_no_duplicates(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')  # a dying run wrote half a line
     drop_lines_after(path, 2)
@@ -118,7 +118,7 @@ def test_a_resumed_log_has_no_doubles(tmp_path):
 # Losses that are no numbers, and lines that travel in a checkpoint
 
 
-def test_means_leave_out_what_is_no_number(tmp_path):
+def test_means_skip_nonfinite(tmp_path):
     log = RunLog(tmp_path, active=True, interval=3, start_step=0, total_steps=6)
     for step, value in enumerate((1.0, math.nan, 3.0, math.inf, math.nan, math.nan), start=1):
         log.add({"loss": torch.tensor(value)}, step=step, epoch=0, lr=0.1, images=4)
@@ -127,7 +127,7 @@ def test_means_leave_out_what_is_no_number(tmp_path):
     assert [line["loss"] for line in lines] == [2.0, None]
 
 
-def test_skipped_steps_are_counted_in_the_lines_and_told_once_per_window(tmp_path):
+def test_skipped_steps_in_log(tmp_path):
     model = nn.Linear(2, 1)
     stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
     with RunLog(tmp_path, active=True, interval=4, start_step=0, total_steps=8, stepper=stepper) as log:
@@ -142,7 +142,7 @@ def test_skipped_steps_are_counted_in_the_lines_and_told_once_per_window(tmp_pat
     assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 in total" in warnings[1]
 
 
-def test_losses_that_were_not_logged_yet_go_on_in_the_next_process(tmp_path):
+def test_pending_losses_survive_resume(tmp_path):
     first = RunLog(tmp_path, active=False, interval=3, start_step=0, total_steps=3)
     for step, value in enumerate((1.0, 2.0), start=1):
         first.add({"loss": torch.tensor(value)}, step=step, epoch=0, lr=0.1, images=4)
@@ -153,7 +153,7 @@ def test_losses_that_were_not_logged_yet_go_on_in_the_next_process(tmp_path):
     assert (json.loads(line)["step"], json.loads(line)["loss"]) == (3, 3.0)
 
 
-def test_an_evaluation_that_is_done_again_has_one_line(tmp_path):
+def test_repeated_evaluation_logs_one_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 3, "epoch": 0, "loss": 1}\n{"step": 3, "epoch": 0, "miou": 1}\n')
     drop_lines_after(path, 3, epoch=1)
@@ -162,7 +162,7 @@ def test_an_evaluation_that_is_done_again_has_one_line(tmp_path):
     assert path.read_text() == '{"step": 3, "epoch": 0, "loss": 1}\n'
 
 
-def test_what_ended_a_run_is_the_last_line_of_its_log(tmp_path):
+def test_log_ends_with_reason(tmp_path):
     (tmp_path / "train.log").write_text("half a li")
     with pytest.raises(UserError), RunLog(tmp_path, active=True, interval=1, start_step=0, total_steps=1) as log:
         log.info("hello")
@@ -198,13 +198,13 @@ def saved(tmp_path):
     return tmp_path
 
 
-def test_the_checkpoint_before_is_kept(saved):
+def test_previous_checkpoint_is_saved(saved):
     assert [load_checkpoint(saved / name)["step"] for name in ("latest.pth", "previous.pth")] == [2, 1]
     assert sorted(path.name for path in saved.iterdir()) == ["best.pth", "latest.pth", "previous.pth"]
 
 
 @pytest.mark.parametrize("size", [0, 1000, 15_000])
-def test_a_full_disk_leaves_both_checkpoints(saved, size):
+def test_full_disk_keeps_both_checkpoints(saved, size):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with (
         file_size_limit(size),
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_both_checkpoints(saved, size):
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def test_a_full_disk_while_logging_is_no_traceback(tmp_path, capfd):
+def test_full_disk_while_logging(tmp_path, capfd):
     log = RunLog(tmp_path, active=True, interval=1, start_step=0, total_steps=9)
     with file_size_limit(10), pytest.raises(UserError, match="File too large"), log:
         for step in range(1, 9):
@@ -238,7 +238,7 @@ def foreign(path):
 
 
 @pytest.mark.parametrize("harm", [cut, flip, foreign, Path.unlink])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm):
+def test_damaged_checkpoint_falls_back(saved, harm):
     path, content, notes = find_checkpoint(saved)
     assert (path.name, content["step"], notes) == ("latest.pth", 2, [])
     harm(saved / "latest.pth")
@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm):
         assert find_checkpoint(saved) is None
 
 
-def test_a_checkpoint_that_cannot_be_opened_now_is_not_taken_for_a_damaged_one(saved):
+def test_unopenable_checkpoint_is_not_damaged(saved):
     """As when a file server is away; here the process may open no further file."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = os.open(os.devnull, os.O_RDONLY)  # the lowest free number: below it none is left
@@ -269,7 +269,7 @@ def test_a_checkpoint_that_cannot_be_opened_now_is_not_taken_for_a_damaged_one(s
     assert find_checkpoint(saved)[0].name == "latest.pth"
 
 
-def test_without_hard_links_the_old_checkpoint_is_renamed(saved, monkeypatch):
+def test_no_hard_links(saved, monkeypatch):
     def no_links(*_):
         raise OSError("not here")
 
@@ -282,7 +282,7 @@ def test_without_hard_links_the_old_checkpoint_is_renamed(saved, monkeypatch):
 @pytest.mark.parametrize("name", ["link", "replace"])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_any_moment_leaves_two_files_that_can_be_read(saved, monkeypatch, name, count, after):
+def test_kill_during_save_leaves_valid_files(saved, monkeypatch, name, count, after):
     """The process ends right before or after the count-th call of os.link or os.replace; then latest.pth is damaged."""
     content, call, calls = load_checkpoint(saved / "latest.pth"), getattr(os, name), []
 
@@ -309,7 +309,7 @@ def test_a_kill_at_any_moment_leaves_two_files_that_can_be_read(saved, monkeypat
     assert not list(saved.glob("*.link"))
 
 
-def test_a_folder_is_held_by_one_job(tmp_path):
+def test_folder_lock(tmp_path):
     folder = tmp_path / "run"
     with RunLock(folder) as held:
         with pytest.raises(UserError, match="in use by another job.*train.log"), RunLock(folder, timeout=0.1):
@@ -327,14 +327,14 @@ def test_a_folder_is_held_by_one_job(tmp_path):
 # Signals
 
 
-def test_where_all_is_saved_a_signal_stops_at_once():
+def test_immediate_stop():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="stopped by SIGTERM"), Stop():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_whose_exception_python_drops_comes_again(capfd):
+def test_dropped_signal_exception_is_raised_again(capfd):
     class Freed:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -347,7 +347,7 @@ def test_a_signal_whose_exception_python_drops_comes_again(capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_deferred_signal_is_a_wish_and_stops_where_all_is_saved():
+def test_deferred_signal():
     cpu = torch.device("cpu")
     with Stop() as stop:
         stop.defer()
@@ -359,7 +359,7 @@ def test_a_deferred_signal_is_a_wish_and_stops_where_all_is_saved():
 
 
 @pytest.mark.parametrize(("pause", "status"), [(0.0, 0), (1.1, 130)])
-def test_a_second_interrupt_ends_the_process_unless_a_launcher_sent_it_on(pause, status):
+def test_second_interrupt_exits(pause, status):
     child = os.fork()
     if child == 0:
         with Stop() as stop:
@@ -374,7 +374,7 @@ def test_a_second_interrupt_ends_the_process_unless_a_launcher_sent_it_on(pause,
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0), (signal.SIGUSR1, 0)]
 )
-def test_a_worker_that_inherits_the_handlers_goes_by_sigterm_alone(number, status):
+def test_worker_with_inherited_handlers(number, status):
     with Stop():
         child = os.fork()
         if child == 0:
@@ -394,7 +394,7 @@ def requests(delay):
     return found, stop.sync(cpu), len(stop.pending)
 
 
-def test_processes_agree_on_the_step(pair):
+def test_ranks_agree_on_stop_step(pair):
     term = 1 + signal.SIGTERM
     assert pair(requests, 0) == [([0, 0, term, term, term, term], term, 0)] * 2
     assert pair(requests, 2) == [([0, 0, 0, 0, term, term], term, 0)] * 2
@@ -410,7 +410,7 @@ def ranks_of_buffers():
     return ranks, shared, model.running_mean
 
 
-def test_buffers_that_differ_are_saved_and_loaded_by_rank(pair):
+def test_buffers_by_rank(pair):
     for rank, (ranks, shared, mean) in enumerate(pair(ranks_of_buffers)):
         assert list(ranks) == ["model.running_mean"] and ranks["model.running_mean"].tolist() == [[0, 0], [1, 1]]
         assert shared == {} and mean.tolist() == [rank, rank]

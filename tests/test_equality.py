@@ -47,7 +47,9 @@ class Unmixed(imas.IMAS):
     """Every image as a batch of its own, which is never mixed: whether the others are is drawn in each process."""
 
     def perturbed(self, unlabeled, pseudo, easy):
-        parts = [super(Unmixed, self).perturbed(*image) for image in zip(*map(images, (unlabeled, pseudo, easy.double())))]
+        parts = [
+            super(Unmixed, self).perturbed(*image) for image in zip(*map(images, (unlabeled, pseudo, easy.double())))
+        ]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -155,7 +157,7 @@ def blocks(tmp_path_factory):
     return root
 
 
-def test_processes_with_a_share_each_equal_one_with_all(pair, blocks):
+def test_ranks_equal_one_process(pair, blocks):
     """Every loss of every method over 6 steps, in float64.
 
     In float32 the test depends on the processor: with MaskMatch and the bottleneck the confidence of one of 16,900
@@ -195,7 +197,7 @@ def scores_of(root):
     return found
 
 
-def test_evaluation_is_the_same_for_any_number_of_processes(pair, blocks, one_thread):
+def test_evaluation_equals_one_process(pair, blocks, one_thread):
     pair.start(scores_of, blocks)
     alone = scores_of(blocks)
     assert len(set(alone)) == len(alone)

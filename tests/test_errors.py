@@ -29,7 +29,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize(("words", "code"), PROGRAMS.values(), ids=PROGRAMS)
-def test_a_reader_that_has_gone_ends_a_command_quietly(words, code):
+def test_closed_pipe_ends_quietly(words, code):
     """As `| head` does, whenever it closes its end: what is printed now, or when the interpreter ends."""
     read, write = os.pipe()
     os.close(read)
@@ -41,7 +41,7 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(words, code):
     assert (done.returncode, done.stderr) == (code, "error: mend it\n" if "mend it" in words[-1] else "")
 
 
-def test_another_broken_pipe_is_a_bug(capsys):
+def test_other_broken_pipe_is_a_bug(capsys):
     def main(argv):
         raise BrokenPipeError("of a worker")
 
@@ -72,7 +72,7 @@ class Calls:
         (b"", "EOFError"),
     ],
 )
-def test_what_torch_says_in_short(content, told, tmp_path):
+def test_torch_error_summary(content, told, tmp_path):
     """Not its advice to load the file with weights_only=False."""
     path = tmp_path / "file.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -82,7 +82,7 @@ def test_what_torch_says_in_short(content, told, tmp_path):
     assert re.match(told, short) and "weights_only" not in short and len(short) <= 160
 
 
-def test_out_of_memory_is_one_sentence():
+def test_out_of_memory_message():
     code = "import torch; torch.empty(2**60)"
     result = subprocess.run([sys.executable, "-c", RUN.format(code)], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr

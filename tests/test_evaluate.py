@@ -75,7 +75,7 @@ def same(first, second):
     np.testing.assert_equal(vars(first), vars(second))  # nan equals nan here
 
 
-def test_scores_equal_image_by_image(dataset):
+def test_scores_equal_single_images(dataset):
     model, confusion = Pointwise(), ConfusionMatrix(4, 255)
     for image, mask, _ in dataset:
         confusion.update(model(normalize(image)[None]).logits.argmax(1)[0], mask)
@@ -85,20 +85,20 @@ def test_scores_equal_image_by_image(dataset):
 
 
 @pytest.mark.parametrize("inference", [Inference(), Inference("sliding_window", 36), Inference("center_crop", 35)])
-def test_batch_size_and_workers_change_nothing(dataset, inference):
+def test_batch_size_and_workers(dataset, inference):
     expected = run(dataset, inference)
     same(run(dataset, inference, batch_size=5), expected)
     same(run(dataset, inference, batch_size=2, num_workers=2), expected)
 
 
-def test_training_mode_and_random_state_are_kept(dataset):
+def test_mode_and_random_state_are_restored(dataset):
     model, before = Pointwise().train(), torch.get_rng_state()
     run(dataset, model=model, num_workers=1)
     assert model.training and model.conv.training
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_center_crop_counts_the_center_alone(dataset):
+def test_center_crop(dataset):
     saved = {}
     run(
         dataset, Inference("center_crop", 34), save=lambda name, image, mask, guess: saved.update({name: (mask, guess)})
@@ -112,7 +112,7 @@ def test_center_crop_counts_the_center_alone(dataset):
     same(confusion.result(5), run(dataset, Inference("center_crop", 34)))
 
 
-def test_save_gets_every_image_once(dataset):
+def test_every_image_is_saved_once(dataset):
     names = []
 
     def save(name, image, mask, prediction):
@@ -140,7 +140,7 @@ def test_two_processes_equal_one(dataset, pair):
     assert all(names for _, names in shares)
 
 
-def test_bad_input_is_told(dataset, tmp_path):
+def test_bad_input(dataset, tmp_path):
     with pytest.raises(UserError, match="nothing to evaluate"):
         run(SegmentationDataset([], SPEC))
     with pytest.raises(UserError, match="7 classes.*tiny has 4"):
@@ -151,7 +151,7 @@ def test_bad_input_is_told(dataset, tmp_path):
             run(dataset, num_workers=workers)
 
 
-def test_image_too_small_for_the_model_is_named(tmp_path):
+def test_small_image_is_named(tmp_path):
     sample = Sample(tmp_path / "thin.png", tmp_path / "thin_mask.png")
     Image.new("RGB", (100, 20)).save(sample.image)
     Image.new("L", (100, 20)).save(sample.mask)
@@ -159,7 +159,7 @@ def test_image_too_small_for_the_model_is_named(tmp_path):
         run(SegmentationDataset([sample], SPEC))
 
 
-def test_index_png_keeps_indices_and_shows_colours(tmp_path):
+def test_index_png(tmp_path):
     mask = torch.tensor([[0, 1, 2], [3, 255, 1]], dtype=torch.uint8)
     pictures.save_index_png(mask, PALETTE, tmp_path / "new" / "mask.png")
     with Image.open(tmp_path / "new" / "mask.png") as stored:
@@ -168,7 +168,7 @@ def test_index_png_keeps_indices_and_shows_colours(tmp_path):
         np.testing.assert_array_equal(np.array(stored.convert("RGB")), pictures.colorize(mask, PALETTE))
 
 
-def test_overlay_blends_inside_and_leaves_ignored_pixels():
+def test_overlay():
     image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     mask = torch.full((4, 4), 255, dtype=torch.uint8)
     np.testing.assert_array_equal(pictures.overlay(image, mask, PALETTE), pictures.to_rgb(image))
@@ -179,7 +179,7 @@ def test_overlay_blends_inside_and_leaves_ignored_pixels():
     np.testing.assert_array_equal(plain, pictures.to_rgb(image))
 
 
-def test_grid_and_curves_are_drawn(dataset, tmp_path):
+def test_grid_and_curves(dataset, tmp_path):
     examples = [pictures.GridRow(name, image, (mask, mask)) for image, mask, name in dataset]
     page = pictures.draw_grid(examples, ("image", "truth", "prediction"), SPEC.classes, PALETTE, panel_width=60)
     assert np.unique(np.asarray(page).reshape(-1, 3), axis=0).shape[0] > 10
@@ -220,7 +220,7 @@ def arguments(checkpoint, *more):
     return ["--checkpoint", str(checkpoint), "--device", "cpu", *map(str, more)]
 
 
-def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
+def test_eval_output_files(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     eval_script.main(arguments(checkpoint, "--json", out / "scores.json", "--save-dir", out, "--local-rank", 0))
     table = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_eval_writes_table_json_and_pictures(checkpoint, tmp_path, capsys):
     assert confusion.result(5).miou == pytest.approx(result["miou"])
 
 
-def test_eval_options_reach_the_inference(checkpoint, tmp_path, capsys):
+def test_eval_options(checkpoint, tmp_path, capsys):
     (tmp_path / "two.txt").write_text("image1.png mask1.png\nimage3.png mask3.png\n")
     options = ("--mode", "sliding_window", "--scales", "0.75,1", "--flip", "--batch-size", 2, "--absent-as-zero")
     more = ("--list", tmp_path / "two.txt", "--data-root", tmp_path, "--json", tmp_path / "scores.json")
@@ -268,7 +268,7 @@ def test_precision_of_the_network(checkpoint, tmp_path):
         eval_script.main(arguments(checkpoint, "--precision", "fp16"))
 
 
-def test_pictures_of_equal_stems_do_not_overwrite_each_other(checkpoint, tmp_path):
+def test_equal_stems_are_distinguished(checkpoint, tmp_path):
     lines = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -312,7 +312,7 @@ def frames(folder, count=2):
 
 
 @pytest.mark.parametrize("dataset", ["cityscapes", "cityscapes_labelids"])
-def test_what_is_saved_of_cityscapes_is_what_its_server_takes(dataset, tmp_path, one_thread):
+def test_cityscapes_server_format(dataset, tmp_path, one_thread):
     images = frames(tmp_path)
     path, model = checkpoint_of(dataset, tmp_path)
     out = tmp_path / "out"
@@ -332,7 +332,7 @@ def test_what_is_saved_of_cityscapes_is_what_its_server_takes(dataset, tmp_path,
     assert {file.name for file in out.iterdir()} == {f"{image.stem}{kind}.png" for image in images for kind in kinds}
 
 
-def test_outside_the_center_crop_the_server_gets_unlabeled(tmp_path):
+def test_center_crop_server_format(tmp_path):
     (image, *_) = frames(tmp_path)
     path, _ = checkpoint_of("cityscapes", tmp_path)
     more = ("--list", tmp_path / "frames.txt", "--mode", "center_crop", "--save-dir", tmp_path / "out")
@@ -341,7 +341,7 @@ def test_outside_the_center_crop_the_server_gets_unlabeled(tmp_path):
     assert (values[:, :32] == 0).all() and (values[:, 96:] == 0).all() and (values[:, 32:96] != 0).all()
 
 
-def test_what_is_saved_of_pascal_is_indices_with_its_palette(tmp_path):
+def test_pascal_server_format(tmp_path):
     (image, *_) = frames(tmp_path, 1)
     path, _ = checkpoint_of("pascal", tmp_path)
     eval_script.main(arguments(path, "--list", tmp_path / "test.txt", "--save-dir", tmp_path / "out"))
@@ -350,7 +350,7 @@ def test_what_is_saved_of_pascal_is_indices_with_its_palette(tmp_path):
         assert picture.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]  # background, aeroplane, bicycle
 
 
-def test_a_test_set_without_masks_is_predicted_and_not_scored(tmp_path, capsys):
+def test_test_set_without_masks(tmp_path, capsys):
     images = frames(tmp_path)
     path, _ = checkpoint_of("cityscapes", tmp_path)
     options = ["--list", tmp_path / "test.txt", "--save-dir", tmp_path / "out", "--mode", "whole"]
@@ -365,7 +365,7 @@ def test_a_test_set_without_masks_is_predicted_and_not_scored(tmp_path, capsys):
         (tmp_path / "test.txt").write_text(f"\n{images[0].name}\n")
 
 
-def test_a_list_that_changed_under_its_name_is_told(tmp_path, capsys, monkeypatch):
+def test_changed_list_is_reported(tmp_path, capsys, monkeypatch):
     """Checkpoints of CamVid's split 1_8, which is in the manifest, and of one that lies here alone."""
     (image,) = frames(tmp_path, 1)
     here = tmp_path / "splits" / "camvid"
@@ -420,7 +420,7 @@ def test_a_list_that_changed_under_its_name_is_told(tmp_path, capsys, monkeypatc
         (("--checkpoint", "{root}/val.txt"), "val.txt"),
     ],
 )
-def test_eval_tells_what_to_mend(checkpoint, tmp_path, capsys, more, told):
+def test_eval_errors_name_remedy(checkpoint, tmp_path, capsys, more, told):
     (tmp_path / "missing.txt").write_text("image0.png mask0.png\ngone.png mask1.png\n")
     (tmp_path / "bare.txt").write_text("image0.png\n")
     (tmp_path / "ignored.txt").write_text("image0.png void.png\n")

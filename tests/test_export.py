@@ -115,7 +115,7 @@ def network():
     return Exported(build_model(ModelConfig(encoder="timm:test_convnext", decoder_channels=8), 3, 65)).eval()
 
 
-def test_what_differs_is_not_written(network):
+def test_mismatch_is_not_written(network):
     """A little everywhere, at one size alone, in windows alone, not at all; and a size that is not taken."""
 
     def at(sizes, more):
@@ -148,7 +148,7 @@ def test_refusals(form, name, told, tmp_path, capsys):
     assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+def test_missing_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(NEEDS, "onnx", ("torch", "nobody_has_this", "nor_that"))
     assert export("best.pth", "onnx", tmp_path / "m.onnx") == 2
     assert "pip install nobody_has_this nor_that" in capsys.readouterr().err

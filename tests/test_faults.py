@@ -32,7 +32,7 @@ def faults():
         yield faults
 
 
-def test_a_run_with_every_fault_ends_as_the_undisturbed_one(faults, tmp_path):
+def test_disturbed_run_equals_undisturbed(faults, tmp_path):
     words = ["--kills", "3", "--terms", "1", "--flips", "1", "--methods", "allspark", "--out", str(tmp_path / "runs")]
     words += ["--json", str(tmp_path / "found.json")]
     assert faults.main([*words, "epochs=2", "evaluation.interval=2", "evaluation.pseudo_labels=0"]) == 0
@@ -42,7 +42,7 @@ def test_a_run_with_every_fault_ends_as_the_undisturbed_one(faults, tmp_path):
     assert found["runs"] and not any(run["different"] for run in found["runs"])
 
 
-def test_the_harness_sees_what_differs(faults, tmp_path):
+def test_harness_finds_differences(faults, tmp_path):
     content = {"model": {"w": torch.arange(3.0)}, "best": {"miou": 1.0}, "log": [{"loss": torch.ones(())}]}
     changes = {
         "same": {},
@@ -81,14 +81,14 @@ def submit(folder, code, words, **environment):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="slurm_train.sh needs bash")
 @pytest.mark.parametrize(("code", "requeued"), [(75, 1), (0, 0), (2, 0)])
-def test_a_slurm_job_goes_back_into_the_queue_when_it_was_stopped_in_order(tmp_path, code, requeued):
+def test_slurm_requeue(tmp_path, code, requeued):
     called = submit(tmp_path, code, ["epochs=1"])
     assert called.count("scontrol requeue 7") == requeued
     assert "srun --wait=60 --kill-on-bad-exit=0 python train.py --dataset pascal" in called and "epochs=1" in called
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="slurm_train.sh needs bash")
-def test_a_task_of_an_array_is_looked_up_and_requeued_by_its_own_name(tmp_path):
+def test_slurm_array_requeue(tmp_path):
     """The array's first id is also that of one task, and shows all. A blank in the path; a recipe of one's own."""
     called = submit(tmp_path / "my code", 75, ["--config", "my.yaml"], SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert "scontrol show job 7_2\n" in called and "scontrol requeue 7_2\n" in called

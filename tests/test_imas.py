@@ -54,7 +54,7 @@ def literal_easiness(student, teacher, threshold, background):
 
 
 @pytest.mark.parametrize("background", [0, 3, None])
-def test_easiness_equals_a_loop(background):
+def test_easiness_equals_loop(background):
     torch.manual_seed(0)
     upper = torch.tensor([1, 2, 3, 4, 5, 5]).view(-1, 1, 1)  # so that classes are absent from some images
     label = torch.randint(0, 10**6, (6, 9, 11)) % upper
@@ -68,7 +68,7 @@ def test_easiness_equals_a_loop(background):
     torch.testing.assert_close(easiness(teacher, student, 0.4, background), expected)  # symmetric
 
 
-def test_an_image_of_background_alone_is_as_easy_as_both_are_sure():
+def test_background_only_image():
     nothing = torch.zeros(1, 4, 4, dtype=torch.long)
     half_sure = torch.tensor([1.0, 0.0]).repeat(8).view(1, 4, 4)
     assert easiness(prediction(nothing), prediction(nothing, half_sure), 0.9, 0).item() == 0.75
@@ -77,7 +77,7 @@ def test_an_image_of_background_alone_is_as_easy_as_both_are_sure():
     assert easiness(prediction(nothing), prediction(object_somewhere), 0.9, 0).item() == 0  # they share no object
 
 
-def test_class_0_may_be_the_road():
+def test_class_0_may_be_foreground():
     """Where nothing is background class 0 weighs like any other: disagreement about the road makes an image hard."""
     road = torch.zeros(1, 4, 4, dtype=torch.long)
     road[0, 3] = 1
@@ -91,7 +91,7 @@ def test_class_0_may_be_the_road():
     assert easiness(sure, sure, 0.5, None).item() == 1
 
 
-def test_easiness_without_confidence_is_zero_and_of_twins_one():
+def test_easiness_limits():
     label = torch.randint(0, CLASSES, (3, 8, 8))
     assert easiness(prediction(label, 0.3), prediction(label, 0.3), 0.5, 0).tolist() == [0, 0, 0]
     assert easiness(prediction(label), prediction(label), 0.5, 0).tolist() == [1, 1, 1]
@@ -108,7 +108,7 @@ def test_partners_by_rank():
         assert sum(partner[i] == i for i in range(size)) == size % 2
 
 
-def test_boxes_share_a_ratio_and_are_cut_at_the_border():
+def test_box_ratio_and_clipping():
     torch.manual_seed(0)
     height, width, ratios, cut = 32, 64, [], []
     for _ in range(200):
@@ -133,7 +133,7 @@ def test_sides_are_uniform():
     assert np.abs(np.quantile(sides, [0.25, 0.5, 0.75]) - [0.3, 0.5, 0.7]).max() < 0.05
 
 
-def test_box_centres():
+def test_box_centers():
     """Uniform over the pixels from 1/16 of the side on: a box that is cut nowhere is odd and its middle the centre."""
     torch.manual_seed(0)
     side, place, lasts = 64, torch.arange(64), []
@@ -238,14 +238,14 @@ def test_intensity_follows_easiness():
     assert all(image[0].eq(2.5).all() and image[1].eq(11).all() for image in images)
 
 
-def test_cutmix_happens_as_often_as_the_batch_is_easy():
+def test_cutmix_frequency():
     method = make_method("imas")
     torch.manual_seed(0)
     mixed = [len(method.perturbed(*easy_batch(4, [0.1, 0.2, 0.5, 0.4]))[0]) == 8 for _ in range(300)]
     assert abs(sum(mixed) / 300 - 0.3) < 0.08
 
 
-def test_odd_batch_mixes_all_but_the_middle():
+def test_odd_batch_keeps_middle():
     torch.manual_seed(0)
     image, label, sure, valid = make_method("imas").perturbed(*easy_batch(5, [1.0, 0.999, 0.998, 0.997, 1.0]))
     assert len(image) == len(label) == len(sure) == len(valid) == 10
@@ -253,14 +253,14 @@ def test_odd_batch_mixes_all_but_the_middle():
     assert [set(picture.unique().tolist()) for picture in image[5:]] == [{0, 2}, {1}, {0, 2}, {3, 4}, {3, 4}]
 
 
-def test_a_batch_of_one_is_never_mixed():
+def test_single_image_is_not_mixed():
     assert all(len(make_method("imas").perturbed(*easy_batch(1, [1.0]))[0]) == 1 for _ in range(10))
 
 
 @pytest.mark.parametrize("bottleneck", ["none", "allspark"])
 @pytest.mark.parametrize("ignore_padding", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_crop_of_padding_alone(bottleneck, ignore_padding, batch):
+def test_padding_only_crop(bottleneck, ignore_padding, batch):
     model, method = make_model(bottleneck), make_method("imas", threshold=0.0, ignore_padding=ignore_padding)
     method.attach(model)
     labeled, unlabeled = random_batches(method, 1, batch)
@@ -286,7 +286,7 @@ def test_nothing_confident(bottleneck):
 
 
 @pytest.mark.parametrize("read_memory", [False, True])
-def test_with_the_bottleneck_a_later_pass_has_the_perturbed_images(read_memory):
+def test_bottleneck_pass_order(read_memory):
     """The joint pass holds labeled and weak images, its enqueue reads the teacher; the other one writes nothing."""
     model = make_model(dropout=0.0, drop_path=0.0)
     method = make_method("imas", threshold=0.0)
@@ -345,7 +345,7 @@ def noise(seed=0, size=24):
     return np.random.default_rng(seed).integers(30, 200, (size, size, 3), np.uint8)
 
 
-def test_strong_view_is_two_of_twelve_operations():
+def test_strong_view_operations():
     """Against Pillow for the same draws: which, with replacement, then how strong."""
     image, seen = noise(), set()
     for seed in range(300):
@@ -363,7 +363,7 @@ def test_strong_view_is_two_of_twelve_operations():
     assert any(a == b for a, b in seen)
 
 
-def test_background_is_a_fact_of_the_data_set():
+def test_background_from_spec():
     named = {name: spec.classes[spec.background] for name, spec in DATASETS.items() if spec.background is not None}
     assert named == {"pascal": "background", "coco": "void", "shapes": "background"}
     for dataset in ("pascal", "cityscapes", "camvid"):
@@ -374,7 +374,7 @@ def test_background_is_a_fact_of_the_data_set():
         complete(load_recipe("pascal", "imas", {"method.background": 3}))
 
 
-def test_background_of_own_data():
+def test_background_of_custom_data():
     assert make_spec("mine", CustomDataConfig(classes=("a", "b"))).background is None
     assert make_spec("mine", CustomDataConfig(classes=("a", "b"), background=1)).background == 1
     with pytest.raises(UserError, match=r"data.custom.background: 2 is not a class index 0..1"):

@@ -52,7 +52,7 @@ def sliding(window, **options):
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 100, 1024, 2048])
 @pytest.mark.parametrize("window", [32, 48, 64, 801])
-def test_windows_cover_the_side_and_stay_inside(length, window):
+def test_windows_cover_the_side(length, window):
     starts = window_positions(length, window, window * 2 // 3)
     seen = [0] * length
     for start in starts:
@@ -62,7 +62,7 @@ def test_windows_cover_the_side_and_stay_inside(length, window):
     assert min(seen) >= 1 and len(set(starts)) == len(starts)
 
 
-def test_windows_of_a_cityscapes_image():
+def test_cityscapes_windows():
     """As many as the released code has, the last of each side shifted inside instead of truncated."""
     assert window_positions(1024, 801, 534) == [0, 223]
     assert window_positions(2048, 801, 534) == [0, 534, 1068, 1247]
@@ -70,7 +70,7 @@ def test_windows_of_a_cityscapes_image():
 
 @pytest.mark.parametrize("size", [(20, 17), (48, 48), (49, 47), (47, 130), (100, 131)])
 @pytest.mark.parametrize("num_classes", [2, 19, 150])
-def test_sliding_equals_pointwise_for_any_size_and_class_count(size, num_classes):
+def test_pointwise_model_is_unchanged_by_sliding(size, num_classes):
     model = Pointwise(num_classes)
     picture = image(2, 3, *size)
     scores = class_scores(model, picture, sliding(48))
@@ -79,7 +79,7 @@ def test_sliding_equals_pointwise_for_any_size_and_class_count(size, num_classes
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_one_window_over_the_image_is_the_whole_image():
+def test_one_window_is_whole_image():
     model = Blurred()
     picture = image(1, 3, 60, 40)
     whole = class_scores(model, picture, Inference()).softmax(1)
@@ -87,7 +87,7 @@ def test_one_window_over_the_image_is_the_whole_image():
         torch.testing.assert_close(class_scores(model, picture, sliding(window)), whole)
 
 
-def test_sliding_is_the_mean_over_the_windows():
+def test_sliding_is_mean_over_windows():
     """Against the windows taken one by one, with a model that sees the border of its window."""
     model, picture = Blurred().eval(), image(1, 3, 50, 70)
     total, seen = torch.zeros(1, 5, 50, 70), torch.zeros(50, 70)
@@ -99,28 +99,28 @@ def test_sliding_is_the_mean_over_the_windows():
     torch.testing.assert_close(class_scores(model, picture, sliding(32)), total / seen)
 
 
-def test_windows_go_through_in_batches_of_equal_size():
+def test_equal_window_batches():
     model = Pointwise().eval()
     with torch.no_grad():
         predict_sliding(model, image(1, 3, 64, 80), 32, window_batch=4)
     assert model.sizes == [(4, 3, 32, 32), (4, 3, 32, 32), (4, 3, 32, 32)]
 
 
-def test_image_narrower_than_the_window_in_one_side():
+def test_image_narrower_than_window():
     model = Pointwise()
     class_scores(model, image(1, 3, 40, 100), sliding(48))
     assert {size[-2:] for size in model.sizes} == {(40, 48)}
 
 
 @pytest.mark.parametrize("inference", [Inference(flip=True), sliding(32, flip=True)])
-def test_flip_changes_nothing_for_a_pointwise_model(inference):
+def test_flip_of_pointwise_model(inference):
     model, picture = Pointwise(), image(2, 3, 40, 50)
     expected = model.conv(picture).softmax(1)
     torch.testing.assert_close(class_scores(model, picture, inference), expected)
 
 
 @pytest.mark.parametrize("inference", [Inference(flip=True, scales=(0.75, 1.0, 1.5)), sliding(37, flip=True)])
-def test_a_flipped_image_gives_flipped_scores(inference):
+def test_flipped_image_gives_flipped_scores(inference):
     """One window here: the layout of several is not symmetric, so there flipping is an average and no symmetry."""
     model, picture = Blurred(), image(1, 3, 37, 37)
     straight = class_scores(model, picture, inference)
@@ -128,7 +128,7 @@ def test_a_flipped_image_gives_flipped_scores(inference):
     torch.testing.assert_close(mirrored.flip(-1), straight, rtol=1e-4, atol=1e-5)
 
 
-def test_scales_agree_on_a_flat_image_and_keep_its_size():
+def test_scales_of_flat_image():
     """Where every pixel has one colour, no scale can move anything."""
     model = Pointwise()
     picture = image(2, 3, 1, 1).expand(2, 3, 45, 70).contiguous()
@@ -138,7 +138,7 @@ def test_scales_agree_on_a_flat_image_and_keep_its_size():
 
 
 @pytest.mark.parametrize("inference", [Inference(), sliding(32), Inference(scales=(0.75, 1.0), flip=True)])
-def test_predictions_do_not_depend_on_batch_companions(inference):
+def test_independent_of_batch_mates(inference):
     model = Blurred()
     pictures = image(3, 3, 50, 41)
     together = class_scores(model, pictures, inference)
@@ -146,7 +146,7 @@ def test_predictions_do_not_depend_on_batch_companions(inference):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_training_flags_come_back_one_by_one():
+def test_training_flags_are_restored():
     model = Blurred().train()
     model.conv[1].eval()  # a frozen batch norm
     before = [module.training for module in model.modules()]
@@ -157,7 +157,7 @@ def test_training_flags_come_back_one_by_one():
     assert [module.training for module in model.modules()] == before
 
 
-def test_prob_sums_to_one_and_has_the_maximum_of_the_logits():
+def test_prob_matches_logits():
     model, picture = Pointwise(), image(2, 3, 40, 40)
     prob = average_views(model, picture, Inference())
     torch.testing.assert_close(prob.sum(1), torch.ones(2, 40, 40))
@@ -165,7 +165,7 @@ def test_prob_sums_to_one_and_has_the_maximum_of_the_logits():
 
 
 @pytest.mark.parametrize("inference", [Inference(), sliding(32), Inference(flip=True), Inference(scales=(1.0, 1.5))])
-def test_best_class_and_its_probability(inference):
+def test_best_class_and_probability(inference):
     model, picture = Blurred(), image(2, 3, 40, 40)
     label, prob = best_class(class_scores(model, picture, inference), inference)
     expected = average_views(model, picture, inference).max(1)
@@ -189,6 +189,6 @@ def test_center_crop_region():
         ({"scales": (1.0, -0.5)}, "-0.5"),
     ],
 )
-def test_impossible_inference_is_told(options, told):
+def test_impossible_settings(options, told):
     with pytest.raises(UserError, match=told):
         Inference(**options)

@@ -76,7 +76,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("allspark-*.whl"))
 
 
-def test_the_wheel_holds_the_package_its_recipes_and_its_own_lists(wheel):
+def test_wheel_contents(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         info = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
@@ -94,7 +94,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_own_lists(wheel):
     assert {line.partition("; ")[2] for line in needs} == {"", *(f'extra == "{e}"' for e in ("coco", "export", "dev"))}
 
 
-def test_it_works_in_another_folder(wheel, tmp_path):
+def test_runs_from_another_folder(wheel, tmp_path):
     site, here = tmp_path / "site", tmp_path / "here"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
@@ -111,7 +111,7 @@ def test_it_works_in_another_folder(wheel, tmp_path):
     assert len(listed) == len(set(listed))
 
 
-def test_in_a_checkout_its_own_files_are_used(monkeypatch, capsys):
+def test_checkout_uses_its_own_files(monkeypatch, capsys):
     assert REPO / "configs" == CONFIG_ROOT and REPO / "splits" == SPLITS_ROOT == SHIPPED_SPLITS
     assert split_roots(SPLITS_ROOT) == (SPLITS_ROOT,) and split_roots(Path("elsewhere")) == (Path("elsewhere"),)
     assert command.load_script("train") is train and command.load_script("eval") is eval_script
@@ -126,7 +126,7 @@ def test_in_a_checkout_its_own_files_are_used(monkeypatch, capsys):
     assert all(f"  {name} " in told for name in COMMANDS)
 
 
-def test_opencv_without_libgl_is_one_message(tmp_path, monkeypatch, capsys):
+def test_opencv_without_libgl(tmp_path, monkeypatch, capsys):
     """A cv2 that says what the loader of shared objects says; what other modules lack is a bug."""
     for name, code in (
         ("cv2", "raise ImportError('libGL.so.1: cannot open shared object file', name='cv2')"),
@@ -142,7 +142,7 @@ def test_opencv_without_libgl_is_one_message(tmp_path, monkeypatch, capsys):
         command.load_module("bug")
 
 
-def test_no_module_needs_a_posix_system():
+def test_no_posix_only_imports():
     for path in (*(REPO / "allspark").rglob("*.py"), REPO / "train.py", REPO / "eval.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -150,7 +150,7 @@ def test_no_module_needs_a_posix_system():
             assert not POSIX_ONLY & set(named), path
 
 
-def test_what_windows_lacks_is_done_without(tiny_root, tmp_path, monkeypatch):
+def test_works_without_windows_missing_modules(tiny_root, tmp_path, monkeypatch):
     for name in ("pwrite", "killpg", "sysconf", "getloadavg", "sched_getaffinity"):
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setitem(sys.modules, "resource", None)
@@ -166,7 +166,7 @@ def test_what_windows_lacks_is_done_without(tiny_root, tmp_path, monkeypatch):
     assert child.returncode == -9
 
 
-def test_loader_processes_need_not_be_forked(place):
+def test_loader_without_fork(place):
     """As on Windows and macOS: all that goes to a worker is pickled, and it begins with nothing but the imports."""
     recipe = load_config(place.config)
     spec, lists = spec_for(recipe.data), resolve(recipe.data)

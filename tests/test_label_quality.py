@@ -126,7 +126,7 @@ def approx(expected):
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.9, None, (0.5, 0.95, 0.8)])
-def test_accuracy_and_coverage_equal_the_loops(samples, threshold):
+def test_accuracy_and_coverage_equal_loops(samples, threshold):
     expected = by_loops(samples, -10 if threshold is None else threshold)
     assert expected.coverage == 100 if threshold is None else 10 < expected.coverage < 90
     assert 40 < expected.accuracy < 80
@@ -134,7 +134,7 @@ def test_accuracy_and_coverage_equal_the_loops(samples, threshold):
         assert list(vars(quality(samples, threshold, **options)).values()) == approx(expected), options
 
 
-def test_where_nothing_is_confident_nothing_is_right_or_wrong(samples):
+def test_nothing_confident(samples):
     found = quality(samples, 1e9)
     assert found == PseudoLabelQuality(None, 0.0, None)
     assert json.loads(json.dumps(found.metrics())) == {
@@ -145,13 +145,13 @@ def test_where_nothing_is_confident_nothing_is_right_or_wrong(samples):
     assert str(found) == "no pixel is confident enough for a pseudo-label"
 
 
-def test_without_a_known_pixel_there_is_no_quality(samples):
+def test_no_known_pixel(samples):
     assert quality([]) is None
     Image.fromarray(np.full((40, 33), 255, np.uint8)).save(samples[0].mask)
     assert quality(samples[:1]) is None
 
 
-def test_the_generator_of_training_is_not_moved(samples):
+def test_training_generator_is_untouched(samples):
     before = torch.get_rng_state()
     quality(samples, num_workers=1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -183,7 +183,7 @@ def test_two_processes_equal_one(samples, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, samples):
+def test_every_method_is_measured_by_its_labels(name, samples):
     model_config = ModelConfig(encoder="mit_b0", decoder_channels=32)
     recipe = complete(Recipe(data=DATA, model=model_config, method=MethodConfig(name=name), epochs=1, batch_size=2))
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def test_every_method_is_measured_by_its_own_labels_and_changes_nothing(name, sa
 # Whose labels
 
 
-def test_hidden_labels_are_those_that_the_list_names_and_the_disk_has(tmp_path, samples):
+def test_hidden_label_lookup(tmp_path, samples):
     lines = [f"{index}.png {index}_mask.png" for index in range(6)]
     (tmp_path / "splits" / "mine" / "few").mkdir(parents=True)
     lists = {"few/labeled": lines[:1], "few/unlabeled": [*lines[:2], "2.png", *lines[3:5]], "val": lines[5:]}
@@ -244,7 +244,7 @@ def test_hidden_labels_are_those_that_the_list_names_and_the_disk_has(tmp_path, 
     assert select_hidden(again, SPEC, 64) == ([], [])
 
 
-def test_the_sample_is_at_equal_distances(samples):
+def test_sample_is_evenly_spaced(samples):
     lists = Lists((), (), (), hash="", name="tiny", hidden=tuple(samples))
     assert select_hidden(lists, SPEC, 3)[0] == samples[::2]
     good, (note,) = select_hidden(lists, SPEC, 64)
@@ -279,7 +279,7 @@ def make_folder(sample):
 
 
 @pytest.mark.parametrize("damage", [damage_bytes, damage_values, damage_size, damage_image, make_tiny, make_folder])
-def test_what_cannot_be_read_is_named_and_left_out(samples, damage):
+def test_unreadable_labels_are_skipped(samples, damage):
     whole = quality([samples[0], *samples[2:]], 0.6)
     damage(samples[1])
     good, notes = select_hidden(Lists((), (), (), hash="", name="tiny", hidden=tuple(samples)), SPEC, 64)
@@ -289,7 +289,7 @@ def test_what_cannot_be_read_is_named_and_left_out(samples, damage):
     assert quality(samples, 0.6) == whole  # broken since the start of the run
 
 
-def test_many_broken_labels_are_one_warning(samples):
+def test_many_broken_labels_warn_once(samples):
     for sample in samples:
         sample.mask.write_bytes(b"no mask")
     lists = Lists((), (), (), hash="", name="tiny", hidden=tuple(samples))
@@ -346,7 +346,7 @@ def state(run):
     return [*content["model"].values(), *tensors]
 
 
-def test_measuring_changes_nothing_of_a_run(measured, finished, read_metrics):
+def test_measuring_does_not_change_run(measured, finished, read_metrics):
     """Bit for bit: losses and scores, weights, memory and optimizer."""
     pseudo = {"pseudo_accuracy", "pseudo_coverage", "pseudo_miou"}
     (plain, plain_scores), (steps, scores) = read_metrics(finished.run), read_metrics(measured[0])
@@ -360,7 +360,7 @@ def test_measuring_changes_nothing_of_a_run(measured, finished, read_metrics):
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-def test_training_opens_no_label_of_an_unlabeled_image(measured, known, tmp_path):
+def test_training_opens_no_unlabeled_mask(measured, known, tmp_path):
     assert measured[1] == 6 + 2 * 5  # all at the start, at each of two evaluations those that can be read
     (words, root), run = known, tmp_path / "run"
     OPENED.clear()
@@ -372,7 +372,7 @@ def test_training_opens_no_label_of_an_unlabeled_image(measured, known, tmp_path
         file.unlink()
 
 
-def test_a_run_logs_the_quality_and_survives_a_broken_label(measured, known, read_metrics):
+def test_run_logs_quality_despite_broken_label(measured, known, read_metrics):
     run, scores = measured[0], read_metrics(measured[0])[1]
     assert [line["pseudo_coverage"] for line in scores] == [100, 100]  # without a threshold
     assert all(0 < line["pseudo_accuracy"] < 100 for line in scores)
@@ -387,25 +387,25 @@ def test_a_run_logs_the_quality_and_survives_a_broken_label(measured, known, rea
     assert logged == pytest.approx([line["pseudo_accuracy"] for line in scores])
 
 
-def test_the_end_of_a_run_tells_the_last_and_the_best_epoch(finished, read_metrics):
+def test_summary_names_last_and_best_epoch(finished, read_metrics):
     scores = [line["miou"] for line in read_metrics(finished.run)[1]]
     end = f"last epoch {scores[-1]:.2f}, best {max(scores):.2f} in epoch {scores.index(max(scores))} (selected on val)"
     assert (finished.run / "train.log").read_text(encoding="utf-8").rstrip().endswith(end)
 
 
-def test_without_known_labels_nothing_is_said_of_them(finished):
+def test_silent_without_known_labels(finished):
     for name in ("metrics.jsonl", "train.log"):
         assert "pseudo" not in (finished.run / name).read_text(encoding="utf-8")
 
 
-def test_the_number_of_images_may_change_in_a_resumed_run_and_is_checked(finished, capsys):
+def test_image_count_may_change_on_resume(finished, capsys):
     assert run_main(train.main, finished.train("evaluation.pseudo_labels=3")) == 0
     assert "is finished" in capsys.readouterr().out
     assert run_main(train.main, finished.train("evaluation.pseudo_labels=-1")) == 2
     assert "evaluation.pseudo_labels=-1 must be at least 0" in capsys.readouterr().err
 
 
-def test_a_score_without_a_value_is_null_and_no_scalar(tmp_path):
+def test_missing_score_is_null(tmp_path):
     log = RunLog(tmp_path, active=True, interval=1, start_step=0, total_steps=1)
     log.evaluation(step=1, epoch=0, miou=50.0, iou={"a": 50.0}, pseudo_accuracy=None, pseudo_coverage=0.0)
     log.close()

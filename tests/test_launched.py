@@ -30,7 +30,7 @@ def two_processes(finished, start_process, tmp_path_factory):
         file.unlink()
 
 
-def test_torchrun_gives_one_log_and_one_checkpoint(two_processes, read_metrics):
+def test_torchrun_writes_one_log_and_checkpoint(two_processes, read_metrics):
     run, out = two_processes
     steps, evaluations = read_metrics(run)
     assert_finite_losses(steps)
@@ -47,7 +47,7 @@ def test_torchrun_gives_one_log_and_one_checkpoint(two_processes, read_metrics):
     assert not [name for name in load(run / "latest.pth")["model"] if name.startswith("module.")]
 
 
-def test_one_process_and_two_give_the_same_scores(two_processes, read_metrics, fork_process, tmp_path):
+def test_eval_with_one_and_two_processes(two_processes, read_metrics, fork_process, tmp_path):
     run, _ = two_processes
     words = ["--checkpoint", run / "latest.pth", "--device", "cpu", "--json"]
     with socket.socket() as free:
@@ -80,7 +80,7 @@ def train_in_group(words, function, call, rank, number):
             return end.code
 
 
-def test_two_processes_stop_at_one_step_and_go_on_bit_for_bit(pair, two_processes, finished, tmp_path):
+def test_two_processes_stop_and_resume_bit_identical(pair, two_processes, finished, tmp_path):
     """The signal reaches one of them; statistics of batch norm are each one's own in the middle of an epoch."""
     words = ["--config", str(finished.config), "--save-path", str(tmp_path / "run")]
     words += ["log.interval=1", "burn_in_epochs=1", "data.num_workers=0"]

@@ -70,7 +70,7 @@ FILES = sorted(path for path in (ROOT / "allspark").rglob("*.py") if path.parent
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_follow_the_order(path):
+def test_import_order(path):
     part = path.relative_to(ROOT / "allspark").with_suffix("").parts[0]
     if part in ("__init__", "__main__"):
         return
@@ -79,13 +79,13 @@ def test_imports_follow_the_order(path):
         assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{path.name} imports allspark.{name}"
 
 
-def test_nobody_imports_the_commands():
+def test_no_imports_of_commands():
     for path in FILES:
         if path.name != "__main__.py":
             assert not {name for name in imports(path) if name.split(".")[0] in ("cli", "train", "eval")}, path
 
 
-def test_no_circle_of_modules():
+def test_no_import_cycles():
     """Remove modules that import none of the rest until nothing is left."""
     modules = {".".join(path.relative_to(ROOT / "allspark").with_suffix("").parts): path for path in FILES}
     rest = {name: {other for other in imports(path) if other in modules} for name, path in modules.items()}
@@ -95,14 +95,14 @@ def test_no_circle_of_modules():
     assert not rest
 
 
-def test_methods_do_not_know_the_bottleneck():
+def test_methods_do_not_know_bottleneck():
     """What a network with AllSpark's bottleneck needs beyond other ones is the business of Student."""
     for path in (ROOT / "allspark" / "methods").glob("*.py"):
         found = re.findall("memory|warmup|bottleneck", path.read_text(encoding="utf-8"), re.IGNORECASE)
         assert path.name == "allspark.py" or not found, path
 
 
-def test_no_hard_wired_device_or_data_set():
+def test_no_hard_coded_device_or_dataset():
     for path in (*FILES, ROOT / "train.py", ROOT / "eval.py", *(ROOT / "allspark/cli").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert "." + "cuda(" not in text, path

@@ -87,7 +87,7 @@ def test_shapes_and_types(lists):
     assert all(box.shape == (4, 64, 64) and box.dtype == torch.bool for box in (unlabeled.valid, *unlabeled.cutmix))
 
 
-def test_workers_change_nothing(lists):
+def test_worker_count_is_irrelevant(lists):
     alone, helped = loader(lists), loader(lists, num_workers=2)
     assert len(pickle.dumps(helped.pairs)) > 0  # where workers are not forked they get it so
     for epoch in (0, 1):  # the second epoch finds the workers of the first
@@ -111,7 +111,7 @@ def test_workers_have_one_thread():
         cv2.setNumThreads(threads[0]), torch.set_num_threads(threads[1])
 
 
-def test_unasked_there_is_a_worker_for_each_core(monkeypatch):
+def test_default_workers_per_core(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert worker_count(0) == 0 and worker_count(20) == 20
     cores = os.sched_getaffinity(0)
@@ -127,7 +127,7 @@ def test_unasked_there_is_a_worker_for_each_core(monkeypatch):
     assert worker_count(None) == 1
 
 
-def test_photometric_says_who_computes_the_same_views(lists):
+def test_photometric_backends_share_draws(lists):
     """Nearly the same pixels; what is not photometric is the same."""
     fast, exact = (epoch_of(loader(lists, photometric=name), 1) for name in ("cv2", "pil"))
     for one, two in zip(fast, exact, strict=True):
@@ -137,7 +137,7 @@ def test_photometric_says_who_computes_the_same_views(lists):
             assert not photometric or (a - b).abs().mean() < 0.05  # in standard deviations; a grey level is 0.017
 
 
-def test_photometric_probability_is_that_of_every_view_by_itself(lists):
+def test_photometric_probability_per_view(lists):
     """0: each is the weak crop; between: some are it, some what they are at 1, and geometry and masks never change."""
 
     def views(probability):
@@ -155,7 +155,7 @@ def test_photometric_probability_is_that_of_every_view_by_itself(lists):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cache_changes_nothing(lists, tmp_path, workers):
+def test_cache_is_irrelevant(lists, tmp_path, workers):
     plain = [epoch_of(loader(lists), epoch) for epoch in (0, 1)]
     cached = loader(lists, num_workers=workers, cache=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists(), "it is made when batches are asked for, not before"
@@ -165,7 +165,7 @@ def test_cache_changes_nothing(lists, tmp_path, workers):
     assert all(equal(batches, epoch_of(cached, epoch)) for epoch, batches in enumerate(plain))
 
 
-def test_cache_holds_what_is_trained_on(lists, tmp_path):
+def test_cache_contents(lists, tmp_path):
     """No label of an unlabeled image; no unlabeled image where none is read."""
     for sample in lists.hidden:
         sample.mask.write_bytes(b"not a mask")
@@ -178,14 +178,14 @@ def test_cache_holds_what_is_trained_on(lists, tmp_path):
     assert sizes == {"cache": [5, 16 * 3], "alone": [5, 5 * 3]}
 
 
-def test_one_process_is_the_union_of_two(lists):
+def test_one_process_is_union_of_two(lists):
     whole = epoch_of(loader(lists), 1)
     parts = [epoch_of(loader(lists, rank=rank, world_size=2), 1) for rank in (0, 1)]
     joined = [[torch.cat(pair) for pair in zip(*steps, strict=True)] for steps in zip(*parts, strict=True)]
     assert equal(whole, joined)
 
 
-def test_an_epoch_can_be_entered_at_any_step(lists):
+def test_start_at_any_step(lists):
     train = loader(lists, num_workers=2)
     whole = epoch_of(train, 4)
     train.set_epoch(2)
@@ -194,13 +194,13 @@ def test_an_epoch_can_be_entered_at_any_step(lists):
     assert equal(whole[1:], epoch_of(loader(lists), 4, start_step=1))
 
 
-def test_seed_and_epoch_change_the_draws(lists):
+def test_seed_and_epoch_change_draws(lists):
     base = epoch_of(loader(lists), 0)
     assert not equal(base, epoch_of(loader(lists), 1))
     assert not equal(base, epoch_of(loader(lists, seed=4), 0))
 
 
-def test_loading_leaves_the_global_generators_alone(lists):
+def test_global_generators_are_untouched(lists):
     torch.manual_seed(0)
     np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -209,7 +209,7 @@ def test_loading_leaves_the_global_generators_alone(lists):
     assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
 
 
-def test_weak_strong_valid_and_mask_are_aligned(lists):
+def test_views_and_masks_are_aligned(lists):
     """With views that change no colour every tensor of a sample must show the same crop."""
     train = loader(lists, Views(labeled="weak", strong=("weak",)))
     for labeled, unlabeled in train.on(CPU):
@@ -220,7 +220,7 @@ def test_weak_strong_valid_and_mask_are_aligned(lists):
         assert torch.equal(padding, labeled.mask == 255) and padding.any()
 
 
-def test_adding_a_view_changes_no_other(lists):
+def test_added_view_changes_no_other(lists):
     """A view draws from a stream of its own."""
     few = epoch_of(loader(lists, Views(labeled="weak", strong=("strong",), cutmix=1.0)))
     many = epoch_of(loader(lists, Views(labeled="weak", strong=("strong", "strong"), cutmix=1.0)))
@@ -231,14 +231,14 @@ def test_adding_a_view_changes_no_other(lists):
         assert not torch.equal(two[4], two[5]) and not torch.equal(two[6], two[7])
 
 
-def test_padding_of_a_small_image_is_not_valid(lists):
+def test_padding_is_invalid(lists):
     scales = replace(DATA, scale_range=(1.0, 1.0))
     train = TrainLoader(lists, SPEC, scales, VIEWS, 4, 0)
     for _, unlabeled in train.on(CPU):
         assert (unlabeled.valid.sum((1, 2)) == 48 * 40).all()
 
 
-def test_primary_list_is_seen_once_per_epoch_and_the_other_equally_often(lists):
+def test_primary_list_is_seen_once(lists):
     train = loader(lists, batch_size=4)
     drawn = [indices(train, epoch) for epoch in range(5)]
     for pairs in drawn:
@@ -258,14 +258,14 @@ def test_epoch_of_labeled(lists):
     assert (counts == 4).all()
 
 
-def test_positions_of_ranks():
+def test_rank_positions():
     whole = list(StepSampler((5, 11), 1, 4, seed=0, rank=0, world_size=1))
     parts = [list(StepSampler((5, 11), 1, 4, seed=0, rank=rank, world_size=4)) for rank in range(4)]
     assert [[key for part in step for key in part] for step in zip(*parts, strict=True)] == whole
     assert [key[1] for step in whole for key in step] == list(range(8))
 
 
-def test_supervised_reads_no_unlabeled_image(lists):
+def test_supervised_reads_no_unlabeled(lists):
     for sample in lists.unlabeled:
         Path(sample.image).unlink()
     train = loader(lists, Views(labeled="weak", unlabeled=False))
@@ -276,7 +276,7 @@ def test_supervised_reads_no_unlabeled_image(lists):
     assert len(list(loader(alone, Views(unlabeled=False), batch_size=5, epoch_of="labeled").on(CPU))) == 1
 
 
-def test_labels_of_unlabeled_images_are_never_opened(lists):
+def test_unlabeled_masks_are_never_opened(lists):
     before = epoch_of(loader(lists))
     for sample in lists.hidden:
         sample.mask.write_bytes(b"not a mask")
@@ -284,7 +284,7 @@ def test_labels_of_unlabeled_images_are_never_opened(lists):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_image_is_one_clean_message(lists, workers):
+def test_unreadable_image_message(lists, workers):
     lists.labeled[2].image.write_bytes(b"\x89PNG")
     with pytest.raises(UserError) as caught:
         epoch_of(loader(lists, num_workers=workers))
@@ -302,7 +302,7 @@ def damaged(lists: Lists) -> Lists:
     return lists
 
 
-def test_bad_samples_are_replaced_counted_and_named_once(lists):
+def test_bad_samples_are_replaced(lists):
     train, told = loader(damaged(lists), on_bad_sample="skip"), []
     for epoch in range(5):
         train.set_epoch(epoch)
@@ -319,7 +319,7 @@ def test_bad_samples_are_replaced_counted_and_named_once(lists):
     assert sum(train.bad.values()) > 24
 
 
-def test_what_stands_in_is_a_function_of_the_position(lists, tmp_path):
+def test_replacement_depends_on_position(lists, tmp_path):
     """Not of workers, ranks, the cache, where an epoch is entered, or what was read before."""
     whole = [epoch_of(loader(damaged(lists), on_bad_sample="skip"), epoch) for epoch in (0, 1)]
     cached = loader(lists, on_bad_sample="skip", num_workers=2, cache=str(tmp_path / "cache"))
@@ -332,7 +332,7 @@ def test_what_stands_in_is_a_function_of_the_position(lists, tmp_path):
     assert equal(whole[1], joined)
 
 
-def test_other_samples_stay_as_they_were(lists):
+def test_other_samples_are_unchanged(lists):
     """Without a bad sample skip changes nothing, and with one nothing but its place."""
     before = epoch_of(loader(lists))
     assert equal(before, epoch_of(loader(lists, on_bad_sample="skip")))
@@ -344,7 +344,7 @@ def test_other_samples_stay_as_they_were(lists):
     assert torch.equal(before[0][0], after[0][0])
 
 
-def test_a_list_of_nothing_but_bad_samples_ends_the_run(lists):
+def test_only_bad_samples_end_the_run(lists):
     for sample in lists.unlabeled:
         sample.image.write_bytes(b"")
     with pytest.raises(UserError, match=rf"\.png: .*{REPLACEMENTS + 1} samples in a row cannot be read"):
@@ -355,7 +355,7 @@ def test_a_list_of_nothing_but_bad_samples_ends_the_run(lists):
         epoch_of(loader(lists, on_bad_sample="skip"))
 
 
-def test_what_is_not_the_files_fault_is_not_skipped(lists, monkeypatch):
+def test_other_errors_are_not_skipped(lists, monkeypatch):
     """Else a machine short of memory would train on other images."""
 
     def no_memory(*_, **__):
@@ -366,7 +366,7 @@ def test_what_is_not_the_files_fault_is_not_skipped(lists, monkeypatch):
         epoch_of(loader(lists, on_bad_sample="skip"))
 
 
-def test_error_is_the_default_and_names_the_choice(lists):
+def test_error_is_the_default(lists):
     with pytest.raises(UserError, match=r"truncated.*data\.on_bad_sample=skip"):
         epoch_of(loader(damaged(lists)))
 
@@ -380,12 +380,12 @@ def test_error_is_the_default_and_names_the_choice(lists):
         ({"views": Views(strong=("loud",))}, "'loud'; available: weak, strong"),
     ],
 )
-def test_impossible_requests_are_named(lists, options, message):
+def test_impossible_settings(lists, options, message):
     with pytest.raises(UserError, match=message):
         loader(lists, **options)
 
 
-def test_missing_lists_are_named(lists):
+def test_missing_lists(lists):
     with pytest.raises(UserError, match=r"split tiny: no unlabeled images.*unlabeled_id_path"):
         loader(replace(lists, unlabeled=()))
     with pytest.raises(UserError, match=r"split tiny: no labeled images.*labeled_id_path"):

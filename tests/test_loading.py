@@ -103,7 +103,7 @@ def told(main, words, capsys) -> str:
 
 
 @pytest.mark.parametrize("crop, bottleneck", [(65, "allspark"), (None, "none")])
-def test_imported_weights_are_the_network(tmp_path, crop, bottleneck):
+def test_imported_weights_equal_network(tmp_path, crop, bottleneck):
     model, content = imported_content(4, crop, bottleneck)
     content["architecture"]["model"]["pretrained"] = "/gone/mit_b0.pth"  # of the time before: nobody's business
     save_checkpoint(tmp_path / "imported.pth", content)
@@ -117,7 +117,7 @@ def test_imported_weights_are_the_network(tmp_path, crop, bottleneck):
     assert loaded.meta == {"source": SOURCE, "sha256": file_digest(tmp_path / "imported.pth")}
 
 
-def test_eval_of_imported_weights_takes_the_data_set_from_the_command_line(imported, camvid, tmp_path, capsys):
+def test_eval_imported_weights(imported, camvid, tmp_path, capsys):
     path, model = imported
     words = ["--checkpoint", path, "--device", "cpu", "--data-root", camvid, "--list", camvid / "val.txt"]
     words += ["--json", tmp_path / "scores.json", "--save-dir", tmp_path / "out"]
@@ -133,7 +133,7 @@ def test_eval_of_imported_weights_takes_the_data_set_from_the_command_line(impor
         np.testing.assert_array_equal(stored(tmp_path / "out" / f"{index}.png"), expected)
 
 
-def test_predict_of_imported_weights_with_and_without_a_data_set(imported, camvid, tmp_path):
+def test_predict_imported_weights(imported, camvid, tmp_path):
     path, model = imported
     image = camvid / "images" / "0.png"
     for name, more in (("bare", ()), ("named", ("--dataset", "camvid"))):
@@ -144,7 +144,7 @@ def test_predict_of_imported_weights_with_and_without_a_data_set(imported, camvi
             assert picture.getpalette()[: 3 * CAMVID] == [value for color in palette for value in color]
 
 
-def test_the_window_is_the_training_crop(tmp_path):
+def test_window_is_training_crop(tmp_path):
     """Cityscapes' recipe says 801; a memory of side 26, which 801 to 832 pixels have, does not contradict it."""
     assert [training_crop(stated, 801) for stated in (None, 801, 832)] == [801, 801, 801]
     assert [training_crop(stated, 801) for stated in (800, 833, 513)] == [800, 833, 513]
@@ -188,7 +188,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_imported_checkpoint_is_one_message(damage, tmp_path, capsys):
+def test_damaged_imported_checkpoint(damage, tmp_path, capsys):
     do, words = DAMAGES[damage]
     _, content = imported_content()
     do(content)
@@ -207,13 +207,13 @@ def test_a_damaged_imported_checkpoint_is_one_message(damage, tmp_path, capsys):
         ("pascl", r"--dataset pascl: no such data set; choose one of pascal"),
     ],
 )
-def test_a_data_set_that_does_not_fit_imported_weights(imported, dataset, words, capsys):
+def test_imported_weights_class_mismatch(imported, dataset, words, capsys):
     for main, verb in ((eval_script.main, []), (verbs.main, ["predict", "--out", imported[0].parent / "o", __file__])):
         argv = [*verb, "--checkpoint", imported[0], "--dataset", dataset]
         assert re.search(words, told(main, argv, capsys))
 
 
-def test_imported_weights_are_no_run_to_resume_but_one_can_start_from_them(place, tmp_path, capsys):
+def test_start_from_imported_weights(place, tmp_path, capsys):
     _, content = imported_content(3)
     place.run.mkdir()
     save_checkpoint(place.run / "latest.pth", content)
@@ -229,7 +229,7 @@ def test_imported_weights_are_no_run_to_resume_but_one_can_start_from_them(place
 # Checkpoints of train.py
 
 
-def test_a_trained_checkpoint_knows_itself(finished):
+def test_trained_checkpoint_is_self_contained(finished):
     loaded = load_for_inference(finished.run / "best.pth", CPU, "tiny")
     content = torch.load(finished.run / "best.pth", weights_only=True)
     for name, tensor in loaded.model.state_dict().items():
@@ -256,7 +256,7 @@ def with_teacher(place, tmp_path):
     return tmp_path / "ema.pth", student, method.predictor(student)
 
 
-def test_the_teacher_is_what_eval_and_predict_use(with_teacher, place, tmp_path):
+def test_teacher_is_used_for_inference(with_teacher, place, tmp_path):
     path, student, teacher = with_teacher
     assert teacher is not student
     eval_script.main(["--checkpoint", str(path), "--device", "cpu", "--save-dir", str(tmp_path / "eval")])
@@ -281,7 +281,7 @@ def test_the_teacher_is_what_eval_and_predict_use(with_teacher, place, tmp_path)
     ],
     ids=["no-method", "no-tensor", "no-teacher", "no-such-method", "no-split", "no-recipe"],
 )
-def test_the_state_of_the_method_must_fit(with_teacher, do, words, capsys):
+def test_method_state_must_match(with_teacher, do, words, capsys):
     content = torch.load(with_teacher[0], weights_only=True)
     do(content)
     torch.save(content, with_teacher[0])

@@ -17,7 +17,7 @@ from allspark.utils.errors import UserError
 @pytest.mark.parametrize(
     ("thresh", "min_kept"), [(0.3, 0), (0.0, 0), (0.3, 20), (0.3, 60), (0.9, 5), (0.3, 95), (0.3, 1000)]
 )
-def test_ohem_equals_a_loop(thresh, min_kept):
+def test_ohem_equals_loop(thresh, min_kept):
     """Sorted by probability of the true class, ignored pixels last; plain where there are fewer than min_kept."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 5, 10, generator=generator)
@@ -36,12 +36,12 @@ def test_ohem_equals_a_loop(thresh, min_kept):
     assert abs(OHEM(thresh, min_kept)(logits, mask).item() - expected) < 1e-5
 
 
-def test_labels_beyond_the_ignore_index_fail_loudly():
+def test_label_above_ignore_index_raises():
     with pytest.raises((IndexError, RuntimeError)):
         CrossEntropy()(torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 7))
 
 
-def test_class_weights_are_those_of_a_weighted_mean():
+def test_class_weights():
     torch.manual_seed(0)
     logits, mask = torch.randn(2, 3, 5, 4), torch.randint(0, 3, (2, 5, 4))
     mask[0, :2] = 255
@@ -51,7 +51,7 @@ def test_class_weights_are_those_of_a_weighted_mean():
     assert not CrossEntropy(255, weights).state_dict()  # a checkpoint without them goes on
 
 
-def test_dice_counts_areas():
+def test_dice():
     """Against sets of pixels: hard predictions, a class without a label, an ignored corner."""
     torch.manual_seed(0)
     mask, predicted = torch.randint(0, 3, (2, 6, 6)), torch.randint(0, 4, (2, 6, 6))
@@ -77,13 +77,13 @@ def test_dice_counts_areas():
         ({"criterion.dice": -1}, "criterion.dice=-1.0 must be at least 0"),
     ],
 )
-def test_class_weights_that_do_not_fit(words, message):
+def test_class_weights_mismatch(words, message):
     with pytest.raises(UserError, match=f"(?i){message}"):
         recipe = load_recipe("camvid", "supervised", words)
         build_method(recipe, spec_for(recipe.data))
 
 
-def test_losses_without_a_pixel_are_zero():
+def test_empty_losses_are_zero():
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     ignored = torch.full((2, 4, 4), 255)
     weighted = CrossEntropy(weights=(1.0, 2.0, 0.0))
@@ -96,7 +96,7 @@ def test_losses_without_a_pixel_are_zero():
     assert loss.item() == 0 and ratio.item() == 0
 
 
-def test_consistency_denominator_is_valid_pixels():
+def test_consistency_divides_by_valid_pixels():
     logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     keep, valid = torch.rand(2, 4, 4) < 0.5, torch.rand(2, 4, 4) < 0.8
     each = F.cross_entropy(logits, label, reduction="none")

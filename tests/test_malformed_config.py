@@ -41,7 +41,7 @@ def key_paths(kind=Recipe, prefix=""):
 
 
 @pytest.mark.parametrize(("path", "section"), list(key_paths()))
-def test_every_key_refuses_a_value_of_another_type(path, section, refused):
+def test_wrong_type_of_every_key(path, section, refused):
     value = "[1, two, null]" if section else "{a: {b: 1}}"
     refused(f"{path}={value}", told=path.split(".")[-1])
 
@@ -60,7 +60,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize("path", NUMBERS)
 @pytest.mark.parametrize("value", [".nan", "-.inf", "1e999", "0x" + "f" * 6000, "-" + "9" * 30, "null"])
-def test_every_count_and_rate_refuses_what_is_no_such_number(path, value, refused):
+def test_wrong_number_of_every_key(path, value, refused):
     refused(f"{path}={value}", told=path)
 
 
@@ -74,7 +74,7 @@ def test_every_count_and_rate_refuses_what_is_no_such_number(path, value, refuse
     ],
     ids=lambda value: repr(value[:20]),
 )
-def test_a_value_that_is_no_yaml(value, refused):
+def test_invalid_yaml_value(value, refused):
     refused(f"model.pretrained={value}", told="model.pretrained")
 
 
@@ -108,13 +108,13 @@ MERGED = "b0: &b0 {x: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join([f'*b{i - 
     ],
     ids=lambda value: repr(value[:20]),
 )
-def test_a_recipe_file(text, told, place, refused):
+def test_recipe_file(text, told, place, refused):
     place.config.write_text(text, encoding="utf-8")
     assert str(place.config) in refused(told=told)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mutated_recipes_are_read_or_refused(seed, place, capfd):
+def test_mutated_recipes(seed, place, capfd):
     """Bytes changed, cut out, doubled: whatever comes of it is a recipe, or one line."""
     rng, good, refusals = random.Random(seed), place.config.read_bytes(), 0
     for _ in range(60):
@@ -153,7 +153,7 @@ CUSTOM = [
 
 
 @pytest.mark.parametrize(("word", "told"), CUSTOM, ids=[word[:30] for word, _ in CUSTOM])
-def test_a_data_set_of_ones_own(word, told, refused):
+def test_custom_dataset(word, told, refused):
     refused(f"data.custom.{word}", told=told)
 
 
@@ -174,7 +174,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_list(name, place, refused):
+def test_lists(name, place, refused):
     content, told = LISTS[name]
     path = place.root / "bad.txt"
     path.write_bytes(content)
@@ -201,7 +201,7 @@ def test_a_list(name, place, refused):
     ],
     ids=lambda value: value[-1][:30] if isinstance(value, list) else None,
 )
-def test_a_path(words, told, refused, place, capfd):
+def test_paths(words, told, refused, place, capfd):
     if "cache" in words[0]:  # made when the first batch is asked for
         assert run_main(train.main, place.train("device=cpu", *words)) == 2
         assert told in capfd.readouterr().err
@@ -232,14 +232,14 @@ def test_a_path(words, told, refused, place, capfd):
     ],
     ids=lambda value: " ".join(f"{k}={v[:8]}" for k, v in value.items()) if isinstance(value, dict) else None,
 )
-def test_an_environment(variables, told, refused, monkeypatch, place):
+def test_environment(variables, told, refused, monkeypatch, place):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     place.edit(data={"num_workers": None})
     refused(told=told)
 
 
-def test_the_smallest_recipe_is_a_recipe(place):
+def test_smallest_recipe(place):
     """What the cases above are refused for is what is wrong with them, not what they have in common."""
     content = yaml.safe_load(place.config.read_text(encoding="utf-8"))
     assert content["data"]["custom"] and run_main(train.main, place.train("--print-config", "device=cpu")) == 0

@@ -82,7 +82,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("kind", ["labeled", "unlabeled", "val"])
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image(name, kind, place, capfd):
+def test_images(name, kind, place, capfd):
     path = place.root / "images" / kind / f"{kind}1.png"
     path.write_bytes(IMAGES[name])
     if kind == "unlabeled" and name == "another size":
@@ -90,7 +90,7 @@ def test_an_image(name, kind, place, capfd):
     assert str(path) in told_by(verbs.main, ["check", "--data-only", "--config", place.config], capfd)
 
 
-def test_damage_that_some_readers_forgive(tmp_path):
+def test_damage_some_readers_accept(tmp_path):
     """A wrong orientation, a wrong checksum: read or refused, by the version of Pillow, and nothing else."""
     whole = encoded(np.zeros((64, 80, 3)), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\xff")
     for content in (whole, WHOLE[:30] + b"\0\0\0" + WHOLE[33:]):
@@ -117,13 +117,13 @@ MASKS = {
 
 @pytest.mark.parametrize("kind", ["labeled", "val"])
 @pytest.mark.parametrize("name", MASKS)
-def test_a_mask(name, kind, place, capfd):
+def test_masks(name, kind, place, capfd):
     path = place.root / "masks" / kind / f"{kind}1.png"
     path.write_bytes(MASKS[name])
     assert str(path) in told_by(verbs.main, ["check", "--data-only", "--config", place.config], capfd)
 
 
-def test_what_is_no_file(place, capfd):
+def test_not_a_file(place, capfd):
     """A folder, a pipe, a device, a link to nothing in an image's place: none is waited for."""
     path = place.root / "images" / "labeled" / "labeled1.png"
     for make in (
@@ -151,7 +151,7 @@ def mutations(content, count, seed):
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM"])
-def test_mutated_images_are_read_or_refused(form, place, tmp_path):
+def test_mutated_images(form, place, tmp_path):
     spec, path, refusals = spec_for(load_config(place.config).data), tmp_path / "image", 0
     whole = encoded(np.random.default_rng(0).integers(0, 3, (20, 24)), form)
     for content in mutations(whole, 150, form):
@@ -184,7 +184,7 @@ PARTS = ["model", "method", "recipe", "split", "epoch", "step", "best", "optimiz
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_of_a_checkpoint(part, saved, place, capfd):
+def test_partial_checkpoint(part, saved, place, capfd):
     """Something else in its place, or nothing: the run is not resumed, and its file stays as it is."""
     place.run.mkdir()
     file = place.run / "latest.pth"
@@ -197,7 +197,7 @@ def test_a_part_of_a_checkpoint(part, saved, place, capfd):
         assert file.read_bytes() == before
 
 
-def test_mutated_checkpoints_are_read_or_refused(finished, tmp_path):
+def test_mutated_checkpoints(finished, tmp_path):
     file, whole = tmp_path / "file.pth", (finished.run / "best.pth").read_bytes()
     head, tail = whole[:4000], whole[4000:]
     refusals = 0
@@ -213,7 +213,7 @@ def test_mutated_checkpoints_are_read_or_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["camvid.zip", "camvid.tar", "camvid.tgz"])
-def test_mutated_archives_are_read_or_refused(name, tmp_path, capfd):
+def test_mutated_archives(name, tmp_path, capfd):
     names = {"train": ["0001TP_006690"], "val": ["0016E5_07959"]}
     file = tmp_path / name
     whole = (mini.write_zip if name.endswith("zip") else mini.write_tar)(file, mini.tutorial_files(names)).read_bytes()
@@ -226,7 +226,7 @@ def test_mutated_archives_are_read_or_refused(name, tmp_path, capfd):
         assert code in (0, 2) and message.count("\n") == code // 2 and "Traceback" not in message, message
 
 
-def test_a_zip_with_a_file_without_a_name(tmp_path, capfd):
+def test_zip_member_without_name(tmp_path, capfd):
     """Found by mutation: zipfile looks at the last letter of its name."""
     file = mini.write_zip(tmp_path / "camvid.zip", {"a": b"x"})
     content = file.read_bytes()
@@ -257,14 +257,14 @@ LONG = "x" * 300
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
-def test_a_path_that_is_no_such_file(main, argv, told, capfd, tmp_path, monkeypatch):
+def test_missing_path(main, argv, told, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert told in told_by(main, argv, capfd)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("out", ["/proc/nowhere", "/dev/null"])
-def test_a_place_that_cannot_be_written(out, finished, capfd):
+def test_unwritable_place(out, finished, capfd):
     """Found by trying: drawing splits ended with a traceback."""
     best, image = finished.run / "best.pth", finished.root / "images/val/val0.png"
     lists = finished.root / "lists" / "labeled.txt"

@@ -63,7 +63,7 @@ def load(content, tmp_path):
     return load_manifest(path)
 
 
-def test_a_manifest_is_read(content, tmp_path):
+def test_read_manifest(content, tmp_path):
     read = load(content, tmp_path)
     split, kind, facts = read.find("pascal/7/labeled")
     assert (split.name, kind, facts) == ("pascal/7", "labeled", ListRecord(1, "1" * 64))
@@ -92,19 +92,19 @@ def test_a_manifest_is_read(content, tmp_path):
         (lambda c: c["splits"].append(dict(c["splits"][0])), "pascal/7 occurs twice"),
     ],
 )
-def test_what_is_wrong_in_a_manifest_is_named(content, tmp_path, change, message):
+def test_manifest_errors(content, tmp_path, change, message):
     change(content)
     with pytest.raises(UserError, match=message):
         load(content, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["- 1", "a: [", "sources: {}\nsplits: []\nx: !!python/object:os.system {}"])
-def test_what_is_no_manifest_is_refused(tmp_path, text):
+def test_not_a_manifest(tmp_path, text):
     with pytest.raises(UserError, match=str(tmp_path)):
         load(text, tmp_path)
 
 
-def test_judge_tells_order_from_images():
+def test_order_differs_from_images():
     facts = ListRecord(3, list_hash("bac"), list_hash("abc"))
     assert compare("bac", facts) is Verdict.IDENTICAL and compare("abc", facts) is Verdict.REORDERED
     assert compare("ab", facts) is Verdict.COUNT and compare("abd", facts) is Verdict.OTHER
@@ -113,7 +113,7 @@ def test_judge_tells_order_from_images():
     assert compare("cad", ListRecord(3, None, list_hash("abc"))) is Verdict.OTHER
 
 
-def test_the_manifest_of_this_project():
+def test_project_manifest():
     read = load_manifest(MANIFEST)
     for folder, splits in LABELED.items():
         for split, count in splits.items():
@@ -125,7 +125,7 @@ def test_the_manifest_of_this_project():
     assert len(hashes) == len(set(hashes)) > 50
 
 
-def test_a_hash_tells_whose_list_it_is():
+def test_hash_identifies_list():
     ours = load_manifest().splits["camvid/1_8"].lists["labeled"].sha256
     theirs = load_manifest().splits["pascal/1_8"].lists
     assert published_name(ours) == "camvid/1_8 of this project"
@@ -134,7 +134,7 @@ def test_a_hash_tells_whose_list_it_is():
     assert published_name(theirs["labeled"].sha256, "coco") is None and published_name("0" * 64) is None
 
 
-def test_a_published_name_on_other_images_is_a_warning():
+def test_published_name_with_other_images_warns():
     splits = load_manifest().splits
     published, u2pl = (splits[f"pascal/{name}"].lists["labeled"].sha256 for name in ("1_8", "u2pl_1_8"))
     assert name_clash("1_8", published, "pascal") is None
@@ -145,21 +145,21 @@ def test_a_published_name_on_other_images_is_a_warning():
     assert name_clash("u2pl_1_2", "0" * 64, "pascal") is None  # nobody knows its hash
 
 
-def test_our_own_lists_are_those_of_the_manifest():
+def test_own_lists_match_manifest():
     for name in ("camvid", "shapes"):
         for split, kind, facts in load_manifest().all_lists(name):
             listed = read_list(SPLITS_ROOT / f"{split.list_name(kind)}.txt", Path())
             assert compare([sample.image.as_posix() for sample in listed], facts) is Verdict.IDENTICAL
 
 
-def test_no_published_list_lies_in_the_repository():
+def test_no_published_list_in_repository():
     """They are other people's: what is fetched stays untracked."""
     ignored = (SPLITS_ROOT.parent / ".gitignore").read_text().split()
     assert all(f"/splits/{folder}/" in ignored for folder in LABELED)
 
 
 @pytest.mark.parametrize("folder", LABELED)
-def test_counts_of_the_published_lists(folder):
+def test_published_list_counts(folder):
     for split, count in LABELED[folder].items():
         assert len(images(f"{folder}/{split}/labeled")) == count == len(set(images(f"{folder}/{split}/labeled")))
         if folder != "coco":
@@ -169,7 +169,7 @@ def test_counts_of_the_published_lists(folder):
     assert len(images(f"{folder}/val")) == {"pascal": 1449, "cityscapes": 500, "coco": 5000}[folder]
 
 
-def test_every_half_completes_the_same_training_images():
+def test_halves_complete_each_other():
     for folder, train in (("pascal", "pascal/train_aug"), ("cityscapes", None)):
         splits = [name.partition("/")[2] for name in load_manifest().splits if name.startswith(f"{folder}/")]
         splits = [split for split in splits if (SHARED / folder / split).is_dir()]
@@ -186,7 +186,7 @@ def test_every_half_completes_the_same_training_images():
     [("1_16", 93), ("1_8", 193), ("1_4", 388), ("1_2", 742), ("u2pl_1_16", 662), ("u2pl_1_8", 1323), ("u2pl_1_4", 1464)]
     + [(split, int(split)) for split in ("92", "183", "366", "732", "1464")],
 )
-def test_fine_masks_of_the_voc_lists(split, fine):
+def test_fine_masks_of_voc_lists(split, fine):
     """methods.md 8.4: the blended lists of UniMatch are random, those of U2PL prefer VOC's own masks."""
     assert shared(f"pascal/{split}/labeled", "pascal/1464/labeled") == fine
 
@@ -215,11 +215,11 @@ def test_fine_masks_of_the_voc_lists(split, fine):
         ("pascal/1_4", "pascal/u2pl_1_4", 666),
     ],
 )
-def test_intersections_that_the_manifest_speaks_of(first, second, count):
+def test_intersections(first, second, count):
     assert shared(f"{first}/labeled", f"{second}/labeled") == count
 
 
-def test_hashes_of_the_manifest_are_those_of_the_published_lists():
+def test_published_list_hashes():
     missing = []
     for split, kind, facts in load_manifest().all_lists():
         if facts.sha256 and split.places and not facts.derived and (SHARED / split.name).is_dir():
@@ -234,7 +234,7 @@ def test_hashes_of_the_manifest_are_those_of_the_published_lists():
     assert all(any(part in name for part in known) for name in missing)
 
 
-def test_which_unlabeled_lists_are_the_complement_in_order():
+def test_unlabeled_complements_in_order():
     """So that what `splits build` says of them is known: blended VOC lists identical, the others reordered."""
     for split in LABELED["pascal"]:
         derived = complement(images("pascal/train_aug"), images(f"pascal/{split}/labeled"))

@@ -35,7 +35,7 @@ def hidden_patches(image, size):
 @pytest.mark.parametrize("size", [(65, 65), (64, 97), (33, 32)])
 @pytest.mark.parametrize("patch_size", [16, 32, 100])
 @pytest.mark.parametrize("masked", [0.0, 0.3, 0.7, 1.0])
-def test_exactly_so_many_patches_are_hidden(size, patch_size, masked):
+def test_exact_number_of_hidden_patches(size, patch_size, masked):
     image = torch.rand(3, 3, *size) + 1
     view = hide_patches(image, patch_size, masked)
     number = math.ceil(size[0] / patch_size) * math.ceil(size[1] / patch_size)
@@ -45,7 +45,7 @@ def test_exactly_so_many_patches_are_hidden(size, patch_size, masked):
         assert torch.equal(after[after != 0], before[after != 0])
 
 
-def test_every_choice_of_patches_is_alike():
+def test_patch_choice_is_uniform():
     """4 patches, 2 hidden: six choices, for every image of its own and for every step anew."""
     torch.manual_seed(0)
     images = torch.ones(3000, 1, 40, 48)
@@ -81,7 +81,7 @@ def bilinear(x, height, width):
         ((45, 77), (0.5, 0.75), [(32, 38), (34, 58)]),  # neither a multiple of 32 nor, at 0.5, of 32 or more
     ],
 )
-def test_labels_are_the_mean_over_scales(size, scales, sizes):
+def test_labels_are_mean_over_scales(size, scales, sizes):
     model = quiet_model(seed=1)
     image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
     pseudo = predict_multi_scale(Student(model), image, scales)
@@ -101,7 +101,7 @@ def test_labels_are_the_mean_over_scales(size, scales, sizes):
         assert clear.mean() > 0.9 and np.array_equal(pseudo.label[index].numpy()[clear], mean.argmax(0)[clear])
 
 
-def test_a_probability_of_zero_stays_a_number():
+def test_zero_probability():
     model = quiet_model().eval()
     with torch.no_grad():
         model.decoder.classifier.bias.copy_(torch.tensor([500.0, 0, 0, 0, 0]))
@@ -186,7 +186,7 @@ def test_edges_of_a_batch(bottleneck, batch_x, batch_u):
     assert losses["loss_u_s"] == losses["loss_u_lcr"] == losses["mask_ratio"] == 0
 
 
-def test_teacher_follows_without_a_memory_of_its_own():
+def test_teacher_has_no_memory():
     model, method = make_model("allspark"), make_method("maskmatch", teacher_momentum=0.9)
     method.attach(model)
     teacher = method.predictor(model)
@@ -212,6 +212,6 @@ def test_teacher_follows_without_a_memory_of_its_own():
         {"teacher_momentum": 1.0},
     ],
 )
-def test_options_out_of_range(options):
+def test_bad_options(options):
     with pytest.raises(UserError, match=f"method.{next(iter(options))}="):
         make_method("maskmatch", **options)

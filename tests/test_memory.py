@@ -22,7 +22,7 @@ def loop_enqueue(queue, pointer, features, classes):
             pointer[k] = (pointer[k] + 1) % slots
 
 
-def test_enqueue_equals_a_loop_over_40_steps():
+def test_enqueue_equals_loop():
     generator = torch.Generator().manual_seed(3)
     memory = SemanticMemory(num_classes=5, channels=7, side=2)
     queue, pointer = memory.queue.clone(), memory.pointer.clone()
@@ -40,7 +40,7 @@ def test_enqueue_equals_a_loop_over_40_steps():
         assert torch.equal(memory.filled, written.clamp(max=7)), step
 
 
-def test_read_is_a_snapshot():
+def test_read_is_a_copy():
     """A later write must not change what the backward pass of this step sees."""
     memory = SemanticMemory(2, 3, 2)
     before = memory.read()
@@ -50,7 +50,7 @@ def test_read_is_a_snapshot():
     assert torch.equal(before, kept)
 
 
-def test_grouping_equals_a_loop():
+def test_grouping_equals_loop():
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(2, 6, 3, 4, generator=generator)
     maps = torch.randn(2, 5, 30, 40, generator=generator)
@@ -67,7 +67,7 @@ def test_grouping_equals_a_loop():
     assert group_channels(features, maps).tolist() == expected.tolist()
 
 
-def test_grouping_ties_take_the_lowest_class():
+def test_grouping_ties():
     features = torch.randn(1, 4, 2, 2)
     maps = torch.ones(1, 3, 2, 2)
     assert group_channels(features, maps).eq(0).all()
@@ -103,14 +103,14 @@ def attend(empty_slots, noise=1, classes=None):
     return bottleneck.attend(torch.cat((tokens, tokens)), CrossBatch(num_labeled=2, read_memory=True), (2, 2))[:2]
 
 
-def test_empty_slots_take_no_part():
+def test_empty_slots_are_ignored():
     """As if the classes without a written slot did not exist: psi and softmax alike; and no noise is seen."""
     torch.testing.assert_close(attend(False), attend(False, classes=[0, 2, 3]))
     torch.testing.assert_close(attend(False, noise=1), attend(False, noise=2))
     assert not torch.allclose(attend(True, noise=1), attend(True, noise=2))  # Released
 
 
-def test_a_memory_that_never_counted_is_full():
+def test_memory_without_count_is_full():
     """Files of the released code hold queue and pointer only."""
     state = {name: value for name, value in partly_filled(1).state_dict().items() if name != "filled"}
     memory = SemanticMemory(4, 6, 2)
@@ -134,7 +134,7 @@ def test_grouping_input():
 
 
 @pytest.mark.parametrize("mode", ["both", "cross", "none"])
-def test_attention_of_an_ablation(mode):
+def test_attention_of_ablation(mode):
     """What a branch without attention gives is its residual through the norm; every parameter still gets a gradient."""
     torch.manual_seed(7)
     bottleneck = AllSparkBottleneck(6, SemanticMemory(3, 6, 2), dropout=0.0, attention=mode)
@@ -152,7 +152,7 @@ def test_attention_of_an_ablation(mode):
 
 @pytest.mark.parametrize("labeled", [4, 3, 1])
 @pytest.mark.parametrize("read_memory", [False, True])
-def test_own_channels_trains_what_inference_does(labeled, read_memory):
+def test_own_channels_train_as_inference(labeled, read_memory):
     """Every second labeled image comes out as in inference, the others as without the option; of an odd number either
     half, so that where a step has passes of one image half of them do.
     """
@@ -177,7 +177,7 @@ def test_own_channels_trains_what_inference_does(labeled, read_memory):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_with_a_skip_training_begins_as_without_a_bottleneck(training):
+def test_skip_starts_as_identity(training):
     """The same logits from the same seed; and its last convolution has a gradient."""
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     logits = {}

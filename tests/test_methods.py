@@ -102,7 +102,7 @@ def test_losses_and_gradients(name, bottleneck):
 
 
 @everywhere
-def test_supervised_start_reaches_every_parameter(name, bottleneck):
+def test_supervised_losses_reach_every_parameter(name, bottleneck):
     model, method = attached(name, bottleneck)
     labeled, _ = random_batches(method)
     losses = method.supervised_losses(Student(model), labeled)
@@ -111,7 +111,7 @@ def test_supervised_start_reaches_every_parameter(name, bottleneck):
 
 
 @pytest.mark.parametrize("share_keys", [False, True])
-def test_pseudo_pass_changes_nothing(share_keys):
+def test_predict_changes_nothing(share_keys):
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pseudo = predict(model, torch.randn(2, 3, CROP, CROP), share_keys)
@@ -127,7 +127,7 @@ def test_pseudo_pass_changes_nothing(share_keys):
 
 
 @everywhere
-def test_no_pseudo_pass_changes_a_buffer(name, bottleneck):
+def test_prediction_changes_no_buffer(name, bottleneck):
     """Of student or teacher: neither one within a step, which a bottleneck always needs, nor that of pseudo_labels."""
     model, method = attached(name, bottleneck, **learning(name))
     labeled, unlabeled = random_batches(method)
@@ -167,7 +167,7 @@ def test_one_enqueue_per_step():
 
 @everywhere
 @pytest.mark.parametrize(("batch_x", "batch_u"), [(1, 1), (1, 3), (3, 1)])
-def test_batches_may_differ_in_size(name, bottleneck, batch_x, batch_u):
+def test_different_batch_sizes(name, bottleneck, batch_x, batch_u):
     """And be odd, or of one image."""
     model, method = attached(name, bottleneck, **learning(name))
     losses = method.losses(Student(model, read_memory=True), *random_batches(method, batch_x, batch_u), FIRST)
@@ -176,7 +176,7 @@ def test_batches_may_differ_in_size(name, bottleneck, batch_x, batch_u):
 
 
 @everywhere
-def test_crops_of_padding_alone(name, bottleneck):
+def test_padding_only_crops(name, bottleneck):
     """Black, without a label and without a valid pixel: a loss that ignores padding is 0, not NaN."""
     for ignore_padding in (True, False) if takes(name, "ignore_padding") else (True,):
         model, method = attached(name, bottleneck, **learning(name, ignore_padding=ignore_padding))
@@ -195,7 +195,7 @@ def test_crops_of_padding_alone(name, bottleneck):
 
 
 @pytest.mark.parametrize(("name", "bottleneck"), [case for case in CASES if takes(case[0], "threshold")])
-def test_nothing_confident_leaves_the_labeled_loss(name, bottleneck):
+def test_nothing_confident(name, bottleneck):
     model, method = attached(name, bottleneck, **learning(name, threshold=1.0))
     losses = method.losses(Student(model, read_memory=True), *random_batches(method), FIRST)
     losses["loss"].backward()
@@ -206,7 +206,7 @@ def test_nothing_confident_leaves_the_labeled_loss(name, bottleneck):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if takes(name, "cutmix")])
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_a_box_shows_another_image(name, batch):
+def test_cutmix_in_every_method(name, batch):
     """What the network gets of each strong view; an image of a batch of one stays as it is."""
     strong = {"unlabeled_view": "strong", "cutmix": 0.5}
     model, method = attached(name, **{option: value for option, value in strong.items() if takes(name, option)})
@@ -220,7 +220,7 @@ def test_a_box_shows_another_image(name, batch):
             assert any(torch.equal(image, other) for image in inputs for other in others)
 
 
-def test_joint_pass_makes_its_own_pseudo_labels_if_needed():
+def test_joint_pass_makes_pseudo_labels():
     model = make_model(dropout=0.0, drop_path=0.0)
     image = torch.randn(2, 3, CROP, CROP)
     expected = predict(model, image).logits
@@ -232,7 +232,7 @@ def test_joint_pass_makes_its_own_pseudo_labels_if_needed():
 
 @pytest.mark.parametrize("bottleneck", ["none", "allspark"])
 @pytest.mark.parametrize("size", [(32, 32), (45, 77), (64, 96)])
-def test_inference_does_not_depend_on_batch_mates(bottleneck, size):
+def test_inference_is_independent_of_batch_mates(bottleneck, size):
     model = make_model(bottleneck).eval()
     images = torch.randn(3, 3, *size)
     with torch.no_grad():
@@ -242,14 +242,14 @@ def test_inference_does_not_depend_on_batch_mates(bottleneck, size):
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
 
 
-def test_training_at_a_crop_that_is_no_multiple_of_32():
+def test_crop_not_multiple_of_32():
     for crop in (64, 70, 96):
         model, method = make_model(crop=crop), make_method("allspark")
         losses = method.losses(Student(model, read_memory=True), *random_batches(method, size=(crop, crop)), FIRST)
         assert torch.isfinite(losses["loss"])
 
 
-def test_allspark_options_change_what_they_say():
+def test_allspark_options_have_effects():
     model = make_model(dropout=0.0, drop_path=0.0)
     batches = None
     results = {}

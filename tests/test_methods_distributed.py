@@ -77,7 +77,7 @@ def train_all():
 MEMORY = {f"bottleneck.memory.{buffer}" for buffer in ("queue", "pointer", "filled")}
 
 
-def test_two_processes_hold_the_same(pair):
+def test_two_processes_agree(pair):
     for run, first, second in zip(RUNS, *pair(train_all), strict=True):
         name, bottleneck, policy = run
         assert first["moved"] and first["loss"] != second["loss"], run  # each has images of its own

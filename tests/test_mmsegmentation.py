@@ -154,7 +154,7 @@ def test_whole_model(theirs, image, tmp_path, capsys):
     same_maps([model.eval()(image).logits], [theirs(image)])
 
 
-def test_fine_tuning_needs_its_decoder(theirs, tmp_path):
+def test_whole_model_needs_its_decoder(theirs, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "segformer.pth")
     cfg = ModelConfig(encoder="mit_b0", decoder_channels=WIDTH)
     with pytest.raises(UserError, match=r"does not fit this model.*decoder\.linears.*decoder and decoder_channels"):
@@ -165,7 +165,7 @@ def test_fine_tuning_needs_its_decoder(theirs, tmp_path):
 
 
 @torch.no_grad()
-def test_encoder_alone(theirs, image, tmp_path):
+def test_encoder_only(theirs, image, tmp_path):
     """The pretraining files have no prefix."""
     torch.save(theirs.backbone.state_dict(), tmp_path / "mit_b0.pth")
     words = ["weights", "import", str(tmp_path / "mit_b0.pth"), "--out", str(tmp_path / "ours.pth")]

@@ -56,7 +56,7 @@ def rewrite(path, change):
     Image.fromarray(change(pixels)).save(path)
 
 
-def test_everything_that_is_wrong_is_told_at_once(check, place):
+def test_check_reports_everything_at_once(check, place):
     root = place.root
     whole = (root / "images/labeled/labeled0.png").read_bytes()
     (root / "images/labeled/labeled0.png").write_bytes(whole[:200])
@@ -85,7 +85,7 @@ def test_everything_that_is_wrong_is_told_at_once(check, place):
     )
 
 
-def test_a_data_set_without_fault(check, place):
+def test_data_without_faults(check, place):
     rewrite(place.root / "masks/val/val0.png", lambda mask: np.where(mask == 2, 1, mask).astype(np.uint8))
     code, out, _ = check("batch_size=1", "--save-path", place.run / "not" / "there")
     assert code == 0 and out[-1] == "no problems found"
@@ -103,7 +103,7 @@ def test_a_data_set_without_fault(check, place):
     assert re.search(r"disk of .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
 
 
-def test_files_that_training_will_replace_are_no_problem(check, place):
+def test_regenerated_files_are_no_problem(check, place):
     """Illegal masks neither; but val is not skipped, nor a list of which nothing is left."""
     rewrite(place.root / "masks/labeled/labeled2.png", lambda mask: np.full_like(mask, 7))
     (place.root / "images/unlabeled/unlabeled3.png").write_text("hello")
@@ -125,7 +125,7 @@ def offered(message, key):
     return yaml.safe_load(re.search(rf"add to the config: data\.custom\.{key}: (\{{.*\}})", message)[1])
 
 
-def test_masks_of_0_and_255_are_told_with_the_map_to_put_into_the_recipe(check, place):
+def test_binary_masks_0_255(check, place):
     for path in masks_of(place.root):
         rewrite(path, lambda mask: np.where(mask == 1, 255, 0).astype(np.uint8))
     two = "data.custom.classes=[ground, thing]"
@@ -138,7 +138,7 @@ def test_masks_of_0_and_255_are_told_with_the_map_to_put_into_the_recipe(check, 
     assert check(two, f"data.custom.value_map={found}", "--data-only")[0] == 0
 
 
-def test_masks_in_colours_are_told_with_the_map_and_read_by_it(check, place):
+def test_color_masks(check, place):
     colors = np.zeros((256, 3), np.uint8)
     colors[[1, 2, 255]] = (200, 0, 0), (0, 90, 0), (255, 255, 255)
     before = {path: read_mask(path, SPEC) for path in masks_of(place.root)}
@@ -172,7 +172,7 @@ def test_masks_in_colours_are_told_with_the_map_and_read_by_it(check, place):
         ({"color_map": {"1,2,3": 2}}, '"1,2,3": 2 is neither a class index 0..1 nor ignore_index 255'),
     ],
 )
-def test_a_color_map_that_cannot_be(options, told):
+def test_invalid_color_map(options, told):
     with pytest.raises(UserError, match=told):
         make_spec("mine", CustomDataConfig(classes=("a", "b"), **options))
 
@@ -190,11 +190,11 @@ def test_a_color_map_that_cannot_be(options, told):
         (range(200), 2, None),
     ],
 )
-def test_which_map_is_offered(values, classes, found):
+def test_suggested_value_map(values, classes, found):
     assert audit.guess_map(list(values), classes, colored=False) == found
 
 
-def test_masks_that_were_saved_with_loss(check, place):
+def test_lossy_masks(check, place):
     for path in masks_of(place.root):
         rewrite(path, lambda mask: np.arange(mask.size, dtype=np.uint8).reshape(mask.shape))
     code, _, err = check("--data-only")
@@ -202,7 +202,7 @@ def test_masks_that_were_saved_with_loss(check, place):
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".PNG"])
-def test_masks_of_other_kinds_than_png_are_found(place, suffix):
+def test_mask_suffixes(place, suffix):
     for path in (place.root / "masks/labeled").glob("*.png"):
         with Image.open(path) as image:
             image.save(path.with_suffix(suffix))
@@ -211,7 +211,7 @@ def test_masks_of_other_kinds_than_png_are_found(place, suffix):
     assert [sample.mask.name for sample in found] == [f"labeled{index}{suffix}" for index in range(4)]
 
 
-def test_linked_folders_are_folders(place):
+def test_linked_folders(place):
     """Also two that lead to one another, which end."""
     before = resolve(load_config(place.config).data)
     for kind in ("images", "masks"):
@@ -224,7 +224,7 @@ def test_linked_folders_are_folders(place):
     assert all(sample.mask.is_file() and sample.mask.parent.name == "deep" for sample in after.labeled)
 
 
-def test_masks_of_photos_as_they_were_stored(check, place):
+def test_exif_rotated_photos(check, place):
     """An image that EXIF turns, and a mask that was drawn on it unturned: not a matter of size."""
     file = place.root / "images/labeled/labeled0.png"
     with Image.open(file) as image:
@@ -237,14 +237,14 @@ def test_masks_of_photos_as_they_were_stored(check, place):
         train.main(place.train())
 
 
-def test_a_recipe_that_the_words_make_whole(check, place):
+def test_recipe_completed_by_arguments(check, place):
     recipe = yaml.safe_load(place.config.read_text())
     del recipe["epochs"]
     place.config.write_text(yaml.safe_dump(recipe))
     assert check("--data-only")[0] == 2 and check("--data-only", "epochs=1")[0] == 0
 
 
-def test_allspark_without_its_bottleneck_is_self_training(check):
+def test_allspark_without_bottleneck_is_self_training(check):
     code, out, _ = check("--data-only", "method=allspark")
     assert code == 0 and "method=allspark without a bottleneck is now method=selftrain" in out
     code, _, err = check("--data-only", "method=allspark_revised")
@@ -260,7 +260,7 @@ def test_allspark_without_its_bottleneck_is_self_training(check):
         ("other_{}.png", "; correct the list, data.custom or data_root"),
     ],
 )
-def test_masks_under_other_names_are_one_problem_with_a_hint(check, place, name, told):
+def test_renamed_masks_hint(check, place, name, told):
     for path in list((place.root / "masks/labeled").glob("*.png")):
         with Image.open(path) as image:
             image.convert("L").save(path.with_name(name.format(path.stem)))
@@ -271,7 +271,7 @@ def test_masks_under_other_names_are_one_problem_with_a_hint(check, place, name,
         resolve(load_config(place.config).data)
 
 
-def test_a_run_with_a_value_map_goes_on(place):
+def test_resume_with_value_map(place):
     """Its keys are numbers, in the recipe and in the checkpoint."""
     custom = yaml.safe_load(place.config.read_text(encoding="utf-8"))["data"]["custom"]
     place.edit(data={"custom": {**custom, "value_map": {0: 0, 1: 1, 2: 2}}})
@@ -283,7 +283,7 @@ def blocks(kind):
     return re.findall(rf"^```{kind}\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
+def test_tutorial(tmp_path, monkeypatch, capsys):
     """Its data, its recipe, its checks and its lists; the training is the same as in every other test."""
     monkeypatch.chdir(tmp_path)
     exec(blocks("python")[0], {})
@@ -309,7 +309,7 @@ def words(command, option):
     return command[command.index(option) + 1]
 
 
-def test_images_without_a_mask_are_unlabeled_in_every_split(place, capsys, tmp_path):
+def test_images_without_mask_are_unlabeled(place, capsys, tmp_path):
     """One folder of images, one of masks for some of them: then all of these may be labeled."""
     (place.root / "masks/labeled/labeled1.png").unlink()
     make = ["splits", "make", "--config", place.config, "--train", "images/labeled", "--masks", "masks/labeled"]

@@ -27,7 +27,7 @@ def network(attention="both"):
 
 
 @torch.no_grad()
-def test_without_attention_is_the_ablation_that_has_none():
+def test_without_attention_equals_ablation():
     model = network()
     logits = parts.without_attention(model)(IMAGE).logits
     torch.testing.assert_close(logits, network("none")(IMAGE).logits)
@@ -35,7 +35,7 @@ def test_without_attention_is_the_ablation_that_has_none():
 
 
 @torch.no_grad()
-def test_the_memory_is_read_as_in_training():
+def test_memory_is_read_as_in_training():
     """By each image for itself; and it is the memory of the file, which a teacher has not."""
     model, memory = network(), copy.deepcopy(network().bottleneck.memory)
     memory.queue.mul_(3)
@@ -49,7 +49,7 @@ def test_the_memory_is_read_as_in_training():
 
 @torch.no_grad()
 @pytest.mark.parametrize("level", range(4))
-def test_a_flat_map_is_its_mean(level):
+def test_flat_map_is_its_mean(level):
     model = network()
     features, flat = model.encoder(IMAGE), parts.with_flat(model, level).encoder(IMAGE)
     for place, (one, other) in enumerate(zip(features, flat, strict=True)):
@@ -57,7 +57,7 @@ def test_a_flat_map_is_its_mean(level):
         torch.testing.assert_close(other, expected)
 
 
-def test_a_run_is_measured(finished, place, capsys):
+def test_run_is_measured(finished, place, capsys):
     assert run_main(train.main, place.train("crop_size=64", "epochs=1", "warmup_epochs=0")) == 0
     out, file = place.root / "parts.json", str(place.run / "latest.pth")
     assert run_main(parts.main, [file, "--only", "memory", "--json", str(out)]) == 0

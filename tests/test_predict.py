@@ -62,7 +62,7 @@ def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_pictures_are_the_models_own_prediction(predict, photos, finished):
+def test_pictures_show_model_prediction(predict, photos, finished):
     out = predict(photos / "b.png")
     assert files(out) == sorted(f"b{kind}.png" for kind in KINDS)
     loaded = load_for_inference(finished.run / "best.pth", torch.device("cpu"))
@@ -96,7 +96,7 @@ def test_mode_scales_and_flip_reach_the_model(predict, photos, finished):
     assert ((stored(cropped / "a_confidence.png") != 0) == inside).all()
 
 
-def test_an_image_is_predicted_alike_whatever_stands_beside_it(predict, photos):
+def test_image_is_independent_of_batch_mates(predict, photos):
     alone = predict(photos, out="alone")
     together = predict(photos, "--batch-size", 4, out="together")
     few = predict(photos / "more" / "e.png", photos / "a.png", "--batch-size", 2, out="few")
@@ -107,7 +107,7 @@ def test_an_image_is_predicted_alike_whatever_stands_beside_it(predict, photos):
         np.testing.assert_array_equal(stored(few / name), stored(alone / name), err_msg=name)
 
 
-def test_no_more_than_a_batch_is_held(photos):
+def test_memory_is_bounded_by_batch(photos):
     """The files of the second batch are opened when the first is done with: one that is gone by then is missed."""
     images = {photos / f"{name}.png": name for name in "abc"}
     unreadable = {}
@@ -117,7 +117,7 @@ def test_no_more_than_a_batch_is_held(photos):
     assert list(stream) == [] and list(unreadable) == [photos / "c.png"]
 
 
-def test_which_images_a_path_means(photos, tmp_path):
+def test_paths_to_images(photos, tmp_path):
     (photos / "notes.md").write_text("no image")
     (photos / ".thumbs").mkdir()
     shutil.copy(photos / "a.png", photos / ".thumbs" / "hidden.png")
@@ -138,7 +138,7 @@ def test_which_images_a_path_means(photos, tmp_path):
     assert found("below_root.txt", data_root=tmp_path) == ["a"]
 
 
-def test_links_lead_to_images(photos, tmp_path):
+def test_links_to_images(photos, tmp_path):
     """A linked folder is one; a link to nothing is an image that cannot be read, which is told."""
     (tmp_path / "store").mkdir()
     shutil.copy(photos / "a.png", tmp_path / "store" / "z.png")
@@ -151,31 +151,31 @@ def test_links_lead_to_images(photos, tmp_path):
     assert found == ["a", "b", "c", "gone", "z", "d", "e", "self"]
 
 
-def test_a_name_with_the_signs_of_a_glob_is_a_name(photos, tmp_path):
+def test_glob_characters_in_names(photos, tmp_path):
     shutil.copy(photos / "a.png", photos / "a[1].png")
     assert find_images([str(photos / "a[1].png")], tmp_path / "out", None) == [photos / "a[1].png"]
 
 
-def test_earlier_predictions_below_a_folder_are_no_images_of_it(predict, photos):
+def test_earlier_predictions_are_skipped(predict, photos):
     out = predict(photos, "--index-only", out="photos/predicted")
     first = files(out)
     assert first == ["a.png", "b.png", "c.png", "d.png", "e.png"]
     assert files(predict(photos, "--index-only", out="photos/predicted")) == first
 
 
-def test_images_of_equal_stems_are_told_apart_by_their_folders(predict, photos):
+def test_equal_stems_use_folders(predict, photos):
     shutil.copy(photos / "b.png", photos / "more" / "a.png")
     out = predict(photos / "a.png", photos / "more" / "a.png", "--index-only")
     assert files(out) == ["a.png", "more/a.png"]
     assert stored(out / "more" / "a.png").shape == SIZES["b"]
 
 
-def test_images_that_differ_in_their_suffix_alone_keep_it(predict, photos):
+def test_equal_stems_use_suffixes(predict, photos):
     Image.open(photos / "a.png").save(photos / "a.jpg")
     assert files(predict(photos / "a.png", photos / "a.jpg", "--index-only")) == ["a.jpg.png", "a.png.png"]
 
 
-def test_no_mask_is_written_over(predict, photos, tmp_path):
+def test_mask_is_never_overwritten(predict, photos, tmp_path):
     """Masks have the names of their images: neither those that a list names are lost, nor any that lie there."""
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -191,7 +191,7 @@ def test_no_mask_is_written_over(predict, photos, tmp_path):
     predict(photos / "c.png", "--index-only", out="masks")  # its own it replaces
 
 
-def test_a_name_too_long_is_told_before_the_work(predict, photos, tmp_path):
+def test_name_too_long(predict, photos, tmp_path):
     stem = "写" * 81  # 243 bytes
     (photos / "b.png").rename(photos / f"{stem}.png")
     with pytest.raises(UserError, match="写_confidence.png: the file name is too long"):
@@ -201,7 +201,7 @@ def test_a_name_too_long_is_told_before_the_work(predict, photos, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as allspark.data.image_io
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+def test_pictures_are_written_atomically(tmp_path):
     path = tmp_path / "new" / "picture.png"
     save_pixels(np.full((4, 4), 7, np.uint8), path)
     with pytest.raises(UserError, match=r"picture\.png: cannot be written.*CMYK"):
@@ -211,7 +211,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     assert is_own_file(path)
 
 
-def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_path, capsys, finished):
+def test_unreadable_images_are_skipped(predict, photos, tmp_path, capsys, finished):
     data = (photos / "a.png").read_bytes()
     (photos / "a.png").write_bytes(data[: len(data) // 2])
     Image.new("RGB", (100, 20)).save(photos / "c.png")
@@ -249,7 +249,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(predict, photos, tmp_
         ),
     ],
 )
-def test_what_it_cannot_do_is_one_message(photos, finished, tmp_path, capsys, words, told):
+def test_impossible_requests(photos, finished, tmp_path, capsys, words, told):
     for name in ("empty", "like_color"):
         (photos / name).mkdir()
     with Image.open(photos / "a.png") as image:
@@ -309,7 +309,7 @@ def as_every_kind(folder, rgb):
     return shown
 
 
-def test_files_of_every_kind_are_predicted_as_what_they_show(predict, tmp_path):
+def test_image_modes(predict, tmp_path):
     rgb = np.random.default_rng(3).integers(0, 250, (64, 80, 3), np.uint8)
     rgb[..., 0][rgb[..., 0] == 9] = 10
     rgb[5:9, 5:9] = 9
@@ -338,7 +338,7 @@ def clip(tmp_path):
     return path
 
 
-def test_the_frames_of_a_video(predict, clip, photos, capsys):
+def test_video_frames(predict, clip, photos, capsys):
     alone = ("--batch-size", 1)  # how a sum is rounded depends on how many images there are
     out = predict(clip, photos / "a.png", "--every", 4, *alone)
     names = [f"clip/00000{number}" for number in (0, 4, 8)]
@@ -354,7 +354,7 @@ def test_the_frames_of_a_video(predict, clip, photos, capsys):
         np.testing.assert_array_equal(stored(out / "clip" / name), stored(expected / name), err_msg=name)
 
 
-def test_a_video_that_is_cut_short_is_told(predict, clip, photos, tmp_path, capfd):
+def test_truncated_video(predict, clip, photos, tmp_path, capfd):
     whole = clip.read_bytes()
     clip.write_bytes(whole[: len(whole) * 7 // 10])
     (tmp_path / "text.mp4").write_text("#EXTM3U\nhttp://127.0.0.1:9/x.ts\n")
@@ -365,7 +365,7 @@ def test_a_video_that_is_cut_short_is_told(predict, clip, photos, tmp_path, capf
     assert not capfd.readouterr().err, "what FFmpeg has to say would be a second message"
 
 
-def test_a_video_stands_upright(tmp_path):
+def test_rotated_video(tmp_path):
     """Turned by a quarter as a phone writes it: by the matrix of the track's header, the pixels as they were."""
     path = tmp_path / "phone.mp4"
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), 10, (96, 64))
@@ -381,7 +381,7 @@ def test_a_video_stands_upright(tmp_path):
     assert shown.shape == (96, 64, 3) and np.abs(shown.astype(int) - np.rot90(frame, -1)).mean() < 5
 
 
-def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
+def test_frame_folders(predict, clip, photos, tmp_path):
     (tmp_path / "other").mkdir()
     shutil.copy(clip, clip.with_suffix(".mkv"))
     both = predict(clip, clip.with_suffix(".mkv"), "--every", 20, "--index-only")
@@ -399,7 +399,7 @@ def test_frames_have_a_folder_of_their_own(predict, clip, photos, tmp_path):
         find_images([str(tmp_path / "other")], tmp_path / "out", None)
 
 
-def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkeypatch):
+def test_tiled_large_image(predict, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "LARGE", 64 * 80)
     monkeypatch.setattr(verb, "free_memory", lambda kind: 100_000)
     with pytest.raises(UserError, match=r"a\.png: 80 x 64 pixels need.* 0\.0 GB; --mode sliding_window"):
@@ -410,7 +410,7 @@ def test_an_image_that_does_not_fit_as_a_whole(predict, photos, tmp_path, monkey
     check(torch.empty(3, 9000, 9000, dtype=torch.uint8), tmp_path)  # windows always fit
 
 
-def test_what_a_forward_peak_takes_is_foreseen(finished):
+def test_forward_peak_estimate(finished):
     model = load_for_inference(finished.run / "best.pth", torch.device("cpu")).model
     with torch.no_grad(), MemoryCounter() as ledger:
         model(torch.zeros(1, 3, 96, 128))
@@ -418,7 +418,7 @@ def test_what_a_forward_peak_takes_is_foreseen(finished):
     assert abs(foreseen / ledger.peak - 1) < 0.2
 
 
-def test_a_real_process(fork_process, finished, photos, tmp_path):
+def test_real_process(fork_process, finished, photos, tmp_path):
     words = ["--checkpoint", finished.run / "best.pth", "--out", tmp_path / "out", "--index-only", photos / "*.png"]
     process = fork_process(["-m", "allspark", "predict", *words])
     out, err = process.communicate(timeout=120)

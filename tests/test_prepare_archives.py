@@ -52,7 +52,7 @@ def test_truncated_archive(tmp_path, name, capsys):
     assert len(files_in(tmp_path / "out")) == 8
 
 
-def test_damaged_member_keeps_what_was_done(tmp_path):
+def test_damaged_member_keeps_finished_files(tmp_path):
     """A byte wrong in the middle of a zip: the files before it stay, and the repaired archive completes the rest."""
     files = mini.tutorial_files(NAMES, (60, 50))
     path = mini.write_zip(tmp_path / "camvid.zip", files)
@@ -132,7 +132,7 @@ def test_evil_zip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["evil.zip"]
 
 
-def test_links_that_are_not_needed_do_no_harm(tmp_path):
+def test_unneeded_links_are_harmless(tmp_path):
     """Only what is needed is ever read; a README that is a link is nobody's business."""
     path = mini.write_tar(tmp_path / "camvid.tar", mini.tutorial_files(NAMES))
     with tarfile.open(path, "a") as archive:
@@ -143,7 +143,7 @@ def test_links_that_are_not_needed_do_no_harm(tmp_path):
     assert len(files_in(tmp_path / "out")) == 8
 
 
-def test_names_in_lists_cannot_lead_out(tmp_path):
+def test_names_in_lists_cannot_escape(tmp_path):
     files = mini.voc_files(["2007_000032"], ["2007_000033"])
     files["VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"] = b"../../evil\n"
     mini.write_tar(tmp_path / "VOCtrainval_11-May-2012.tar", files)
@@ -151,7 +151,7 @@ def test_names_in_lists_cannot_lead_out(tmp_path):
         prepare("voc", "--from", tmp_path, "--out", tmp_path / "out", "--allow-partial")
 
 
-def test_loops_of_links_in_a_folder_end(tmp_path):
+def test_link_cycles(tmp_path):
     mini.unpack(tmp_path / "in", {"a/x.txt": b"1"})
     (tmp_path / "in/a/again").symlink_to(tmp_path / "in")
     assert [entry.name for entry in iter_entries(tmp_path / "in")] == ["in/a/x.txt"]

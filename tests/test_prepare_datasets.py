@@ -59,7 +59,7 @@ def voc(tmp_path):
     return tmp_path / "in"
 
 
-def test_voc_and_sbd_become_the_augmented_set(voc, tmp_path, capsys):
+def test_voc_and_sbd_give_augmented_set(voc, tmp_path, capsys):
     out = tmp_path / "out"
     prepare("voc", "--from", voc, "--out", out, "--allow-partial")
     assert "train 2, val 1, train_aug 4 images; 10 files written" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_voc_and_sbd_become_the_augmented_set(voc, tmp_path, capsys):
     assert f"benchmark_RELEASE/dataset/cls/{VAL[0]}.mat" in sbd
 
 
-def test_voc_is_read_by_the_published_lists_and_gives_lists(voc, tmp_path):
+def test_voc_with_published_lists(voc, tmp_path):
     out = tmp_path / "out"
     prepare(
         "pascal", "--from", voc / "benchmark.tgz", voc / "VOCtrainval_11-May-2012.tar", "--out", out, "--allow-partial"
@@ -99,7 +99,7 @@ def test_voc_is_read_by_the_published_lists_and_gives_lists(voc, tmp_path):
     assert len(lists["train_aug"]) == 4
 
 
-def test_unpacked_folders_give_the_same_files(voc, tmp_path):
+def test_unpacked_folders_give_same_files(voc, tmp_path):
     prepare("voc", "--from", voc, "--out", tmp_path / "a", "--allow-partial")
     files = mini.voc_files(TRAIN, VAL, [*SBD_TRAIN[:1], *SBD_VAL, "2009_000001"])
     unpacked = mini.unpack(tmp_path / "unpacked", files | mini.sbd_files(SBD_TRAIN, SBD_VAL))
@@ -107,7 +107,7 @@ def test_unpacked_folders_give_the_same_files(voc, tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_other_years_in_the_same_devkit_are_left_alone(voc, tmp_path):
+def test_other_devkit_years_are_untouched(voc, tmp_path):
     prepare("voc", "--from", voc, "--out", tmp_path / "a", "--allow-partial")
     files = mini.voc_files(TRAIN, VAL, [*SBD_TRAIN[:1], *SBD_VAL]) | mini.sbd_files(SBD_TRAIN, SBD_VAL)
     older = {name.replace("VOC2012", "VOC2007"): b"older" for name in files if "VOC2012" in name}
@@ -115,7 +115,7 @@ def test_other_years_in_the_same_devkit_are_left_alone(voc, tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_a_part_of_voc_is_refused_by_its_counts(voc, tmp_path):
+def test_incomplete_voc_is_refused(voc, tmp_path):
     with pytest.raises(UserError, match=r"train 2 of 1464, val 1 of 1449, train_aug 4 of 10582.*--allow-partial"):
         prepare("voc", "--from", voc, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -126,7 +126,7 @@ def test_a_part_of_voc_is_refused_by_its_counts(voc, tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "splits/pascal").is_dir(), reason=f"no published lists in {SHARED} (ALLSPARK_SHARED)")
-def test_the_definition_of_train_aug_gives_the_published_list():
+def test_train_aug_definition():
     ids = {
         name: [Path(s.image).stem for s in read_list(SHARED / f"splits/pascal/{name}.txt", Path())]
         for name in ("1464/labeled", "val", "train_aug")
@@ -143,7 +143,7 @@ def test_the_definition_of_train_aug_gives_the_published_list():
     assert kinds == {"mask": 1464, "sbd": 9118}
 
 
-def test_bad_masks_are_told_once_and_a_second_run_completes(tmp_path):
+def test_bad_masks_then_second_run(tmp_path):
     masks = {TRAIN[0]: np.full((32, 40), 77, np.uint8)}
     masks[TRAIN[0]][:, 4:] = 255
     files = mini.voc_files(TRAIN, VAL, SBD_VAL, masks)
@@ -177,7 +177,7 @@ TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9,
 TRAIN_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
-def test_cityscapes_labels_become_train_ids(tmp_path, capsys):
+def test_cityscapes_train_ids(tmp_path, capsys):
     archives = mini.city_files(CITY)
     for name, files in archives.items():
         mini.write_zip(tmp_path / "in" / name, files)
@@ -275,7 +275,7 @@ def test_coco_masks(coco, tmp_path):
     assert (parts > 0).sum() == 20
 
 
-def test_coco_ids_are_made_contiguous():
+def test_coco_contiguous_ids():
     content = mini.coco_json([], [])
     by_id = {category["id"]: category["name"] for category in content["categories"]}
     assert by_id[90] == "toothbrush"
@@ -339,7 +339,7 @@ def test_coco_bad_json(coco, tmp_path):
             prepare("coco", "--from", source, "--out", tmp_path / "out", "--allow-partial")
 
 
-def test_coco_without_pycocotools_says_what_to_install(tmp_path):
+def test_coco_without_pycocotools(tmp_path):
     source = write_coco(tmp_path / "in", ([(25, 40, 32)], []))
     code = (
         "import sys; sys.modules['pycocotools'] = None\n"  # as if it were not installed
@@ -352,7 +352,7 @@ def test_coco_without_pycocotools_says_what_to_install(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_camvid_splits_of_the_original_frames_are_the_tutorials():
+def test_camvid_splits_equal_tutorial():
     names = mini.camvid_names(REPO)
     assert {split: len(listed) for split, listed in names.items()} == PLANS["camvid"].counts
     for split, listed in names.items():
@@ -384,7 +384,7 @@ def colour_files(names, labels):
     return frames, {f"{name}_L.png": mini.encode(Image.fromarray(labels)) for name in names}
 
 
-def test_camvid_from_the_original_colours(tmp_path):
+def test_camvid_original_colors(tmp_path):
     colours = [(colour, group) for group, listed in GROUPS.items() for colour in listed]
     assert len({colour for colour, _ in colours}) == 32
     colours = [colours[number * 13 % 32] for number in range(32)]  # neighbours far apart, so that no mean goes unseen
@@ -407,7 +407,7 @@ def test_camvid_from_the_original_colours(tmp_path):
     assert np.allclose(np.array(Image.open(out / "images/train/0016E5_00390.jpg")).mean(), original.mean(), atol=1)
 
 
-def test_camvid_unexpected_colour(tmp_path):
+def test_camvid_unexpected_color(tmp_path):
     labels = np.zeros((720, 960, 3), np.uint8)
     labels[:10, :10] = (1, 2, 3)
     labels[0, :2] = (64, 0, 1)
@@ -422,7 +422,7 @@ def test_camvid_unexpected_colour(tmp_path):
     assert set(np.array(Image.open(tmp_path / "out/labels/train/0016E5_00390.png")).ravel()) == {11}
 
 
-def test_a_label_file_that_unpacks_to_far_more_than_it_has():
+def test_oversized_label_file():
     """80 kB that hold 81 MB: refused before they do."""
     buffer = io.BytesIO()
     big = {"GTcls": {"Segmentation": np.zeros((9000, 9000), np.uint8)}}

@@ -58,7 +58,7 @@ def small_disk(tmp_path):
     return mount
 
 
-def test_a_disk_that_fills_up(small_disk, tmp_path):
+def test_disk_fills_up(small_disk, tmp_path):
     """A real one of 500 kB; then the same command, after room was made, in the same place."""
     pytest.importorskip("pycocotools")
     words = [*PREPARE, "coco", "--from", noisy_coco(tmp_path / "in"), "--out", small_disk, "--allow-partial"]
@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up(small_disk, tmp_path):
     assert lines[4:] == ["exit 0", "20"]
 
 
-def test_too_small_a_disk_is_told_before_anything_is_written(small_disk, tmp_path):
+def test_small_disk_is_reported_first(small_disk, tmp_path):
     source = mini.write_zip(tmp_path / "camvid.zip", mini.tutorial_files(NAMES, (200, 150)))
     script = '"$@"; echo "exit $?"; ls -A . | wc -l'
     words = [*PREPARE, "camvid", "--from", source, "--out", small_disk / "out", "--allow-partial"]
@@ -88,7 +88,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(small_disk, tmp_pat
     assert result.stdout.split() == ["exit", "2", "0"]
 
 
-def test_a_file_that_cannot_grow(tmp_path, capsys):
+def test_file_size_limit(tmp_path, capsys):
     """The kernel refuses a write in the middle of a file, as on a full disk: no part of it stays."""
     source = mini.write_zip(tmp_path / "camvid.zip", mini.tutorial_files(NAMES, (200, 150)))
     words = [
@@ -115,7 +115,7 @@ def test_a_file_that_cannot_grow(tmp_path, capsys):
     assert len(ages(tmp_path / "out")) == 8
 
 
-def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
+def test_unwritable_place(tmp_path, capsys):
     source = mini.write_zip(tmp_path / "camvid.zip", mini.tutorial_files(NAMES))
     (tmp_path / "out").write_bytes(b"a file")
     assert (

@@ -17,7 +17,7 @@ def git(folder, *words):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_revision_of_a_checkout(tmp_path, monkeypatch):
+def test_revision_of_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     git(tmp_path, "init", "-q")
     assert provenance.revision() == "unknown"  # nothing is committed yet
@@ -31,7 +31,7 @@ def test_the_revision_of_a_checkout(tmp_path, monkeypatch):
     assert provenance.revision().endswith(", changed")
 
 
-def test_where_there_is_no_checkout_and_no_git(tmp_path, monkeypatch):
+def test_without_checkout_or_git(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.revision() == "unknown" or provenance.revision().startswith("version ")
     (tmp_path / ".git").mkdir()
@@ -39,7 +39,7 @@ def test_where_there_is_no_checkout_and_no_git(tmp_path, monkeypatch):
     assert provenance.revision() == "unknown"
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_round_trip(tmp_path):
     split = {"name": "1_8", "sha256": "0" * 64, "labeled": "1" * 64}
     assert provenance.read_provenance(tmp_path) == {}
     provenance.write_provenance(
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(tmp_path):
     assert read["command"] == "--dataset shapes 'data.data_root=a b'"
 
 
-def test_a_run_that_goes_on_with_other_code_names_both(tmp_path, monkeypatch):
+def test_resume_with_other_code_names_both(tmp_path, monkeypatch):
     def start(revision, resumed):
         monkeypatch.setattr(provenance, "revision", lambda: revision)
         provenance.write_provenance(tmp_path, "--dataset shapes", {"name": "1_8"}, torch.device("cpu"), resumed=resumed)

@@ -118,7 +118,7 @@ def test_self_attention_equals_loops(background, training):
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_what_an_encoder_pads_is_cut_off(align_corners):
+def test_encoder_padding_is_cropped(align_corners):
     """Cells of 8 pixels that cover an image of 27 x 21 as one of 32 x 24, of which the rest is padding."""
     torch.manual_seed(0)
     sgc = SelfAttentionCAM((3, 6), 4, True, multiple=8, align_corners=align_corners).eval()
@@ -132,7 +132,7 @@ def test_what_an_encoder_pads_is_cut_off(align_corners):
 
 
 @pytest.mark.parametrize(("name", "decoder_name"), [("timm:test_convnext", "mlp"), ("resnet50", "deeplab")])
-def test_its_maps_lie_on_the_image_as_those_of_the_decoder(name, decoder_name):
+def test_maps_align_with_decoder(name, decoder_name):
     """A network that draws one cell of the deepest map: decoder and SGC draw it in the same place."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(encoder=name, decoder=decoder_name), 3, 75)
@@ -152,7 +152,7 @@ def test_its_maps_lie_on_the_image_as_those_of_the_decoder(name, decoder_name):
     torch.testing.assert_close(drawn / drawn.max(), expected / expected.max(), atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_padding_says_nothing_elsewhere():
+def test_padding_does_not_leak():
     torch.manual_seed(0)
     sgc = SelfAttentionCAM((3, 6), 4, True).eval()
     features, cam = [torch.randn(1, 3, 4, 4), torch.randn(1, 6, 4, 4)], torch.rand(1, 3, 4, 4)
@@ -182,7 +182,7 @@ def test_fusion_equals_loops(gamma, temperature):
                 np.testing.assert_allclose(fused[image, :, y, x].numpy(), sharp, atol=1e-5)
 
 
-def test_fusion_of_an_image_does_not_depend_on_its_batch():
+def test_fusion_is_independent_of_batch():
     torch.manual_seed(0)
     first, second = (torch.randn(3, 4, 6, 6) * torch.tensor([0.1, 1, 50]).view(3, 1, 1, 1) for _ in range(2))
     together = fuse(first, second, 0.5, 0.5)
@@ -209,7 +209,7 @@ def test_cut_out_is_one_clipped_square(crop, half):
     assert torch.equal(cut, image * ~hole[:, None])
 
 
-def test_cut_out_is_anywhere():
+def test_cut_out_position():
     """The centre is any pixel alike: half of the centres lie in each half of the crop, for rows and columns apart."""
     torch.manual_seed(0)
     _, hole = cut_out(torch.ones(4000, 1, 20, 20))  # half-size 2
@@ -222,7 +222,7 @@ def test_cut_out_is_anywhere():
     assert torch.corrcoef(centre)[0, 1].abs() < 0.06
 
 
-def test_soft_labels_in_the_consistency_loss():
+def test_soft_label_loss():
     torch.manual_seed(0)
     logits, target = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5).softmax(1)
     valid = torch.rand(2, 4, 5) < 0.6
@@ -288,7 +288,7 @@ def test_step_literal(bottleneck, background):
 
 
 @BOTTLENECKS
-def test_soft_label_of_an_image_does_not_depend_on_its_batch(bottleneck):
+def test_soft_label_is_independent_of_batch(bottleneck):
     """And making it changes no buffer, leaves the mode as it was, and carries no gradient."""
     model = make_model(bottleneck)
     method = attached(model)
@@ -305,7 +305,7 @@ def test_soft_label_of_an_image_does_not_depend_on_its_batch(bottleneck):
 
 
 @BOTTLENECKS
-def test_who_learns_from_which_loss(bottleneck):
+def test_gradients_of_each_loss(bottleneck):
     """SGC trains itself alone, the image classifier the encoder, too; the losses of the decoder reach no head."""
     model = make_model(bottleneck)
     method = attached(model)
@@ -324,7 +324,7 @@ def test_who_learns_from_which_loss(bottleneck):
 
 
 @BOTTLENECKS
-def test_supervised_start_reaches_every_parameter(bottleneck):
+def test_supervised_losses_reach_every_parameter(bottleneck):
     model = make_model(bottleneck)
     method = attached(model)
     labeled, _ = random_batches(method)
@@ -353,7 +353,7 @@ def test_edges_of_a_batch(bottleneck, batch_x, batch_u):
         assert (losses["loss_u"] == 0) == (batch is nowhere)
 
 
-def test_view_is_always_jittered_and_keeps_its_place():
+def test_view_is_jittered_and_aligned():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     views = [PHOTOMETRIC["pseudoseg"](image, np.random.default_rng(seed)) for seed in range(40)]
     assert len({view.tobytes() for view in views}) == 40 and all(not np.array_equal(view, image) for view in views)
@@ -379,12 +379,12 @@ def test_recipe(dataset, background):
 @pytest.mark.parametrize(
     "options", [{"gamma": 1.2}, {"temperature": 0.0}, {"temperature": -1.0}, {"unlabeled_weight": -1.0}]
 )
-def test_options_out_of_range(options):
+def test_bad_options(options):
     with pytest.raises(UserError, match=f"method.{next(iter(options))}="):
         PseudoSeg(CrossEntropy(), **options)
 
 
-def test_a_data_set_of_nothing_but_background():
+def test_background_only_data():
     model = build_model(ModelConfig(encoder="tiny", pretrained="none"), num_classes=1, crop_size=64)
     with pytest.raises(UserError, match="only the background class; set data.custom.background to none"):
         PseudoSeg(CrossEntropy(), 0).attach(model)

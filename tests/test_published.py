@@ -51,7 +51,7 @@ def change(path: Path, edit) -> None:
     path.write_text("\n".join(changed))
 
 
-def test_lists_as_they_were_published_are_identical(own, capsys):
+def test_published_lists_are_identical(own, capsys):
     change(own / "shapes" / "1_8" / "labeled.txt", lambda old: [f"{line} \r" for line in old])
     change(own / "shapes" / "1_8" / "unlabeled.txt", lambda old: [line.split()[0] for line in old])
     (own / "shapes" / "mine.txt").write_text("a b\n")
@@ -85,7 +85,7 @@ def swapped(old):
         (lambda old: [f"{old[0]} three columns", *old[1:]], "line 1: 4 columns"),
     ],
 )
-def test_what_differs_is_told(own, capsys, edit, told):
+def test_differences_are_reported(own, capsys, edit, told):
     change(own / "shapes" / "1_8" / "labeled.txt", edit)
     with pytest.raises(UserError, match=r"1 of 10 lists differ from the published ones: shapes/1_8/labeled; .*--force"):
         splits("verify", "--from", own)
@@ -94,7 +94,7 @@ def test_what_differs_is_told(own, capsys, edit, told):
     assert re.search(told, wrong[0]), wrong[0]
 
 
-def test_another_published_list_under_a_name_is_recognised(own, capsys):
+def test_other_published_list_is_recognized(own, capsys):
     shutil.copy(own / "shapes" / "1_16" / "labeled.txt", own / "shapes" / "1_8" / "labeled.txt")
     with pytest.raises(UserError, match="shapes/1_8/labeled"):
         splits("verify", "--from", own)
@@ -108,7 +108,7 @@ def test_no_lists_no_verdict(tmp_path):
         splits("verify", "--dataset", "nope")
 
 
-def test_verify_through_a_real_process(own, fork_process):
+def test_verify_process(own, fork_process):
     change(own / "shapes" / "val.txt", swapped)
     process = fork_process(["-m", "allspark", "splits", "verify", "--from", own])
     out, error = process.communicate(timeout=240)
@@ -116,7 +116,7 @@ def test_verify_through_a_real_process(own, fork_process):
 
 
 @needs_shared
-def test_the_published_lists_verify(tmp_path, capsys):
+def test_published_lists_verify(tmp_path, capsys):
     splits("verify", "--from", SHARED)
     out = capsys.readouterr().out
     assert out.count("identical ") == 43 and "DIFFERS" not in out
@@ -191,7 +191,7 @@ def server():
     server.server_close()
 
 
-def test_lists_are_fetched_verified_and_written_as_pairs(manifest, server, tmp_path, capsys):
+def test_fetch_and_write_pairs(manifest, server, tmp_path, capsys):
     out = tmp_path / "out"
     splits("fetch", "--dataset", "pascal", "--from", server.url, "--out", out)
     shown = capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_lists_are_fetched_verified_and_written_as_pairs(manifest, server, tmp_p
     assert capsys.readouterr().out.count("already exists") == 3 and not server.asked
 
 
-def test_a_list_that_is_not_the_published_one_is_not_put_in_place(manifest, server, tmp_path):
+def test_wrong_list_is_not_installed(manifest, server, tmp_path):
     server.files["/base/first/3/labeled.txt"] = "\n".join(reversed(LABELED))
     server.files["/base/second/3/labeled.txt"] = "\n".join([*LABELED[:2], TRAIN[0]])
     out, words = tmp_path / "out", ["fetch", "--dataset", "pascal", "--split", "3", "--from", server.url]
@@ -224,14 +224,14 @@ def test_a_list_that_is_not_the_published_one_is_not_put_in_place(manifest, serv
 
 
 @pytest.mark.parametrize("bad", ["../up.jpg", "/etc/passwd", f"JPEGImages/{TRAIN[0]}.jpg"])
-def test_what_no_hash_vouches_for_must_be_plain(manifest, server, tmp_path, bad):
+def test_unhashed_list_must_be_plain(manifest, server, tmp_path, bad):
     rest = voc(i for i in TRAIN if i not in LABELED)
     server.files["/base/second/3/unlabeled.txt"] = "\n".join([*rest[:4], bad if bad not in rest else rest[1]])
     with pytest.raises(UserError, match="unlabeled.txt: it is not the published list"):
         splits("fetch", "--dataset", "pascal", "--split", "3", "--from", server.url, "--out", tmp_path)
 
 
-def test_nothing_is_overwritten_without_force(manifest, server, tmp_path, capsys):
+def test_overwrite_needs_force(manifest, server, tmp_path, capsys):
     path = tmp_path / "pascal" / "3" / "labeled.txt"
     path.parent.mkdir(parents=True)
     path.write_text("my own\n")
@@ -243,13 +243,13 @@ def test_nothing_is_overwritten_without_force(manifest, server, tmp_path, capsys
     assert len(lines(path)) == 3
 
 
-def test_a_place_that_cannot_be_written_is_one_message(manifest, server, tmp_path):
+def test_unwritable_place(manifest, server, tmp_path):
     (tmp_path / "pascal").write_text("a file where a folder has to be")
     with pytest.raises(UserError, match="pascal/val.txt: cannot be written .*another --out"):
         splits("fetch", "--dataset", "pascal", "--split", "val", "--from", server.url, "--out", tmp_path)
 
 
-def test_a_checkout_gives_what_it_holds(manifest, tmp_path, capsys):
+def test_fetch_from_checkout(manifest, tmp_path, capsys):
     (tmp_path / "checkout" / "second" / "3").mkdir(parents=True)
     (tmp_path / "checkout" / "second" / "3" / "labeled.txt").write_text("\n".join(LABELED))
     words = ["fetch", "--dataset", "pascal", "--out", tmp_path / "out", "--from"]
@@ -265,12 +265,12 @@ def test_a_checkout_gives_what_it_holds(manifest, tmp_path, capsys):
         splits(*words, tmp_path / "checkout", "--split", "1_3")
 
 
-def test_unencrypted_addresses_are_refused(manifest, tmp_path):
+def test_unencrypted_address_is_refused(manifest, tmp_path):
     with pytest.raises(UserError, match="http://example.org/first/val.txt: http:// is refused"):
         splits("fetch", "--dataset", "pascal", "--from", "http://example.org", "--out", tmp_path, "--split", "val")
 
 
-def test_data_sets_of_our_own_are_not_fetched():
+def test_own_datasets_are_not_fetched():
     for name in ("camvid", "shapes"):
         with pytest.raises(UserError, match=f"--dataset {name}: its lists are this project's own"):
             splits("fetch", "--dataset", name)
@@ -279,7 +279,7 @@ def test_data_sets_of_our_own_are_not_fetched():
 
 
 @needs_shared
-def test_the_published_lists_are_fetched_from_a_folder(tmp_path, capsys):
+def test_fetch_from_folder(tmp_path, capsys):
     for name in ("pascal", "cityscapes", "coco"):
         splits("fetch", "--dataset", name, "--from", SHARED, "--out", tmp_path)
     assert "NOT" not in capsys.readouterr().out
@@ -305,7 +305,7 @@ def voc_root(root: Path, train, val, train_aug) -> Path:
     return root
 
 
-def test_build_derives_what_the_data_gives(manifest, tmp_path, capsys):
+def test_build_derived_lists(manifest, tmp_path, capsys):
     root, out = voc_root(tmp_path / "data", TRAIN[:2], VAL, TRAIN), tmp_path / "out"
     (out / "pascal" / "3").mkdir(parents=True)
     (out / "pascal" / "3" / "labeled.txt").write_text("".join(f"{image} x\n" for image in voc(LABELED)))
@@ -328,7 +328,7 @@ def test_build_derives_what_the_data_gives(manifest, tmp_path, capsys):
     assert len(lines(out / "pascal" / "1464" / "unlabeled.txt")) == 6
 
 
-def test_build_refuses_data_that_is_not_whole(manifest, tmp_path):
+def test_build_refuses_incomplete_data(manifest, tmp_path):
     out = tmp_path / "out"
     words = ["build", "--dataset", "pascal", "--out", out, "--data-root"]
     with pytest.raises(UserError, match="nope is not a folder.*ALLSPARK_DATA_PASCAL"):
@@ -352,7 +352,7 @@ def test_build_refuses_data_that_is_not_whole(manifest, tmp_path):
         splits(*words, root)
 
 
-def test_somebodys_own_list_of_a_published_name_gets_its_complement(manifest, tmp_path, capsys):
+def test_own_list_of_published_name_gets_complement(manifest, tmp_path, capsys):
     root, out = voc_root(tmp_path / "data", TRAIN[:2], VAL, TRAIN), tmp_path / "out"
     (out / "pascal" / "3").mkdir(parents=True)
     (out / "pascal" / "3" / "labeled.txt").write_text("".join(f"{image} x\n" for image in voc(TRAIN[:6])))
@@ -361,7 +361,7 @@ def test_somebodys_own_list_of_a_published_name_gets_its_complement(manifest, tm
     assert re.search("pascal/3/unlabeled .*not a published list\n", capsys.readouterr().out)
 
 
-def test_masks_are_named_as_the_published_lists_name_them():
+def test_mask_names_match_published():
     image = "leftImg8bit/train/a/a_000001_000019_leftImg8bit.png"
     assert LAYOUTS["cityscapes"].mask_of(image) == "gtFine/train/a/a_000001_000019_gtFine_labelTrainIds.png"
     assert LAYOUTS["coco"].mask_of("train2017/000000000009.jpg") == "masks/000000000009.png"
@@ -373,7 +373,7 @@ def published_pairs(name: str) -> list[tuple[str, str]]:
 
 
 @needs_shared
-def test_build_gives_the_published_lists_of_voc(tmp_path, capsys):
+def test_build_voc_lists(tmp_path, capsys):
     train, val, aug = (
         [Path(image).stem for image, _ in published_pairs(f"pascal/{name}")]
         for name in ("1464/labeled", "val", "train_aug")
@@ -389,7 +389,7 @@ def test_build_gives_the_published_lists_of_voc(tmp_path, capsys):
 
 
 @needs_shared
-def test_build_gives_the_published_lists_of_cityscapes_and_coco(tmp_path, capsys):
+def test_build_cityscapes_and_coco_lists(tmp_path, capsys):
     names = [f"cityscapes/{name}" for name in ("val", "1_2/labeled", "1_2/unlabeled")]
     touch(tmp_path / "city", [image for name in names for image, _ in published_pairs(name)])
     splits("build", "--dataset", "cityscapes", "--data-root", tmp_path / "city", "--out", tmp_path / "out")

@@ -130,7 +130,7 @@ def of(table, dataset):
 
 @pytest.mark.parametrize("method", FILES)
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_every_recipe_resolves_and_reads_back(dataset, method, tmp_path, capsys):
+def test_recipes_round_trip(dataset, method, tmp_path, capsys):
     """What --print-config shows is a whole recipe, and the same one."""
     assert run_main(train.main, ["--dataset", dataset, "--method", method, "--split", "1_8", "--print-config"]) == 0
     printed = capsys.readouterr().out
@@ -151,7 +151,7 @@ def printing(fork_process):
     return words, fork_process(["train.py", *words])
 
 
-def test_a_real_process_prints_the_same(printing, capsys):
+def test_print_config_process(printing, capsys):
     words, process = printing
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -161,7 +161,7 @@ def test_a_real_process_prints_the_same(printing, capsys):
     assert (printed["method"]["threshold"], printed["optim"]["lr"]) == (0.7, 6e-4)
 
 
-def test_data_sets_and_methods_have_a_recipe():
+def test_every_dataset_and_method_has_a_recipe():
     assert sorted(DATASETS) == sorted(path.stem for path in (CONFIG_ROOT / "datasets").glob("*.yaml"))
     assert set(METHODS) <= set(FILES)
 
@@ -181,7 +181,7 @@ PUBLISHED = {(method, "cityscapes") for method in ("selftrain", "fixmatch", "uni
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name in OPTIONS and name != "supervised"])
-def test_numbers_of_ours_are_marked(method):
+def test_own_numbers_are_marked(method):
     """Those that are from no paper and no released code."""
     lines = (CONFIG_ROOT / "methods" / f"{method}.yaml").read_text(encoding="utf-8").splitlines()
     rows = {match[1]: line for line in lines if (match := re.match(r"  (\w+): \{(method|optim): ", line))}
@@ -193,7 +193,7 @@ def test_numbers_of_ours_are_marked(method):
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_the_warmup_says_where_it_is_from(dataset):
+def test_warmup_source_is_named(dataset):
     text = (CONFIG_ROOT / "datasets" / f"{dataset}.yaml").read_text(encoding="utf-8")
     (comment,) = re.findall(r"warmup_epochs: \d+\} # (.*)", text)
     assert ("default, ours" in comment) != (dataset in ("pascal", "cityscapes")), comment

@@ -55,7 +55,7 @@ def page(finished, tmp_path_factory):
     return out
 
 
-def test_the_page_holds_what_the_run_and_its_checkpoint_say(page, finished, read_metrics):
+def test_page_contents(page, finished, read_metrics):
     found, (steps, evaluations) = content(page), read_metrics(finished.run)
     best = max(evaluations, key=lambda line: line["miou"])
     mine, other = found["runs"]
@@ -82,14 +82,14 @@ def test_the_page_holds_what_the_run_and_its_checkpoint_say(page, finished, read
     assert worst["size"] == [80, 64] and worst["image"].startswith("data:image/jpeg;base64,")
 
 
-def test_nothing_is_fetched_and_the_policy_says_so(page):
+def test_page_fetches_nothing(page):
     text = page.read_text(encoding="ascii")
     assert "default-src 'none'" in text and re.search(r"script-src 'sha256-[\w+/]{43}='", text)
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert not re.search(r"@import|\burl\(|<link[^>]+stylesheet|<script[^>]+src|fetch\(|XMLHttpRequest", text)
 
 
-def test_what_differs_between_the_recipes(finished, second, tmp_path):
+def test_recipe_differences(finished, second, tmp_path):
     out = tmp_path / "page.html"
     main(["report", str(finished.run), str(second), "--out", str(out), "--no-images"])
     found = content(out)
@@ -100,7 +100,7 @@ def test_what_differs_between_the_recipes(finished, second, tmp_path):
     assert found["examples"] == {"worst": [], "best": []}
 
 
-def test_without_images_neither_data_nor_checkpoint_is_needed(second, tmp_path):
+def test_page_without_data_or_checkpoint(second, tmp_path):
     (second / "best.pth").unlink()
     recipe = yaml.safe_load((second / "config.yaml").read_text())
     recipe["data"]["data_root"] = str(tmp_path / "gone")
@@ -129,7 +129,7 @@ def rename_class(folder: Path, new: str) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_names_from_files_are_data(second, tmp_path):
+def test_names_are_escaped(second, tmp_path):
     rename_class(second, NASTY)
     main(
         ["report", f"</script><script>alert(3)</script>={second}", "--out", str(tmp_path / "page.html"), "--no-images"]
@@ -140,7 +140,7 @@ def test_names_from_files_are_data(second, tmp_path):
     assert found["classes"][1] == NASTY and found["runs"][0]["iou"][1] is not None
 
 
-def test_numbers_that_are_not_those_of_the_log_are_told(second, tmp_path, capsys):
+def test_inconsistent_numbers_are_reported(second, tmp_path, capsys):
     lines = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "miou" in line:
@@ -186,14 +186,14 @@ EVALUATION = '{"step": 3, "epoch": 0, "miou": 20.0, "iou": {"left": %s}}'
         (EVALUATION % '"high"', r"metrics\.jsonl: not a line that train\.py writes.*remove the line"),
     ],
 )
-def test_a_damaged_run_is_told_with_the_remedy(second, tmp_path, what, told):
+def test_damaged_run(second, tmp_path, what, told):
     ruin(second, what)
     with pytest.raises(UserError, match=told):
         main(["report", str(second), "--out", str(tmp_path / "page.html"), "--device", "cpu"])
     assert not (tmp_path / "page.html").exists()
 
 
-def test_words_that_make_no_page(finished, second, tmp_path):
+def test_bad_arguments(finished, second, tmp_path):
     out = str(tmp_path / "page.html")
     with pytest.raises(UserError, match=r"nowhere: not the folder of a run"):
         main(["report", str(tmp_path / "nowhere"), "--out", out])
@@ -213,7 +213,7 @@ def test_words_that_make_no_page(finished, second, tmp_path):
         main(["report", str(finished.run), str(second), "--out", out, "--no-images"])
 
 
-def test_folders_of_one_name_are_told_apart():
+def test_equal_folder_names():
     folders = ["/a/x/seed_0", "/a/y/seed_0"]
     assert [name for name, _ in named_folders(folders)] == ["x/seed_0", "y/seed_0"]
     assert [name for name, _ in named_folders(["/a/x", "mine=/a/y"])] == ["x", "mine"]
@@ -236,7 +236,7 @@ def scored(count: int, images: int) -> tuple[BestWorst, list[float]]:
     return extremes, wrong.tolist()
 
 
-def test_the_best_and_the_worst_of_many():
+def test_best_and_worst_of_many():
     extremes, wrong = scored(3, 17)
     order = [f"{index:02}" for index in np.argsort(wrong)]
     assert [one.name for one in extremes.best] == order[:3]
@@ -252,13 +252,13 @@ def test_the_best_and_the_worst_of_many():
     np.testing.assert_array_equal(opaque, mask != 0)  # the black class leaves the photo as it is
 
 
-def test_few_images_are_best_or_worst_and_not_both():
+def test_best_and_worst_of_few():
     extremes, _ = scored(8, 3)
     assert (len(extremes.worst), len(extremes.best)) == (1, 2)
     assert scored(0, 3)[0].best == [] and scored(0, 3)[0].confusion.matrix.sum() == 3 * 31 * 39
 
 
-def test_a_page_stays_below_its_limit(finished, tmp_path):
+def test_page_size_limit(finished, tmp_path):
     entry = report.read_entries([str(finished.run)])[0]
     whole, told = report.page_within(10**7, [entry], [])
     assert told == []
@@ -301,7 +301,7 @@ def browser(tmp_path_factory):
     opened.quit()
 
 
-def test_the_page_in_a_browser(browser, page):
+def test_page_in_browser(browser, page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -355,7 +355,7 @@ def test_the_page_in_a_browser(browser, page):
     assert browser.get_log("browser") == []
 
 
-def test_a_hostile_name_is_shown_as_it_is(browser, second, tmp_path):
+def test_hostile_name_in_browser(browser, second, tmp_path):
     rename_class(second, NASTY)
     main(["report", str(second), "--out", str(tmp_path / "page.html"), "--no-images"])
     browser.get((tmp_path / "page.html").as_uri())

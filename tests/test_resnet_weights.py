@@ -65,7 +65,7 @@ def told(state, path="resnet.pth"):
 
 
 @pytest.mark.parametrize("prefix", ["", "encoder.", "backbone."])
-def test_recognized_by_its_keys(torchvision_net, prefix):
+def test_recognized_by_keys(torchvision_net, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in torchvision_net.state_dict().items()}
     found = told({**state, "segmentation_head.0.weight": torch.zeros(1)})
     assert "ResNet" in found.key_map.title and found.architecture.model.encoder == "resnet50"
@@ -97,7 +97,7 @@ def test_damaged_and_foreign_files(torchvision_net):
             told(content).state()
 
 
-def test_the_file_of_another_variant_is_refused(torchvision_net, tmp_path):
+def test_variant_mismatch(torchvision_net, tmp_path):
     torch.save(torchvision_net.state_dict(), tmp_path / "resnet50.pth")
     with pytest.raises(UserError, match="another variant"):
         load_pretrained(make_model("resnet50s", decoder_channels=8), str(tmp_path / "resnet50.pth"), "none")
@@ -107,7 +107,7 @@ def test_the_file_of_another_variant_is_refused(torchvision_net, tmp_path):
 
 
 @pytest.mark.parametrize(("decoder", "crop"), [("deeplab", 321), ("mlp", 65), ("mlp_bn", 513)])
-def test_a_whole_model_is_read_off_its_shapes(decoder, crop):
+def test_whole_model_by_shapes(decoder, crop):
     with torch.device("meta"):
         model = make_model(crop=crop, bottleneck="allspark", decoder=decoder, decoder_channels=24)
     read = infer_architecture(model.state_dict(), "whole.pth", is_model=True)
@@ -134,7 +134,7 @@ def as_unimatch(name):
     raise AssertionError(name)
 
 
-def test_whole_model_of_unimatch(shared):
+def test_unimatch_whole_model(shared):
     """Its three 3x3 convolutions and all; another's classifier beside a backbone does not make it one."""
     with torch.device("meta"):
         deep = make_model("resnet101s", decoder_channels=16).state_dict()
@@ -163,7 +163,7 @@ def test_import_and_inference(shared, tmp_path, capsys):
         file.unlink()
 
 
-def test_fetch_from_the_disk(torchvision_net, tmp_path, capsys):
+def test_fetch_from_disk(torchvision_net, tmp_path, capsys):
     torch.save(torchvision_net.state_dict(), tmp_path / "theirs.pth")
     words = ["weights", "fetch", "resnet50", "--from", str(tmp_path / "theirs.pth"), "--out", str(tmp_path / "r50.pth")]
     assert run_main(main, words) == 0
@@ -184,7 +184,7 @@ def test_mirrors(name):
     assert license_of(name) != MIT_LICENSE == license_of("mit_b5")
 
 
-def test_mirrors_are_those_that_torchvision_and_timm_name():
+def test_mirrors_match_torchvision_and_timm():
     """Read again in the packages that are installed: whoever moves a file says so there."""
     for name in ("resnet50", "resnet101"):
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url

@@ -37,7 +37,7 @@ def resumed(finished, start_process, tmp_path_factory):
         file.unlink()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(resumed, finished):
+def test_killed_run_resumes_bit_identical(resumed, finished):
     straight, again = (load(run / "latest.pth") for run in (finished.run, resumed))
     assert_same_tensors(straight["model"], again["model"])
     assert (straight["epoch"], straight["step"], straight["best"]) == (again["epoch"], again["step"], again["best"])
@@ -45,17 +45,17 @@ def test_a_killed_run_goes_on_bit_for_bit(resumed, finished):
     assert "resumed in epoch 0 (step 3)" in log or "resumed after epoch 0 (step 3)" in log
 
 
-def test_a_kill_between_two_checkpoints_does_not_lose_the_best(resumed, finished):
+def test_kill_between_checkpoints_keeps_best(resumed, finished):
     """It was killed when latest.pth stood there, around the first evaluation."""
     straight, again = (load(run / "best.pth") for run in (finished.run, resumed))
     assert_same_tensors(straight["model"], again["model"])
 
 
-def test_a_killed_run_logs_what_the_straight_one_logged(resumed, finished):
+def test_killed_run_logs_the_same(resumed, finished):
     assert without_speed(resumed) == without_speed(finished.run)
 
 
-def test_a_run_with_a_teacher_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
+def test_teacher_resumes_bit_identical(place, tmp_path, monkeypatch):
     """The teacher labels, is evaluated, and is in the checkpoint."""
     straight = place.train("method.teacher=ema", "method.teacher_momentum=0.5", "checkpoint_interval=2")
     train.main(straight)
@@ -80,7 +80,7 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("function", "call", "step"), [("seed_step", 5, 5), ("seed_step", 3, 3), ("validate", 1, 3)])
-def test_a_signal_stops_behind_the_step_and_nothing_is_lost(function, call, step, finished, place, monkeypatch, capsys):
+def test_signal_stops_after_step(function, call, step, finished, place, monkeypatch, capsys):
     """In the middle of an epoch, in its last step, and in the evaluation."""
     words = ["--config", str(finished.config), "--save-path", str(place.run)]
     with monkeypatch.context() as patch:
@@ -94,7 +94,7 @@ def test_a_signal_stops_behind_the_step_and_nothing_is_lost(function, call, step
     assert_same_run(place.run, finished.run)
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, place, monkeypatch):
+def test_damaged_checkpoint_resumes_from_previous(finished, place, monkeypatch):
     words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_interval=1"]
     with monkeypatch.context() as patch:
         patch.setattr(train_step, "seed_step", At(train_step.seed_step, 5, sending(signal.SIGINT)))
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, pla
     assert_same_run(place.run, finished.run)
 
 
-def test_a_folder_in_use_is_refused(finished, place, capsys, monkeypatch):
+def test_folder_in_use(finished, place, capsys, monkeypatch):
     monkeypatch.setattr(RunLock.__init__, "__kwdefaults__", {"active": True, "timeout": 0.2})
     with RunLock(place.run):
         assert run_main(train.main, ["--config", str(finished.config), "--save-path", str(place.run)]) == 2
@@ -115,7 +115,7 @@ def test_a_folder_in_use_is_refused(finished, place, capsys, monkeypatch):
     assert "in use by another job" in message and str(place.run) in message
 
 
-def test_minutes_between_checkpoints(finished, place):
+def test_checkpoint_minutes(finished, place):
     words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_minutes=1e-9", "epochs=1"]
     saved, save = [], checkpointer.save_checkpoint
 
@@ -129,7 +129,7 @@ def test_minutes_between_checkpoints(finished, place):
     assert [step for name, step in saved if name == "latest.pth"] == [1, 2, 3, 3]
 
 
-def test_a_run_from_before_a_key_existed_goes_on(finished, place, capsys):
+def test_resume_before_key_existed(finished, place, capsys):
     shutil.copytree(finished.run, place.run)
     content = load(place.run / "latest.pth")
     del content["recipe"]["model"]["bottleneck"]["empty_slots"]
@@ -138,7 +138,7 @@ def test_a_run_from_before_a_key_existed_goes_on(finished, place, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_left_as_it_is(resumed, finished):
+def test_finished_run_is_untouched(resumed, finished):
     def results():
         files = [path for path in resumed.iterdir() if path.suffix in (".pth", ".jsonl")]
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -150,7 +150,7 @@ def test_a_finished_run_is_left_as_it_is(resumed, finished):
     assert results() == before
 
 
-def test_another_recipe_is_refused_and_touches_nothing(finished, capsys):
+def test_changed_recipe_is_refused(finished, capsys):
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.run.iterdir()}
     assert run_main(train.main, finished.train("optim.lr=0.5")) == 2
     message = capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_another_recipe_is_refused_and_touches_nothing(finished, capsys):
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.run.iterdir()} == before
 
 
-def test_fresh_starts_over_and_keeps_the_old_run(finished, place):
+def test_fresh_moves_old_run(finished, place):
     shutil.copytree(finished.run, place.run)
     old = {path.name: path.read_bytes() for path in place.run.iterdir()}
     assert run_main(train.main, place.train("--fresh", "epochs=1", "optim.lr=0.5")) == 0
@@ -168,7 +168,7 @@ def test_fresh_starts_over_and_keeps_the_old_run(finished, place):
 
 
 @pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
-def test_fresh_is_of_the_first_start_alone(finished, place, monkeypatch, capsys, name):
+def test_fresh_is_ignored_after_restart(finished, place, monkeypatch, capsys, name):
     """A launcher gives the same words again: what the job has begun is no old run."""
     shutil.copytree(finished.run, place.run)
     monkeypatch.setenv(name, "1")
@@ -179,7 +179,7 @@ def test_fresh_is_of_the_first_start_alone(finished, place, monkeypatch, capsys,
     assert "--fresh ignored: the job was restarted" in (place.run / "train.log").read_text(encoding="utf-8")
 
 
-def test_skipped_steps_are_counted_whatever_the_log_interval(place, capsys):
+def test_skipped_steps_without_log_lines(place, capsys):
     """The first step leaves weights that give no finite loss; the second one is skipped, and one is too many."""
     assert (
         run_main(train.main, place.train("optim.max_skipped=1", "optim=sgd", "optim.lr=1e9", "log_interval=100")) == 2
@@ -188,7 +188,7 @@ def test_skipped_steps_are_counted_whatever_the_log_interval(place, capsys):
     assert load(place.run / "stopped.pth")["step"] == 2
 
 
-def test_a_diverged_run_saves_nothing_and_says_what_to_lower(place, capsys):
+def test_diverged_run_is_aborted(place, capsys):
     assert run_main(train.main, place.train("optim.max_skipped=2", "optim=sgd", "optim.lr=1e9")) == 2
     message = capsys.readouterr().err
     assert "optim.lr" in message and "step 3: the last 2 steps had no finite gradient" in message

@@ -63,7 +63,7 @@ READERS = [load_checkpoint, read_weights]
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "pickle"])
-def test_a_checkpoint_with_code(read, old, tmp_path):
+def test_checkpoint_with_code(read, old, tmp_path):
     file, made = tmp_path / "x.pth", tmp_path / "made"
     torch.save({"model": {"w": Code(made)}}, file, _use_new_zipfile_serialization=not old)
     with pytest.raises(UserError, match=r"x\.pth: not a readable .*only tensors"):
@@ -82,7 +82,7 @@ def rezipped(file, **changes):
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_a_checkpoint_that_is_a_bomb(read, tmp_path):
+def test_checkpoint_bomb(read, tmp_path):
     """A hundred megabytes of zeros in a hundred kilobytes; thousand times that would do the same."""
     file = tmp_path / "x.pth"
     torch.save({"w": torch.zeros(25 << 20)}, file)
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_a_bomb(read, tmp_path):
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_a_checkpoint_that_claims_more_than_it_holds(read, tmp_path):
+def test_checkpoint_claims_too_much(read, tmp_path):
     """The size of a tensor is a number in a pickle: it must not be believed."""
     file = tmp_path / "x.pth"
     torch.save({"w": torch.zeros(8)}, file)
@@ -116,21 +116,21 @@ def test_a_checkpoint_that_claims_more_than_it_holds(read, tmp_path):
     ],
     ids=["expanded", "hidden", "meta", "sparse"],
 )
-def test_tensors_that_are_not_what_they_seem(content, told, tmp_path):
+def test_malformed_tensors(content, told, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     for read in READERS:
         with pytest.raises(UserError, match=told):
             read(tmp_path / "x.pth")
 
 
-def test_storages_count_together_and_shared_ones_once():
+def test_storages_are_counted_once():
     weight = torch.zeros(1000)
     check_tensors({"a": weight, "b": weight[:10], "c": [weight]}, 4000)
     with pytest.raises(ValueError, match="take more bytes than the file has"):
         check_tensors({"a": weight, "b": weight.clone()}, 7999)
 
 
-def test_values_that_hold_themselves_are_looked_through_once():
+def test_recursive_values():
     nested = [torch.zeros(3)]
     for _ in range(200):
         nested = [nested, nested]
@@ -140,14 +140,14 @@ def test_values_that_hold_themselves_are_looked_through_once():
 
 
 @pytest.mark.parametrize("content", [b"", b"ustar", b"PK\x03\x04", b"\x80\x02.", b"<html>", b"torch"])
-def test_what_is_no_checkpoint(content, tmp_path):
+def test_not_a_checkpoint(content, tmp_path):
     (tmp_path / "x.pth").write_bytes(content)
     for read in READERS:
         with pytest.raises(UserError, match="not a readable"):
             read(tmp_path / "x.pth")
 
 
-def test_the_old_tar_format_is_not_unpacked(tmp_path):
+def test_old_tar_format(tmp_path):
     mini.write_tar(tmp_path / "x.pth", {"storages": b"x", "tensors": b"x", "pickle": b"x"})
     with pytest.raises(ValueError, match="neither a zip nor a pickle"):
         load_tensors(tmp_path / "x.pth")
@@ -157,7 +157,7 @@ def test_the_old_tar_format_is_not_unpacked(tmp_path):
     "header",
     [b"\xff" * 8, struct.pack("<Q", 1 << 40), struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 90_000_000) + b"{"],
 )
-def test_a_safetensors_file_with_a_false_header(header, tmp_path):
+def test_safetensors_false_header(header, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(header)
     with pytest.raises(UserError, match=r"x\.safetensors: (not a readable|contains no named tensors)"):
         read_weights(tmp_path / "x.safetensors")
@@ -170,7 +170,7 @@ def test_a_safetensors_file_with_a_false_header(header, tmp_path):
 # YAML
 
 
-def test_yaml_makes_no_objects_and_runs_nothing(tmp_path):
+def test_yaml_runs_nothing(tmp_path):
     made = tmp_path / "made"
     for tag in ("!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir"):
         with pytest.raises(ValueError, match="could not determine a constructor"):
@@ -207,7 +207,7 @@ def png(path, width, height, *chunks, depth=8, colour=0):
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (251_000_000, 1), (2**31 - 1, 2**31 - 1)])
-def test_an_image_that_is_a_bomb(width, height, tmp_path):
+def test_image_bomb(width, height, tmp_path):
     rows = zlib.compress(bytes(10 << 20))
     path = png(tmp_path / "x.png", width, height, chunk(b"IDAT", rows))
     tracemalloc.start()
@@ -217,7 +217,7 @@ def test_an_image_that_is_a_bomb(width, height, tmp_path):
     tracemalloc.stop()
 
 
-def test_the_bound_of_images_can_be_told(tmp_path, monkeypatch):
+def test_image_limit_variable(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     Image.new("1", (1500, 1000)).save(path)
     assert read_image(path).shape == (1000, 1500, 3)
@@ -227,7 +227,7 @@ def test_the_bound_of_images_can_be_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
-def test_an_image_with_a_bomb_in_its_text(name, tmp_path):
+def test_png_text_bomb(name, tmp_path):
     bomb = zlib.compress(bytes(200 << 20))
     between = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\x01\0\0\0", b"iCCP": b"a\0\0"}[name]
     pixels = chunk(b"IDAT", zlib.compress(bytes(65 * 64)))
@@ -241,7 +241,7 @@ def test_an_image_with_a_bomb_in_its_text(name, tmp_path):
     tracemalloc.stop()
 
 
-def test_an_image_with_a_huge_exif(tmp_path):
+def test_huge_exif(tmp_path):
     tags = b"".join(struct.pack(">HHII", 0x9000 + n % 999, 4, 1 << 30, 8) for n in range(5000))
     exif = b"MM\0*\0\0\0\x08" + struct.pack(">H", 5000) + tags
     pixels = chunk(b"IDAT", zlib.compress(bytes(65 * 64)))
@@ -254,7 +254,7 @@ def test_an_image_with_a_huge_exif(tmp_path):
     assert time.monotonic() - begin < 2
 
 
-def test_a_postscript_under_an_images_name_starts_no_interpreter(tmp_path, monkeypatch):
+def test_postscript_named_as_image(tmp_path, monkeypatch):
     made = tmp_path / "made"
     tool = tmp_path / "bin" / "gs"
     tool.parent.mkdir()
@@ -271,7 +271,7 @@ def test_a_postscript_under_an_images_name_starts_no_interpreter(tmp_path, monke
 # Archives; what leads out of them: test_prepare_archives.py
 
 
-def test_a_tar_whose_header_is_a_bomb(tmp_path):
+def test_tar_header_bomb(tmp_path):
     """A long name of a gigabyte in a megabyte of gzip: tarfile reads it before it says anything of a file."""
     zeros = gzip.compress(bytes(96 << 20), compresslevel=1)
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
@@ -286,7 +286,7 @@ def test_a_tar_whose_header_is_a_bomb(tmp_path):
         tracemalloc.stop()
 
 
-def test_a_sparse_file_in_a_tar(tmp_path):
+def test_sparse_tar_member(tmp_path):
     info = tarfile.TarInfo("x")
     info.type = tarfile.GNUTYPE_SPARSE
     (tmp_path / "x.tar").write_bytes(info.tobuf() + bytes(1024))
@@ -301,7 +301,7 @@ def test_a_sparse_file_in_a_tar(tmp_path):
         list(iter_entries(tmp_path / "y.tar"))
 
 
-def test_annotations_nested_without_end(tmp_path):
+def test_deeply_nested_annotations(tmp_path):
     names = "annotations/instances_train2017.json", "annotations/instances_val2017.json"
     path = mini.write_zip(tmp_path / "annotations_trainval2017.zip", dict.fromkeys(names, b"[" * 200_000))
     with pytest.raises(UserError, match="instances_"):
@@ -346,7 +346,7 @@ def server():
     server.server_close()
 
 
-def test_a_download_without_end(server, tmp_path, monkeypatch):
+def test_endless_download(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "__kwdefaults__", fetch.__kwdefaults__ | {"size_limit": 1 << 20})
     assert download.MAX_BYTES <= 1 << 36
     with pytest.raises(UserError, match="above the limit of 1048576"):
@@ -355,19 +355,19 @@ def test_a_download_without_end(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("to", ["file:///etc/passwd", "http://example.invalid/x", "ftp://example.invalid/x", "data:,x"])
-def test_a_redirect_to_where_nobody_vouches(to, server, tmp_path):
+def test_redirect_to_unvouched_host(to, server, tmp_path):
     with pytest.raises(UserError, match="refused|not allowed"):
         fetch([f"{server}/to/{to}"], tmp_path / "x", wait=0.01)
 
 
-def test_a_redirect_from_elsewhere_to_this_machine():
+def test_redirect_to_localhost():
     """It would make this machine's own servers answer to a stranger's wish."""
     request = download.urllib.request.Request("https://example.org/x")
     with pytest.raises(download.Unavailable, match="this machine"):
         download.CheckedRedirects(None).redirect_request(request, io.BytesIO(), 302, "", {}, "http://localhost:1/x")
 
 
-def test_no_reader_of_the_package_unpickles():
+def test_no_unpickling_in_package():
     """Nothing that could run what it reads appears anywhere; torch.load once, with weights_only."""
     root = Path(download.__file__).parent
     texts = {path: path.read_text(encoding="utf-8") for path in (*root.rglob("*.py"), *root.parent.glob("*.py"))}

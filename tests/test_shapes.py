@@ -38,7 +38,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("split", "index"), list(GOLDEN))
-def test_pixels_are_the_recorded_ones(split, index):
+def test_pixels_are_recorded(split, index):
     image, mask = shapes.render(split, index)
     assert hashlib.sha256(mask.tobytes()).hexdigest() == GOLDEN[split, index]["mask"]
     rows = image[16::32, 16::32].reshape(-1, 3).astype(int)
@@ -47,7 +47,7 @@ def test_pixels_are_the_recorded_ones(split, index):
     assert np.allclose(image.mean((0, 1)), GOLDEN[split, index]["mean"], atol=0.01)
 
 
-def test_images_do_not_depend_on_what_was_drawn_before():
+def test_images_are_independent_of_earlier_draws():
     first = shapes.render("train", 5)
     shapes.render("val", 5)
     again = shapes.render("train", 5)
@@ -55,7 +55,7 @@ def test_images_do_not_depend_on_what_was_drawn_before():
     assert not np.array_equal(first[0], shapes.render("val", 5)[0])
 
 
-def test_every_class_is_there_and_none_rules():
+def test_every_class_occurs():
     masks = np.stack([shapes.render("val", index)[1] for index in range(40)])
     assert masks.shape[1:] == (shapes.SIZE, shapes.SIZE)
     assert set(np.unique(masks)) == {*range(shapes.SPEC.num_classes), IGNORE_INDEX}
@@ -67,7 +67,7 @@ def test_every_class_is_there_and_none_rules():
 
 
 @pytest.mark.parametrize("outline", [outline for outline, _ in shapes.OBJECTS.values()])
-def test_outlines_have_the_stated_area_and_reach(outline):
+def test_outline_areas(outline):
     reach, distance = outline(np.random.default_rng(0), 20.0)
     v, u = np.mgrid[-60:60:0.5, -60:60:0.5] + 0.1
     inside = distance(u, v) < 0
@@ -77,12 +77,12 @@ def test_outlines_have_the_stated_area_and_reach(outline):
     assert 0.95 < np.median(slope) < 1.05  # a distance in pixels, not only a sign
 
 
-def test_the_spec_is_complete():
+def test_spec_is_complete():
     assert len(shapes.SPEC.classes) == len(shapes.SPEC.palette) == len(set(shapes.SPEC.palette)) == 7
     assert shapes.SPEC.prepare is shapes.generate
 
 
-def test_generate_writes_what_render_draws(tmp_path):
+def test_generate_writes_render(tmp_path):
     root = tmp_path / "data" / "shapes"
     shapes.generate(root, FEW)
     for split, count in FEW.items():
@@ -95,7 +95,7 @@ def test_generate_writes_what_render_draws(tmp_path):
     assert [path.name for path in root.parent.iterdir()] == ["shapes"]  # nothing temporary is left
 
 
-def test_generate_leaves_a_finished_folder_alone(tmp_path):
+def test_finished_folder_is_untouched(tmp_path):
     root = tmp_path / "shapes"
     root.mkdir()  # an empty folder is fine
     shapes.generate(root, FEW)
@@ -104,14 +104,14 @@ def test_generate_leaves_a_finished_folder_alone(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
-def test_generate_refuses_what_is_not_its_own(tmp_path):
+def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="another data_root"):
         shapes.generate(tmp_path, FEW)
     assert files(tmp_path) == {"precious.txt": b"mine"}
 
 
-def test_two_processes_at_once_both_succeed(tmp_path):
+def test_concurrent_generation(tmp_path):
     root = tmp_path / "shapes"
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=shapes.generate, args=(root, FEW)) for _ in range(2)]

@@ -91,13 +91,13 @@ def test_read_list(tmp_path):
 
 @pytest.mark.parametrize("mask", [None, "m/a b.png", "m/a.png", "m/a\u2028b.png"])
 @pytest.mark.parametrize("image", ["with  two blanks.jpg", "no_blank.jpg", "a\u3000wide\xa0or\x85other.jpg"])
-def test_a_line_that_is_written_is_read_as_it_was(tmp_path, image, mask):
+def test_line_round_trip(tmp_path, image, mask):
     sample = Sample(tmp_path / image, tmp_path / mask if mask else None)
     (tmp_path / "list.txt").write_text(f"{list_line(sample, tmp_path)}\n", encoding="utf-8")
     assert read_list(tmp_path / "list.txt", tmp_path) == [sample]
 
 
-def test_published_counts_are_read_without_a_final_line_feed():
+def test_counts_without_final_newline():
     path = SHARED / "splits" / "camvid" / "1_8_anchor" / "labeled.txt"
     if not path.is_file():
         pytest.skip(f"{path} is absent: no published lists beside the project")
@@ -108,7 +108,7 @@ def test_published_counts_are_read_without_a_final_line_feed():
     assert sample.mask.name.endswith("_gtFine_labelIds.png")
 
 
-def test_hash_is_of_the_image_column_in_normal_form(tmp_path):
+def test_hash_of_normalized_image_column(tmp_path):
     expected = hashlib.sha256(b"a.jpg\nb.jpg\n").hexdigest()
     assert list_hash(["a.jpg", "b.jpg"]) == expected != list_hash(["b.jpg", "a.jpg"])
     for text in ("a.jpg m.png\nb.jpg n.png", "a.jpg\r\nb.jpg \r\n\r\n", "a.jpg\tx\nb.jpg\ty\n"):
@@ -116,7 +116,7 @@ def test_hash_is_of_the_image_column_in_normal_form(tmp_path):
         assert hash_samples(read_list(tmp_path / "l.txt", tmp_path), tmp_path) == expected
 
 
-def test_resolve_a_split(data, tmp_path):
+def test_resolve_split(data, tmp_path):
     lists = resolve(data, tmp_path / "splits")
     assert (len(lists.labeled), len(lists.unlabeled), len(lists.val), lists.name) == (6, 9, 4, "few")
     assert all(sample.mask is None for sample in lists.unlabeled)
@@ -129,7 +129,7 @@ def test_resolve_a_split(data, tmp_path):
     assert resolve(replace(data, data_root=str(moved)), tmp_path / "splits").hash != lists.hash
 
 
-def test_lists_by_path_stand_before_the_split(data, tmp_path):
+def test_lists_by_path_override_split(data, tmp_path):
     (tmp_path / "own.txt").write_text("train/001.jpg train_masks/001.png\n")
     own = str(tmp_path / "own.txt")
     lists = resolve(replace(data, labeled_id_path=own, val_id_path=own), tmp_path / "splits")
@@ -138,7 +138,7 @@ def test_lists_by_path_stand_before_the_split(data, tmp_path):
     assert len(lists.unlabeled) == 1 and lists.unlabeled[0].mask is None
 
 
-def test_folders_of_a_custom_data_set(data, tmp_path):
+def test_custom_dataset_folders(data, tmp_path):
     folders = replace(
         CUSTOM,
         labeled_images="train",
@@ -164,7 +164,7 @@ def test_folders_of_a_custom_data_set(data, tmp_path):
         resolve(replace(data, custom=replace(folders, labeled_masks=None)), tmp_path / "nowhere")
 
 
-def test_missing_split_names_path_alternatives_and_command(data, tmp_path):
+def test_missing_split(data, tmp_path):
     with pytest.raises(UserError) as caught:
         resolve(replace(data, split="1_8"), tmp_path / "splits")
     message = str(caught.value)
@@ -172,7 +172,7 @@ def test_missing_split_names_path_alternatives_and_command(data, tmp_path):
     assert "python -m allspark splits make --config FILE" in message and "--sizes 1_8" in message
 
 
-def test_a_published_list_that_is_missing_is_to_be_fetched(tmp_path):
+def test_missing_published_list(tmp_path):
     for name, split in (("pascal", "1_8"), ("cityscapes_labelids", "1_30")):
         data, folder = DataConfig(dataset=name, data_root=str(tmp_path), crop_size=64, split=split), name.split("_")[0]
         command = f"python -m allspark splits fetch --dataset {folder} --split"
@@ -190,7 +190,7 @@ def test_a_published_list_that_is_missing_is_to_be_fetched(tmp_path):
         resolve(data, tmp_path / "splits")
 
 
-def test_a_run_tells_whose_its_lists_are(data, tmp_path):
+def test_run_names_origin_of_lists(data, tmp_path):
     lists = resolve(data, tmp_path / "splits")
     labeled = list_hash(f"train/{i:03}.jpg" for i in range(6))
     assert lists.split == {"name": "few", "sha256": lists.hash, **lists.hashes} and lists.hashes["labeled"] == labeled
@@ -203,7 +203,7 @@ def test_a_run_tells_whose_its_lists_are(data, tmp_path):
     assert describe_lists(other, DATASETS["shapes"])[1].startswith("WARNING: split 1_8 has the name of shapes/1_8")
 
 
-def test_missing_root_names_key_path_and_variable(data, tmp_path):
+def test_missing_root(data, tmp_path):
     with pytest.raises(UserError, match=r"data_root: .*gone is not a folder.*ALLSPARK_DATA_MINE"):
         resolve(replace(data, data_root=str(tmp_path / "gone")), tmp_path / "splits")
 
@@ -219,7 +219,7 @@ def test_missing_lists_are_named(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["few/labeled.txt", "few/unlabeled.txt", "val.txt"])
-def test_listed_file_that_is_missing(data, tmp_path, name):
+def test_listed_file_is_missing(data, tmp_path, name):
     path = edit(tmp_path, name, 3, "train/gone.jpg train_masks/001.png")
     with pytest.raises(UserError, match=rf"{path} line 3: .*train/gone.jpg does not exist \(1 of 29 files"):
         resolve(data, tmp_path / "splits")
@@ -231,7 +231,7 @@ def test_labeled_line_without_mask(data, tmp_path):
         resolve(data, tmp_path / "splits")
 
 
-def test_labels_of_unlabeled_images_do_not_matter(data, tmp_path):
+def test_masks_of_unlabeled_are_ignored(data, tmp_path):
     for index in range(6, 10):
         (tmp_path / "data" / "train_masks" / f"{index:03}.png").write_bytes(b"not a mask")
     for index in range(10, 15):
@@ -239,7 +239,7 @@ def test_labels_of_unlabeled_images_do_not_matter(data, tmp_path):
     assert "9 unlabeled" in check(data, tmp_path)[0]
 
 
-def test_data_sets_that_can_be_made_are_made_where_they_are_missing(tmp_path):
+def test_generated_datasets_are_created(tmp_path):
     spec = replace(DATASETS["shapes"], prepare=partial(shapes.generate, counts={"train": 1, "val": 1}))
     data = DataConfig(dataset="shapes", data_root=str(tmp_path / "new"), crop_size=64)
     assert find_data(data, spec) == tmp_path / "new"
@@ -251,7 +251,7 @@ def test_data_sets_that_can_be_made_are_made_where_they_are_missing(tmp_path):
     assert (tmp_path / "there" / "mine.txt").is_file()
 
 
-def test_check_tells_what_is_worth_knowing(data, tmp_path):
+def test_check_warnings(data, tmp_path):
     notes = check(data, tmp_path)
     assert len(notes) == 1 and "6 labeled, 9 unlabeled, 4 val images" in notes[0]
     edit(tmp_path, "few/unlabeled.txt", 1, "train/000.jpg")
@@ -287,21 +287,21 @@ def test_check_refuses_damaged_files(data, tmp_path, name):
         check(data, tmp_path)
 
 
-def test_check_counts_what_failed(data, tmp_path):
+def test_check_counts_failures(data, tmp_path):
     for index in (1, 3):
         (tmp_path / "data" / "train" / f"{index:03}.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"001.jpg: truncated.*1 more problems"):
         check(data, tmp_path)
 
 
-def test_check_refuses_labels_that_are_all_ignored(data, tmp_path):
+def test_check_refuses_fully_ignored_masks(data, tmp_path):
     for path in (tmp_path / "data" / "train_masks").glob("*.png"):
         Image.fromarray(np.full((40, 48), 255, np.uint8)).save(path)
     with pytest.raises(UserError, match="no pixel of the labeled masks"):
         check(data, tmp_path)
 
 
-def test_balanced_order_is_seeded_nested_and_balanced():
+def test_balanced_order():
     """Class 0 is everywhere, 1 in a fifth, 2 in one of 40 images: a random draw of 10 would mostly miss it."""
     shares = np.zeros((200, 3))
     shares[:, 0], shares[::5, 1], shares[3::40, 2] = 0.8, 0.1, 0.01
@@ -314,19 +314,19 @@ def test_balanced_order_is_seeded_nested_and_balanced():
     assert len(balanced_order(shares, 200, seed=0)) == 200
 
 
-def test_balanced_order_takes_specks_only_where_a_class_has_nothing_else():
+def test_balanced_order_uses_specks_last():
     shares = np.tile([0.9, 0.0, 0.0], (50, 1))
     shares[:25, 1], shares[25:30, 1], shares[40, 2] = 1e-5, 0.05, 1e-5
     drawn = balanced_order(shares, 5, seed=0)
     assert 40 in drawn and len({25, 26, 27, 28, 29} & set(drawn)) >= 2
 
 
-def test_images_without_a_class_come_last():
+def test_images_without_class_come_last():
     shares = np.array([[0.0], [1.0], [0.0], [1.0]])
     assert set(balanced_order(shares, 2, seed=0)) == {1, 3} and len(balanced_order(shares, 4, seed=0)) == 4
 
 
-def test_make_splits_partition_the_list(data, tmp_path):
+def test_splits_partition_the_list(data, tmp_path):
     lines = [f"train/{i:03}.jpg train_masks/{i:03}.png" for i in range(15)]
     (tmp_path / "train.txt").write_text("\n".join(lines))
     entries = read_entries(tmp_path / "train.txt", tmp_path / "data")
@@ -341,7 +341,7 @@ def test_make_splits_partition_the_list(data, tmp_path):
             make_splits(entries, spec_for(data), {"x": size}, seed=0)
 
 
-def test_sizes_round_as_the_published_lists_do():
+def test_sizes_round_as_published():
     assert parse_sizes("1_16,1_8,1_4, 1_2,32", 367) == {"1_16": 23, "1_8": 46, "1_4": 92, "1_2": 184, "32": 32}
     assert parse_sizes("1_30,1_16", 2975) == {"1_30": 100, "1_16": 186}
     for wrong in ("a", "1_0", "", "1/8"):
@@ -362,7 +362,7 @@ def make(tmp_path) -> list[str]:
     return [*words, "--sizes", "1_4,6", "--train"]
 
 
-def test_verb_make_writes_lists_that_can_be_read(make, tmp_path, capsys):
+def test_make_writes_readable_lists(make, tmp_path, capsys):
     run_verb(*make, str(tmp_path / "train.txt"))
     assert "3 labeled, 9 unlabeled, sha256 " in capsys.readouterr().out
     out = tmp_path / "out"
@@ -378,14 +378,14 @@ def test_verb_make_writes_lists_that_can_be_read(make, tmp_path, capsys):
     assert (out / "6" / "labeled.txt").read_bytes() != before
 
 
-def test_verb_make_from_folders_is_the_same_draw(make, tmp_path):
+def test_make_from_folders_is_the_same_draw(make, tmp_path):
     run_verb(*make, str(tmp_path / "train.txt"))
     before = (tmp_path / "out" / "6" / "labeled.txt").read_bytes()
     run_verb(*make, "JPEGImages", "--masks", "SegmentationClass", "--force")
     assert (tmp_path / "out" / "6" / "labeled.txt").read_bytes() == before
 
 
-def test_verb_make_draws_images_and_not_lines(make, tmp_path, capsys):
+def test_make_draws_images_not_lines(make, tmp_path, capsys):
     run_verb(*make, str(tmp_path / "train.txt"))
     drawn = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.txt")}
     lines = (tmp_path / "train.txt").read_text().splitlines()
@@ -398,7 +398,7 @@ def test_verb_make_draws_images_and_not_lines(make, tmp_path, capsys):
         run_verb(*make, str(tmp_path / "twice.txt"), "--force")
 
 
-def test_verb_make_names_what_is_wrong(make, tmp_path):
+def test_make_errors(make, tmp_path):
     with pytest.raises(UserError, match="nope.txt: this list does not exist.*--train"):
         run_verb(*make, "nope.txt")
     with pytest.raises(UserError, match="'nope'"):
@@ -407,7 +407,7 @@ def test_verb_make_names_what_is_wrong(make, tmp_path):
         run_verb(*make, "x", "--seed", "-1")
 
 
-def test_verb_list_prints_counts_and_hashes(data, tmp_path, capsys):
+def test_list_prints_counts_and_hashes(data, tmp_path, capsys):
     verb.show(argparse.Namespace(dataset=None), tmp_path / "splits")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
     assert [line[:2] for line in lines] == [["mine/few/labeled", "6"], ["mine/few/unlabeled", "9"], ["mine/val", "4"]]
@@ -416,7 +416,7 @@ def test_verb_list_prints_counts_and_hashes(data, tmp_path, capsys):
         verb.show(argparse.Namespace(dataset="other"), tmp_path / "splits")
 
 
-def test_verb_list_tells_provenance_and_traps(tmp_path, capsys):
+def test_list_prints_origin_and_warnings(tmp_path, capsys):
     shutil.copytree(SPLITS_ROOT / "shapes", tmp_path / "shapes")
     (tmp_path / "shapes" / "1_8" / "labeled.txt").write_text("images/train/0001.png labels/train/0001.png\n")
     verb.show(argparse.Namespace(dataset="shapes"), tmp_path)
@@ -434,6 +434,6 @@ def test_verb_list_tells_provenance_and_traps(tmp_path, capsys):
     assert "    used by U2PL" in out and "    trap: Often set beside results on pascal/1_8" in out
 
 
-def test_our_own_lists_hold_relative_paths():
+def test_own_lists_use_relative_paths():
     for path in SPLITS_ROOT.glob("*/**/*.txt"):
         assert all(not sample.image.is_absolute() for sample in read_list(path, Path()))

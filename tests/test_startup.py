@@ -42,7 +42,7 @@ def test_help_imports_no_torch(command):
     "code",
     ["import allspark.config, allspark.config_io", "import allspark; allspark.load_config; allspark.__version__"],
 )
-def test_the_configuration_needs_no_torch(code):
+def test_config_imports_no_torch(code):
     modules, _ = imported("-c", code)
     assert "torch" not in modules
 
@@ -56,7 +56,7 @@ def test_the_configuration_needs_no_torch(code):
         ["-c", "import allspark.cli.check"],
     ],
 )
-def test_a_start_imports_nothing_large_but_torch(words):
+def test_startup_imports_only_torch(words):
     modules, _ = imported(*words)
     assert "torch" in modules and not {name for name in HEAVY if name in modules}
 
@@ -72,7 +72,7 @@ def test_one_version(capsys):
     assert resources.files("allspark").joinpath("py.typed").is_file()
 
 
-def test_the_public_api(finished, tmp_path):
+def test_public_api(finished, tmp_path):
     recipe = allspark.load_config(finished.run / "config.yaml")
     model = allspark.build_model(recipe)
     assert model.decoder is not None and complete(recipe).data.dataset == "tiny"
@@ -89,7 +89,7 @@ def test_the_public_api(finished, tmp_path):
         _ = allspark.something
 
 
-def test_the_help_of_prepare_names_every_archive(capsys):
+def test_prepare_help_names_archives(capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
     text = capsys.readouterr().out

@@ -38,7 +38,7 @@ def images(seed, value=None):
 @pytest.mark.parametrize("cfg", OPTIMS, ids=lambda cfg: cfg.name)
 @pytest.mark.parametrize("bad", [0, 2], ids=["first step", "third step"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(cfg, bad, value):
+def test_nonfinite_step_changes_nothing(cfg, bad, value):
     """Weights, momenta and batch norm statistics are bit for bit those of a run without that batch."""
     states = []
     for batches in (
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(cfg, bad, value):
     assert (int(stepper.skipped), int(stepper.in_row), int(quiet.skipped)) == (1, 0, 0)
 
 
-def test_steps_in_a_row_are_counted_and_kept_in_the_state():
+def test_skipped_count_round_trip():
     model = small_model()
     stepper = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")
     for batch in (images(0, float("nan")), images(1), images(2, float("nan")), images(3, float("nan"))):
@@ -69,7 +69,7 @@ def test_steps_in_a_row_are_counted_and_kept_in_the_state():
 
 
 @pytest.mark.parametrize("cfg", OPTIMS, ids=lambda cfg: cfg.name)
-def test_a_run_of_a_device_without_fused_kernels_goes_on(cfg):
+def test_resume_without_fused_kernels(cfg):
     model = small_model()
     elsewhere = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[cfg.name](model.parameters(), lr=0.1, fused=False)
     elsewhere.param_groups[0]["initial_lr"] = 0.1
@@ -86,7 +86,7 @@ def test_a_run_of_a_device_without_fused_kernels_goes_on(cfg):
     assert not torch.equal(model[0].weight, before)
 
 
-def test_what_was_changed_between_steps_is_kept_too():
+def test_buffer_changes_between_steps_survive():
     model = small_model()
     stepper = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")
     model[1].running_mean.fill_(5.0)
@@ -96,7 +96,7 @@ def test_what_was_changed_between_steps_is_kept_too():
 
 
 @pytest.mark.parametrize("size", [1, 2, None])
-def test_passes_add_up_to_the_gradient_of_the_whole_batch(size):
+def test_micro_batches_sum_to_batch_gradient(size):
     """Where no layer looks at other images: batch norm by its statistics, no dropout."""
     method = make_method("supervised")
     labeled, unlabeled = random_batches(method, 4, 4)
@@ -117,7 +117,7 @@ def test_passes_add_up_to_the_gradient_of_the_whole_batch(size):
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_a_pass_is_a_slice_of_everything():
+def test_micro_batches_slice_every_field():
     method = make_method("unimatch")
     labeled, unlabeled = random_batches(method, 4, 4)
     parts = split_micro_batches(labeled, unlabeled, 2)
@@ -131,7 +131,7 @@ def test_a_pass_is_a_slice_of_everything():
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 1e6])
-def test_clipping_is_torchs(clip_norm):
+def test_clipping_equals_torch(clip_norm):
     model = small_model()
     other = copy.deepcopy(model)
     cfg = OptimConfig(name="sgd", lr=0.1, lr_multi=1.0)
@@ -145,19 +145,19 @@ def test_clipping_is_torchs(clip_norm):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16"])
-def test_what_a_cpu_does_not_have(precision):
+def test_precisions_of_a_cpu(precision):
     with pytest.raises(UserError, match=rf"precision={precision}.*choose fp32 or bf16"):
         set_precision(precision, CPU)
 
 
-def test_fp32_is_float32_on_every_device():
+def test_fp32_is_float32():
     set_precision("fp32", CPU)
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("bottleneck", ["none", "allspark"])
 @pytest.mark.parametrize("name", ["allspark", "fixmatch", "unimatch", "imas", "pseudoseg"])
-def test_bf16_is_close_and_leaves_float32_weights(name, bottleneck):
+def test_bf16_keeps_float32_weights(name, bottleneck):
     """Logits and losses come out as float32; the memory is float32 and its classes are those of fp32 arithmetic."""
     found = []
     for precision in ("fp32", "bf16"):

@@ -39,7 +39,7 @@ def in_strips(model, picture, inference):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("window_batch", [1, 4, 7])
 @pytest.mark.parametrize("shape", [(1, 3, 300, 90), (2, 3, 200, 130), (1, 3, 40, 33), (3, 3, 70, 32), (1, 3, 150, 20)])
-def test_strips_equal_the_whole_bit_for_bit(shape, window_batch, flip):
+def test_strips_are_bit_identical(shape, window_batch, flip):
     """Several windows beside each other, one, a batch over several rows of them, and images smaller than a window."""
     model, picture = Blurred(), pixels(*shape)
     inference = sliding(48, flip=flip, window_batch=window_batch)
@@ -47,7 +47,7 @@ def test_strips_equal_the_whole_bit_for_bit(shape, window_batch, flip):
 
 
 @pytest.mark.parametrize("scales", [(0.5,), (1.37,), (0.75, 1.0, 1.5)])
-def test_scales_in_strips_equal_the_whole_up_to_rounding(scales):
+def test_scales_in_strips(scales):
     model, picture = Blurred(), pixels(1, 3, 210, 150)
     inference = sliding(48, flip=True, scales=scales)
     expected = class_scores(model, normalize(picture), inference)
@@ -55,7 +55,7 @@ def test_scales_in_strips_equal_the_whole_up_to_rounding(scales):
 
 
 @pytest.mark.parametrize("length, to", [(100, 73), (100, 241), (97, 32), (50, 50), (33, 200)])
-def test_a_part_of_a_resize_is_that_part_of_the_resize(length, to):
+def test_partial_resize(length, to):
     line = image(1, 1, length, 3)
     whole = F.interpolate(line, (to, 3), mode="bilinear", align_corners=False, antialias=True)[0, 0]
     for first, last in ((0, to), (0, 7), (to // 2, to // 2 + 9), (to - 5, to)):
@@ -64,7 +64,7 @@ def test_a_part_of_a_resize_is_that_part_of_the_resize(length, to):
         torch.testing.assert_close(weights @ line[0, 0, start:stop], whole[first:last], rtol=1e-4, atol=2e-5)
 
 
-def test_memory_is_that_of_a_strip():
+def test_memory_of_one_strip():
     """Of an image four times as high no more is held; at once it would be four times as much."""
     model, inference = Pointwise(64), sliding(48, flip=True)
 
@@ -79,7 +79,7 @@ def test_memory_is_that_of_a_strip():
     assert peak(3000) < 0.4 * 4 * 64 * 3000 * 64
 
 
-def test_large_images_take_this_way(monkeypatch):
+def test_large_images_use_strips(monkeypatch):
     model, picture = Blurred(), pixels(2, 3, 130, 90)
     arguments = (SPEC, CPU, sliding(48), ["a", "b"])
     label, prob = predict_with_confidence(model, picture, *arguments)
@@ -98,7 +98,7 @@ def test_large_images_take_this_way(monkeypatch):
     assert len(asked) == 3
 
 
-def test_pictures_of_large_images_are_drawn_by_bands(monkeypatch):
+def test_large_pictures_are_drawn_in_bands(monkeypatch):
     rng = np.random.default_rng(0)
     photo = torch.from_numpy(rng.integers(0, 256, (3, 50, 40), np.uint8))
     mask = torch.from_numpy(np.array(Image.fromarray(rng.integers(0, 5, (5, 4), np.uint8)).resize((40, 50), 0)))

@@ -56,7 +56,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected.detach())
 
 
-def test_conversion_keeps_parameters_and_leaves_nothing_else():
+def test_conversion_keeps_parameters():
     model = network()
     before = dict(model.named_parameters())
     converted = SyncBatchNorm.convert(model)

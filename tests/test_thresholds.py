@@ -26,7 +26,7 @@ def uneven(seed, pixels=4000):
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.9, 0.95])
-def test_every_class_keeps_the_share_that_is_kept_of_all(threshold):
+def test_every_class_keeps_the_same_share(threshold):
     confidence, label = uneven(0)
     thresholds = ClassThresholds(4, threshold)
     valid = torch.rand(1, 1, len(label), generator=torch.Generator().manual_seed(1)) < 0.8
@@ -51,7 +51,7 @@ def test_old_pixels_count_less():
     assert thresholds().tolist() == pytest.approx([0.9, 0.5])
 
 
-def test_nothing_sure_is_the_common_threshold():
+def test_default_is_common_threshold():
     thresholds = ClassThresholds(2, 0.9)
     assert thresholds().tolist() == pytest.approx([0.9, 0.9])
     pseudo = some_labels([0.5, torch.nan, 0.6], [0, 1, 1])
@@ -60,14 +60,14 @@ def test_nothing_sure_is_the_common_threshold():
     assert thresholds.histogram.sum() == 2  # a pixel without a confidence is none
 
 
-def test_they_are_where_the_network_is():
+def test_follows_device_of_network():
     """On a device that is not the default one: recipes move the network before the method is attached."""
     model, method = make_model("none").to("meta"), make_method("allspark", threshold=0.5, class_thresholds=True)
     method.attach(model)
     assert {tensor.device.type for tensor in (*method.parameters(), *method.buffers())} == {"meta"}
 
 
-def test_the_method_lets_them_age():
+def test_method_ages_counts():
     model, method = attached("allspark", threshold=0.5, class_thresholds=True)
     method.losses(Student(model), *random_batches(method), FIRST)
     counted = method.class_thresholds.histogram.sum().item()
@@ -75,7 +75,7 @@ def test_the_method_lets_them_age():
     assert method.class_thresholds.histogram.sum().item() == pytest.approx(0.99 * counted)
 
 
-def test_the_loss_takes_a_threshold_for_each_class():
+def test_threshold_per_class_in_loss():
     logits = torch.randn(1, 2, 1, 4)
     pseudo = some_labels([0.8, 0.6, 0.8, 0.6], [0, 0, 1, 1])
     loss, ratio = pseudo_loss(logits, pseudo, torch.tensor([0.9, 0.7]), torch.ones(1, 1, 4, dtype=torch.bool))
@@ -83,7 +83,7 @@ def test_the_loss_takes_a_threshold_for_each_class():
     torch.testing.assert_close(loss, -logits.log_softmax(1)[0, 1, 0, 2] / 4)
 
 
-def test_a_method_learns_from_a_class_that_is_never_sure():
+def test_learns_from_unsure_class():
     """One threshold leaves it out, thresholds of its own do not; measuring changes nothing; a checkpoint has them."""
     ratios = {}
     for wanted in (False, True):
@@ -102,6 +102,6 @@ def test_a_method_learns_from_a_class_that_is_never_sure():
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0])
-def test_they_need_a_threshold(threshold):
+def test_needs_a_threshold(threshold):
     with pytest.raises(UserError, match=r"class_thresholds=true needs .*method.threshold=0.95"):
         make_method("allspark", class_thresholds=True, threshold=threshold)

@@ -33,7 +33,7 @@ def make_model(name, bottleneck="none", **options):
 
 @pytest.mark.parametrize("bottleneck", ["none", "allspark"])
 @pytest.mark.parametrize("name", [*PYRAMIDS, *VITS])
-def test_every_parameter_learns_at_an_odd_crop(name, bottleneck):
+def test_every_parameter_gets_gradient(name, bottleneck):
     """A crop that no stride divides; the memory has the side of the deepest map."""
     model = make_model(name, bottleneck)
     cross = CrossBatch(2, torch.randn(2, CLASSES, CROP, CROP), True) if bottleneck == "allspark" else None
@@ -48,7 +48,7 @@ def test_every_parameter_learns_at_an_odd_crop(name, bottleneck):
     "name", ["test_resnet", "test_vit", "vit_tiny_patch16_224.augreg_in21k", "eva02_tiny_patch14_224"]
 )
 @torch.no_grad()
-def test_any_size_and_no_image_depends_on_another(name):
+def test_sizes_and_batch_independence(name):
     model = make_model(name, "allspark").eval()
     for size in ((32, 32), (33, 70), (97, 64)):
         images = torch.randn(3, 3, *size)
@@ -59,7 +59,7 @@ def test_any_size_and_no_image_depends_on_another(name):
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
 @torch.no_grad()
-def test_padding_is_cut_off_again(name):
+def test_padding_is_cropped(name):
     """The logits of an image that fills no whole number of cells are those of the image with the mean colour around."""
     model = make_model(name).eval()
     assert model.encoder.multiple == 32
@@ -69,7 +69,7 @@ def test_padding_is_cut_off_again(name):
 
 
 @torch.no_grad()
-def test_patches_of_14_pixels():
+def test_patch_size_14():
     """Maps at strides 3.5, 7, 14 and 28, and position embeddings at sizes other than they were made for."""
     encoder = TimmEncoder("eva02_tiny_patch14_224").eval()
     assert encoder.strides == (3.5, 7, 14, 28) and encoder.channels == (256,) * 4
@@ -79,7 +79,7 @@ def test_patches_of_14_pixels():
 
 
 @torch.no_grad()
-def test_images_come_to_the_network_as_its_weights_want_them():
+def test_input_normalization():
     encoder = TimmEncoder("test_convnext").eval()  # mean and deviation 0.5
     image = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     for ours, theirs in zip(encoder(normalize(image)), encoder.body((image / 255 - 0.5) / 0.5), strict=True):
@@ -99,7 +99,7 @@ def filled(name, **options):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_vit"])
 @torch.no_grad()
-def test_weights_of_timm_give_its_maps(name, suffix, tmp_path):
+def test_timm_weights_give_its_maps(name, suffix, tmp_path):
     network, file = filled(name), tmp_path / f"weights{suffix}"
     save_file(network.state_dict(), file) if suffix == ".safetensors" else torch.save(network.state_dict(), file)
     model = make_model(name).eval()
@@ -112,7 +112,7 @@ def test_weights_of_timm_give_its_maps(name, suffix, tmp_path):
         torch.testing.assert_close(ours, other)
 
 
-def test_position_embeddings_of_a_file_are_resampled(tmp_path):
+def test_position_embeddings_are_resampled(tmp_path):
     """A file of a ViT for another image size, as those of DINOv2 and ours are."""
     torch.save(filled("test_vit", img_size=96).state_dict(), tmp_path / "small.pth")
     model = make_model("test_vit")
@@ -121,7 +121,7 @@ def test_position_embeddings_of_a_file_are_resampled(tmp_path):
     assert embeddings.shape[1] == 1 + 10 * 10 and 0.05 < embeddings.mean() < 0.07  # of its own 160 pixels, and filled
 
 
-def test_the_encoder_of_a_trained_model(tmp_path):
+def test_encoder_of_trained_model(tmp_path):
     """With the pyramid, which is fresh otherwise."""
     trained = make_model("test_vit")
     torch.save(trained.state_dict(), tmp_path / "whole.pth")
@@ -132,14 +132,14 @@ def test_the_encoder_of_a_trained_model(tmp_path):
     assert all(torch.equal(tensor, own[key]) for key, tensor in trained.encoder.state_dict().items())
 
 
-def test_what_comes_from_no_file_learns_at_the_rate_of_the_decoder():
+def test_new_layers_use_decoder_rate():
     model = make_model("test_vit")
     slow, fast = build_optimizer(OptimConfig(), model).param_groups
     assert {id(p) for p in slow["params"]} == {id(p) for p in model.encoder.body.parameters()}
     assert {id(p) for p in model.encoder.pyramid.parameters()} < {id(p) for p in fast["params"]}
 
 
-def test_weights_that_are_refused(tmp_path):
+def test_refused_weights(tmp_path):
     model = make_model("test_convnext")
     torch.save(filled("test_vit").state_dict(), tmp_path / "other.pth")
     state = filled("test_convnext").state_dict()
@@ -156,7 +156,7 @@ def test_weights_that_are_refused(tmp_path):
         load_pretrained(model, str(tmp_path / "nowhere.pth"), "none")
 
 
-def test_check_tells_how_to_get_the_weights_that_timm_has(capsys, tmp_path):
+def test_check_names_weight_source(capsys, tmp_path):
     words = [
         "--dataset",
         "shapes",
@@ -172,7 +172,7 @@ def test_check_tells_how_to_get_the_weights_that_timm_has(capsys, tmp_path):
     assert "from random initialization (get it by `hf download timm/test_convnext.r160_in1k " in capsys.readouterr().out
 
 
-def test_channels_are_held_against_what_their_cells_cover():
+def test_class_maps_cover_padding():
     """The bottleneck's class maps of a padded image are padded, too: to where its cells lie."""
     model = make_model("test_convnext", "allspark")
     grouped = []
@@ -186,7 +186,7 @@ def test_channels_are_held_against_what_their_cells_cover():
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
-def test_checkpointing_changes_no_gradient(name):
+def test_gradient_checkpointing(name):
     gradients = []
     for checkpointing in (False, True):
         model = make_model(name, checkpointing=checkpointing, drop_path=0.0, dropout=0.0)
@@ -219,7 +219,7 @@ def test_refusals(words, told, place, capsys):
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
-def test_a_run_from_start_to_prediction(name, place, capsys):
+def test_train_eval_predict(name, place, capsys):
     """AllSpark with its memory, evaluated, saved, read again."""
     train.main(place.train(f"model.encoder=timm:{name}"))
     lines = [json.loads(line) for line in (place.run / "metrics.jsonl").read_text().splitlines()]

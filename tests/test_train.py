@@ -24,14 +24,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # A run
 
 
-def test_a_run_leaves_every_file_it_promises(finished):
+def test_output_files(finished):
     names = {path.name for path in finished.run.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert names - events == FILES
     assert len(events) == 1
 
 
-def test_metrics_have_a_line_per_logged_step_and_per_evaluation(finished, read_metrics):
+def test_metrics_lines(finished, read_metrics):
     steps, evaluations = read_metrics(finished.run)
     assert_finite_losses(steps)
     for line in steps:
@@ -44,13 +44,13 @@ def test_metrics_have_a_line_per_logged_step_and_per_evaluation(finished, read_m
         assert math.isclose(line["miou"], sum(line["iou"].values()) / 3, abs_tol=1e-3)
 
 
-def test_the_log_tells_data_model_and_scores(finished):
+def test_log_contents(finished):
     log = (finished.run / "train.log").read_text(encoding="utf-8")
     for words in ("tiny", "4 labeled, 6 unlabeled, 2 val images", "mit_b0", "6 steps", "epoch 1: mIoU"):
         assert words in log
 
 
-def test_checkpoints_hold_tensors_and_plain_values_only(finished):
+def test_checkpoints_hold_plain_values(finished):
     for name in ("latest.pth", "best.pth"):
         content = load(finished.run / name)
         assert content["recipe"] == yaml.safe_load((finished.run / "config.yaml").read_text(encoding="utf-8"))
@@ -59,21 +59,21 @@ def test_checkpoints_hold_tensors_and_plain_values_only(finished):
     assert content["model"]["bottleneck.memory.queue"].abs().sum() > 0
 
 
-def test_the_best_checkpoint_is_of_the_best_evaluation(finished, read_metrics):
+def test_best_checkpoint_is_of_best_evaluation(finished, read_metrics):
     evaluations = read_metrics(finished.run)[1]
     best = max(evaluations, key=lambda line: line["miou"])
     assert load(finished.run / "best.pth")["step"] == best["step"]
     assert math.isclose(load(finished.run / "latest.pth")["best"]["miou"], best["miou"], abs_tol=1e-4)
 
 
-def test_tensorboard_shows_losses_and_scores(finished):
+def test_tensorboard_scalars(finished):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(finished.run)).Reload()
     assert {"train/loss", "train/lr", "eval/miou", "eval_iou/left"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("eval/miou")] == [3, 6]
 
 
-def test_tensorboard_shows_images_and_the_memory(finished, read_metrics):
+def test_tensorboard_images_and_memory(finished, read_metrics):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(finished.run)).Reload()
     names = events.Tags()["images"]
@@ -85,7 +85,7 @@ def test_tensorboard_shows_images_and_the_memory(finished, read_metrics):
     assert events.Scalars("memory/left")[-1].value == pytest.approx(fill["left"])
 
 
-def test_pictures_do_not_fill_the_disk():
+def test_picture_budget():
     def shown(epochs, interval):
         recipe = load_recipe("camvid", "supervised", {"epochs": epochs, "evaluation.interval": interval})
         evaluated = [epoch for epoch in range(epochs) if epoch + 1 == epochs or (epoch + 1) % interval == 0]
@@ -98,7 +98,7 @@ def test_pictures_do_not_fill_the_disk():
 # The batch
 
 
-def test_gradients_are_accumulated_over_micro_batches(place, read_metrics):
+def test_gradient_accumulation(place, read_metrics):
     train.main(place.train("micro_batch=1", "epochs=1"))
     assert_finite_losses(read_metrics(place.run)[0])
     log = (place.run / "train.log").read_text(encoding="utf-8")
@@ -108,14 +108,14 @@ def test_gradients_are_accumulated_over_micro_batches(place, read_metrics):
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "imas"])
-def test_cutmix_that_has_no_other_image_is_told(name, place):
+def test_cutmix_without_partner_warns(name, place):
     words = ["model.encoder=tiny", "micro_batch=1"]
     train.main(place.lists("--method", name, "--save-path", place.run, *words))
     log = (place.run / "train.log").read_text(encoding="utf-8")
     assert "micro-batches of one image: CutMix has no other image to paste from and is off" in log
 
 
-def test_what_differs_from_the_recipe_is_a_table(place, capsys):
+def test_recipe_difference_table(place, capsys):
     words = ("optim.lr=0.01", "lr_scaling=linear", "seed=3")
     train.main(place.lists("--method", "supervised", "--save-path", place.run, *words))
     lines = (place.run / "train.log").read_text(encoding="utf-8").splitlines()
@@ -129,7 +129,7 @@ def test_what_differs_from_the_recipe_is_a_table(place, capsys):
 
 
 @pytest.mark.parametrize(("name", "bottleneck"), CASES)
-def test_every_method_trains_from_lists(name, bottleneck, place, read_metrics):
+def test_every_method_trains(name, bottleneck, place, read_metrics):
     options = [f"method.{key}={value}" for key, value in learning(name).items() if key != "background"]
     words = ["model.encoder=tiny", f"model.bottleneck={bottleneck}", "batch_size=2", *options]
     assert run_main(train.main, place.lists("--method", name, "--save-path", place.run, *words)) == 0
@@ -142,14 +142,14 @@ def test_every_method_trains_from_lists(name, bottleneck, place, read_metrics):
     assert has_memory == (bottleneck == "allspark")
 
 
-def test_a_supervised_start_has_the_labeled_loss_alone(place, read_metrics):
+def test_burn_in_logs_labeled_loss(place, read_metrics):
     words = ("burn_in_epochs=1", "epochs=2", "log.interval=3")
     assert run_main(train.main, place.lists("--method", "selftrain", "--save-path", place.run, *words)) == 0
     start, rest = read_metrics(place.run)[0]
     assert "loss_u" not in start and "loss_u" in rest
 
 
-def test_save_path_and_data_root_have_their_defaults(place, tmp_path, monkeypatch):
+def test_default_save_path_and_data_root(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place.edit(data={"data_root": "/nowhere"})
     monkeypatch.setenv("ALLSPARK_DATA_TINY", str(place.root))
@@ -160,7 +160,7 @@ def test_save_path_and_data_root_have_their_defaults(place, tmp_path, monkeypatc
 # Recipes
 
 
-def test_an_override_reaches_the_printed_recipe_by_its_full_or_last_key(capsys):
+def test_overrides_by_full_and_last_key(capsys):
     words = ["optim.lr=6e-4", "--dataset", "pascal", "lr_multi=3", "--method", "fixmatch", "method.threshold=0.5"]
     assert run_main(train.main, [*words, "--print-config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -168,7 +168,7 @@ def test_an_override_reaches_the_printed_recipe_by_its_full_or_last_key(capsys):
 
 
 @pytest.mark.parametrize("words", [["--local-rank=0"], ["--local_rank", "0"], ["--local_rank=1"], ["--port", "29511"]])
-def test_words_of_launchers_are_accepted_and_change_nothing(words, capsys):
+def test_launcher_arguments_are_accepted(words, capsys):
     plain = ["--dataset", "shapes", "--method", "allspark", "--print-config"]
     assert run_main(train.main, plain) == 0
     expected = capsys.readouterr().out
@@ -176,14 +176,14 @@ def test_words_of_launchers_are_accepted_and_change_nothing(words, capsys):
     assert capsys.readouterr().out == expected
 
 
-def test_an_unknown_option_of_the_method_is_named_before_data_is_touched(capsys):
+def test_unknown_method_option(capsys):
     words = ["--dataset", "pascal", "--method", "fixmatch", "method.treshold=0.5", "data_root=/nowhere"]
     assert run_main(train.main, [*words, "--print-config"]) == 2
     message = capsys.readouterr().err
     assert "method.treshold" in message and "threshold" in message.replace("treshold", "")
 
 
-def test_supervised_with_the_bottleneck_is_refused_with_the_reason(place, capsys):
+def test_supervised_with_bottleneck_is_refused(place, capsys):
     words = ("--method", "supervised", "--save-path", place.run, "model.bottleneck=allspark")
     assert run_main(train.main, place.lists(*words)) == 2
     message = capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_supervised_with_the_bottleneck_is_refused_with_the_reason(place, capsys
 # Weights
 
 
-def test_a_checkpoint_is_fine_tuned_to_other_classes_and_another_crop(finished, place, capsys):
+def test_fine_tuning_to_other_classes_and_crop(finished, place, capsys):
     source = finished.run / "latest.pth"
     words = (f"model.init_from={source}", "crop_size=97", "batch_size=4", NO_STEP)
     assert run_main(train.main, place.lists("--method", "allspark", "--save-path", place.run, *words)) == 0
@@ -209,7 +209,7 @@ def test_a_checkpoint_is_fine_tuned_to_other_classes_and_another_crop(finished, 
     assert "decoder.classifier" in said and "bottleneck.memory" in said
 
 
-def test_encoder_weights_are_taken_under_the_names_of_the_original_files(place):
+def test_pretrained_encoder_names(place):
     names = json.loads(NAMES.read_text(encoding="utf-8"))["b0_pascal_crop65"]
     encoder = {name.removeprefix("backbone."): shape for name, shape in names.items() if name.startswith("backbone.")}
     torch.manual_seed(0)

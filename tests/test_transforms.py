@@ -24,7 +24,7 @@ def geometries(count: int, width: int, height: int, crop: int = CROP):
     return [draw_geometry(np.random.default_rng([5, i]), width, height, crop) for i in range(count)]
 
 
-def test_long_side_is_uniform_and_aspect_kept():
+def test_long_side_is_uniform():
     drawn = geometries(3000, width=80, height=40)
     long = np.array([g.size[0] for g in drawn])
     assert long.min() == 40 and long.max() == 160  # 0.5 and 2 times, both ends included
@@ -33,14 +33,14 @@ def test_long_side_is_uniform_and_aspect_kept():
     assert draw_geometry(np.random.default_rng(0), 40, 80, CROP, (1.0, 1.0)).size == (40, 80)
 
 
-def test_window_is_uniform_and_inside():
+def test_window_is_uniform():
     drawn = [draw_geometry(np.random.default_rng([6, i]), 67, 64, CROP, (1, 1)) for i in range(2000)]
     lefts = np.bincount([g.offset[0] for g in drawn])
     assert len(lefts) == 4 and lefts.min() > 400 and {g.offset[1] for g in drawn} == {0}
     assert 900 < sum(g.flip for g in drawn) < 1100
 
 
-def test_draws_do_not_depend_on_pixels_and_repeat():
+def test_draws_are_independent_of_pixels():
     assert geometries(20, 90, 50) == geometries(20, 90, 50)
     assert len(set(geometries(20, 90, 50))) > 15
 
@@ -66,7 +66,7 @@ def any_geometries(count: int):
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["torch", "pillow"])
-def test_image_is_within_2_grey_levels_of_resizing_it_whole(monkeypatch, fast):
+def test_image_within_2_gray_levels(monkeypatch, fast):
     """The worst there is: noise, of all values and of black and white alone. On a smooth image 1 in a few pixels."""
     monkeypatch.setattr(resize_crop, "FAST_TORCH", fast)
     kinds, worst, cut = (lambda v: v, lambda v: v // 128 * 255), [], 0
@@ -86,7 +86,7 @@ def test_image_is_within_2_grey_levels_of_resizing_it_whole(monkeypatch, fast):
         assert distance.max() <= 1 and distance.mean() < 0.1
 
 
-def test_fast_resize_resizes_little_more_than_the_window(monkeypatch):
+def test_fast_resize_work(monkeypatch):
     """Of sides of 2048 pixels for crops of 801: that is what makes it fast."""
     drawn = [draw_geometry(np.random.default_rng([9, i]), 2048, 1024, 801) for i in range(300)]
     spans = [resize_crop.plan_side(g.offset[0], 801, g.size[0], 2048) for g in drawn]
@@ -94,13 +94,13 @@ def test_fast_resize_resizes_little_more_than_the_window(monkeypatch):
     assert np.mean(made) < 1.3 and np.mean(np.array(made) > 2) < 0.05
 
 
-def test_image_that_is_not_scaled_is_cut():
+def test_unscaled_image_is_cropped():
     image = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
     crop = Geometry((70, 90), (3, 20), CROP, flip=False).image(image)
     assert np.array_equal(crop, image[20:84, 3:67])
 
 
-def test_mask_is_what_resizing_it_whole_gives():
+def test_mask_equals_whole_resize():
     """To the pixel: nearest has ties wherever sizes have common divisors."""
     for rng, height, width, geometry in any_geometries(400):
         mask = rng.integers(0, 256, (height, width), np.uint8)
@@ -108,7 +108,7 @@ def test_mask_is_what_resizing_it_whole_gives():
         assert np.array_equal(geometry.mask(mask, fill=255), expected), (height, width, geometry)
 
 
-def test_work_follows_the_crop_not_the_image():
+def test_work_follows_crop_size():
     """A view of a memory-mapped file is read where the crop needs it: the rest may be anything."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (600, 1200, 3), np.uint8)
@@ -118,7 +118,7 @@ def test_work_follows_the_crop_not_the_image():
     assert np.array_equal(geometry.image(image), geometry.image(other))
 
 
-def test_valid_is_false_exactly_on_the_padding():
+def test_valid_is_false_on_padding():
     image, mask = coordinates(50, 90), np.ones((50, 90), np.uint8)
     partly = 0
     for geometry in geometries(60, 90, 50):
@@ -132,7 +132,7 @@ def test_valid_is_false_exactly_on_the_padding():
     assert small.sum() == 15 and small[:5, 5:].all()
 
 
-def test_image_and_mask_stay_aligned():
+def test_image_and_mask_are_aligned():
     """Red is the column and so is the mask: they must agree after any geometry, up to the rounding of nearest."""
     image = coordinates(60, 120)
     for geometry in geometries(40, 120, 60):
@@ -140,14 +140,14 @@ def test_image_and_mask_stay_aligned():
         assert np.abs(crop[..., 0].astype(int) - mask)[valid].max() <= 4
 
 
-def test_mask_is_never_interpolated():
+def test_mask_is_not_interpolated():
     rng = np.random.default_rng(0)
     mask = rng.choice(np.array([0, 20, 255], np.uint8), (50, 90))
     for geometry in geometries(30, 90, 50):
         assert set(np.unique(geometry.mask(mask, fill=255))) <= {0, 20, 255}
 
 
-def test_strong_view_keeps_its_place():
+def test_strong_view_is_aligned():
     """A photometric view moves no pixel: the edge between black and white stays where it is in the weak view."""
     image = np.zeros((CROP, CROP, 3), np.uint8)
     image[:, CROP // 2 :] = 255
@@ -160,7 +160,7 @@ def test_strong_view_keeps_its_place():
         assert abs(int((grey < middle).sum()) - CROP // 2) <= 1
 
 
-def test_strong_view_is_drawn_from_the_generator_alone():
+def test_strong_view_uses_generator():
     image = np.random.default_rng(0).integers(0, 256, (CROP, CROP, 3), np.uint8)
     views = [PHOTOMETRIC["strong"](image, np.random.default_rng(seed)) for seed in range(8)]
     again = [PHOTOMETRIC["strong"](image, np.random.default_rng(seed)) for seed in range(8)]
@@ -169,7 +169,7 @@ def test_strong_view_is_drawn_from_the_generator_alone():
     assert PHOTOMETRIC["weak"](image, np.random.default_rng(0)) is image
 
 
-def test_strong_view_takes_as_many_draws_whatever_it_does():
+def test_strong_view_draw_count():
     image, left = np.zeros((4, 4, 3), np.uint8), set()
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -180,7 +180,7 @@ def test_strong_view_takes_as_many_draws_whatever_it_does():
     assert left == {True}
 
 
-def test_strong_view_is_what_the_draws_say():
+def test_strong_view_equals_draws():
     """With the exact operations, against Pillow for the same draws."""
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -220,7 +220,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_fast_operations_are_as_close_as_stated(name):
+def test_fast_operations_are_close(name):
     (low, high), *bounds = DIFFERENCES[name]
     noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
     for image, (largest, mean) in zip((photograph(), noise), bounds, strict=True):
@@ -236,11 +236,11 @@ def test_fast_operations_are_as_close_as_stated(name):
         assert np.array_equal(image, before), "an operation changed its input"
 
 
-def test_fast_operations_stand_in_for_operations_that_there_are():
+def test_fast_operations_exist():
     assert CV2.keys() == PILLOW.keys() and {name for name in CV2 if CV2[name] is not PILLOW[name]} == set(DIFFERENCES)
 
 
-def test_frequencies_of_the_strong_view():
+def test_strong_view_frequencies():
     """On coloured noise: equal channels mean grey (p 0.2); without jitter, grey and blur nothing changes (p 0.08)."""
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     views = [PHOTOMETRIC["strong"](image, np.random.default_rng([1, seed])) for seed in range(1500)]
@@ -268,7 +268,7 @@ def test_cutmix_box_distribution():
     assert top.min() == 0 and left.min() == 0 and (top + height).max() == size == (left + width).max()
 
 
-def test_cutmix_box_has_the_distribution_of_its_specification():
+def test_cutmix_box_specification():
     """Against a literal loop with other random numbers: Kolmogorov and Smirnov's largest distance, at p = 0.001."""
     size, count, drawn = 200, 2000, []
     for seed in range(count):

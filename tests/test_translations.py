@@ -31,7 +31,7 @@ def old_config(folder, bottleneck):
     return file
 
 
-def test_the_warmup_of_an_old_config(tmp_path):
+def test_old_warmup(tmp_path):
     recipe = complete(load_config(old_config(tmp_path, "allspark")))
     assert recipe.notes == ("method.warmup_epochs is now model.bottleneck.warmup_epochs",)
     assert (recipe.method.name, recipe.model.bottleneck.warmup_epochs) == ("allspark", 13)
@@ -41,19 +41,19 @@ def test_the_warmup_of_an_old_config(tmp_path):
     )
 
 
-def test_self_training_of_an_old_config(tmp_path):
+def test_old_self_training(tmp_path):
     recipe = complete(load_config(old_config(tmp_path, "none")))
     assert recipe.notes[1:] == ("method=allspark without a bottleneck is now method=selftrain",)
     assert recipe.method.name == "selftrain" and "pseudo_context" not in recipe.method.options
 
 
-def test_old_option_on_the_command_line():
+def test_old_option_on_command_line():
     overrides = parse_overrides(["method.warmup_epochs=3"])
     assert load_recipe("cityscapes", "fixmatch", overrides).model.bottleneck.warmup_epochs == 3
     assert load_recipe("cityscapes", "fixmatch").model.bottleneck.warmup_epochs == 15
 
 
-def test_another_method_keeps_the_warmup_of_the_data_set(tmp_path):
+def test_other_method_keeps_dataset_warmup(tmp_path):
     recipe = load_config(old_config(tmp_path, "allspark"), {"model.bottleneck": "allspark"}, "fixmatch")
     assert (recipe.method.name, recipe.model.bottleneck.warmup_epochs) == ("fixmatch", 13)
 
@@ -66,7 +66,7 @@ def as_before(content):
 
 
 @pytest.mark.parametrize("method", ["allspark", "selftrain"])
-def test_an_old_run_is_resumed_and_predicts(place, method):
+def test_old_run_resumes_and_predicts(place, method):
     bottleneck = "none" if method == "selftrain" else "allspark"
     place.edit(model={"bottleneck": {"name": bottleneck, "warmup_epochs": 1}}, method={"name": method})
     train.main(place.train("epochs=1"))

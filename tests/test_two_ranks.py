@@ -117,7 +117,7 @@ def simulate(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_two_processes_equal_their_simulation(real, policy, one_thread):
+def test_two_processes_equal_simulation(real, policy, one_thread):
     models, memories, losses = simulate(policy)
     for rank in range(2):
         found, state = real[policy, rank]
@@ -130,7 +130,7 @@ def test_two_processes_equal_their_simulation(real, policy, one_thread):
                 np.testing.assert_allclose(state[name], value, atol=1e-5, rtol=1e-4, err_msg=name)
 
 
-def test_what_each_policy_leaves(real):
+def test_memory_policies_differ(real):
     """gather: all hold the same. rank0: the second differs by the last step's writes alone. local: by all of them."""
 
     def differing(policy):

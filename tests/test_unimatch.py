@@ -191,7 +191,7 @@ def test_complementary_dropout(batch, untouched):
     assert not torch.equal(masks[0][~same[0]], masks[1][~same[0], :48])  # each map its own
 
 
-def test_complementary_dropout_is_fair():
+def test_complementary_dropout_is_uniform():
     """Over many draws each channel is kept half of the time, and each image is left alone half of the time."""
     torch.manual_seed(0)
     ones = torch.ones(8, 20, 1, 1)  # both views of 4 images
@@ -213,7 +213,7 @@ def test_no_share_no_dropout():
 
 @pytest.mark.parametrize(("name", "bottleneck"), CASES)
 @pytest.mark.parametrize("what", ["padding", "nothing confident", "nothing labeled"])
-def test_streams_without_a_pixel(name, bottleneck, what):
+def test_empty_streams(name, bottleneck, what):
     """Such a stream is 0, not NaN, and so are its gradients; the denominator of the others does not change."""
     model, method = make_model(bottleneck), make_method(name, threshold=1.0 if what == "nothing confident" else 0.0)
     method.attach(model)
@@ -234,7 +234,7 @@ def test_streams_without_a_pixel(name, bottleneck, what):
 
 
 @pytest.mark.parametrize(("name", "bottleneck"), CASES)
-def test_one_image_is_not_pasted_on_itself(name, bottleneck):
+def test_single_image_is_not_mixed(name, bottleneck):
     found = []
     for filled in (True, False):
         model, method = make_model(bottleneck), make_method(name, threshold=THRESHOLD)
@@ -248,7 +248,7 @@ def test_one_image_is_not_pasted_on_itself(name, bottleneck):
         torch.testing.assert_close(found[0][key], found[1][key])
 
 
-def test_the_views_have_boxes_of_their_own():
+def test_views_have_own_boxes():
     """A box in view 1 does not move view 2, and the perturbed stream is never pasted."""
     whole = torch.ones(2, CROP, CROP, dtype=torch.bool)
     for name, kept in (("unimatch", {"loss_x", "loss_u_fp"}), ("unimatch_v2", {"loss_x"})):
@@ -278,6 +278,6 @@ def test_the_views_have_boxes_of_their_own():
         ("unimatch_v2", {"teacher_momentum": 1.0}, "teacher_momentum=1.0.*below 1"),
     ],
 )
-def test_options_are_refused_by_name(name, options, words):
+def test_bad_options(name, options, words):
     with pytest.raises(UserError, match=f"method.{words}"):
         make_method(name, **options)

@@ -97,7 +97,7 @@ def model_of(path):
     return model.eval(), content
 
 
-def test_every_configuration_is_there():
+def test_every_configuration_exists():
     assert CONFIGS.keys() == NAMES.keys()
 
 
@@ -171,7 +171,7 @@ def test_original_segformer(call, tmp_path):
     close(logits[:, :, ::4, ::4], np.load(GOLDEN / "eval_b0_baseline_1x65x65.npz")["logits_sub"])
 
 
-def test_checkpoint_as_the_authors_published_it(call, tmp_path):
+def test_published_checkpoint(call, tmp_path):
     state = {n: t for n, t in released("b0_pascal_baseline").items() if n.startswith("backbone.")}
     state["decoder.allspark.embeddings.patch_embeddings.weight"] = torch.zeros(256, 256, 1, 1)
     state["decoder.allspark.encoder.layer.0.attn_norm1.weight"] = torch.zeros(256)
@@ -200,7 +200,7 @@ def test_own_checkpoint(finished, call, tmp_path):
             assert torch.equal(model(x).logits, trained.model(x).logits)
 
 
-def test_own_checkpoint_with_a_teacher_gives_the_teacher(finished, call, tmp_path):
+def test_own_checkpoint_with_teacher(finished, call, tmp_path):
     content = torch.load(finished.run / "best.pth", weights_only=True)
     content["recipe"]["method"]["teacher"] = "ema"
     recipe = build_recipe(content["recipe"], None, "test")
@@ -215,7 +215,7 @@ def test_own_checkpoint_with_a_teacher_gives_the_teacher(finished, call, tmp_pat
         assert torch.equal(model_of(tmp_path / "ours.pth")[0](x).logits, method.teacher.model(x).logits)
 
 
-def test_bare_state_dict_of_ours(finished, call, tmp_path):
+def test_own_state_dict(finished, call, tmp_path):
     state = torch.load(finished.run / "best.pth", weights_only=True)["model"]
     torch.save(state, tmp_path / "state.pth")
     call("import", tmp_path / "state.pth", "--out", tmp_path / "ours.pth")
@@ -240,20 +240,20 @@ def test_encoder_file(suffix, source, original, call, tmp_path):
     assert all(torch.equal(model.encoder.state_dict()[name], tensor) for name, tensor in state.items())
 
 
-def test_bin_and_safetensors_are_read(original, call, tmp_path):
+def test_bin_and_safetensors(original, call, tmp_path):
     torch.save(original, tmp_path / "pytorch_model.bin")
     save_file(original, tmp_path / "model.safetensors")
     for name in ("pytorch_model.bin", "model.safetensors"):
         call("import", tmp_path / name, "--out", tmp_path / "ours.pth", "--force")
 
 
-def test_half_precision_becomes_single(original, call, tmp_path):
+def test_half_precision(original, call, tmp_path):
     torch.save({name: tensor.half() for name, tensor in original.items()}, tmp_path / "half.pth")
     call("import", tmp_path / "half.pth", "--out", tmp_path / "ours.pth")
     assert all(t.dtype == torch.float32 for t in torch.load(tmp_path / "ours.pth", weights_only=True).values())
 
 
-def test_fine_tuning_from_a_foreign_whole_model(tmp_path):
+def test_fine_tuning_from_foreign_model(tmp_path):
     """init_from reads what import reads; the memory of the new model stays as fresh as it is."""
     save_released(released("b0_pascal_crop65"), tmp_path / "best.pth")
     cfg = ModelConfig(encoder="mit_b0", bottleneck=build_bottleneck("allspark"))
@@ -330,13 +330,13 @@ def test_damaged_model(damage, told, call, tmp_path):
     assert not (tmp_path / "ours.pth").exists()
 
 
-def test_what_has_no_place_is_listed(original, call, tmp_path):
+def test_unmatched_tensors_are_listed(original, call, tmp_path):
     torch.save({**original, "block1.0.attn.gate.weight": torch.zeros(1)}, tmp_path / "mit_b0.pth")
     said = call("import", tmp_path / "mit_b0.pth", "--out", tmp_path / "ours.pth")
     assert "1 unexpected" in said and "left out: block1.0.attn.gate.weight" in said
 
 
-def test_sources_that_are_none(source, original, call, tmp_path):
+def test_invalid_sources(source, original, call, tmp_path):
     torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     (tmp_path / "pytorch_model-00001-of-00003.bin").write_bytes(source.read_bytes())
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
@@ -357,7 +357,7 @@ def test_sources_that_are_none(source, original, call, tmp_path):
             assert words in said
 
 
-def test_targets_that_are_refused(source, call, tmp_path):
+def test_invalid_targets(source, call, tmp_path):
     there = tmp_path / "there.pth"
     there.write_bytes(b"earlier work")
     assert "--force" in call("import", source, "--out", there, code=2)
@@ -372,7 +372,7 @@ def test_targets_that_are_refused(source, call, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["encoder.pth", "encoder.safetensors", "model.pth"])
-def test_full_disk_leaves_nothing_behind(kind, source, call, tmp_path):
+def test_full_disk(kind, source, call, tmp_path):
     if kind == "model.pth":
         source = tmp_path / "best.pth"
         save_released(released("b0_pascal_baseline"), source)

@@ -81,7 +81,7 @@ def encoder_state(path):
     return model.encoder.state_dict()
 
 
-def test_fetch_from_a_server_that_drops_after_one_that_lies(server, source, call, tmp_path):
+def test_fetch_falls_back_and_resumes(server, source, call, tmp_path):
     out = tmp_path / "pretrained" / "mit_b0.pth"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     words = ("--from", f"{server}/corrupt/mit_b0.pth", "--from", f"{server}/drop/mit_b0.pth", "--out", out)
@@ -92,7 +92,7 @@ def test_fetch_from_a_server_that_drops_after_one_that_lies(server, source, call
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in encoder_state(out).items())
 
 
-def test_fetch_without_a_hash_refuses_what_is_no_weight_file(server, call, tmp_path):
+def test_fetch_without_hash_checks_content(server, call, tmp_path):
     out = tmp_path / "pretrained" / "mit_b0.pth"
     said = call("fetch", "mit_b0", "--from", f"{server}/corrupt/mit_b0.pth", "--out", out, code=2)
     assert "no source has usable weights" in said and "not a readable weight file" in said
@@ -100,7 +100,7 @@ def test_fetch_without_a_hash_refuses_what_is_no_weight_file(server, call, tmp_p
 
 
 @pytest.mark.parametrize("form", ["path", "url"])
-def test_fetch_from_the_disk(form, source, call, tmp_path):
+def test_fetch_from_disk(form, source, call, tmp_path):
     out = tmp_path / "pretrained" / "mit_b0.safetensors"
     where = source if form == "path" else source.as_uri()
     digest = hashlib.sha256(source.read_bytes()).hexdigest()

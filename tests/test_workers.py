@@ -52,19 +52,19 @@ def gone(pid: int) -> bool:
     [("SIGKILL", "out of memory"), ("SIGSEGV", "num_workers=0 shows"), ("SIGBUS", "/dev/shm"), ("SIGABRT", "start")],
 )
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_worker_that_dies_is_named_with_its_signal(number, remedy, persistent):
+def test_killed_worker_is_named(number, remedy, persistent):
     begin = time.monotonic()
     with pytest.raises(WorkerDied, match=rf"worker \d+ was killed by {number}; .*{remedy}"):
         run(Obeys(at4=die(getattr(signal, number))), persistent_workers=persistent)
     assert time.monotonic() - begin < 4
 
 
-def test_a_worker_that_exits_is_named():
+def test_exited_worker_is_named():
     with pytest.raises(WorkerDied, match="exited with code 7; use data.num_workers=0"):
         run(Obeys(at4=lambda: os._exit(7)))
 
 
-def test_a_worker_that_dies_between_two_epochs_is_found():
+def test_worker_dies_between_epochs():
     loader = make_loader(Obeys(), 2, batch_size=None, persistent_workers=True)
     pids = {int(item[0]) for item in iterate(loader)}
     victim, other = sorted(pids)
@@ -78,14 +78,14 @@ def test_a_worker_that_dies_between_two_epochs_is_found():
 
 
 @pytest.mark.parametrize("act", [lambda: time.sleep(60), die(signal.SIGSTOP)], ids=["sleeps", "stopped"])
-def test_a_worker_that_hangs_is_not_waited_for_longer_than_said(act):
+def test_hanging_worker_times_out(act):
     begin = time.monotonic()
     with pytest.raises(WorkerDied, match="no batch within 0.5 s from 1 workers; is the storage.*data.timeout"):
         run(Obeys(at4=act), workers=1, timeout=0.5)
     assert time.monotonic() - begin < 5
 
 
-def test_workers_leave_stop_signals_to_the_main_process():
+def test_workers_ignore_stop_signals():
     """A Ctrl-C reaches the foreground's process group, a batch system every process: none may cost the workers."""
 
     def all_of_them():
@@ -97,7 +97,7 @@ def test_workers_leave_stop_signals_to_the_main_process():
     assert all(int(pid) == int(group) != os.getpgid(0) for pid, group, _ in items)
 
 
-def test_the_main_process_keeps_its_look_at_children():
+def test_sigchld_handler_is_unchanged():
     seen = []
     before = signal.signal(signal.SIGCHLD, lambda *_: seen.append(1))
     try:
@@ -116,18 +116,18 @@ def no_shared_memory():
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
-def test_a_bug_in_a_worker_keeps_its_traceback():
+def test_worker_bug_keeps_traceback():
     with pytest.raises(KeyError, match="(?s)Caught KeyError in DataLoader worker.*in fails") as caught:
         run(Obeys(at4=fails))
     assert not isinstance(caught.value, UserError)
 
 
-def test_shared_memory_that_ran_out_is_no_bug():
+def test_shared_memory_exhausted():
     with pytest.raises(WorkerDied, match="out of shared memory: enlarge /dev/shm"):
         run(Obeys(at4=no_shared_memory))
 
 
-def test_without_workers_nothing_is_watched():
+def test_no_workers_no_watchdog():
     items = run(Obeys(), workers=0)
     assert len(items) == 8 and int(items[0][0]) == os.getpid()
     with pytest.raises(RuntimeError, match="unable to allocate"):
@@ -146,7 +146,7 @@ sys.exit(3)
 """
 
 
-def test_no_worker_outlives_its_parent(start_process):
+def test_no_worker_outlives_parent(start_process):
     """Which does not wait at its end for one that is stopped, either; also where nobody watched them by `batches`."""
     process = start_process(["-c", ENDS])
     out, err = process.communicate(timeout=60)

@@ -26,7 +26,7 @@ def log_run(folder, writer, start_step=0):
     return json.loads((folder / RUN_IDS).read_text())[writer] if (folder / RUN_IDS).exists() else None
 
 
-def test_names_of_the_scalars():
+def test_scalar_names():
     assert scalars(STEP) == {"train/step": 2, "train/epoch": 0, "train/lr": 0.1, "train/loss": 2.0} | {
         "train/images_per_s": 3.5
     }
@@ -35,7 +35,7 @@ def test_names_of_the_scalars():
 
 
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
-def test_an_absent_package_is_named(name, package, tmp_path, monkeypatch):
+def test_missing_package(name, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"log\.writers: {name} is not installed; pip install {package}"):
         log_run(tmp_path, name)
@@ -53,7 +53,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").rglob("*.png"))
 
 
-def test_mlflow_in_a_file_store(tmp_path, monkeypatch):
+def test_mlflow_file_store(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -68,7 +68,7 @@ def test_mlflow_in_a_file_store(tmp_path, monkeypatch):
     assert log_run(folder, "mlflow") != first
 
 
-def test_a_service_that_fails_is_no_traceback(tmp_path, monkeypatch):
+def test_failing_service_is_not_fatal(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nothing://like/that")
     with pytest.raises(UserError, match=r"log\.writers: mlflow failed .*remove it from log\.writers"):
