@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train
+from allspark.engine.checkpoint import save_checkpoint
 from helpers import REPO, forks, networks  # noqa: F401, networks registers the encoder "tiny"
 from helpers.ranks import Ranks
 from helpers.tiny_dataset import Place, write_files, write_recipe
@@ -76,6 +77,18 @@ def finished(tiny_root, tmp_path_factory, one_thread):
     yield done
     for file in folder.rglob("*.pth"):
         file.unlink()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """latest.pth of step 2, previous.pth of step 1, best.pth of step 0; and how they read."""
+    path, best = {"world_size": 1, "best": {"miou": 1.0, "epoch": 0}}, tmp_path / "best.pth"
+    rest = {"model": {"w": torch.arange(5000.0)}, "method": {}, "recipe": {}, "optimizer": {}, "epoch": 0}
+    rest["split"] = {"name": "1_8", "sha256": "0"}
+    save_checkpoint(best, {**path, **rest, "step": 0})
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "latest.pth", {**path, **rest, "step": step}, previous=tmp_path / "previous.pth")
+    return tmp_path
 
 
 def environment(more: dict[str, object]) -> dict[str, str]:

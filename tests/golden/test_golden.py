@@ -19,13 +19,7 @@ from allspark.models.student import Student, predict
 from allspark.weights.loading import rename_released
 from helpers.released import GOLDEN, NAMES, close, formula, image, label
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def released_model(config, classes, crop, heads=2):

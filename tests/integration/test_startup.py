@@ -95,3 +95,16 @@ def test_prepare_help_names_archives(capsys):
     for name, plan in PLANS.items():
         assert name in text and plan.dataset in text
         assert all(archive.name in text for archive in plan.archives)
+
+
+def test_setup_reads_driver(tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\necho '| NVIDIA-SMI 535.183.01    Driver Version: 535.183.01    CUDA Version: 12.2     |'\n"
+    )
+    tool.chmod(0o755)
+    line = (REPO / "scripts" / "setup.sh").read_text().split("driver_cuda() {", 1)[1].split("\n}", 1)[0]
+    command = ["sh", "-c", f"driver_cuda() {{ {line}\n}}; driver_cuda"]
+    found = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
+    assert found.stdout == "12\n"
+    assert subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True).stdout in ("", "13\n")

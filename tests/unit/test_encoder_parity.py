@@ -13,13 +13,7 @@ import torch
 from allspark.weights.loading import MIT_SIZES, WeightFile, read_weights, recognize
 from helpers.parity import filled, same_maps
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

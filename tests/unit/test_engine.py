@@ -13,12 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from allspark import distributed
 from allspark.config import ModelConfig, OptimConfig
 from allspark.engine.checkpoint import (
-    buffers_by_rank,
     find_checkpoint,
-    load_buffers_of_rank,
     load_checkpoint,
     load_state,
     save_checkpoint,
@@ -186,18 +183,6 @@ def file_size_limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """latest.pth of step 2, previous.pth of step 1, best.pth of step 0; and how they read."""
-    path, best = {"world_size": 1, "best": {"miou": 1.0, "epoch": 0}}, tmp_path / "best.pth"
-    rest = {"model": {"w": torch.arange(5000.0)}, "method": {}, "recipe": {}, "optimizer": {}, "epoch": 0}
-    rest["split"] = {"name": "1_8", "sha256": "0"}
-    save_checkpoint(best, {**path, **rest, "step": 0})
-    for step in (1, 2):
-        save_checkpoint(tmp_path / "latest.pth", {**path, **rest, "step": step}, previous=tmp_path / "previous.pth")
-    return tmp_path
-
-
 def test_previous_checkpoint_is_saved(saved):
     assert [load_checkpoint(saved / name)["step"] for name in ("latest.pth", "previous.pth")] == [2, 1]
     assert sorted(path.name for path in saved.iterdir()) == ["best.pth", "latest.pth", "previous.pth"]
@@ -279,36 +264,6 @@ def test_no_hard_links(saved, monkeypatch):
     assert [load_checkpoint(saved / name)["step"] for name in ("latest.pth", "previous.pth")] == [3, 2]
 
 
-@pytest.mark.parametrize("name", ["link", "replace"])
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("after", [False, True])
-def test_kill_during_save_leaves_valid_files(saved, monkeypatch, name, count, after):
-    """The process ends right before or after the count-th call of os.link or os.replace; then latest.pth is damaged."""
-    content, call, calls = load_checkpoint(saved / "latest.pth"), getattr(os, name), []
-
-    def last(*args):
-        calls.append(args)
-        if after:
-            call(*args)
-        if len(calls) == count:
-            os._exit(9)
-        if not after:
-            call(*args)
-
-    if not (child := os.fork()):
-        monkeypatch.setattr(os, name, last)
-        save_checkpoint(saved / "latest.pth", {**content, "step": 3}, previous=saved / "previous.pth")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in ((9,) if name == "replace" or count == 1 else (0,))
-    assert find_checkpoint(saved)[1]["step"] in (2, 3)
-    with open(saved / "latest.pth", "r+b") as file:
-        file.truncate(1000)
-    assert find_checkpoint(saved)[0].name == "previous.pth"
-    save_checkpoint(saved / "latest.pth", {**content, "step": 4}, previous=saved / "previous.pth")
-    assert load_checkpoint(saved / "latest.pth")["step"] == 4
-    assert not list(saved.glob("*.link"))
-
-
 def test_folder_lock(tmp_path):
     folder = tmp_path / "run"
     with RunLock(folder) as held:
@@ -356,61 +311,3 @@ def test_deferred_signal():
         assert stop.poll(cpu, save=False) == 1 + signal.SIGUSR1
         with pytest.raises(Stopped, match="stopped by SIGUSR1"), stop.immediately():
             pytest.fail("it was to stop before")
-
-
-@pytest.mark.parametrize(("pause", "status"), [(0.0, 0), (1.1, 130)])
-def test_second_interrupt_exits(pause, status):
-    child = os.fork()
-    if child == 0:
-        with Stop() as stop:
-            stop.defer()
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(pause)
-            os.kill(os.getpid(), signal.SIGINT)
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
-
-
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0), (signal.SIGUSR1, 0)]
-)
-def test_worker_with_inherited_handlers(number, status):
-    with Stop():
-        child = os.fork()
-        if child == 0:
-            os.kill(os.getpid(), number)
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
-
-
-def requests(delay):
-    """Process 1 alone is asked to stop, behind its third step."""
-    stop, cpu = Stop(), torch.device("cpu")
-    found = []
-    for step in range(6):
-        if step == 2 and distributed.rank() == 1:
-            stop.signal = int(signal.SIGTERM)
-        found.append(stop.poll(cpu, save=False, delay=delay))
-    return found, stop.sync(cpu), len(stop.pending)
-
-
-def test_ranks_agree_on_stop_step(pair):
-    term = 1 + signal.SIGTERM
-    assert pair(requests, 0) == [([0, 0, term, term, term, term], term, 0)] * 2
-    assert pair(requests, 2) == [([0, 0, 0, 0, term, term], term, 0)] * 2
-
-
-def ranks_of_buffers():
-    model = nn.BatchNorm1d(2)
-    model.running_mean.fill_(distributed.rank())
-    ranks = buffers_by_rank({"model": model}, ())
-    shared = buffers_by_rank({"model": model}, ("model.running",))
-    model.running_mean.fill_(7.0)
-    load_buffers_of_rank({"model": model}, ranks)
-    return ranks, shared, model.running_mean
-
-
-def test_buffers_by_rank(pair):
-    for rank, (ranks, shared, mean) in enumerate(pair(ranks_of_buffers)):
-        assert list(ranks) == ["model.running_mean"] and ranks["model.running_mean"].tolist() == [[0, 0], [1, 1]]
-        assert shared == {} and mean.tolist() == [rank, rank]

@@ -1,6 +1,5 @@
 """Encoders from timm: pyramids and plain ViTs, at any size, with the bottleneck, their weights, and what is refused."""
 
-import json
 import re
 
 import pytest
@@ -9,11 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 import train
-from allspark import __main__ as verbs
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
 from allspark.data.batch import normalize
 from allspark.engine.optim import build_optimizer
-from allspark.inference import load_for_inference
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import TimmEncoder
@@ -156,22 +153,6 @@ def test_refused_weights(tmp_path):
         load_pretrained(model, str(tmp_path / "nowhere.pth"), "none")
 
 
-def test_check_names_weight_source(capsys, tmp_path):
-    words = [
-        "--dataset",
-        "shapes",
-        "--method",
-        "supervised",
-        "--split",
-        "1_30",
-        f"data.data_root={tmp_path / 'shapes'}",
-    ]
-    verbs.main(
-        ["check", *words, "model.encoder=timm:test_convnext", "device=cpu", "--save-path", str(tmp_path / "run")]
-    )
-    assert "from random initialization (get it by `hf download timm/test_convnext.r160_in1k " in capsys.readouterr().out
-
-
 def test_class_maps_cover_padding():
     """The bottleneck's class maps of a padded image are padded, too: to where its cells lie."""
     model = make_model("test_convnext", "allspark")
@@ -216,15 +197,3 @@ def test_refusals(words, told, place, capsys):
     assert run_main(train.main, place.train(f"model.encoder={words[0]}", *words[1:])) == 2
     error = capsys.readouterr().err
     assert told in error and f"{words[0]}" in error
-
-
-@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
-def test_train_eval_predict(name, place, capsys):
-    """AllSpark with its memory, evaluated, saved, read again."""
-    train.main(place.train(f"model.encoder=timm:{name}"))
-    lines = [json.loads(line) for line in (place.run / "metrics.jsonl").read_text().splitlines()]
-    assert sum("miou" in line for line in lines) == 2
-    loaded = load_for_inference(place.run / "latest.pth", torch.device("cpu"))
-    assert loaded.model.encoder.name == name
-    verbs.main(["weights", "inspect", str(place.run / "latest.pth")])
-    assert f"encoder timm:{name}, with timm's tensor names" in capsys.readouterr().out
