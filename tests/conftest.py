@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a tiny data set of real files, its recipe, a finished run, real processes."""
+"""Fixtures: a tiny data set of real files, its recipe, a finished run, and processes."""
 
 import contextlib
 import json
@@ -19,13 +19,13 @@ from helpers import REPO, forks, networks  # noqa: F401, networks registers the 
 from helpers.ranks import Ranks
 from helpers.tiny_dataset import Place, write_files, write_recipe
 
-with contextlib.suppress(ValueError):  # in the background of a script it is ignored, also by what the tests start
+with contextlib.suppress(ValueError):  # ignored in background jobs of a script, also by child processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def no_data_roots_from_outside():
-    """What the machine's owner has set for own runs must not lead a test to other data."""
+    """Unset ALLSPARK_DATA_*, so that no test finds other data."""
     kept = dict(os.environ)
     for name in kept:
         if name.startswith("ALLSPARK_DATA_"):
@@ -36,7 +36,7 @@ def no_data_roots_from_outside():
 
 @pytest.fixture(scope="session")
 def one_thread():
-    """Sums are bit-identical between processes only with equal thread counts; real processes get one thread too."""
+    """One thread, as in child processes: sums are bit-identical only with equal thread counts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +45,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def pair():
-    """Two processes of one group: pair(function, *args) -> what it returned in each."""
+    """Two processes of one group: pair(function, *args) -> the results of both."""
     ranks = Ranks(2)
     yield ranks
     ranks.close()
@@ -53,7 +53,7 @@ def pair():
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
-    """The undamaged data set. Read it, copy it, never write to it."""
+    """The data set, read-only."""
     root = tmp_path_factory.mktemp("tiny") / "data"
     write_files(root)
     return root
@@ -70,7 +70,7 @@ def place(tiny_root, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(tiny_root, tmp_path_factory, one_thread):
-    """A run of 2 epochs, done in this process. Read it, copy it, never write to it."""
+    """A finished run of 2 epochs, read-only."""
     folder = tmp_path_factory.mktemp("finished")
     done = Place(tiny_root, write_recipe(folder / "recipe.yaml", tiny_root), folder / "run")
     train.main(done.train())
@@ -92,16 +92,16 @@ def saved(tmp_path):
 
 
 def environment(more: dict[str, object]) -> dict[str, str]:
-    """Of the tests' processes: one thread, no GPU."""
+    """Environment of child processes: one thread, no GPU."""
     return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | {key: str(more[key]) for key in more}
 
 
 @pytest.fixture(scope="session")
 def fork_process(tmp_path_factory):
-    """(train.py|eval.py|-m allspark, words) -> a real process where its code and messages are the point.
+    """(train.py|eval.py|-m allspark, words) -> a process, for tests of exit codes and messages.
 
-    It is forked from one that has imported everything, which start_process's take four seconds for. What is about the
-    start itself, signals, launchers or memory takes start_process.
+    Forked from a server that has imported everything, which takes four seconds with start_process. Tests of the start
+    itself, of signals, launchers or memory use start_process.
     """
     folder, started = tmp_path_factory.mktemp("forked"), []
     forks.serve()
@@ -118,7 +118,7 @@ def fork_process(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start_process():
-    """(words after python) -> a real process in the repository, one thread, no GPU; ended with the session."""
+    """(arguments of python) -> a process in the repository with one thread and no GPU; ended with the session."""
     started: list[subprocess.Popen] = []
 
     def start(words: Sequence[object], **more_env: object) -> subprocess.Popen:
@@ -129,7 +129,7 @@ def start_process():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # a group of its own, so that a launcher's children end with it
+            start_new_session=True,  # a new process group, so that a launcher's children end with it
         )
         started.append(process)
         return process

@@ -1,4 +1,4 @@
-"""Archives of the benchmarks in exactly their official layouts, with small random pictures: for tests of prepare."""
+"""Archives of the benchmarks in their official layouts, with small random images, for the tests of `prepare`."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def encode(image, form="PNG"):
     return buffer.getvalue()
 
 
-def grey(mask):
+def gray(mask):
     return encode(Image.fromarray(mask))
 
 
@@ -38,7 +38,7 @@ def palette_png(mask):
     """As VOC stores its masks: indices into a palette, 255 among them."""
     image = Image.new("P", mask.shape[::-1])
     image.frombytes(mask.tobytes())
-    image.putpalette([channel for colour in voc_palette(256) for channel in colour])
+    image.putpalette([channel for color in voc_palette(256) for channel in color])
     return encode(image)
 
 
@@ -131,7 +131,7 @@ def city_files(names, masks=None, size=(40, 32)):
             images[f"leftImg8bit/{place}_leftImg8bit.png"] = picture(seed, size, "PNG")
             mask = (masks or {}).get(name, values[rng.integers(0, 35, size[::-1])])
             for kind in ("labelIds", "instanceIds", "color"):
-                labels[f"gtFine/{place}_gtFine_{kind}.png"] = grey(mask)
+                labels[f"gtFine/{place}_gtFine_{kind}.png"] = gray(mask)
             labels[f"gtFine/{place}_gtFine_polygons.json"] = b"{}"
     return {"leftImg8bit_trainvaltest.zip": images, "gtFine_trainvaltest.zip": labels}
 
@@ -189,7 +189,7 @@ def tutorial_files(names, size=(8, 6)):
         files[f"{root}/{split}.txt"] = lines(f"/SegNet/CamVid/{split}/{name}.png" for name in listed)
         for seed, name in enumerate(listed):
             files[f"{root}/{split}/{name}.png"] = picture(seed, size, "PNG")
-            files[f"{root}/{split}annot/{name}.png"] = grey(rng.integers(0, 12, size[::-1]).astype(np.uint8))
+            files[f"{root}/{split}annot/{name}.png"] = gray(rng.integers(0, 12, size[::-1]).astype(np.uint8))
     return files
 
 
@@ -200,7 +200,7 @@ def ade20k_files(names, masks=None, size=(40, 32)):
         for seed, name in enumerate(listed):
             files[f"{root}/images/{split}/{name}.jpg"] = picture(seed, size)
             mask = (masks or {}).get(name, rng.integers(0, 151, size[::-1]).astype(np.uint8))
-            files[f"{root}/annotations/{split}/{name}.png"] = grey(mask)
+            files[f"{root}/annotations/{split}/{name}.png"] = gray(mask)
     files[f"{root}/objectInfo150.txt"] = b"Idx\tRatio\tTrain\tVal\tName\n"
     files[f"{root}/sceneCategories.txt"] = lines(f"{name} kitchen" for listed in names.values() for name in listed)
     return files

@@ -16,7 +16,7 @@ def make_model(encoder="resnet50", crop=CROP, bottleneck="none", **options):
 
 
 def filled(network):
-    """Statistics and weights of batch norm that are none of the fresh ones, so that a tensor in a wrong place shows."""
+    """Random statistics and weights of batch norm, so that a tensor in a wrong place is noticed."""
     torch.manual_seed(1)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

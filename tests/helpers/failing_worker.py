@@ -1,4 +1,4 @@
-"""What test_distributed.py has torchrun start: two processes in step, of which number 1 ends early. No test itself."""
+"""Started by test_distributed.py under torchrun: two processes, of which rank 1 fails."""
 
 import os
 import signal

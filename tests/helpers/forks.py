@@ -1,4 +1,4 @@
-"""Real processes that are forked from one which has imported torch and the code already: each starts in a blink."""
+"""Processes that are forked from a server which has imported torch and the package, so that each starts quickly."""
 
 import atexit
 import multiprocessing
@@ -17,13 +17,13 @@ context = multiprocessing.get_context("forkserver")
 
 
 def serve():
-    """Start the process that the others are forked from, unless it is there: it imports while the tests go on."""
+    """Start the fork server unless it is running; it imports the package while the tests continue."""
     context.set_forkserver_preload(["train", "eval", "pytest", *VERBS])
     forkserver.ensure_running()
 
 
 class Command(context.Process):
-    """`python train.py|eval.py|-m allspark words` in the repository, with what the tests use of subprocess.Popen."""
+    """`python train.py|eval.py|-m allspark words` in the repository; has the methods of subprocess.Popen that tests use."""
 
     def __init__(self, words, env, stem):
         super().__init__()

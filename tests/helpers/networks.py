@@ -14,10 +14,14 @@ from allspark.models.segmentor import ENCODERS, build_model
 
 CROP, CLASSES = 65, 5
 FIRST = Progress(step=0, epoch=0, total_steps=10)
-ONE = {"supervised": "none", "selftrain": "none", "allspark": "allspark"}  # methods of one network; others have both
+ONE = {
+    "supervised": "none",
+    "selftrain": "none",
+    "allspark": "allspark",
+}  # methods tested with one bottleneck; others with both
 CASES = [(name, one) for name in METHODS for one in ([ONE[name]] if name in ONE else ("none", "allspark"))]
 WIDTHS = (8, 16, 40, 64)
-# One narrow block per stage: what the tests of methods ask for holds for any width, and many models are trained there
+# One narrow block per stage, for speed
 ENCODERS["tiny"] = partial(MiT, MiTSize(WIDTHS, (1, 1, 1, 1), 32))
 
 
@@ -28,7 +32,7 @@ def make_model(bottleneck="allspark", classes=CLASSES, crop=CROP, **options):
 
 
 def quiet_model(bottleneck="none", seed=None):
-    """Nothing random in it; with a seed, away from where it began."""
+    """A network without dropout and drop path; with a seed, its initial weights are perturbed."""
     model = make_model(bottleneck, dropout=0.0, drop_path=0.0)
     if bottleneck == "allspark":
         model.bottleneck.cross_branch.dropout = model.bottleneck.self_branch.dropout = 0.0
@@ -49,13 +53,13 @@ def takes(name, option):
 
 
 def learning(name, **options):
-    """Options of a method by which each of its losses counts from the first step on, and the memory is read."""
+    """Options with which each loss of a method is positive from the first step on."""
     wanted = {"threshold": 0.0, "background": 0, **options}
     return {option: value for option, value in wanted.items() if takes(name, option)}
 
 
 def attached(name, bottleneck="none", **options):
-    """A small network and a method, as the loop has them before the first step."""
+    """A small network with a method attached, as before the first training step."""
     model, method = make_model(bottleneck), make_method(name, **options)
     method.attach(model)
     return model, method

@@ -6,7 +6,7 @@ TOLERANCE = 1e-5  # of the largest value
 
 
 def filled(module):
-    """With weights of a size that keeps signals at variance 1, biases and norms away from 0 and 1."""
+    """Random weights that keep the variance of signals at 1; biases and norms differ from 0 and 1."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""Real gloo processes that stand ready for the session's tests: each is started once."""
+"""Processes of one gloo group, started once per session, which call functions of the tests."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from helpers import forks
 
 
 def serve(rank, world, port, pipe):
-    """Call what is asked for, inside the process group, until None is."""
+    """Call the functions received from the pipe inside the process group, until None is received."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def free_port():
 
 
 class Ranks:
-    """ranks(function, *args) -> what it returned in each process, in rank order."""
+    """ranks(function, *args) calls the function in each process and returns the results in rank order."""
 
     def __init__(self, world):
         port = free_port()
@@ -42,7 +42,7 @@ class Ranks:
             self.processes.append(process)
 
     def start(self, function, *args):
-        """Both begin; `wait` gives the results."""
+        """Start the call in all processes; `wait` returns the results."""
         for pipe in self.pipes:
             pipe.send((function, args))
 

@@ -1,4 +1,4 @@
-"""What the tests of train.py ask of a run's folder, and how they disturb a run."""
+"""Checks of a run's folder, and ways to interrupt a run."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def without_speed(run):
 
 
 class At:
-    """Stands for a function of train.py and calls it; before its call number `number` it does something else."""
+    """Replaces a function and calls it; calls `action` before call number `number`."""
 
     def __init__(self, function, number, action):
         self.function, self.left, self.action = function, number, action

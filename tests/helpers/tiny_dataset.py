@@ -15,18 +15,18 @@ STEPS_PER_EPOCH = 3  # 6 unlabeled images in batches of 2
 
 @dataclass(frozen=True)
 class Place:
-    """A copy of the data set that a test may damage, its recipe file, and the folder that a run goes to."""
+    """A copy of the data set that a test may damage, its recipe file, and the folder for a run."""
 
     root: Path
     config: Path
     run: Path
 
     def train(self, *words: object) -> list[str]:
-        """Arguments of train.py: the recipe of this place into its folder, then `words`."""
+        """Arguments of train.py: the recipe and folder of this place, then `words`."""
         return ["--config", str(self.config), "--save-path", str(self.run), *map(str, words)]
 
     def lists(self, *words: object) -> list[str]:
-        """Arguments of train.py: PASCAL's recipe cut down for these files, named by lists; the method is in `words`."""
+        """Arguments of train.py: a small PASCAL recipe with lists of these files; `words` name the method."""
         small = ("model.encoder=mit_b0", "model.decoder_channels=32", "model.pretrained=none", "crop_size=65")
         short = ("batch_size=2", "epochs=1", "log.interval=1", "num_workers=0", "device=cpu")
         data = (f"data_root={self.root}", f"data.val_id_path={self.root}/lists/val.txt")
@@ -42,7 +42,7 @@ class Place:
 
 
 def write_files(root: Path) -> None:
-    """Images whose left and right part are of different colour and class; mask folders for labeled and val only."""
+    """Images whose left and right parts differ in color and class; mask folders for labeled and val only."""
     rng = np.random.default_rng(0)
     width, height = SIZE
     for kind, count in COUNTS.items():
@@ -65,7 +65,7 @@ def write_files(root: Path) -> None:
 
 
 def write_recipe(path: Path, root: Path) -> Path:
-    """The recipe of a data set described in YAML alone: AllSpark, 2 epochs of 3 steps, a log line every 2 steps."""
+    """The recipe of a custom data set: AllSpark, 2 epochs of 3 steps, a log line every 2 steps."""
     custom = {"classes": list(CLASSES), "unlabeled_images": "images/unlabeled"}
     for kind in ("labeled", "val"):
         custom |= {f"{kind}_images": f"images/{kind}", f"{kind}_masks": f"masks/{kind}"}

@@ -9,7 +9,7 @@ from allspark.evaluation.sliding_window import Inference
 
 
 class Pointwise(nn.Module):
-    """A 1x1 convolution: each pixel alone decides, so windows, flips and batches must change nothing."""
+    """A 1x1 convolution: windows, flips and batches must not change its output."""
 
     def __init__(self, num_classes=5):
         super().__init__()
@@ -24,7 +24,7 @@ class Pointwise(nn.Module):
 
 
 class Blurred(Pointwise):
-    """Sees 7 pixels across and has batch norm and dropout: a model for which context and mode matter."""
+    """A 7x7 convolution with batch norm and dropout: context and mode matter."""
 
     def __init__(self, num_classes=5):
         super().__init__(num_classes)

@@ -27,11 +27,11 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def samples(tmp_path) -> list[Sample]:
-    """Files of all kinds and sizes: grey, palette, alpha, 16 bits, JPEG turned by its EXIF; each with a mask."""
+    """Files of all kinds and sizes: gray, palette, alpha, 16 bits, JPEG turned by its EXIF; each with a mask."""
     rng, samples = np.random.default_rng(0), []
     pictures = {
         "rgb.png": Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)),
-        "grey.png": Image.fromarray(rng.integers(0, 256, (11, 13), np.uint8)),
+        "gray.png": Image.fromarray(rng.integers(0, 256, (11, 13), np.uint8)),
         "palette.png": Image.fromarray(rng.integers(0, 256, (9, 40, 3), np.uint8)).quantize(16),
         "alpha.png": Image.fromarray(rng.integers(0, 256, (17, 5, 4), np.uint8)),
         "deep.png": Image.fromarray(rng.integers(0, 2**16, (8, 8), np.uint16)),
@@ -212,7 +212,7 @@ def test_unreadable_file_leaves_no_cache(samples, tmp_path):
 
 def test_pair_size_mismatch(samples, tmp_path):
     mixed = [replace(samples[0], mask=samples[1].mask)]
-    with pytest.raises(UserError, match=r"differ in width x height: .*rgb.png is 30 x 20, .*grey.png_mask.png is 13 x"):
+    with pytest.raises(UserError, match=r"differ in width x height: .*rgb.png is 30 x 20, .*gray.png_mask.png is 13 x"):
         opened(mixed, tmp_path / "cache").pair(mixed[0])
 
 

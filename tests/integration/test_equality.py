@@ -144,14 +144,14 @@ def run_cases(root):
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory):
-    """21 images of coloured blocks, a class each, no pixel of them ignored."""
+    """21 images of colored blocks, a class each, no pixel of them ignored."""
     root, rng = tmp_path_factory.mktemp("blocks"), np.random.default_rng(0)
-    colours = rng.integers(40, 216, (CLASSES, 3))
+    colors = rng.integers(40, 216, (CLASSES, 3))
     for folder in ("images", "masks"):
         (root / folder).mkdir()
     for index in range(21):
         mask = rng.integers(0, CLASSES, (5, 5)).repeat(16, 0).repeat(16, 1)
-        image = colours[mask] + rng.integers(-40, 40, (80, 80, 3))
+        image = colors[mask] + rng.integers(-40, 40, (80, 80, 3))
         Image.fromarray(image.astype(np.uint8)).save(root / f"images/{index:02}.png")
         Image.fromarray(mask.astype(np.uint8)).save(root / f"masks/{index:02}.png")
     return root

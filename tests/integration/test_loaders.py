@@ -134,7 +134,7 @@ def test_photometric_backends_share_draws(lists):
         for index, (a, b) in enumerate(zip(one, two, strict=True)):
             photometric = index in (0, 4, 5)  # the labeled images and the strong views
             assert torch.equal(a, b) != photometric
-            assert not photometric or (a - b).abs().mean() < 0.05  # in standard deviations; a grey level is 0.017
+            assert not photometric or (a - b).abs().mean() < 0.05  # in standard deviations; a gray level is 0.017
 
 
 def test_photometric_probability_per_view(lists):
@@ -210,7 +210,7 @@ def test_global_generators_are_untouched(lists):
 
 
 def test_views_and_masks_are_aligned(lists):
-    """With views that change no colour every tensor of a sample must show the same crop."""
+    """With views that change no color every tensor of a sample must show the same crop."""
     train = loader(lists, Views(labeled="weak", strong=("weak",)))
     for labeled, unlabeled in train.on(CPU):
         assert torch.equal(unlabeled.weak, unlabeled.strong[0])

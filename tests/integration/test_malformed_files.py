@@ -104,7 +104,7 @@ def test_damage_some_readers_accept(tmp_path):
 
 MASKS = {
     "RGB": encoded(np.zeros((64, 80, 3))),
-    "grey and alpha": encoded(Image.new("LA", (80, 64))),
+    "gray and alpha": encoded(Image.new("LA", (80, 64))),
     "16 bits": encoded(Image.fromarray(np.full((64, 80), 900, np.uint16))),
     "floats": encoded(Image.fromarray(np.zeros((64, 80), np.float32)), "TIFF"),
     "a class too many": encoded(np.full((64, 80), 3)),

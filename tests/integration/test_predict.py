@@ -274,11 +274,11 @@ def test_impossible_requests(photos, finished, tmp_path, capsys, words, told):
 
 
 def as_every_kind(folder, rgb):
-    """Files of different kinds that all show `rgb`, or the grey of it: name -> what it shows."""
+    """Files of different kinds that all show `rgb`, or the gray of it: name -> what it shows."""
     folder.mkdir()
-    picture, grey = Image.fromarray(rgb), rgb[..., 0]
-    repeated = np.repeat(grey[..., None], 3, 2)
-    few = rgb // 128 * 255  # of eight colours
+    picture, gray = Image.fromarray(rgb), rgb[..., 0]
+    repeated = np.repeat(gray[..., None], 3, 2)
+    few = rgb // 128 * 255  # of eight colors
     shown = {}
 
     def save(name, image, shows, **options):
@@ -286,9 +286,9 @@ def as_every_kind(folder, rgb):
         shown[name.partition(".")[0]] = shows
 
     save("plain.png", picture, rgb)
-    save("grey.png", Image.fromarray(grey), repeated)
-    save("deep.png", Image.fromarray(grey.astype(np.uint16) * 256 + 77), repeated)
-    save("deep_tiff.tif", Image.fromarray(grey.astype(np.uint16) * 256 + 77), repeated)
+    save("gray.png", Image.fromarray(gray), repeated)
+    save("deep.png", Image.fromarray(gray.astype(np.uint16) * 256 + 77), repeated)
+    save("deep_tiff.tif", Image.fromarray(gray.astype(np.uint16) * 256 + 77), repeated)
     save("palette.png", Image.fromarray(few).quantize(8), few)
     save("cmyk.tif", Image.merge("CMYK", [*Image.fromarray(255 - rgb).split(), Image.new("L", picture.size)]), rgb)
     opaque = picture.convert("RGBA")
@@ -298,10 +298,10 @@ def as_every_kind(folder, rgb):
     white = rgb.copy()
     white[:, :40] = 255
     save("transparent.png", Image.fromarray(half), white)
-    hole = Image.fromarray(grey)
+    hole = Image.fromarray(gray)
     save("hole.png", hole, np.where(repeated == 9, 255, repeated), transparency=9)
     with_alpha = Image.merge("LA", [hole, Image.fromarray(half[..., 3])])
-    save("grey_alpha.png", with_alpha, np.where(white == 255, 255, repeated))
+    save("gray_alpha.png", with_alpha, np.where(white == 255, 255, repeated))
     exif = Image.Exif()
     for orientation, turns in ((6, 1), (3, 2), (8, 3)):  # how far the file is turned against the photo
         exif[0x0112] = orientation

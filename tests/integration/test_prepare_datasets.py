@@ -145,7 +145,7 @@ def test_bad_masks_then_second_run(tmp_path):
     masks = {TRAIN[0]: np.full((32, 40), 77, np.uint8)}
     masks[TRAIN[0]][:, 4:] = 255
     files = mini.voc_files(TRAIN, VAL, SBD_VAL, masks)
-    files[f"VOCdevkit/VOC2012/SegmentationClass/{VAL[0]}.png"] = mini.picture(0, form="PNG")  # colours, no indices
+    files[f"VOCdevkit/VOC2012/SegmentationClass/{VAL[0]}.png"] = mini.picture(0, form="PNG")  # colors, no indices
     sbd = mini.sbd_files([], SBD_VAL)
     good = dict(sbd)
     sbd[f"benchmark_RELEASE/dataset/cls/{SBD_VAL[0]}.mat"] = b"MATLAB 5.0" * 20
@@ -357,7 +357,7 @@ def test_camvid_splits_equal_tutorial():
         assert {split_of(name) for name in listed} == {split}
 
 
-# CamVid's label_colors.txt and the grouping, in another order than in the code: class of the 11 -> colours
+# CamVid's label_colors.txt and the grouping, in another order than in the code: class of the 11 -> colors
 GROUPS = {
     "Sky": [(128, 128, 128)],
     "Building": [(0, 128, 64), (128, 0, 0), (64, 192, 0), (64, 0, 64), (192, 0, 128)],
@@ -374,8 +374,8 @@ GROUPS = {
 }
 
 
-def colour_files(names, labels):
-    """The two original archives; labels: colours (H, W, 3) of every frame."""
+def color_files(names, labels):
+    """The two original archives; labels: colors (H, W, 3) of every frame."""
     frames = {
         f"701_StillsRaw_full/{name}.png": mini.picture(seed, (960, 720), "PNG") for seed, name in enumerate(names)
     }
@@ -383,12 +383,12 @@ def colour_files(names, labels):
 
 
 def test_camvid_original_colors(tmp_path):
-    colours = [(colour, group) for group, listed in GROUPS.items() for colour in listed]
-    assert len({colour for colour, _ in colours}) == 32
-    colours = [colours[number * 13 % 32] for number in range(32)]  # neighbours far apart, so that no mean goes unseen
-    stripes = np.repeat(np.array([colour for colour, _ in colours], np.uint8), 30, axis=0)  # 960 columns
+    colors = [(color, group) for group, listed in GROUPS.items() for color in listed]
+    assert len({color for color, _ in colors}) == 32
+    colors = [colors[number * 13 % 32] for number in range(32)]  # neighbors far apart, so that no mean goes unseen
+    stripes = np.repeat(np.array([color for color, _ in colors], np.uint8), 30, axis=0)  # 960 columns
     names = ["0016E5_00390", "0016E5_07959", "Seq05VD_f00000"]
-    frames, labels = colour_files(names, np.broadcast_to(stripes, (720, 960, 3)).copy())
+    frames, labels = color_files(names, np.broadcast_to(stripes, (720, 960, 3)).copy())
     mini.write_zip(tmp_path / "in/701_StillsRaw_full.zip", frames)
     mini.write_zip(tmp_path / "in/LabeledApproved_full.zip", labels)
     out = tmp_path / "out"
@@ -397,7 +397,7 @@ def test_camvid_original_colors(tmp_path):
     for sample in read_list(write_list(tmp_path / "l.txt", *pairs), out):
         image, mask = read_pair(sample, DATASETS["camvid"])
         assert image.shape == (360, 480, 3)
-        expected = [255 if group is None else camvid.CLASSES.index(group) for _, group in colours]
+        expected = [255 if group is None else camvid.CLASSES.index(group) for _, group in colors]
         assert np.array_equal(mask, np.broadcast_to(np.repeat(np.array(expected), 15), (360, 480)))
         assert set(np.array(Image.open(sample.mask)).ravel()) == set(range(12))
     # the picture is the original's at half the size: its mean stays
@@ -409,7 +409,7 @@ def test_camvid_unexpected_color(tmp_path):
     labels = np.zeros((720, 960, 3), np.uint8)
     labels[:10, :10] = (1, 2, 3)
     labels[0, :2] = (64, 0, 1)
-    frames, masks = colour_files(["0016E5_00390"], labels)
+    frames, masks = color_files(["0016E5_00390"], labels)
     mini.unpack(tmp_path / "in", frames | masks)
     words = ("--from", tmp_path / "in", "--out", tmp_path / "out", "--allow-partial")
     with pytest.raises(

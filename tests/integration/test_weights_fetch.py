@@ -47,17 +47,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """/drop/<file>: 8 MB per connection, then it is gone; /corrupt/<file>: zeros of the right length."""
 
     def do_GET(self):
-        _, behaviour, name = self.path.split("/")
+        _, behavior, name = self.path.split("/")
         content = (Path(self.server.folder) / name).read_bytes()
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", f'"{behaviour}"')
+        self.send_header("ETag", f'"{behavior}"')
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        step = 8_000_000 if behaviour == "drop" else len(content)
-        self.wfile.write(bytes(len(content)) if behaviour == "corrupt" else content[start : start + step])
+        step = 8_000_000 if behavior == "drop" else len(content)
+        self.wfile.write(bytes(len(content)) if behavior == "corrupt" else content[start : start + step])
 
     def log_message(self, *args):
         pass

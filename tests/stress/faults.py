@@ -1,9 +1,11 @@
-"""Break training runs on purpose and compare what they come to with the run that nobody disturbed; --help.
+"""Disturb training runs on purpose and compare their results with an undisturbed run.
 
-Real processes train on the shapes data set and are killed, stopped, starved of disk, robbed of workers or peers, their
-checkpoints damaged, at random moments, and started again until they finish. In the end every tensor and number of
-latest.pth and best.pth and every line of metrics.jsonl (but for images_per_s) has to be that of the undisturbed run.
-Two on two cores at a time; the processes are forked from one that has imported torch already.
+    python tests/stress/faults.py --kills 100 --terms 20 --full 10 --flips 10 --workers 6 --ranks 4
+
+Processes train on the shapes data set. At random moments they are killed or stopped, their disk is filled, a loader
+worker or another rank is killed, or a checkpoint is damaged; then they are restarted until they finish. At the end all
+tensors and numbers of latest.pth and best.pth and all lines of metrics.jsonl (except images_per_s) must equal those of
+the undisturbed run. Two runs at a time; the processes are forked from a server that has already imported torch.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-os.environ["OMP_NUM_THREADS"] = "1"  # equal bits want equal thread counts
+os.environ["OMP_NUM_THREADS"] = "1"  # results are bit-identical only with equal thread counts
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 sys.path.insert(0, str(REPO))
 
 import torch
 
-START = 240.0  # seconds for a run to begin, on a busy machine
-PATIENCE = 600.0  # for it to end
+START = 240.0  # seconds for a run to start, on a busy machine
+PATIENCE = 600.0  # seconds for it to end
 SIZES = {"labeled": 8, "unlabeled": 24, "val": 4}
 METHODS = {
     "allspark": ["--method", "allspark", "method.teacher=ema", "method.teacher_momentum=0.9", "warmup_epochs=1"],
@@ -59,7 +61,7 @@ WHAT = {
 
 @dataclass
 class Fault:
-    """One thing done to a run; what came of it."""
+    """One fault and its outcome."""
 
     kind: str
     method: str = ""
@@ -72,7 +74,7 @@ class Fault:
 
 @dataclass
 class Campaign:
-    """Runs of one kind, the faults still to be done to them, and the undisturbed run they are compared with."""
+    """Runs of one recipe and the faults to inject; they are compared with one undisturbed run."""
 
     name: str
     words: list[str]
@@ -87,11 +89,11 @@ class Campaign:
 
 
 def train_here(words: list[str], log: str) -> None:
-    """In a forked process: what `python train.py words` does, its output into a file."""
+    """`python train.py words` in a forked process, with its output in a file."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where nobody has chosen
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, the default on Linux
     import train
     from allspark.utils.errors import run_main
 

@@ -1,10 +1,10 @@
-"""Train for a long time and watch what a process may leak: memory, file handles, disk, GPU memory; --help.
+"""Train for a long time and check for leaks: memory, file handles, disk, GPU memory.
 
     python tests/stress/soak.py --minutes 45 --out exp/soak
 
-The shapes data set, short epochs, an evaluation and a checkpoint in each. Every few seconds the memory of the process
-and its workers, their open files, and the size of the run's folder are noted; at the end straight lines are fitted to
-all but the first fifth. Writes soak.json and soak.png; exit code 1 if something grows or the run fails.
+Trains on the shapes data set with an evaluation and a checkpoint in each short epoch. Every few seconds it records the
+memory and open files of the process and its workers, and the size of the run's folder. At the end it fits straight lines
+to all samples except the first fifth. Writes soak.json and soak.png; exit code 1 if something grows or the run fails.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TRAINING = (
     "model.decoder_channels=32 epochs=100000 burn_in_epochs=1 evaluation.interval=1 evaluation.pseudo_labels=8 "
     "checkpoint_minutes=1"
 )
-# What may grow in an hour without being called a leak: what is measured -> (its unit, how much)
+# Largest growth that is not reported as a leak: value -> (unit, limit)
 LIMITS = {"memory": ("MiB", 32.0), "files": ("", 2.0), "disk": ("MiB", 8.0), "gpu": ("MiB", 16.0)}
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all below it, by /proc."""
+    """A process and its descendants, from /proc."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
@@ -48,8 +48,8 @@ def tree(pid: int) -> list[int]:
 
 
 def sample(pid: int, run: Path, gpu: bool) -> dict[str, float]:
-    """What the process takes now. Memory: anonymous and shared, each page once, in MiB; files that are mapped, such as
-    torch's libraries, are left out: their share grows when another program that maps them ends.
+    """Current use of the process. Memory: anonymous and shared pages, each counted once, in MiB. Mapped files, such as
+    torch's libraries, are not counted: their share grows when another program that maps them ends.
     """
     memory = files = 0.0
     for one in tree(pid):
@@ -70,12 +70,12 @@ def sample(pid: int, run: Path, gpu: bool) -> dict[str, float]:
 
 
 def watch(process: subprocess.Popen, run: Path, minutes: float, every: float) -> list[dict[str, float]]:
-    """Samples until the time is up, or the process has ended by itself."""
+    """Samples until the time is up or the process has ended."""
     samples, since = [], None
     gpu = shutil.which("nvidia-smi") is not None
     while process.poll() is None and (since is None or time.monotonic() - since < 60 * minutes):
         time.sleep(every)
-        if since is None and (run / "latest.pth").exists():  # begun, and saved once
+        if since is None and (run / "latest.pth").exists():  # training has started and saved a checkpoint
             since = time.monotonic()
         if since is not None and process.poll() is None:
             samples.append({"minutes": (time.monotonic() - since) / 60, **sample(process.pid, run, gpu)})
@@ -83,7 +83,7 @@ def watch(process: subprocess.Popen, run: Path, minutes: float, every: float) ->
 
 
 def slopes(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, float | bool]]:
-    """How each value grows per hour, by a line through the windows' medians: evaluations come and go in between."""
+    """Growth of each value per hour, by a line through the medians of 12 windows, which contain evaluations."""
     rest = [one for one in samples if one["minutes"] >= samples[-1]["minutes"] / 5]
     windows = [window for window in np.array_split(np.arange(len(rest)), 12) if len(window)]
     found = {}
@@ -91,7 +91,7 @@ def slopes(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, float | b
         hours = [np.median([rest[i]["minutes"] for i in window]) / 60 for window in windows]
         values = [np.median([rest[i][name] for i in window]) for window in windows]
         slope, start = np.polyfit(hours, values, 1)
-        grown = slope * (hours[-1] - hours[0])  # what was seen, not what an hour of it would be
+        grown = slope * (hours[-1] - hours[0])  # in the time measured
         flat = abs(grown) <= LIMITS[name][1] or slope < 0
         found[name] = {"start": start, "per_hour": slope, "grown": grown, "flat": bool(flat)}
     return found

@@ -144,7 +144,7 @@ def test_same_data_path(files, stream):
     for index in range(len(samples)):
         (view, mask), (plain_view, plain_mask) = ours[index], plain[index]
         assert torch.equal(mask.to(plain_mask.dtype), plain_mask)
-        assert grey_levels(view, plain_view).max() <= 2.01
+        assert gray_levels(view, plain_view).max() <= 2.01
         padded += (~mask if stream == UNLABELED else mask == IGNORE_INDEX).sum()
     assert padded > 0
 
@@ -155,11 +155,11 @@ def test_same_strong_view(files):
     weak = PlainStream(lists.labeled, spec, data, 0, LABELED, strong=False)
     plain = PlainStream(lists.labeled, spec, data, 0, LABELED, strong=True)
     for index in range(len(lists.labeled)):
-        assert grey_levels(ours[index][0], plain[index][0]).mean() < 1  # a hue moves far by one grey level
-    assert max(grey_levels(ours[index][0], weak[index][0]).mean() for index in range(8)) > 10
+        assert gray_levels(ours[index][0], plain[index][0]).mean() < 1  # a hue moves far by one gray level
+    assert max(gray_levels(ours[index][0], weak[index][0]).mean() for index in range(8)) > 10
 
 
-def grey_levels(view, plain_view):
+def gray_levels(view, plain_view):
     return (normalize(view) - plain_view).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
 
 

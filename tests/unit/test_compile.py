@@ -27,7 +27,7 @@ def losses_of(backend):
     counters.clear()
     torch.manual_seed(0)
     bottleneck = BottleneckConfig(name="allspark", dropout=0.0)
-    cfg = ModelConfig(encoder="mit_b0", drop_path=0.0, dropout=0.0, bottleneck=bottleneck)
+    cfg = ModelConfig(encoder="tiny", drop_path=0.0, dropout=0.0, bottleneck=bottleneck)
     model = build_model(cfg, CLASSES, SIDE).train()
     if backend:
         model.compile_parts(backend)

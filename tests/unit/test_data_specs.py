@@ -160,17 +160,17 @@ def test_integer_masks(tmp_path):
 
 def test_image_modes(tmp_path):
     rng = np.random.default_rng(0)
-    rgb, grey = rng.integers(0, 256, (5, 7, 3), np.uint8), rng.integers(0, 256, (5, 7), np.uint8)
+    rgb, gray = rng.integers(0, 256, (5, 7, 3), np.uint8), rng.integers(0, 256, (5, 7), np.uint8)
     assert np.array_equal(read_image(save(tmp_path / "rgb.png", rgb)), rgb)
-    repeated = np.repeat(grey[..., None], 3, 2)
-    assert np.array_equal(read_image(save(tmp_path / "l.png", grey)), repeated)
-    assert np.array_equal(read_image(save(tmp_path / "i16.png", grey.astype(np.uint16) * 257)), repeated)
-    assert read_image(save_palette(tmp_path / "p.png", grey))[0, 0].tolist() == [255 - grey[0, 0], grey[0, 0], 7]
-    alpha = np.dstack([rgb, np.where(grey > 99, 255, 0).astype(np.uint8)])
+    repeated = np.repeat(gray[..., None], 3, 2)
+    assert np.array_equal(read_image(save(tmp_path / "l.png", gray)), repeated)
+    assert np.array_equal(read_image(save(tmp_path / "i16.png", gray.astype(np.uint16) * 257)), repeated)
+    assert read_image(save_palette(tmp_path / "p.png", gray))[0, 0].tolist() == [255 - gray[0, 0], gray[0, 0], 7]
+    alpha = np.dstack([rgb, np.where(gray > 99, 255, 0).astype(np.uint8)])
     assert np.array_equal(read_image(save(tmp_path / "rgba.png", alpha)), np.where(repeated > 99, rgb, 255))
     assert read_image(save(tmp_path / "cmyk.jpg", np.full((8, 8, 3), 200, np.uint8), "CMYK")).mean() > 190
     with pytest.raises(UserError, match="f.tif.*floating-point"):
-        read_image(save(tmp_path / "f.tif", grey.astype(np.float32)))
+        read_image(save(tmp_path / "f.tif", gray.astype(np.float32)))
 
 
 def test_exif_orientation(tmp_path):

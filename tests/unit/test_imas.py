@@ -134,18 +134,18 @@ def test_sides_are_uniform():
 
 
 def test_box_centers():
-    """Uniform over the pixels from 1/16 of the side on: a box that is cut nowhere is odd and its middle the centre."""
+    """Uniform over the pixels from 1/16 of the side on: a box that is cut nowhere is odd and its middle the center."""
     torch.manual_seed(0)
     side, place, lasts = 64, torch.arange(64), []
-    centres = []
+    centers = []
     for _ in range(300):
         rows = clipped_boxes(torch.empty(16, 3, side, 4)).any(2)
         whole = ~(rows[:, 0] | rows[:, -1])
-        centres += ((rows * place).sum(1) / rows.sum(1))[whole].tolist()
+        centers += ((rows * place).sum(1) / rows.sum(1))[whole].tolist()
         lasts.append((rows * place).amax(1).min().item())
-    counts = np.bincount(np.array(centres, int), minlength=side)[24:40]
-    assert all(centre.is_integer() for centre in centres) and counts.min() > 0.6 * counts.mean()
-    assert min(lasts) >= side // 16 + 3  # no centre is nearer to the first row, no half side shorter
+    counts = np.bincount(np.array(centers, int), minlength=side)[24:40]
+    assert all(center.is_integer() for center in centers) and counts.min() > 0.6 * counts.mean()
+    assert min(lasts) >= side // 16 + 3  # no center is nearer to the first row, no half side shorter
 
 
 def unlike_pair(threshold=0.6, **options):
@@ -327,7 +327,7 @@ OPERATIONS = (
     ("blur", (0.1, 2), lambda p, v: p.filter(ImageFilter.GaussianBlur(v))),
     ("contrast", (0.1, 0.95), lambda p, v: ImageEnhance.Contrast(p).enhance(v)),
     ("brightness", (0.1, 0.95), lambda p, v: ImageEnhance.Brightness(p).enhance(v)),
-    ("colour", (0.1, 0.95), lambda p, v: ImageEnhance.Color(p).enhance(v)),
+    ("color", (0.1, 0.95), lambda p, v: ImageEnhance.Color(p).enhance(v)),
     ("sharpness", (0.1, 0.95), lambda p, v: ImageEnhance.Sharpness(p).enhance(v)),
     ("posterize", (4, 8), lambda p, v: p.point(lambda value: value >> (8 - int(v)) << (8 - int(v)))),
     ("solarize", (1, 256), lambda p, v: p.point(lambda value: 255 - value if value >= int(v) else value)),

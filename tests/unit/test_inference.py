@@ -94,7 +94,7 @@ def test_flipped_image_gives_flipped_scores(inference):
 
 
 def test_scales_of_flat_image():
-    """Where every pixel has one colour, no scale can move anything."""
+    """Where every pixel has one color, no scale can move anything."""
     model = Pointwise()
     picture = image(2, 3, 1, 1).expand(2, 3, 45, 70).contiguous()
     scores = class_scores(model, picture, Inference(scales=(0.5, 0.75, 1.0, 1.25), flip=True))

@@ -210,16 +210,16 @@ def test_cut_out_is_one_clipped_square(crop, half):
 
 
 def test_cut_out_position():
-    """The centre is any pixel alike: half of the centres lie in each half of the crop, for rows and columns apart."""
+    """The center is any pixel alike: half of the centers lie in each half of the crop, for rows and columns apart."""
     torch.manual_seed(0)
     _, hole = cut_out(torch.ones(4000, 1, 20, 20))  # half-size 2
     for axis in (2, 1):
         first = hole.any(axis).float().argmax(1)
         count = torch.bincount(first, minlength=19) / 4000
-        assert (count[0] - 3 / 20).abs() < 0.025  # centres 0, 1 and 2 begin there
+        assert (count[0] - 3 / 20).abs() < 0.025  # centers 0, 1 and 2 begin there
         assert (count[1:18] - 1 / 20).abs().max() < 0.015
-    centre = torch.stack([hole.any(axis).float().argmax(1) for axis in (2, 1)]).float()
-    assert torch.corrcoef(centre)[0, 1].abs() < 0.06
+    center = torch.stack([hole.any(axis).float().argmax(1) for axis in (2, 1)]).float()
+    assert torch.corrcoef(center)[0, 1].abs() < 0.06
 
 
 def test_soft_label_loss():
@@ -357,12 +357,12 @@ def test_view_is_jittered_and_aligned():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     views = [PHOTOMETRIC["pseudoseg"](image, np.random.default_rng(seed)) for seed in range(40)]
     assert len({view.tobytes() for view in views}) == 40 and all(not np.array_equal(view, image) for view in views)
-    assert all(np.ptp(view, axis=-1).max() > 0 for view in views)  # none is grey
+    assert all(np.ptp(view, axis=-1).max() > 0 for view in views)  # none is gray
     again = PHOTOMETRIC["pseudoseg"](image, np.random.default_rng(3))
     assert np.array_equal(again, views[3]) and again.dtype == np.uint8
     flat = np.asarray(Image.new("RGB", (16, 16), (200, 40, 90))).copy()
     flat[:, 8:] = (20, 160, 60)
-    for seed in range(20):  # no blur: pixels of one colour have one colour afterwards
+    for seed in range(20):  # no blur: pixels of one color have one color afterwards
         view = PHOTOMETRIC["pseudoseg"](flat, np.random.default_rng(seed))
         assert (view[:, :8] == view[0, 0]).all() and (view[:, 8:] == view[0, 8]).all()
 

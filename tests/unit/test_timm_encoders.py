@@ -57,7 +57,7 @@ def test_sizes_and_batch_independence(name):
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
 @torch.no_grad()
 def test_padding_is_cropped(name):
-    """The logits of an image that fills no whole number of cells are those of the image with the mean colour around."""
+    """The logits of an image that fills no whole number of cells are those of the image with the mean color around."""
     model = make_model(name).eval()
     assert model.encoder.multiple == 32
     image = torch.zeros(1, 3, 64, 96)

@@ -155,9 +155,9 @@ def test_strong_view_is_aligned():
         view = PHOTOMETRIC["strong"](image, np.random.default_rng(seed)).astype(int)
         assert view.shape == image.shape
         assert view[:, : CROP // 2 - 8].max() < view[:, CROP // 2 + 8 :].min()
-        grey = view.sum(-1)[0]
-        middle = (grey[0] + grey[-1]) / 2
-        assert abs(int((grey < middle).sum()) - CROP // 2) <= 1
+        gray = view.sum(-1)[0]
+        middle = (gray[0] + gray[-1]) / 2
+        assert abs(int((gray < middle).sum()) - CROP // 2) <= 1
 
 
 def test_strong_view_uses_generator():
@@ -188,18 +188,18 @@ def test_strong_view_equals_draws():
         rng = np.random.default_rng(seed)
         jitters, order = rng.random() < 0.8, rng.permutation(4)
         strengths = (*rng.uniform(0.5, 1.5, size=3), rng.uniform(-0.25, 0.25))
-        greys, blurs, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
+        grays, blurs, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
         expected = Image.fromarray(image)
         for index in order if jitters else ():
             expected = adjust[index](expected, strengths[index])
-        expected = TF.to_grayscale(expected, 3) if greys else expected
+        expected = TF.to_grayscale(expected, 3) if grays else expected
         expected = expected.filter(ImageFilter.GaussianBlur(radius)) if blurs else expected
         view = PHOTOMETRIC["strong"](image, np.random.default_rng(seed), PILLOW)
         assert np.array_equal(view, np.asarray(expected)), seed
 
 
 def photograph() -> np.ndarray:
-    """(120, 160, 3) uint8 as smooth as one: noise at four sizes, the coarse ones strongest, in two colours."""
+    """(120, 160, 3) uint8 as smooth as one: noise at four sizes, the coarse ones strongest, in two colors."""
     rng, layers = np.random.default_rng(0), []
     for side, weight in ((4, 90), (12, 40), (40, 15), (120, 3)):
         noise = rng.normal(size=(side, side * 4 // 3, 3)) @ np.array([[0.9, 0.9, 0.9], [0.3, 0, -0.3], [0, 0.1, 0]])
@@ -241,12 +241,12 @@ def test_fast_operations_exist():
 
 
 def test_strong_view_frequencies():
-    """On coloured noise: equal channels mean grey (p 0.2); without jitter, grey and blur nothing changes (p 0.08)."""
+    """On colored noise: equal channels mean gray (p 0.2); without jitter, gray and blur nothing changes (p 0.08)."""
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     views = [PHOTOMETRIC["strong"](image, np.random.default_rng([1, seed])) for seed in range(1500)]
-    grey = np.mean([np.ptp(view, axis=-1).max() == 0 for view in views])
+    gray = np.mean([np.ptp(view, axis=-1).max() == 0 for view in views])
     same = np.mean([np.array_equal(view, image) for view in views])
-    assert abs(grey - 0.2) < 0.04 and abs(same - 0.2 * 0.8 * 0.5) < 0.03
+    assert abs(gray - 0.2) < 0.04 and abs(same - 0.2 * 0.8 * 0.5) < 0.03
 
 
 def test_cutmix_box_distribution():
