@@ -23,7 +23,7 @@ def serve():
 
 
 class Command(context.Process):
-    """`python train.py|eval.py|-m allspark words` in the repository; has the methods of subprocess.Popen that tests use."""
+    """`python train.py|eval.py|-m allspark words` in the repository, used like subprocess.Popen."""
 
     def __init__(self, words, env, stem):
         super().__init__()

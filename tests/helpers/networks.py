@@ -18,7 +18,7 @@ ONE = {
     "supervised": "none",
     "selftrain": "none",
     "allspark": "allspark",
-}  # methods tested with one bottleneck; others with both
+}  # other methods have both
 CASES = [(name, one) for name in METHODS for one in ([ONE[name]] if name in ONE else ("none", "allspark"))]
 WIDTHS = (8, 16, 40, 64)
 # One narrow block per stage, for speed

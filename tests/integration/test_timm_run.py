@@ -10,19 +10,8 @@ from allspark import __main__ as verbs
 from allspark.inference import load_for_inference
 
 
-def test_check_names_weight_source(capsys, tmp_path):
-    words = [
-        "--dataset",
-        "shapes",
-        "--method",
-        "supervised",
-        "--split",
-        "1_30",
-        f"data.data_root={tmp_path / 'shapes'}",
-    ]
-    verbs.main(
-        ["check", *words, "model.encoder=timm:test_convnext", "device=cpu", "--save-path", str(tmp_path / "run")]
-    )
+def test_check_names_weight_source(place, capsys):
+    verbs.main(["check", *place.train("model.encoder=timm:test_convnext", "model.pretrained=none")])
     assert "from random initialization (get it by `hf download timm/test_convnext.r160_in1k " in capsys.readouterr().out
 
 

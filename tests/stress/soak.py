@@ -3,8 +3,8 @@
     python tests/stress/soak.py --minutes 45 --out exp/soak
 
 Trains on the shapes data set with an evaluation and a checkpoint in each short epoch. Every few seconds it records the
-memory and open files of the process and its workers, and the size of the run's folder. At the end it fits straight lines
-to all samples except the first fifth. Writes soak.json and soak.png; exit code 1 if something grows or the run fails.
+memory and open files of the process and its workers, and the size of the run's folder. At the end it fits a line to all
+samples except the first fifth. Writes soak.json and soak.png; exit code 1 if something grows or the run fails.
 """
 
 from __future__ import annotations
