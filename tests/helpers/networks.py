@@ -1,5 +1,6 @@
 """Small networks, methods and random batches."""
 
+from dataclasses import fields
 from functools import partial
 
 import torch
@@ -82,6 +83,15 @@ def assert_numbers(losses, model):
     """Every loss and every gradient is finite, and every trainable parameter has one: DDP waits for each."""
     assert all(torch.isfinite(value) for value in losses.values()), losses
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def double(batch):
+    """A batch of tensors, or a class of them, with its images in float64."""
+    if torch.is_tensor(batch):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, tuple):
+        return tuple(map(double, batch))
+    return batch and type(batch)(*(double(getattr(batch, field.name)) for field in fields(batch)))
 
 
 def loop_enqueue(queue, pointer, features, classes):

@@ -29,7 +29,7 @@ from allspark.methods import Progress, imas, pseudoseg, self_training
 from allspark.models.student import Student, predict
 from allspark.run import wrap_ddp
 from allspark.train_step import seed_step
-from helpers.networks import CASES, CLASSES, make_method, quiet_model, takes
+from helpers.networks import CASES, CLASSES, double, make_method, quiet_model, takes
 
 CROP, STEPS, BATCH = 65, 6, 4
 SPEC = DatasetSpec("blocks", tuple("abcde"), tuple((k, k, k) for k in range(CLASSES)), background=0)
@@ -60,15 +60,6 @@ def images(batch):
     if isinstance(batch, tuple):
         return zip(*map(images, batch), strict=True) if batch else repeat(())
     return [type(batch)(*fields) for fields in zip(*(images(getattr(batch, f.name)) for f in fields_of(batch)))]
-
-
-def double(batch):
-    """A batch of tensors, or a class of them, with its images in float64."""
-    if torch.is_tensor(batch):
-        return batch.double() if batch.is_floating_point() else batch
-    if isinstance(batch, tuple):
-        return tuple(map(double, batch))
-    return batch and type(batch)(*(double(getattr(batch, field.name)) for field in fields_of(batch)))
 
 
 def lists_of(root):

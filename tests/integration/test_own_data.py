@@ -19,11 +19,9 @@ from allspark.data.datasets import spec_for
 from allspark.data.datasets.custom import make_spec
 from allspark.data.image_io import read_mask
 from allspark.data.splits import read_list, resolve
-from allspark.models.segmentor import ENCODERS
 from allspark.utils.errors import UserError, run_main
 from helpers import REPO
 
-assert "tiny" in ENCODERS  # of test_methods
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPLIT = ("1_1/labeled", "1_1/unlabeled")
 TUTORIAL = REPO / "docs" / "own_data.md"

@@ -1,7 +1,8 @@
 """A run with two processes, each on half the batch, against a literal simulation of both in one process.
 
-The golden cases fix what one process does. Here stands what a second one changes: whose gradients are averaged, and
-what each memory policy leaves in the memory. Batch norm is each process's own, as on CPUs (SyncBatchNorm needs GPUs).
+The golden cases fix what one process computes. These tests fix what a second process changes: the average of the
+gradients, and the contents of the memory under each policy. Each process has its own batch norm statistics, as on CPUs
+(SyncBatchNorm needs GPUs). In float64, so that no pseudo-label or class of a channel depends on rounding.
 """
 
 import copy
@@ -18,7 +19,7 @@ from allspark.methods import METHODS, Progress
 from allspark.models.memory import group_channels
 from allspark.models.student import Student, predict
 from allspark.run import wrap_ddp
-from helpers.networks import WIDTHS, loop_enqueue, quiet_model, random_batches
+from helpers.networks import WIDTHS, double, loop_enqueue, quiet_model, random_batches
 
 POLICIES = ("rank0", "gather", "local")
 STEPS = 3  # the memory is written in all of them and read from the second on
@@ -26,14 +27,14 @@ CFG = OptimConfig(name="sgd", lr=0.001, lr_multi=10.0, weight_decay=1e-4)
 
 
 def make_model(policy):
-    model = quiet_model("allspark", seed=0).train()
+    model = quiet_model("allspark", seed=0).train().double()
     model.bottleneck.memory.policy = policy
     return model
 
 
 def share(step, rank):
     """The batch of one process, 2 labeled and 2 unlabeled images; no two processes or steps have the same."""
-    return random_batches(method(), seed=100 * step + rank)
+    return tuple(map(double, random_batches(method(), seed=100 * step + rank)))
 
 
 def method():
