@@ -1,4 +1,4 @@
-"""The losses of FixMatch and of the revised AllSpark, image by image and pixel by pixel as their formulas say."""
+"""The losses of FixMatch and of the revised AllSpark, against loops over images and pixels."""
 
 import pytest
 import torch

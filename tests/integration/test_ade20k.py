@@ -1,4 +1,4 @@
-"""ADE20K, the worked example of docs/adding_a_benchmark.md: facts, archive, lists."""
+"""ADE20K, the example of docs/adding_a_benchmark.md: specification, archive, lists."""
 
 import functools
 import http.server

@@ -1,4 +1,4 @@
-"""What a user can mend ends with exit code 2 and one line that says where it is and what to do; nothing else may."""
+"""User errors end with exit code 2 and one line that names the place and the remedy."""
 
 import os
 import pickle

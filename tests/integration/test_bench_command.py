@@ -1,4 +1,4 @@
-"""The command bench: what it measures, and what it writes."""
+"""The command `bench`: its measurements and its output."""
 
 import json
 import sys

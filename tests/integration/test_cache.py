@@ -1,4 +1,4 @@
-"""The cache of decoded files: the same pixels, made once, made anew when a file changes, never half."""
+"""The cache of decoded files: same pixels, built once, rebuilt when a file changes, never incomplete."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""python -m allspark compare, on a finished run of the tiny data set, and scripts/compare.sh."""
+"""`allspark compare` on finished runs, and scripts/compare.sh."""
 
 import json
 import math

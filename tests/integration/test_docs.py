@@ -1,4 +1,4 @@
-"""What the documents promise is there: links, commands, examples, tests, lists, and what commands say of themselves."""
+"""The docs: links, commands, examples, named tests, lists and tables are valid."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""Signals, kills and checkpoints of several processes."""
+"""Kills while saving, signals, and checkpoints of several processes."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, a reader that has gone, and other people's errors in one line."""
+"""Exit codes, closed pipes, and errors of other libraries in one line."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""The evaluation loop on files: same scores for any batch size, worker count and number of processes; pictures."""
+"""Evaluation of files: same scores for any batch size, worker count and number of processes; pictures."""
 
 import hashlib
 import json

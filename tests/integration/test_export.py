@@ -1,4 +1,4 @@
-"""Exported files: the same logits at any size, the weights that are evaluated, the scripts of the docs, refusals."""
+"""Exported models: same logits at any size, evaluated weights, the scripts of the docs, refusals."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""pip install: what the wheel holds, that it works in a folder that is no checkout, and machines that are not Linux."""
+"""The installed package: contents of the wheel, use outside a checkout, and other systems than Linux."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""What pseudo-labels are worth, by literal loops; and that the labels it is measured by reach nothing else."""
+"""The quality of pseudo-labels against literal loops; hidden labels are used for nothing else."""
 
 import json
 import os
@@ -301,7 +301,7 @@ def test_many_broken_labels_warn_once(samples):
 
 
 def write_hidden_labels(root: Path) -> list[Path]:
-    """The masks of the unlabeled images, and their list with a mask column, as tests/conftest.py draws them."""
+    """The masks of the unlabeled images, and their list with a mask column, as tests/helpers/tiny_dataset.py draws them."""
     lines, masks = [], []
     for index in range(6):
         mask = np.zeros((64, 80), np.uint8)

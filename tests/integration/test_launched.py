@@ -1,4 +1,4 @@
-"""train.py and eval.py as a launcher starts them, on two CPU processes."""
+"""train.py and eval.py under a launcher, with two CPU processes."""
 
 import json
 import math

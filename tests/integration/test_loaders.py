@@ -1,4 +1,4 @@
-"""Training batches: what is in them, and that a sample's draws depend on (seed, epoch, position) alone."""
+"""Training batches: their contents; the draws of a sample depend on (seed, epoch, position) only."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Both kinds of checkpoints, of train.py and imported: which network predicts, on which data, and what is refused."""
+"""Checkpoints of train.py and imported ones: the network that predicts, its data, and refusals."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Recipes, overrides, lists and environments that are wrong: exit code 2 and one line that names the place, always."""
+"""Wrong configs, overrides, lists and environments: exit code 2 and one line that names the place."""
 
 import dataclasses
 import random

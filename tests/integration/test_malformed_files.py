@@ -1,4 +1,4 @@
-"""Images, masks, checkpoints, weights and archives that are damaged: exit code 2, one line, the file's name in it."""
+"""Damaged images, masks, checkpoints, weights and archives: exit code 2 and one line that names the file."""
 
 import io
 import os

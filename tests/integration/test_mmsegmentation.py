@@ -1,4 +1,4 @@
-"""SegFormer as mmsegmentation describes it, restated with torch's own modules under its names, against what we import.
+"""SegFormer as in mmsegmentation, written with torch's modules under its names, against the imported model.
 
 Its encoder has one matrix for q, k and v, and convolutions as feed-forward layers. Its decode head is another one than
 the original: batch norm and ReLU per level, and the levels are concatenated from the finest on.

@@ -1,4 +1,4 @@
-"""A data set of one's own: what `check` says of all its files at once, the maps it offers, the tutorial's commands."""
+"""Custom data sets: the report of `check`, suggested maps, the commands of the tutorial."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""scripts/parts.py: what is measured is the network with one part taken away, and nothing else."""
+"""scripts/parts.py measures the network with one part removed, and nothing else."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""python -m allspark predict: which images it takes, what it writes, and what it says of those it cannot take."""
+"""`allspark predict`: accepted images, output files, messages."""
 
 import math
 import re

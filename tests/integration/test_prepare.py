@@ -1,4 +1,4 @@
-"""prepare as a job: in several processes, repeated, forced, stopped; a second run completes what is missing."""
+"""`prepare` in several processes, repeated, forced and interrupted; a second run completes the first."""
 
 import io
 import os

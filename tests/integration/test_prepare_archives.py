@@ -1,4 +1,4 @@
-"""What prepare does with archives that are cut short, damaged or made by somebody with other intentions."""
+"""`prepare` with truncated, damaged and malicious archives."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""prepare, data set by data set: miniature archives in the official layouts -> what the project's own readers read."""
+"""`prepare` for each data set: small archives in the official layouts, read by the project's readers."""
 
 import io
 import subprocess

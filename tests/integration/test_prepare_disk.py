@@ -1,4 +1,4 @@
-"""prepare on disks that are full, too small or not to be written to: real ones, mounted for the test."""
+"""`prepare` on full, small and read-only disks, mounted for the test."""
 
 import os
 import resource

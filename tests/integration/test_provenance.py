@@ -1,4 +1,4 @@
-"""run.json: what a run says of the code, the command and the lists that made it."""
+"""run.json: the code, command and lists of a run."""
 
 import json
 import shutil

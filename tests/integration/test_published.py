@@ -1,4 +1,4 @@
-"""splits verify, fetch and build: on our own lists, on a small manifest and a local server, on the published lists."""
+"""`splits verify`, `fetch` and `build` with own lists, a small manifest, a local server and published lists."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Every recipe of configs: each method on each data set, with the hyper-parameters of its paper."""
+"""Every recipe of configs/: each method on each data set, with the hyperparameters of its paper."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""python -m allspark report: what stands on the page, what it refuses, and the page in a real browser."""
+"""`allspark report`: contents of the page, refusals, and the page in a browser."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A run of train.py that is killed, stopped, damaged or started twice: what it comes to, and what is refused."""
+"""Runs that are killed, stopped, damaged or started twice: resuming and refusals."""
 
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""The embedded data set: its pixels, its classes, and how it gets onto the disk."""
+"""The generated data set: pixels, classes, and files."""
 
 import hashlib
 import multiprocessing

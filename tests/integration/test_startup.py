@@ -1,4 +1,4 @@
-"""What a start imports: --help no torch, the public API nothing before it is used; one version everywhere."""
+"""Imports at startup: --help without torch, a lazy public API; one version everywhere."""
 
 import subprocess
 import sys

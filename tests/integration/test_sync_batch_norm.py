@@ -1,4 +1,4 @@
-"""Batch norm over two real gloo processes against batch norm over their images in one."""
+"""Batch norm over two processes against batch norm over all their images in one."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""train.py from its command line to the files it leaves: a run, each method, recipes, fine-tuning."""
+"""train.py from the command line to its output files: every method, recipes, fine-tuning."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Old names: command lines, config.yaml files and checkpoints from before a key was renamed."""
+"""Old names in command lines, config.yaml files and checkpoints."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""python -m allspark weights: formats told by their keys, refusals by name, what is written, what is fetched.
+"""`allspark weights`: recognized formats, refusals, written and fetched files.
 
 The mathematics behind foreign names is tested in test_encoder_parity.py and test_mmsegmentation.py.
 """

@@ -1,4 +1,4 @@
-"""weights fetch: mirrors in turn, against servers that drop and lie; what is put in place was verified and is whole."""
+"""`weights fetch`: mirrors in turn, against servers that drop or corrupt; only verified files are installed."""
 
 import hashlib
 import http.server

@@ -1,4 +1,4 @@
-"""Workers of a loader that are killed, stopped or starved: one message, soon, and no process that stays."""
+"""Loader workers that are killed, stopped or starved: one message within seconds, and no process left."""
 
 import faulthandler
 import os

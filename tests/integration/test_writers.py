@@ -1,4 +1,4 @@
-"""The optional writers of metrics: what they receive, that a resumed run continues, and a package that is absent."""
+"""The optional metric writers: logged values, resumed runs, missing packages."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Attention to shared channels, block by block, against the map written out."""
+"""Attention to shared channels, computed in blocks, against the full attention map."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The bench: its plain side does what the real code does, its instruments measure, its tables say what was measured."""
+"""The benchmark: its plain implementation equals the real code, and its measurements are right."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The memory of a training step, predicted and measured, and what `check` says of it."""
+"""The predicted and the measured memory of a training step, and what `check` reports."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""compile=true: the numbers of the eager network, and no graph is made twice."""
+"""compile=true gives the numbers of the eager network, and no graph is compiled twice."""
 
 import pytest
 import torch

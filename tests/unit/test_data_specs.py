@@ -1,4 +1,4 @@
-"""The facts of the data sets, how files are read, and what is said about a file that cannot be used."""
+"""Data set specifications, the decoding of files, and the messages for unusable files."""
 
 import pickle
 import struct

@@ -1,4 +1,4 @@
-"""DeepLabV3+ on dilated ResNets: the rivals' own footing, its recipes, and which parts fit together."""
+"""DeepLabV3+ on dilated ResNets: the model, its recipes, and the supported combinations."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The device of a process: no silent training on the CPU, and the command that helps."""
+"""The choice of the device: no silent training on the CPU, and the command that helps."""
 
 import re
 

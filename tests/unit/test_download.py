@@ -1,4 +1,4 @@
-"""Files from a server on this machine that drops, stalls, lies and breaks, and from the disk."""
+"""Downloads from a local server that drops, stalls or corrupts, and from the disk."""
 
 import hashlib
 import threading

@@ -1,4 +1,4 @@
-"""The EMA teacher against a literal loop, and what method allspark makes of it."""
+"""The EMA teacher against a literal loop, and its use by the method allspark."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The MiT encoders against transformers' and segmentation-models-pytorch's, weights read as `weights import` does.
+"""The MiT encoders against those of transformers and segmentation-models-pytorch, with imported weights.
 
 Epsilon of the layer norms. Original and segmentation-models-pytorch: 1e-5 in patch embeddings and after `sr`, 1e-6 in
 all others, as here. transformers: 1e-5 in all (its layer_norm_eps is not used); mmsegmentation: 1e-6 in all. With

@@ -1,4 +1,4 @@
-"""The parts of the loop: schedule, optimizer groups, checkpoints, logs."""
+"""Schedule, optimizer groups, checkpoints and logs."""
 
 import contextlib
 import json

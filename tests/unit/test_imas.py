@@ -1,4 +1,4 @@
-"""iMAS: each formula against a literal loop, the traps of the published code, its views and its recipe."""
+"""iMAS: each formula against a literal loop, its views and its recipe."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Windows, scales and flips on models small enough to know what must come out."""
+"""Sliding windows, scales and flips on small models with a known result."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Who may import whom, one way. Parsed from the files, so that an import inside a function counts too."""
+"""The allowed imports between modules, parsed from the files, so that imports inside functions count."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The labeled losses against literal loops; what has no pixel, and denominators."""
+"""The labeled losses against literal loops, their denominators, and batches without a valid pixel."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The manifest of published lists: its reader, look-up by hash, and what is true of the lists themselves."""
+"""The manifest of published lists: reading it, look-up by hash, and properties of the lists."""
 
 import hashlib
 from functools import cache

@@ -1,4 +1,4 @@
-"""MaskMatch: the masks, the multi-scale labels and the whole step against literal loops, and batches at the edge."""
+"""MaskMatch: masks, multi-scale labels and the whole step against literal loops; edge cases of batches."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Semantic memory and channel grouping against literal loops; where the bottleneck begins."""
+"""Semantic memory and channel grouping against literal loops; initialization of the bottleneck."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Every method, with and without the bottleneck: what the loop relies on, the edges of a batch, and that it learns."""
+"""Every method, with and without the bottleneck: requirements of the training step, edge cases, learning."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""PseudoSeg: every formula against literal loops or autograd, the whole step, and batches at the edge."""
+"""PseudoSeg: every formula against literal loops or autograd, the whole step, edge cases of batches."""
 
 from dataclasses import replace
 

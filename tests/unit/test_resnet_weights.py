@@ -1,4 +1,4 @@
-"""Weights of ResNets and of DeepLabV3+ on them: told by their keys, loaded, refused, fetched; maps as torchvision's."""
+"""Weights of ResNets and of DeepLabV3+: recognized by their keys, loaded, refused and fetched."""
 
 import math
 import re

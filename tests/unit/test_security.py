@@ -1,4 +1,4 @@
-"""A malicious file of each kind: it runs no code, fills no memory or disk, leads nowhere else; one message says so."""
+"""Malicious files: they run no code and exhaust no memory or disk; each is refused with one message."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Lists and folders, what is said when they are wrong, the preflight check, and the drawing of new splits."""
+"""Lists and folders, messages for wrong ones, the data check, and making new splits."""
 
 import argparse
 import hashlib

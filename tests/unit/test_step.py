@@ -1,4 +1,4 @@
-"""The stepper: a step with a gradient that is not finite changes nothing; clipping; precisions and where they exist."""
+"""The stepper: skipped steps, clipping, precisions."""
 
 import copy
 

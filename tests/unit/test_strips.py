@@ -1,4 +1,4 @@
-"""Images whose class scores are never in memory at once: the same prediction as in one piece, and how much is held."""
+"""Tiled inference of large images: equal to the inference of the whole image, with bounded memory."""
 
 import numpy as np
 import pytest

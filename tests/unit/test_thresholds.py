@@ -1,4 +1,4 @@
-"""Class-wise thresholds against sorted confidences, and what they do to the step and to what is measured."""
+"""Class-wise thresholds against sorted confidences, and their effect on the loss."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Encoders from timm: pyramids and plain ViTs, at any size, with the bottleneck, their weights, and what is refused."""
+"""Encoders from timm: pyramids and plain ViTs, input sizes, the bottleneck, weights, refusals."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""One training step: micro-batches, skipped steps, burn-in, the warm-up of the memory, and what seeds it."""
+"""One training step: micro-batches, skipped steps, burn-in, warm-up of the memory, seeding."""
 
 import math
 

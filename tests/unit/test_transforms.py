@@ -1,4 +1,4 @@
-"""The weak geometry, the photometric views and the CutMix box: their distributions, and that draws and pixels agree."""
+"""Geometry, photometric views and CutMix boxes: their distributions, and that draws and pixels agree."""
 
 import math
 import random

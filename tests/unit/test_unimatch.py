@@ -1,4 +1,4 @@
-"""UniMatch and UniMatch V2: each step against a literal re-statement, channel dropout, and batches at the edge."""
+"""UniMatch and UniMatch V2: each step against a literal implementation, channel dropout, edge cases."""
 
 import copy
 from dataclasses import replace
