@@ -301,7 +301,7 @@ def test_many_broken_labels_warn_once(samples):
 
 
 def write_hidden_labels(root: Path) -> list[Path]:
-    """The masks of the unlabeled images, and their list with a mask column, as tests/helpers/tiny_dataset.py draws them."""
+    """The masks of the unlabeled images, as in helpers/tiny_dataset.py, and their list with a mask column."""
     lines, masks = [], []
     for index in range(6):
         mask = np.zeros((64, 80), np.uint8)
