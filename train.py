@@ -51,7 +51,7 @@ def train(
     """Train a recipe from its first, or its last saved, step to the end.
 
     Args:
-        recipe: complete.
+        recipe: with all defaults filled in.
         save_path: folder of the run.
         device: of this process.
         stop: receives signals.
@@ -115,7 +115,7 @@ def validate(run: Run, snapshots: Snapshots) -> tuple[EvalResult, PseudoLabelQua
         EvalResult, and the quality, None if no unlabeled image has a known label.
     """
     recipe = run.recipe
-    # Images have any size in evaluation: compile nothing for them
+    # Evaluation images vary in size: run eagerly instead of recompiling
     stance = torch.compiler.set_stance("force_eager") if recipe.compile else contextlib.nullcontext()
     with autocast(recipe.precision, run.device), stance:
         scores = evaluate(

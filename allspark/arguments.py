@@ -195,7 +195,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folder of a run, or NAME=FOLDER to name its row; runs of one name are the seeds of one row",
+        help="folder of a run, or NAME=FOLDER to name its row; runs of one name are the seeds of one row; or a "
+        "docs/runs/*/runs.jsonl.gz, the logs of recorded runs",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for table.md and the figures")
     parser.add_argument("--paired", metavar="NAME", help="add a table of differences to this row, seed by seed")

@@ -259,4 +259,7 @@ class Recipe:
     compile: bool = option(
         False, "compile encoder and decoder with torch.compile, which takes a minute or more", runtime=True
     )
+    cuda_graph: bool = option(
+        True, "replay each step as one CUDA graph where the method allows it; needs no host time", runtime=True
+    )
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)

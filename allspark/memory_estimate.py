@@ -64,7 +64,7 @@ class TrainingStep:
     def __init__(self, recipe: Recipe, spec: DatasetSpec, method: Method, model: Segmentor) -> None:
         model.train()
         stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
-        self.state = TrainState(recipe, model, method, stepper, total_steps=STEPS)
+        self.state = TrainState(recipe, model, method, stepper, total_steps=STEPS, graphs=None)
         self.size = (recipe.batch_size, recipe.data.crop_size, recipe.data.crop_size)
         self.num_classes = spec.num_classes
 

@@ -22,6 +22,7 @@ from allspark import distributed, launch
 from allspark.build import build_loader, build_method, complete
 from allspark.config import OptimConfig, Recipe
 from allspark.config_io import build_recipe, differences, to_plain
+from allspark.cuda_graph import build_graphs, why_eager
 from allspark.data.audit import preflight, select_hidden
 from allspark.data.datasets import spec_for
 from allspark.data.loaders import TrainLoader
@@ -64,7 +65,7 @@ class Run(TrainState):
     """References to the parts of a run.
 
     Args:
-        optim: the recipe's, with the learning rate of its batch size.
+        optim: optimizer config with the learning rate scaled to the batch size.
         spec: data set.
         loader: training batches of this process.
         val: images that the model is evaluated on.
@@ -175,8 +176,23 @@ def build_run(
         content=partial(checkpoint_content, recipe, lists, model, method, stepper, log),
         images=lambda position: loader.images((position.step - 1) % loader.steps_per_epoch),
     )
-    state = (recipe, network, method, stepper, total_steps)
-    return Run(*state, optim, spec, loader, val, crops, inference, log, checkpointer), position
+    run = Run(
+        recipe=recipe,
+        network=network,
+        method=method,
+        stepper=stepper,
+        total_steps=total_steps,
+        graphs=build_graphs(recipe, method, stepper),
+        optim=optim,
+        spec=spec,
+        loader=loader,
+        val=val,
+        crops=crops,
+        inference=inference,
+        log=log,
+        checkpointer=checkpointer,
+    )
+    return run, position
 
 
 def check_same_start(recipe: Recipe, lists: Lists) -> None:
@@ -234,7 +250,7 @@ def resume(
         load_buffers_of_rank({"model": model, "method": method}, content.get("ranks", {}))
         stepper.load_state_dict(content)
     if name != LATEST and distributed.is_main() and (save_path / LATEST).exists():
-        (save_path / LATEST).rename(save_path / "damaged.pth")  # or it would replace previous.pth, which is intact
+        (save_path / LATEST).rename(save_path / "damaged.pth")  # or the next save moves it over previous.pth
     position = Position(content["epoch"], content["step"], content["best"], content.get("world_size"))
     return position, content.get("log", []), notes
 
@@ -297,6 +313,9 @@ def describe_run(
         lines.append("micro-batches of one image: CutMix has no other image to paste from and is off")
     if recipe.precision == "bf16" and device.type == "cpu" and not has_bf16(device):
         lines.append("WARNING: precision=bf16 on a CPU without bf16 instructions is many times slower than fp32")
+    if device.type == "cuda":
+        reason = why_eager(recipe, method, device)
+        lines.append(f"steps are launched eagerly: {reason}" if reason else "steps are replayed as CUDA graphs")
     if position.step:
         between_epochs = position.step * recipe.epochs == position.epoch * total_steps
         where = f"after epoch {position.epoch - 1}" if between_epochs else f"in epoch {position.epoch}"

@@ -1,9 +1,12 @@
-"""Runs of train.py, read from their folders: what `compare` and `report` work on."""
+"""Runs of train.py, read from their folders or from an archive: the input of `compare` and `report`."""
 
 from __future__ import annotations
 
-import math
+import gzip
+import json
+import re
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +15,21 @@ from typing import Any
 
 from allspark.build import complete
 from allspark.config import DataConfig, Recipe
-from allspark.config_io import load_config
+from allspark.config_io import build_recipe, load_config
 from allspark.data.spec import DatasetSpec
 from allspark.data.splits import check_files, find_data, val_entries
 from allspark.engine.checkpoint import LATEST
-from allspark.engine.provenance import read_provenance
+from allspark.engine.provenance import is_provenance, read_provenance
 from allspark.engine.writers import METRICS, read_metrics
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.inference import prefix_errors
 from allspark.split_lists.manifest import published_name
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, reason_of, short_repr
 from allspark.visualization.pictures import Points
+
+ARCHIVE = ".jsonl.gz"  # suffix of a file with the logs of several runs
+MAX_ARCHIVE = 16 << 20  # bytes after decompression
+ROW_NAME = r"\w[\w +.,=-]{,99}"  # in an archive
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Run:
     """A run of train.py. Its three text files are enough for tables and curves; the checkpoint may be missing.
 
     Args:
-        folder: of the run.
+        folder: of the run; below the path of the archive if it was read from one.
         recipe: from config.yaml.
         lines: of metrics.jsonl.
         provenance: content of run.json; empty for runs older than that file.
@@ -55,8 +62,7 @@ class Run:
 
     def points(self, key: str) -> Points:
         """(step, value) of the lines with a finite number under the key."""
-        values = [(line["step"], line.get(key)) for line in self.lines]
-        return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
+        return [(line["step"], line[key]) for line in self.lines if is_number(line.get(key))]
 
     def class_points(self, name: str) -> Points:
         """(step, IoU) of the evaluations in which the class occurs."""
@@ -67,18 +73,25 @@ class Run:
         """Training time by the logged speed: without evaluations and interruptions."""
         minutes, before = 0.0, 0
         for line in self.lines:
-            if line.get("images_per_s"):
+            if is_number(line.get("images_per_s")) and line["images_per_s"] > 0:
                 minutes += (line["step"] - before) * self.recipe.batch_size / line["images_per_s"] / 60
                 before = line["step"]
         return minutes
 
 
 def read_runs(arguments: Sequence[str]) -> list[tuple[str, Run]]:
-    """The runs of NAME=FOLDER or FOLDER arguments, with their names.
+    """The runs of NAME=FOLDER, FOLDER or archive arguments, with their names.
 
     Runs without an evaluation are left out with a warning; UserError if there is no other.
     """
-    runs = [(name, read_run(folder)) for name, folder in named_folders(arguments)]
+    folders = iter(named_folders([argument for argument in arguments if not argument.endswith(ARCHIVE)]))
+    runs: list[tuple[str, Run]] = []
+    for argument in arguments:
+        if argument.endswith(ARCHIVE):
+            runs += read_archive(Path(argument))
+        else:
+            name, folder = next(folders)
+            runs.append((name, read_run(folder)))
     young = [run for _, run in runs if not run.evaluations]
     if len(young) == len(runs):
         raise UserError(f"{young[0].folder}: this run has no evaluation yet; let train.py finish it")
@@ -92,7 +105,70 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: not the folder of a run, it has no {METRICS}; give a folder that train.py wrote")
     with prefix_errors(folder / "config.yaml"):
         recipe = complete(load_config(folder / "config.yaml"))
-    return Run(folder, recipe, read_metrics(folder / METRICS), read_provenance(folder))
+    lines = read_metrics(folder / METRICS)
+    check_lines(lines, folder / METRICS)
+    return Run(folder, recipe, lines, read_provenance(folder))
+
+
+def read_archive(path: Path) -> list[tuple[str, Run]]:
+    """The runs of an archive, with their names.
+
+    An archive is gzipped JSON Lines, one run per line: {"name": ..., "config": ..., "metrics": [...],
+    "provenance": ...}, the contents of config.yaml, metrics.jsonl and run.json. It has no checkpoints.
+
+    Raises:
+        UserError: the file cannot be read, is too large or has a line that is not a run.
+    """
+    try:
+        with gzip.open(path) as file:
+            content = file.read(MAX_ARCHIVE + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(f"{path}: cannot be read ({reason}); give the path of an archive, without a name") from None
+    if len(content) > MAX_ARCHIVE:
+        raise UserError(f"{path}: more than {MAX_ARCHIVE >> 20} MiB of text; split the archive")
+    runs = []
+    for number, text in enumerate(content.splitlines(), start=1):
+        try:
+            entry = json.loads(text)
+            name, config, lines, provenance = (entry[key] for key in ("name", "config", "metrics", "provenance"))
+            valid = re.fullmatch(ROW_NAME, name) and isinstance(lines, list)
+            valid = valid and (provenance == {} or is_provenance(provenance))
+        except (ValueError, RecursionError, LookupError, TypeError):
+            valid = False
+        source = f"{path}, line {number}"
+        if not valid:
+            raise UserError(f"{source}: not a run; restore the archive or remove the line")
+        check_lines(lines, source)
+        with prefix_errors(source):
+            recipe = complete(build_recipe(config, None, "config"))
+        runs.append((name, Run(path / name / f"seed_{recipe.seed}", recipe, lines, provenance)))
+    if not runs:
+        raise UserError(f"{path}: has no runs; restore the archive")
+    return runs
+
+
+def check_lines(lines: Sequence[Any], source: str | Path) -> None:
+    """UserError if these are not lines of metrics.jsonl."""
+    for line in lines:
+        if not (isinstance(line, dict) and is_count(line.get("step")) and ("miou" not in line or is_evaluation(line))):
+            raise UserError(
+                f"{source}: not a line that train.py writes: {short_repr(json.dumps(line))}; remove the line"
+            )
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300  # false for NaN
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    iou = line.get("iou")
+    numbers = isinstance(iou, dict) and all(value is None or is_number(value) for value in iou.values())
+    return numbers and is_number(line["miou"]) and is_count(line.get("epoch"))
 
 
 def named_folders(arguments: Sequence[str]) -> list[tuple[str, Path]]:
@@ -103,7 +179,8 @@ def named_folders(arguments: Sequence[str]) -> list[tuple[str, Path]]:
         unnamed = not equals or Path(argument).is_dir()  # a folder's name may contain =
         pairs.append((None, Path(argument)) if unnamed else (name, Path(folder)))
     parts = [folder.absolute().parts for _, folder in pairs]
-    for count in range(1, max(map(len, parts)) + 1):
+    ends: list[str] = []
+    for count in range(1, max(map(len, parts), default=0) + 1):
         ends = ["/".join(part[-count:]) for part in parts]
         if len(set(ends)) == len(set(parts)):
             break

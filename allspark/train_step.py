@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from allspark import distributed
 from allspark.config import Recipe
+from allspark.cuda_graph import GraphedUpdate
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, split_micro_batches
 from allspark.engine.checkpoint import Position
 from allspark.engine.optim import set_lr
@@ -20,7 +21,7 @@ from allspark.models.student import Student
 
 @dataclass(frozen=True)
 class TrainState:
-    """References to what a training step changes.
+    """What a training step reads and updates.
 
     Args:
         recipe: the config.
@@ -28,6 +29,7 @@ class TrainState:
         method: attached to the model.
         stepper: of the model.
         total_steps: optimizer steps of the whole run.
+        graphs: replays steps as CUDA graphs; None: every step is eager.
     """
 
     recipe: Recipe
@@ -35,6 +37,7 @@ class TrainState:
     method: Method
     stepper: Stepper
     total_steps: int
+    graphs: GraphedUpdate | None
 
     @property
     def model(self) -> Segmentor:
@@ -63,20 +66,29 @@ def train_step(
     recipe, progress = state.recipe, Progress(position.step, position.epoch, state.total_steps)
     seed_step(recipe.seed, position.step)
     set_lr(state.stepper.optimizer, lr)
+    burn_in = position.epoch < recipe.burn_in_epochs
     student = Student(state.network, read_memory=position.epoch >= recipe.model.bottleneck.warmup_epochs)
-    micro_batches = split_micro_batches(labeled, unlabeled, micro_batch_size(recipe, distributed.world_size()))
-    losses: list[dict[str, Tensor]] = []
-    for number, (x, u) in enumerate(micro_batches, start=1):
-        with sync_gradients(state.network, enabled=number == len(micro_batches)):
-            with autocast(recipe.precision, state.device):
-                if position.epoch < recipe.burn_in_epochs:
-                    losses.append(state.method.supervised_losses(student, x))
-                else:
-                    losses.append(state.method.losses(student, x, u, progress))
-            state.stepper.backward(losses[-1]["loss"] / len(micro_batches))
-    state.stepper.step()
+
+    def update(labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, Tensor]:
+        micro_batches = split_micro_batches(labeled, unlabeled, micro_batch_size(recipe, distributed.world_size()))
+        losses: list[dict[str, Tensor]] = []
+        for number, (x, u) in enumerate(micro_batches, start=1):
+            with sync_gradients(state.network, enabled=number == len(micro_batches)):
+                with autocast(recipe.precision, state.device):
+                    if burn_in:
+                        losses.append(state.method.supervised_losses(student, x))
+                    else:
+                        losses.append(state.method.losses(student, x, u, progress))
+                state.stepper.backward(losses[-1]["loss"] / len(micro_batches))
+        state.stepper.step()
+        return mean_losses(losses)
+
+    if state.graphs is None:
+        losses = update(labeled, unlabeled)
+    else:
+        losses = state.graphs((burn_in, student.read_memory), update, labeled, unlabeled)
     state.method.after_step(student, progress)
-    return mean_losses(losses)
+    return losses
 
 
 def seed_step(seed: int, step: int) -> None:

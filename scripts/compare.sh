@@ -1,15 +1,16 @@
 #!/bin/sh
-# Methods on one footing: each with each seed, one training after the other, and from those that finished table.md (mean
-# and spread over the seeds), seeds.png, curves.png and predictions.png. Again is quick: a finished run is skipped, an
-# interrupted one goes on. What to compare is said in front; arguments (key.path=value) go to every training:
+# Train several methods with several seeds, one run after the other, and compare them: table.md (mean and standard
+# deviation over seeds), seeds.png, curves.png and predictions.png. Finished runs are skipped, interrupted ones resumed.
+# Settings are environment variables; arguments (key.path=value) go to every run:
 #   dataset=pascal split=1_8 methods="supervised fixmatch fixmatch+allspark" seeds="0 1" gpus=4 sh scripts/compare.sh
 #   config=mydata.yaml split=1_8 methods="supervised fixmatch" seeds=0 gpus=1 sh scripts/compare.sh      # your own data
-# budget: epochs (default: the recipe's). fixmatch+allspark: fixmatch with model.bottleneck=allspark. gpus, port: as in
-# train.sh. paired: the row that the others are subtracted from, seed by seed (default: the first). out: the folder
-# for it all (default: exp/compare/<dataset>/<split>[/<budget>_epochs]); other arguments want another one.
+# methods: fixmatch+allspark is fixmatch with model.bottleneck=allspark. budget: epochs (default: of the recipe).
+# gpus, port: as for train.sh (default: one process, on a GPU if there is one). paired: the row that is subtracted from
+# the others, seed by seed (default: the first). out: folder of the results (default:
+# exp/compare/<dataset>/<split>[/<budget>_epochs]); use another one for other arguments.
 set -euf
 cd -- "$(dirname -- "$0")/.."
-config=${config:-} # a recipe of one's own, which each method takes its place in; its name is that of the data set
+config=${config:-} # a recipe of your own; its file name is the name of the data set
 [ -z "$config" ] || dataset=$(basename -- "$config" .yaml)
 dataset=${dataset:-${DATASET:-shapes}}
 split=${split:-${SPLIT:-}}
@@ -20,14 +21,15 @@ budget=${budget:-${BUDGET:-}}
 
 [ -n "$config" ] || [ "$dataset" != shapes ] || split=${split:-1_30} # 16 labeled images of 480
 if [ -z "$split$config" ]; then
-    echo "compare: which split of $dataset? Say it in front: split=NAME sh scripts/compare.sh" >&2
+    echo "compare: no split of $dataset given; run split=NAME sh scripts/compare.sh" >&2
     exit 2
 fi
 out=${out:-exp/compare/$dataset${split:+/$split}${budget:+/${budget}_epochs}}
 paired=${paired:-}
+[ -n "${gpus:-}" ] || set -- device=auto "$@"
 
 total=0
-for row in $methods; do # a slip is told before hours of training, not behind them
+for row in $methods; do # report a typo before hours of training
     if [ ! -e "configs/methods/${row%%+*}.yaml" ]; then
         echo "compare: method $row: configs/methods/${row%%+*}.yaml does not exist; correct methods=\"...\"" >&2
         exit 2
@@ -36,7 +38,7 @@ for row in $methods; do # a slip is told before hours of training, not behind th
     for seed in $seeds; do total=$((total + 1)); done
 done
 . scripts/setup.sh
-trap 'exit 130' INT # ends all, not the one training that is running
+trap 'exit 130' INT # stop the comparison, not only the current run
 echo "compare: $dataset $split${budget:+, $budget epochs}: $methods; seeds $seeds; $total runs into $out"
 
 number=0 finished='' base='' failed=''
@@ -53,7 +55,7 @@ for row in $methods; do
 $row=$folder"
             [ "$row" != "$paired" ] || base=$row
         else
-            case $? in 75 | 130) echo "compare: stopped; the same command again goes on" >&2 && exit 75 ;; esac
+            case $? in 75 | 130) echo "compare: stopped; run the same command again to resume" >&2 && exit 75 ;; esac
             failed="$failed $row seed $seed,"
         fi
     done
@@ -61,7 +63,7 @@ done
 
 status=0
 IFS='
-' # folders may have blanks in their names
+' # folder names may contain blanks
 set -- $finished
 [ $# -eq 0 ] || python -m allspark compare --out "$out" ${base:+"--paired=$base"} "$@" || status=$?
 if [ -n "$failed" ]; then

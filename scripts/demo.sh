@@ -1,16 +1,16 @@
 #!/bin/sh
-# Supervised and AllSpark, revised, with the same few labels and seed on the embedded data set, at once, one thread each: both
-# val mIoU, pictures and curves under exp/demo. Again is quick: a finished run is skipped, an interrupted one goes on.
-# Another seed or split (seed=1 sh scripts/demo.sh) has its own folder; arguments go to both trainings.
+# Train supervised and allspark_revised on the embedded data set with the same few labels, at the same time, one thread
+# each. Writes both val mIoU, pictures and curves to exp/demo. Finished runs are skipped, interrupted ones resumed.
+# Another seed or split (seed=1 sh scripts/demo.sh) gets its own folder; arguments go to both runs.
 set -eu
 cd -- "$(dirname -- "$0")/.."
 out=exp/demo${split:+/split_$split}${seed:+/seed_$seed}
 split=${split:-1_30} # 16 labeled images of 480
 seed=${seed:-0}
 . scripts/setup.sh
-export OMP_NUM_THREADS=1 # the sums of a step, and so the result, do not depend on the number of cores
+export OMP_NUM_THREADS=1 # results do not depend on the number of cores
 
-train() { # a pipe has the exit status of its end: the file says whether its beginning succeeded
+train() { # a pipe has the exit status of its last command; the file records that of the first
     name=$1 && shift
     { python -u train.py --dataset shapes --split "$split" --save-path "$out/$name" "$@" 2>&1 && : >"$out/$name/done"; } |
         sed "s/^/$name: /"

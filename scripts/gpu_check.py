@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import hashlib
 import itertools
@@ -23,10 +24,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +46,31 @@ os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (str(ROOT), *sys.pat
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from allspark.bench.machine import copy_rate, matrix_rate
 from allspark.bench.step import StepBatch, StepCase, our_side, plain_side
 from allspark.build import build_method, complete
 from allspark.config_io import load_recipe
+from allspark.cuda_graph import build_graphs
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.data.datasets import spec_for
 from allspark.device import choose_device
-from allspark.engine.optim import build_optimizer, set_lr
+from allspark.engine.checkpoint import Position
+from allspark.engine.optim import build_optimizer
 from allspark.engine.stepper import Stepper, autocast, set_deterministic, set_precision
 from allspark.evaluation.evaluate import predict, predict_tiled
 from allspark.evaluation.sliding_window import inference_for
 from allspark.losses import OHEM
 from allspark.memory_estimate import allocator_peak, predict_step
-from allspark.methods import Progress
 from allspark.models import attention
 from allspark.models.memory import SemanticMemory, group_channels
 from allspark.models.segmentor import build_model
-from allspark.models.student import Student
+from allspark.models.sync_batch_norm import SyncBatchNorm
+from allspark.train_step import TrainState, train_step
 
 METHODS = ["supervised", "selftrain", "fixmatch", "unimatch", "unimatch_v2", "imas", "maskmatch", "pseudoseg"]
 METHODS += ["allspark", "allspark_revised", "fixmatch_r50", "unimatch_r50"]
@@ -96,6 +103,17 @@ def require(condition: bool, why: str) -> None:
 # A training step of any method on random images
 
 
+class RecordingStepper(Stepper):
+    """Remembers the norm of the gradient, and does the rest as always."""
+
+    norm = torch.zeros(())
+
+    def step(self) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        super().step()
+
+
 class Trainer:
     """A recipe on random images of one size, as train.py would train it."""
 
@@ -113,21 +131,22 @@ class Trainer:
         crop = crop or (129 if (method, bottleneck) == ("maskmatch", "allspark") else 65)
         encoder = {} if method.endswith(("_r50", "_r101")) else {"model.encoder": "mit_b0"}
         values = {"precision": precision, "data.crop_size": crop, "batch_size": images, "model.pretrained": "none"}
-        values |= {"model.bottleneck.name": bottleneck, **encoder, **overrides}
+        values |= {"model.bottleneck.name": bottleneck, "cuda_graph": False, **encoder, **overrides}
         self.recipe = complete(load_recipe("pascal", method, values))
         self.spec, self.device = spec_for(self.recipe.data), device
         set_precision(precision, device)
         set_deterministic(self.recipe.deterministic)
         torch.manual_seed(0)
-        self.model = build_model(self.recipe.model, self.spec.num_classes, crop).to(device).train()
+        with CPU if NULL else device:  # where weights are drawn
+            self.model = build_model(self.recipe.model, self.spec.num_classes, crop).to(device).train()
         self.method = build_method(self.recipe, self.spec).to(device)
         self.method.attach(self.model)
         optimizer = build_optimizer(self.recipe.optim, self.model)
-        self.stepper = Stepper(self.model, optimizer, precision, self.recipe.optim.clip_norm)
-        self.network: nn.Module = self.model
+        self.stepper = RecordingStepper(self.model, optimizer, precision, self.recipe.optim.clip_norm)
         if self.recipe.compile:
             self.model.compile_parts()
-        self.norm = torch.zeros(())
+        graphs = build_graphs(self.recipe, self.method, self.stepper)
+        self.state = TrainState(self.recipe, self.model, self.method, self.stepper, 1000, graphs)
 
     def batch(self, seed: int = 0) -> tuple[LabeledBatch, UnlabeledBatch | None]:
         generator = torch.Generator().manual_seed(seed)
@@ -151,26 +170,15 @@ class Trainer:
         strong = tuple(image() for _ in views.strong)
         return labeled, UnlabeledBatch(image(), strong, valid, tuple(box for _ in strong)).to(self.device)
 
-    def step(self, batch: tuple, number: int = 0, epoch: int = 50) -> dict[str, Tensor]:
-        progress = Progress(number, epoch, 1000)
-        student = Student(self.network, read_memory=epoch >= self.recipe.model.bottleneck.warmup_epochs)
-        with autocast(self.recipe.precision, self.device):
-            losses = self.method.losses(student, *batch, progress)
-        self.stepper.backward(losses["loss"])
-        self.norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
-        self.stepper.step()
-        self.method.after_step(student, progress)
-        return {name: loss.detach() for name, loss in losses.items()}
+    def step(self, batch: tuple, number: int = 0) -> dict[str, Tensor]:
+        """One step in epoch 50, in which the memory is read."""
+        return train_step(self.state, *batch, Position(50, number), self.recipe.optim.lr)
 
     def steps(self, count: int, first: int = 0) -> list[float]:
-        losses = []
-        for number in range(first, first + count):
-            torch.manual_seed(number)
-            set_lr(self.stepper.optimizer, self.recipe.optim.lr)
-            losses.append(self.step(self.batch(number), number)["loss"])
+        losses = [self.step(self.batch(number), number)["loss"] for number in range(first, first + count)]
         return torch.stack(losses).tolist()
 
-    def state(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "method": self.method.state_dict(), **self.stepper.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -180,19 +188,18 @@ class Trainer:
         self.stepper.save_buffers()
 
 
-def digest(value: Any) -> str:
-    """sha256 of all tensors in a nested state."""
-    if isinstance(value, Tensor):
-        return hashlib.sha256(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-    if isinstance(value, dict):
-        return hashlib.sha256(
-            "".join(f"{key}{digest(value[key])}" for key in sorted(value, key=str)).encode()
-        ).hexdigest()
-    if isinstance(value, list | tuple):
-        return hashlib.sha256("".join(map(digest, value)).encode()).hexdigest()
-    return repr(value)
+def digest(*values: Any) -> str:
+    """sha256 of all tensors in nested states, in order."""
+    parts: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            parts.append(value.detach().contiguous().view(-1).view(torch.uint8).to(GPU))
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            collect(item)
+
+    collect(values)
+    return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()
 
 
 class DrawnOnCPU(TorchFunctionMode):
@@ -264,9 +271,9 @@ def profile(run: Callable[[], object], table: Path | None = None) -> dict[str, f
 # A. It runs and is right
 
 
-def a1_environment(out: Path) -> dict[str, Any]:
+def a1_environment(out: Path, found: dict[str, Any]) -> None:
     major, minor = torch.cuda.get_device_capability(0)
-    found = {
+    found |= {
         "device": str(choose_device("auto")),
         "gpu": torch.cuda.get_device_name(0),
         "architecture": f"sm_{major}{minor}",
@@ -277,7 +284,6 @@ def a1_environment(out: Path) -> dict[str, Any]:
     }
     require(found["device"] == "cuda:0" and found["bf16"] and found["nccl"], str(found))
     require(f"sm_{major}{minor}" in found["architectures"], "the wheel has no code for this card")
-    return found
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, present: Tensor | None) -> Tensor:
@@ -290,7 +296,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, present: Tensor | None)
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def a2_attention(out: Path) -> dict[str, Any]:
+def a2_attention(out: Path, found: dict[str, Any]) -> None:
     """The attention to the memory against float64 on the same device, for all dtypes; gradients, too."""
     errors: dict[str, float] = {}
     for classes, cells, kind, dtype in itertools.product(
@@ -307,20 +313,20 @@ def a2_attention(out: Path) -> dict[str, Any]:
             k, v = k * present[:, None], v * present[:, None]
         given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         wanted = [x.detach().double().requires_grad_() for x in given]
-        found = attention.shared_channel_attention(*given, 0.0, present)
+        attended = attention.shared_channel_attention(*given, 0.0, present)
         truth = reference_attention(*wanted, present)
-        found.backward(grad.to(dtype))
+        attended.backward(grad.to(dtype))
         truth.backward(grad.to(dtype).double())
-        pairs = [(found, truth), *((a.grad, b.grad) for a, b in zip(given, wanted, strict=True))]
+        pairs = [(attended, truth), *((a.grad, b.grad) for a, b in zip(given, wanted, strict=True))]
         error = max(relative(a, b) for a, b in pairs)
         errors[f"K={classes} N={cells} {kind} {str(dtype)[6:]}"] = error
         require(error <= (1e-4 if dtype == torch.float32 else 2e-2), f"{list(errors)[-1]}: {error:.1e}")
         if present is not None and (~present).any():
             require(given[2].grad[~present].abs().max().item() == 0, "absent values get a gradient")
-    return {"largest": max(errors.values()), "errors": errors}
+    found |= {"largest": max(errors.values()), "errors": errors}
 
 
-def a3_dropout(out: Path) -> dict[str, Any]:
+def a3_dropout(out: Path, found: dict[str, Any]) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 9, 64, device=GPU), torch.randn(512, 9, device=GPU), torch.randn(512, 9, device=GPU)
     full = attention.shared_channel_attention(q, k, v, 0.0)
@@ -328,24 +334,28 @@ def a3_dropout(out: Path) -> dict[str, Any]:
     error = relative(torch.stack(draws).mean(0), full)
     spread = torch.stack(draws).std(0).mean().item()
     require(error < 0.05 and spread > 0, f"mean of the draws is {error:.3f} off, spread {spread}")
-    return {"error_of_mean": error, "spread": spread}
+    found |= {"error_of_mean": error, "spread": spread}
 
 
-def a4_cpu_equals_cuda(out: Path) -> dict[str, Any]:
+def a4_cpu_equals_cuda(out: Path, found: dict[str, Any]) -> None:
     """One step with the same weights, images and random numbers on both devices."""
     worst: dict[str, Any] = {}
     problems = []
     for method, bottleneck in CASES:
-        found = []
+        pair: list[tuple[Trainer, dict[str, float]]] = []
+        start: dict[str, Any] = {}
         for device in (CPU, GPU):
             trainer = Trainer(method, bottleneck, device, **NO_DROPOUT)
+            if pair:
+                trainer.load(start)
+            start = start or copy.deepcopy(trainer.content())
             with DrawnOnCPU():
                 torch.manual_seed(1)
                 losses = trainer.step(trainer.batch())
-            found.append((trainer, {name: value.item() for name, value in losses.items()}))
-        (on_cpu, losses), (on_gpu, theirs) = found
+            pair.append((trainer, {name: value.item() for name, value in losses.items()}))
+        (on_cpu, losses), (on_gpu, theirs) = pair
         loss = max(abs(theirs[name] - value) / max(abs(value), 1e-3) for name, value in losses.items())
-        norm = relative(on_gpu.norm, on_cpu.norm)
+        norm = relative(on_gpu.stepper.norm, on_cpu.stepper.norm)
         name = f"{method} {bottleneck}"
         worst[name] = {"loss": loss, "norm": norm}
         if loss > 1e-4 or norm > 1e-3:
@@ -360,11 +370,11 @@ def a4_cpu_equals_cuda(out: Path) -> dict[str, Any]:
             elif value.is_floating_point() and relative(other, value) > 1e-3 and (other - value).abs().max() > 1e-5:
                 problems.append(f"{name}: {key} differs by {relative(other, value):.1e} after the step")
                 break
+    found |= {"cases": len(worst), "loss": max(w["loss"] for w in worst.values()), "all": worst}
     require(not problems, "; ".join(problems))
-    return {"cases": len(worst), "loss": max(w["loss"] for w in worst.values()), "all": worst}
 
 
-def a5_precisions(out: Path) -> dict[str, Any]:
+def a5_precisions(out: Path, found: dict[str, Any]) -> None:
     """tf32, bf16 and fp16 train like fp32; a batch with an infinity changes nothing."""
     problems, worst = [], 0.0
     for method, bottleneck in CASES:
@@ -379,14 +389,14 @@ def a5_precisions(out: Path) -> dict[str, Any]:
                 problems.append(f"{method} {bottleneck} {precision}: {losses} {reference}")
             labeled, unlabeled = trainer.batch(7)
             labeled.image[0, 0, 0, 0] = math.inf
-            before, skipped = digest([trainer.model.state_dict(), moments(trainer)]), int(trainer.stepper.skipped)
+            before, skipped = digest(trainer.model.state_dict(), moments(trainer)), int(trainer.stepper.skipped)
             trainer.step((labeled, unlabeled), 2)
             if int(trainer.stepper.skipped) != skipped + 1:
                 problems.append(f"{method} {bottleneck} {precision}: a poisoned step was not counted")
-            if digest([trainer.model.state_dict(), moments(trainer)]) != before:
+            if digest(trainer.model.state_dict(), moments(trainer)) != before:
                 problems.append(f"{method} {bottleneck} {precision}: a poisoned step changed the network")
+    found["largest_difference"] = worst
     require(not problems, "; ".join(problems))
-    return {"largest_difference": worst}
 
 
 def moments(trainer: Trainer) -> list[Tensor]:
@@ -395,7 +405,7 @@ def moments(trainer: Trainer) -> list[Tensor]:
     return [value for state in states for name, value in state.items() if name != "step" and isinstance(value, Tensor)]
 
 
-def a6_no_wait(out: Path) -> dict[str, Any]:
+def a6_no_wait(out: Path, found: dict[str, Any]) -> None:
     """The host never waits for the device inside a step."""
     waits = {}
     for (method, bottleneck), precision in itertools.product(CASES, ("fp32", "bf16")):
@@ -412,7 +422,7 @@ def a6_no_wait(out: Path) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("default")
     unexpected = [name for name in waits if name.split()[0] not in WAITS]
     require(not unexpected, f"{unexpected}: {waits}")
-    return {"waits": waits}
+    found["waits"] = waits
 
 
 def place(error: BaseException) -> str:
@@ -421,7 +431,7 @@ def place(error: BaseException) -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def a7_evaluation(out: Path) -> dict[str, Any]:
+def a7_evaluation(out: Path, found: dict[str, Any]) -> None:
     """Predictions of both devices by every way of evaluating."""
     trainers = [Trainer("fixmatch", "allspark", device, crop=129) for device in (CPU, GPU)]
     for trainer in trainers:
@@ -433,7 +443,7 @@ def a7_evaluation(out: Path) -> dict[str, Any]:
     ways = [(mode, {}) for mode in ("whole", "sliding_window", "center_crop")]
     ways.append(("whole", {"scales": (0.75, 1.25), "flip": True}))
     for mode, options in [*ways, ("strips", {})]:
-        found = []
+        both = []
         inference = inference_for(spec, 129, "sliding_window" if mode == "strips" else mode, None, **options)
         for trainer, device in zip(trainers, (CPU, GPU), strict=True):
             predictor = trainer.method.predictor(trainer.model).eval()
@@ -442,12 +452,12 @@ def a7_evaluation(out: Path) -> dict[str, Any]:
                     labels = predict_tiled(predictor, images[:1], spec, device, inference, ["image"])[0]
                 else:
                     labels = predict(predictor, images, spec, device, inference, ["image"])
-            found.append(labels.cpu())
-        same = (found[0] == found[1]).sum().item()
-        shares[f"{mode} {options or ''}".strip()] = same / found[0].numel()
-        agreed, total = agreed + same, total + found[0].numel()
+            both.append(labels.cpu())
+        same = (both[0] == both[1]).sum().item()
+        shares[f"{mode} {options or ''}".strip()] = same / both[0].numel()
+        agreed, total = agreed + same, total + both[0].numel()
     require(agreed / total >= 0.999, str(shares))
-    return {"equal_pixels": agreed / total, **shares}
+    found |= {"equal_pixels": agreed / total, **shares}
 
 
 def train(out: Path, name: str, *argv: str, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
@@ -486,19 +496,17 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 SHORT = ("epoch_of=labeled", "epochs=3", "burn_in_epochs=1", "evaluation.interval=3", "log_interval=1")
 
 
-def a8_train(out: Path) -> dict[str, Any]:
+def a8_train(out: Path, found: dict[str, Any]) -> None:
     """train.py with workers, fixmatch with the bottleneck, fp32 and bf16; memory against the prediction."""
-    found: dict[str, Any] = {}
     for precision in ("fp32", "bf16"):
         words = ("--method", "fixmatch", "model.bottleneck=allspark", f"precision={precision}", "data.num_workers=4")
         train(out, f"train_{precision}", *words, *SHORT, "warmup_epochs=1")
         scores = [line["miou"] for line in metrics(out / f"train_{precision}") if "miou" in line]
         require(bool(scores) and scores[-1] > 0, f"{precision}: mIoU {scores}")
         found[precision] = scores
-    return found
 
 
-def a9_resume(out: Path) -> dict[str, Any]:
+def a9_resume(out: Path, found: dict[str, Any]) -> None:
     """Stopped by SIGTERM and started again; from CUDA to the CPU and back."""
     words = ("--method", "selftrain", "model.bottleneck=allspark", *SHORT, "checkpoint_interval=2", "epochs=40")
     command = [sys.executable, "train.py", "--dataset", "shapes", "--split", "1_30", f"data.data_root={shapes()}"]
@@ -526,85 +534,108 @@ def a9_resume(out: Path) -> dict[str, Any]:
         require(code == 75, f"on {device}: exit code {code}: {errors[-400:]}")
         steps.append(torch.load(out / "resume" / "latest.pth", weights_only=True)["step"])
     require(steps == sorted(set(steps)), f"steps {steps}")
-    return {"steps": steps}
+    found["steps"] = steps
 
 
-def a10_determinism(out: Path) -> dict[str, Any]:
+def a10_determinism(out: Path, found: dict[str, Any]) -> None:
     """deterministic=true: the same bits twice, and again when resumed in the middle."""
-    found, problems = {}, []
+    problems = []
     for (method, bottleneck), precision in itertools.product(
-        (("fixmatch", "allspark"), ("fixmatch_r50", "none"), ("allspark_revised", "allspark")), ("fp32", "bf16")
+        (("fixmatch", "allspark"), ("fixmatch_r50", "none")), ("fp32", "bf16")
     ):
         name, digests = f"{method} {bottleneck} {precision}", []
         for _ in range(2):
             trainer = Trainer(method, bottleneck, precision=precision, deterministic=True)
-            trainer.steps(20)
-            digests.append(digest(trainer.state()))
+            trainer.steps(8)
+            digests.append(digest(trainer.content()))
         trainer = Trainer(method, bottleneck, precision=precision, deterministic=True)
-        trainer.steps(10)
-        state = trainer.state()
+        trainer.steps(4)
+        state = trainer.content()
         resumed = Trainer(method, bottleneck, precision=precision, deterministic=True)
         resumed.load(state)
-        resumed.steps(10, first=10)
-        digests.append(digest(resumed.state()))
+        resumed.steps(4, first=4)
+        digests.append(digest(resumed.content()))
         found[name] = [each[:8] for each in digests]
         if len(set(digests)) > 1:
             problems.append(f"{name}: {found[name]}")
     set_deterministic(False)
     require(not problems, "; ".join(problems))
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # B. Processes
 
 
-def b1_ddp(out: Path) -> dict[str, Any]:
-    """DistributedDataParallel over NCCL with a world of one: the losses of every method are those without it."""
-    from torch import distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
+def b1_ddp(out: Path, found: dict[str, Any]) -> None:
+    """DistributedDataParallel and SyncBatchNorm over NCCL with a world of one, against a step without them."""
     store = dist.FileStore(str(out / "store"), 1)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     problems = []
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=GPU)
     try:
         for method, bottleneck in CASES:
             losses = []
             for wrapped in (False, True):
-                trainer = Trainer(method, bottleneck)
+                trainer = Trainer(method, bottleneck, **NO_DROPOUT)
                 if wrapped:
-                    model = nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
-                    trainer.network = DistributedDataParallel(model, device_ids=[0], broadcast_buffers=False)
+                    model = SyncBatchNorm.convert(trainer.model)
+                    network = DistributedDataParallel(model, device_ids=[0], broadcast_buffers=False)
+                    trainer.state = replace(trainer.state, network=network)
                 losses.append(trainer.steps(2))
             apart = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(*losses, strict=True))
             if not apart < 1e-3:
                 problems.append(f"{method} {bottleneck}: {losses}")
     finally:
         dist.destroy_process_group()
+    found["cases"] = len(CASES)
     require(not problems, "; ".join(problems))
-    return {"cases": len(CASES)}
 
 
-def b2_too_many_processes(out: Path) -> dict[str, Any]:
+def b3_sync_batch_norm(out: Path, found: dict[str, Any]) -> None:
+    """Our SyncBatchNorm against BatchNorm2d in a world of one, values, gradients and buffers, without a host sync."""
+    store = dist.FileStore(str(out / "store_b3"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=GPU)
+    try:
+        torch.manual_seed(0)
+        plain = nn.BatchNorm2d(16).to(GPU)
+        nn.init.normal_(plain.weight)
+        synced = SyncBatchNorm.convert(nn.Sequential(copy.deepcopy(plain)))[0]
+        x = 3 * torch.randn(4, 16, 33, 33, device=GPU) + 1
+        results = []
+        for norm in (plain, synced):
+            given = x.clone().requires_grad_()
+            norm(given)  # NCCL connects at its first call
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            value = norm(given)
+            (value**2 * 0.5).sum().backward()
+            torch.cuda.set_sync_debug_mode("default")
+            results.append([value, given.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
+        found["errors"] = [relative(b, a) for a, b in zip(*results, strict=True)]
+        require(max(found["errors"]) < 1e-4, str(found["errors"]))
+    finally:
+        dist.destroy_process_group()
+
+
+def b2_too_many_processes(out: Path, found: dict[str, Any]) -> None:
     words = ["--dataset", "shapes", "--method", "supervised", "--split", "1_30", f"data.data_root={shapes()}"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", "train.py"]
     command = [*run, *words, "--save-path", str(out / "two"), f"device={DEVICE}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     ours = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    require(result.returncode != 0 and len(ours) == 1 and "GPU" in ours[0], f"{result.returncode}: {ours}")
-    return {"exit": result.returncode, "message": ours}
+    require(result.returncode != 0 and len(set(ours)) == 1 and "GPU" in ours[0], f"{result.returncode}: {ours}")
+    found |= {"exit": result.returncode, "message": ours}
 
 
-def b4_out_of_memory(out: Path) -> dict[str, Any]:
+def b4_out_of_memory(out: Path, found: dict[str, Any]) -> None:
     words = ("--method", "supervised", "data.crop_size=2049", "model.encoder=mit_b5", "batch_size=16", *SHORT)
     result = train(out, "memory", *words, "data.num_workers=8", check=None)
     tail = result.stderr.strip().splitlines()[-1:] or [""]
     require(result.returncode == 2 and "Traceback" not in result.stderr, f"exit {result.returncode}: {tail}")
     require("memory" in tail[0], tail[0])
-    return {"message": tail[0]}
+    found["message"] = tail[0]
 
 
-def b5_signal(out: Path) -> dict[str, Any]:
+def b5_signal(out: Path, found: dict[str, Any]) -> None:
     """USR1, as slurm sends it before the time is up."""
     command = [sys.executable, "train.py", "--dataset", "shapes", "--split", "1_30", "--method", "fixmatch"]
     command += [
@@ -628,92 +659,85 @@ def b5_signal(out: Path) -> dict[str, Any]:
     process.send_signal(signal.SIGUSR1)
     code, errors = process.wait(60), process.stderr.read()
     require(code == 75 and (out / "signal" / "latest.pth").exists(), f"exit code {code}: {errors[-400:]}")
-    return {"seconds": time.monotonic() - sent}
+    found["seconds"] = time.monotonic() - sent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # C. Speed
 
 
-def c1_step(out: Path) -> dict[str, Any]:
-    """MiT-B5, crop 513, AllSpark reading the memory, against the plain formulation."""
-    rates = {precision: matrix_rate(GPU, precision) for precision in ("fp32", "tf32", "bf16")}
-    found: dict[str, Any] = {"rates": {**rates, "copy": copy_rate(GPU)}}
-    for encoder, images in (("mit_b5", 2), ("mit_b5", 8), ("mit_b2", 2)):
+def c1_step(out: Path, found: dict[str, Any]) -> None:
+    """AllSpark reading the memory, crop 513, 21 classes, against the plain formulation in float32."""
+    found["rates"] = {precision: matrix_rate(GPU, precision) for precision in ("fp32", "tf32", "bf16")}
+    found["rates"]["copy"] = copy_rate(GPU)
+    for encoder, images in (("mit_b5", 2), ("mit_b5", 8), ("mit_b2", 2), ("mit_b2", 8)):
         case = StepCase(encoder=encoder, crop=513, batch=images)
         torch.manual_seed(0)
-        model = build_model(case.model, case.classes, case.crop).to(GPU)
-        batch = StepBatch.of(case, GPU)
-        for name in ("plain", "fp32", "tf32", "bf16"):
-            set_precision("fp32" if name == "plain" else name, GPU)
-            side = plain_side(case, model, batch) if name == "plain" else our_side(case, model, name, batch)
-            few = name in ("plain", "fp32")
-            row = {"ms": timed(side.run, 2, 4 if few else 12), "peak_gb": allocator_peak(side.run, GPU) / 1e9}
-            row["images_per_s"] = 2 * images / row["ms"] * 1e3
-            row |= profile(side.run, out / f"profile_{encoder}_{images}_{name}.txt")
-            found[f"{encoder} {images}+{images} {name}"] = row
-            found[f"{encoder} {images}+{images} {name}"]["ratio"] = (
-                found[f"{encoder} {images}+{images} plain"]["ms"] / row["ms"]
-            )
+        with GPU:  # weights are drawn there, which is faster
+            model = build_model(case.model, case.classes, case.crop)
+        batch, rows = StepBatch.of(case, GPU), ["plain", "fp32 eager", "fp32", "tf32", "bf16 eager", "bf16"]
+        for name in rows:
+            precision, _, eager = name.partition(" ")
+            set_precision("fp32" if name == "plain" else precision, GPU)
+            with GPU:
+                if name == "plain":
+                    side = plain_side(case, model, batch)
+                else:
+                    side = our_side(case, model, precision, batch, cuda_graph=not eager)
+            row: dict[str, Any] = {"ms": timed(side.run, 5, 3 if name in rows[:2] else 8)}
+            torch.cuda.synchronize()
+            start, cpu = time.perf_counter(), time.process_time()
+            side.run()
+            row |= {"host_ms": (time.perf_counter() - start) * 1e3, "host_cpu_ms": (time.process_time() - cpu) * 1e3}
+            row |= {"images_per_s": 2e3 * images / row["ms"], "peak_gb": allocator_peak(side.run, GPU) / 1e9}
+            row["reserved_gb"] = torch.cuda.memory_reserved() / 1e9
+            case_name = f"{encoder} {images}+{images}"
+            found[f"{case_name} {name}"] = row
+            row["ratio"] = found[f"{case_name} plain"]["ms"] / row["ms"]
             del side
             free_memory()
         del model, batch
         free_memory()
-    return found
 
 
-def c3_bottleneck(out: Path) -> dict[str, Any]:
-    """The attention to the memory: torch's fused kernels, blocks by cuBLAS, and rows as eight heads."""
-    found = {}
-    for classes, images, dtype in itertools.product((21, 81, 150), (2, 8), (torch.float32, torch.bfloat16)):
-        set_precision("fp32", GPU)
+def c2_profile(out: Path, found: dict[str, Any]) -> None:
+    """Kernels of one eager step of B5 in bf16."""
+    case = StepCase(encoder="mit_b5", crop=513, batch=2)
+    with GPU:
+        model = build_model(case.model, case.classes, case.crop)
+    batch = StepBatch.of(case, GPU)
+    with GPU:
+        side = our_side(case, model, "bf16", batch, cuda_graph=False)
+    for _ in range(3):
+        side.run()
+    found |= profile(side.run, out / "profile_mit_b5_2_bf16.txt")
+
+
+def c3_bottleneck(out: Path, found: dict[str, Any]) -> None:
+    """Attention to the memory, forward and backward: ours against torch's fused kernels."""
+    set_precision("fp32", GPU)
+    for classes, images, dtype in itertools.product((21, 150), (2, 8), (torch.float32, torch.bfloat16)):
         rows, keys, cells = images * 1024, classes * 1024, 296
         q = torch.randn(rows, cells, device=GPU, dtype=dtype, requires_grad=True)
         k, v = (torch.randn(keys, cells, device=GPU, dtype=dtype, requires_grad=True) for _ in range(2))
-        grad = torch.randn_like(q)
+        grad, row = torch.randn_like(q), {}
+        for name, attend in (("ours", attention.attend), ("fused", fused_attention)):
 
-        def backward(attended: Tensor, grad: Tensor = grad) -> None:
-            attended.backward(grad)
+            def run(attend: Callable = attend, given: tuple = (q, k, v), grad: Tensor = grad) -> None:
+                attend(*given, 0.1).backward(grad)
 
-        def kernel(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-            backward(
-                F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], dropout_p=0.1, scale=1.0)[
-                    0, 0
-                ]
-            )
-
-        def eight(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-            heads = [q.view(1, 8, -1, q.shape[1]), *(x[None, None].expand(1, 8, -1, -1) for x in (k, v))]
-            backward(F.scaled_dot_product_attention(*heads, dropout_p=0.1, scale=1.0).reshape(q.shape))
-
-        def blocks(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-            backward(cublas_attention(q, k, v, 0.1))
-
-        row = {}
-        for name, run in (("kernel", kernel), ("eight", eight), ("blocks", blocks)):
-            try:
-                row[name] = timed(run, 2, 4)
-                row[f"{name}_gb"] = allocator_peak(run, GPU) / 1e9
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                row[name] = str(error).splitlines()[0][:120]
-            free_memory()
+            row[f"{name}_ms"] = timed(run, 2, 4)
+            row[f"{name}_gb"] = allocator_peak(run, GPU) / 1e9
         found[f"K={classes} {images} {str(dtype)[6:]}"] = row
-    return found
+        free_memory()
 
 
-def cublas_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, limit: int = 1 << 28) -> Tensor:
-    """Rows in blocks whose map has at most `limit` entries, each made again in the backward pass."""
-    size = max(limit // len(k), 128)
-
-    def attend(rows: Tensor) -> Tensor:
-        return F.dropout((rows @ k.t()).softmax(-1), dropout) @ v
-
-    parts = [torch.utils.checkpoint.checkpoint(attend, rows, use_reentrant=False) for rows in q.split(size)]
-    return torch.cat(parts)
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    heads = (x[None, None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, dropout_p=dropout, scale=1.0)[0, 0]
 
 
-def c4_depthwise(out: Path) -> dict[str, Any]:
-    found = {}
+def c4_depthwise(out: Path, found: dict[str, Any]) -> None:
     for channels, side, dtype in itertools.product(
         (256, 512, 1280, 2048), (129, 65, 33, 17), (torch.float32, torch.bfloat16)
     ):
@@ -729,12 +753,10 @@ def c4_depthwise(out: Path) -> dict[str, Any]:
                 conv(x).sum().backward()
 
             found[f"{channels}x{side} {str(dtype)[6:]} {name}"] = timed(run, 2, 5)
-    return found
 
 
-def c5_attention(out: Path) -> dict[str, Any]:
+def c5_attention(out: Path, found: dict[str, Any]) -> None:
     """The encoder's own attention by each backend; what a new image size costs."""
-    found: dict[str, Any] = {}
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
     for name, backend in backends.items():
@@ -758,10 +780,9 @@ def c5_attention(out: Path) -> dict[str, Any]:
                 found[f"{name} new shape"] = statistics.median(new)
         except RuntimeError as error:
             found[name] = str(error).splitlines()[0][:120]
-    return found
 
 
-def c6_evaluation(out: Path) -> dict[str, Any]:
+def c6_evaluation(out: Path, found: dict[str, Any]) -> None:
     """Whole images of forty sizes, bf16, the first time and again."""
     trainer = Trainer("supervised", crop=513, precision="bf16", **{"model.encoder": "mit_b2"})
     generator = torch.Generator().manual_seed(0)
@@ -778,12 +799,12 @@ def c6_evaluation(out: Path) -> dict[str, Any]:
         torch.cuda.synchronize()
         rates[name] = len(images) / (time.perf_counter() - start)
     require(rates["cold"] >= 0.3 * rates["warm"], str(rates))
-    return rates
+    found |= rates
 
 
-def c7_compile(out: Path) -> dict[str, Any]:
+def c7_compile(out: Path, found: dict[str, Any]) -> None:
     """compile=true on MiT-B0: the losses of eager mode, what it costs and gains."""
-    found, losses = {}, []
+    losses = []
     for compiled in (False, True):
         words = {"compile": compiled, **NO_DROPOUT}
         trainer = Trainer("fixmatch", "allspark", precision="bf16", crop=257, images=4, **words)
@@ -795,42 +816,42 @@ def c7_compile(out: Path) -> dict[str, Any]:
         found[f"profile {compiled}"] = profile(lambda trainer=trainer, batch=batch: trainer.step(batch))
     apart = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(*losses, strict=True))
     require(apart < 2e-2, f"losses {losses}")
-    return {**found, "losses_apart": apart}
+    found["losses_apart"] = apart
 
 
-def c8_graph(out: Path) -> dict[str, Any]:
-    """A whole step as one CUDA graph: which methods can be captured, and what it gains."""
-    found = {}
-    cases = [(m, b, "mit_b0", 257, 4) for m, b in CASES if m in ("fixmatch", "allspark", "unimatch_v2", "supervised")]
-    cases += [("fixmatch", "allspark", "mit_b5", 513, 2)]
-    for method, bottleneck, encoder, crop, images in cases:
-        name = f"{method} {bottleneck} {encoder}"
-        options = {"model.encoder": encoder}
-        trainer = Trainer(method, bottleneck, precision="bf16", crop=crop, images=images, **options)
-        batch = trainer.batch()
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    trainer.step(batch)
-            torch.cuda.current_stream().wait_stream(stream)
-            eager = timed(lambda trainer=trainer, batch=batch: trainer.step(batch), 1, 8)
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
-                losses = trainer.step(batch)
-            found[name] = {"eager_ms": eager, "graph_ms": timed(graph.replay, 2, 10), "loss": losses["loss"].item()}
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]} at {place(error)}"
-            torch.cuda.synchronize()
-        del trainer
-        free_memory()
-    return found
+def c8_graph(out: Path, found: dict[str, Any]) -> None:
+    """Steps replayed as CUDA graphs: the losses of eager steps, with dropout, teachers, skipped steps and fp16."""
+    problems = []
+    methods = ["fixmatch", "unimatch", "unimatch_v2", "maskmatch", "pseudoseg", "allspark", "allspark_revised"]
+    cases = [(method, "allspark", "bf16") for method in methods]
+    cases += [("supervised", "none", "fp32"), ("fixmatch_r50", "none", "fp16"), ("allspark", "allspark", "fp32")]
+    cases += [("fixmatch", "none", "fp32 adamw")]
+    for method, bottleneck, precision in cases:
+        precision, _, optimizer = precision.partition(" ")
+        name, losses, times = f"{method} {bottleneck} {precision}", [], []
+        for cuda_graph in (False, True):
+            options = {"cuda_graph": cuda_graph, "optim.name": optimizer or "sgd"}
+            trainer = Trainer(method, bottleneck, precision=precision, **options)
+            values = trainer.steps(7)
+            labeled, unlabeled = trainer.batch(7)
+            labeled.image[0, 0, 0, 0] = math.inf
+            before = digest(trainer.model.state_dict(), moments(trainer))
+            trainer.step((labeled, unlabeled), 7)  # skipped
+            if digest(trainer.model.state_dict(), moments(trainer)) != before:
+                problems.append(f"{name}: a poisoned step changed the network, cuda_graph={cuda_graph}")
+            losses.append(values + trainer.steps(3, first=8))
+            if cuda_graph and trainer.state.graphs.graph is None:
+                problems.append(f"{name}: not captured")
+            batch = trainer.batch()
+            times.append(timed(lambda trainer=trainer, batch=batch: trainer.step(batch), 1, 5))
+        apart = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(*losses, strict=True))
+        found[name] = {"apart": apart, "eager_ms": times[0], "graph_ms": times[1]}
+        if not apart < (1e-5 if precision == "fp32" else 2e-2):  # atomic additions in half precision
+            problems.append(f"{name}: {losses}")
+    require(not problems, "; ".join(problems))
 
 
-def c10_resnet(out: Path) -> dict[str, Any]:
-    found = {}
+def c10_resnet(out: Path, found: dict[str, Any]) -> None:
     for method in ("fixmatch_r101", "unimatch_r101"):
         trainer = Trainer(method, precision="bf16", crop=321, images=8)
         batch = trainer.batch()
@@ -838,10 +859,9 @@ def c10_resnet(out: Path) -> dict[str, Any]:
         found[method] = {"ms": timed(run, 3, 8), **profile(run, out / f"profile_{method}.txt")}
         del trainer, run
         free_memory()
-    return found
 
 
-def c11_parts(out: Path) -> dict[str, Any]:
+def c11_parts(out: Path, found: dict[str, Any]) -> None:
     logits = torch.randn(2, 19, 801, 801, device=GPU, requires_grad=True)
     mask = torch.randint(19, (2, 801, 801), device=GPU)
     ohem = OHEM()
@@ -849,7 +869,7 @@ def c11_parts(out: Path) -> dict[str, Any]:
     features, maps = torch.randn(2, 512, 17, 17, device=GPU), torch.randn(2, 21, 513, 513, device=GPU)
     classes = group_channels(features, maps)
     small = torch.randn(2, 19, 201, 201, device=GPU, requires_grad=True)
-    return {
+    found |= {
         "ohem": timed(lambda: ohem(logits, mask).backward()),
         "cross_entropy": timed(lambda: F.cross_entropy(logits, mask).backward()),
         "upsample": timed(lambda: F.interpolate(small, (801, 801), mode="bilinear").sum().backward()),
@@ -858,9 +878,9 @@ def c11_parts(out: Path) -> dict[str, Any]:
     }
 
 
-def c12_memory(out: Path) -> dict[str, Any]:
+def c12_memory(out: Path, found: dict[str, Any]) -> None:
     """The predicted memory of a step against the allocator's."""
-    found, problems = {}, []
+    problems = []
     for method, bottleneck, precision, encoder in (
         ("allspark", "allspark", "fp32", "mit_b5"),
         ("allspark", "allspark", "bf16", "mit_b5"),
@@ -882,33 +902,52 @@ def c12_memory(out: Path) -> dict[str, Any]:
         if real > 1.1 * predicted:
             problems.append(f"{method} {precision}: {real:.2f} GB, predicted {predicted:.2f}")
     require(not problems, "; ".join(problems))
-    return found
 
 
-CHECKS: dict[str, tuple[Callable[[Path], dict[str, Any]], int]] = {  # name -> check, its time limit in seconds
+def p_processes(out: Path, found: dict[str, Any]) -> None:
+    """The checks that start processes of their own, at the same time."""
+    checks = (a8_train, a9_resume, b2_too_many_processes, b4_out_of_memory, b5_signal)
+    problems = []
+
+    def run(check: Callable[[Path, dict[str, Any]], None]) -> None:
+        name, numbers = check.__name__, {}
+        try:
+            check(out, numbers)
+        except BaseException as error:
+            problems.append(f"{name}: {type(error).__name__} {error}")
+        found[name] = numbers
+
+    shapes()
+    threads = [threading.Thread(target=run, args=(check,)) for check in checks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    require(not problems, "; ".join(problems))
+
+
+CHECKS: dict[str, tuple[Callable[[Path, dict[str, Any]], None], int]] = {  # name -> check, time limit in seconds
     "a1": (a1_environment, 20),
-    "a2": (a2_attention, 40),
-    "a3": (a3_dropout, 10),
-    "a4": (a4_cpu_equals_cuda, 90),
-    "a6": (a6_no_wait, 60),
-    "c1": (c1_step, 130),
-    "c3": (c3_bottleneck, 40),
-    "c8": (c8_graph, 50),
-    "a5": (a5_precisions, 90),
-    "a7": (a7_evaluation, 20),
+    "a2": (a2_attention, 30),
+    "c8": (c8_graph, 60),
     "a10": (a10_determinism, 60),
-    "a8": (a8_train, 70),
-    "a9": (a9_resume, 80),
-    "b1": (b1_ddp, 60),
-    "b4": (b4_out_of_memory, 60),
-    "b2": (b2_too_many_processes, 40),
-    "b5": (b5_signal, 50),
-    "c6": (c6_evaluation, 30),
+    "c1": (c1_step, 130),
+    "p": (p_processes, 110),
+    "c12": (c12_memory, 40),
+    "c3": (c3_bottleneck, 20),
+    "b3": (b3_sync_batch_norm, 15),
+    "b1": (b1_ddp, 50),
+    "a3": (a3_dropout, 10),
+    "a7": (a7_evaluation, 20),
     "c10": (c10_resnet, 30),
-    "c12": (c12_memory, 60),
+    "c2": (c2_profile, 30),
+    "c6": (c6_evaluation, 30),
+    "c11": (c11_parts, 15),
     "c4": (c4_depthwise, 20),
     "c5": (c5_attention, 20),
-    "c11": (c11_parts, 15),
+    "a4": (a4_cpu_equals_cuda, 90),
+    "a6": (a6_no_wait, 60),
+    "a5": (a5_precisions, 90),
     "c7": (c7_compile, 90),
 }
 
@@ -968,18 +1007,20 @@ def main() -> int:
         ):
             continue
         left = args.budget - (time.monotonic() - start)
-        began, verdict, numbers = time.monotonic(), "PASS", {}
+        began, verdict = time.monotonic(), "PASS"
+        numbers: dict[str, Any] = {}
         if left < 10:
-            verdict, numbers = "SKIP", {"why": "no time left"}
+            verdict, numbers["why"] = "SKIP", "no time left"
         else:
             try:
                 with time_limit(min(limit, int(left))):
-                    numbers = check(out if name in ("c1", "c10") else work) or {}
+                    check(out if name in ("c2", "c10") else work, numbers)
             except Failed as error:
-                verdict, numbers = "FAIL", {"why": str(error)}
+                verdict, numbers["why"] = "FAIL", str(error)
             except BaseException as error:
                 last = "".join(traceback.format_exception(error)).strip().splitlines()
-                verdict, numbers = "FAIL", {"why": f"{type(error).__name__}: {error}"[:600], "trace": last[-12:]}
+                verdict = "FAIL"
+                numbers |= {"why": f"{type(error).__name__}: {error}"[:600], "trace": last[-12:]}
         torch.cuda.set_sync_debug_mode("default")
         free_memory()
         failed += verdict == "FAIL"

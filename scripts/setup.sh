@@ -1,18 +1,18 @@
 #!/bin/sh
-# Makes the environment that the other scripts run in: the active one (venv or conda), else .venv in the repository
-# root, with everything in requirements.txt. Run it by itself, or source it from the repository root as they do.
+# Prepare the environment of the other scripts: the active venv or conda environment, else .venv in the repository root,
+# with everything in requirements.txt. Run it, or source it from the repository root as the other scripts do.
 case $0 in *setup.sh)
     set -eu
     cd -- "$(dirname -- "$0")/.." ;;
 esac
 
-# glibc hands every large block back to the system when it is freed and page-faults it in again at the next step;
-# kept, a CPU step is faster. (MMAP_MAX 0, not a high MMAP_THRESHOLD: older glibc ignores one above 32 MiB.)
+# By default glibc returns every large block to the system when it is freed, and the next step page-faults it in again.
+# Retaining them makes a CPU step faster. (MMAP_MAX 0, not a high MMAP_THRESHOLD: older glibc ignores one above 32 MiB.)
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
 export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"
-# Threads that wait look for work in a circle before they sleep: not for as long as by default, on cores that the loader's
-# workers need. (To sleep at once costs the step more than it gives the workers.)
+# Waiting OpenMP threads spin before they sleep. Spin for less than the default, because loader workers need the cores;
+# sleeping at once would cost the step more than it gives the workers.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
 env=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
@@ -21,9 +21,9 @@ if [ -z "$env" ] || [ ! -x "$env/bin/python" ]; then
     export VIRTUAL_ENV="$env"
 fi
 export PATH="$env/bin:$PATH"
-stamp=$env/allspark-requirements.txt # the list as it was when everything in it was installed and imported
+stamp=$env/allspark-requirements.txt # requirements.txt as of the last complete installation
 
-env_is_ready() { # in a blink: nothing heavy is imported
+env_is_ready() { # fast: nothing large is imported
     cmp -s requirements.txt "$stamp" && "$env/bin/python" - <<'EOF' 2>/dev/null
 from importlib.util import find_spec
 import cv2
@@ -41,7 +41,7 @@ EOF
 }
 
 create_venv() {
-    [ ! -e .venv/unfinished ] || rm -rf .venv # an earlier setup was interrupted: packages may be half there
+    [ ! -e .venv/unfinished ] || rm -rf .venv # an earlier setup was interrupted
     [ ! -x .venv/bin/python ] || return 0
     for python in python3 python3.13 python3.12 python3.11 python3.10 ''; do
         [ -n "$python" ] || { echo "setup: needs Python 3.10 or newer as python3" >&2; exit 2; }
@@ -51,7 +51,7 @@ create_venv() {
     "$python" -m venv .venv
 }
 
-requirements() { # one a line
+requirements() { # one per line
     sed 's/#.*//; s/ *$//; /^$/d' requirements.txt
 }
 
@@ -70,14 +70,14 @@ torch_for_driver() { # PyPI's torch is built for CUDA 13; older drivers need a w
     esac
 }
 
-# mmcv-lite and mmengine go in without dependencies, as they would bring opencv-python, which needs libGL.so.1;
-# opencv-python-headless serves. A cv2 or mmcv that is there already and works (full mmcv, say) is left alone.
+# mmcv-lite and mmengine are installed without dependencies, because they would bring opencv-python, which needs
+# libGL.so.1; opencv-python-headless replaces it. A cv2 or mmcv that already works (full mmcv, for example) is kept.
 install_packages() {
     "$env/bin/python" -m pip --version >/dev/null 2>&1 || "$env/bin/python" -m ensurepip
     later='^(mmcv|mmengine)'
     ! "$env/bin/python" -c 'import cv2' 2>/dev/null || later='^(mmcv|mmengine|opencv)'
     torch_for_driver || return 1
-    pip_install $(requirements | grep -vE "$later") || return 1 # words, not -r /dev/stdin: a bare /dev may lack that
+    pip_install $(requirements | grep -vE "$later") || return 1 # not -r /dev/stdin: a minimal /dev may lack it
     "$env/bin/python" -c 'import cv2' 2>/dev/null ||
         pip_install --force-reinstall --no-deps $(requirements | grep '^opencv') || return 1
     "$env/bin/python" -c 'from mmcv.cnn import ConvModule' 2>/dev/null ||
@@ -86,20 +86,20 @@ install_packages() {
 
 if ! env_is_ready; then
     (
-        ! command -v flock >/dev/null || flock 9 # two scripts started at once: the second waits
+        ! command -v flock >/dev/null || flock 9 # if two scripts start at once, the second waits
         ! env_is_ready || exit 0
         [ "$env" != "$PWD/.venv" ] || create_venv
-        echo "setup: installing requirements.txt into $env (the first time several GB, some minutes)"
+        echo "setup: installing requirements.txt into $env (several GB and some minutes the first time)"
         if install_packages; then installed=yes; else installed=no; fi
         if ! imports_work; then
-            echo "setup: $env is not complete, see above; mend it, or run again" >&2
+            echo "setup: $env is not complete, see above; fix it or run again" >&2
             exit 2
         fi
         if [ "$installed" = yes ]; then
             rm -f "$env/unfinished"
             cp requirements.txt "$stamp" || true
         else
-            echo "setup: pip failed, but everything needed imports: going on" >&2
+            echo "setup: pip failed, but all packages import: continuing" >&2
         fi
     ) 9>.setup.lock
 fi

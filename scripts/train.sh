@@ -1,10 +1,10 @@
 #!/bin/sh
 # sh scripts/train.sh <num_gpu> <port> [train.py options and key.path=value ...]
-# Another recipe: change the three lines, or say it in front: method=fixmatch split=1_4 sh scripts/train.sh 4 29500
-# A recipe of your own: sh scripts/train.sh 4 29500 --config my.yaml
-# 0 GPUs is one process on the CPU; several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
-# Stopped by Ctrl-C or kill, it has saved; the same line goes on. max_restarts=3 in front: several processes of which one
-# dies are started again up to three times, and go on from the last checkpoint.
+# Another recipe: change the three lines below, or set them: method=fixmatch split=1_4 sh scripts/train.sh 4 29500
+# Your own recipe: sh scripts/train.sh 4 29500 --config my.yaml
+# 0 GPUs: one process on the CPU. Several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
+# A run stopped by Ctrl-C or kill has saved its state; the same command resumes it. With max_restarts=3 set, several
+# processes are restarted up to three times if one of them dies, and resume from the last checkpoint.
 set -eu
 dataset=${dataset:-pascal}
 method=${method:-allspark}
@@ -19,7 +19,7 @@ shift 2
 cd -- "$(dirname -- "$0")/.."
 . scripts/setup.sh
 
-if [ "$num_gpu" -gt 0 ]; then # cuda, not auto: without a usable GPU this is an error. A device= of yours counts, too
+if [ "$num_gpu" -gt 0 ]; then # cuda, not auto: an unusable GPU is an error. A later device=... overrides it
     set -- device=cuda "$@"
 else
     set -- device=cpu "$@"

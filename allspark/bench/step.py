@@ -15,6 +15,7 @@ from allspark import distributed
 from allspark.bench.measure import Row, Side, Work, measure
 from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, Recipe
+from allspark.cuda_graph import build_graphs
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.checkpoint import Position
 from allspark.engine.optim import build_optimizer, poly_lr
@@ -99,15 +100,21 @@ def bench_step(
     return rows, notes
 
 
-def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch) -> Side:
+def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch, cuda_graph: bool = True) -> Side:
     """The step of train.py, on a copy of the weights."""
     device = batch.image_x.device
     model = build_model(case.model, case.classes, case.crop).to(device).train()
     model.load_state_dict(source.state_dict())
     data = DataConfig(dataset="bench", data_root="", crop_size=case.crop)
-    method_config = MethodConfig(name="allspark")
     recipe = Recipe(
-        data=data, model=case.model, method=method_config, batch_size=case.batch, epochs=1, precision=precision
+        data=data,
+        model=case.model,
+        method=MethodConfig(name="allspark"),
+        batch_size=case.batch,
+        epochs=1,
+        precision=precision,
+        compile=case.compile,
+        cuda_graph=cuda_graph,
     )
     method = METHODS["allspark"](CrossEntropy())
     method.attach(model)
@@ -117,7 +124,8 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
         network = DistributedDataParallel(model, broadcast_buffers=False)
     if case.compile:
         model.compile_parts()
-    state = TrainState(recipe, network, method, stepper, TOTAL_STEPS)
+    graphs = build_graphs(recipe, method, stepper)
+    state = TrainState(recipe, network, method, stepper, TOTAL_STEPS, graphs)
     labeled = LabeledBatch(batch.image_x, batch.mask)
     unlabeled = UnlabeledBatch(batch.image_u, (), torch.ones_like(batch.mask, dtype=torch.bool), ())
 

@@ -153,7 +153,7 @@ def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
     needed, free = CHECKPOINTS * sum(memory.persistent.values()), shutil.disk_usage(place).free
     note = f"{save_path}: {CHECKPOINTS} checkpoints need up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
     if needed > free:
-        return AuditReport(problems=[f"{note}; make free_memory or choose another --save-path"])
+        return AuditReport(problems=[f"{note}; make room or choose another --save-path"])
     return AuditReport(notes=[f"disk of {note}"])
 
 

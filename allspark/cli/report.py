@@ -23,13 +23,12 @@ from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
 from allspark.data.worker_pool import worker_count
 from allspark.device import choose_device
-from allspark.engine.writers import METRICS
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import EvalResult, nan_to_none
 from allspark.inference import load_for_inference
-from allspark.runs import Run, differing_lists, list_name, read_runs, val_dataset
+from allspark.runs import Run, differing_lists, is_number, list_name, read_runs, val_dataset
 from allspark.utils.atomic import write_text
-from allspark.utils.errors import UserError, short_repr
+from allspark.utils.errors import UserError
 from allspark.visualization.best_worst import BestWorst, ScoredImage, encode_image
 
 TEMPLATES = Path(__file__).parent  # of report.html, report.css and report.js
@@ -96,7 +95,7 @@ def check_out(out: Path) -> None:
 
 def read_entries(arguments: Sequence[str]) -> list[Entry]:
     """The runs of NAME=FOLDER or FOLDER arguments; UserError unless names differ and data set and classes agree."""
-    entries = [Entry(name, check_lines(run)) for name, run in read_runs(arguments)]
+    entries = [Entry(name, run) for name, run in read_runs(arguments)]
     if twice := sorted({entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}):
         raise UserError(f"two runs have the name {twice[0]}; give each its own name: name=FOLDER")
     first = entries[0].run.recipe.data
@@ -108,31 +107,6 @@ def read_entries(arguments: Sequence[str]) -> list[Entry]:
                 "other classes: they cannot be compared; make a page for each"
             )
     return entries
-
-
-def check_lines(run: Run) -> Run:
-    """The run; UserError if its log has a line that the page cannot show."""
-    for line in run.lines:
-        if not (is_count(line["step"]) and ("miou" not in line or is_evaluation(line))):
-            raise UserError(
-                f"{run.folder / METRICS}: not a line that train.py writes: "
-                f"{short_repr(json.dumps(line))}; remove the line"
-            )
-    return run
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_evaluation(line: Mapping[str, Any]) -> bool:
-    iou = line.get("iou")
-    numbers = isinstance(iou, dict) and all(value is None or is_number(value) for value in iou.values())
-    return numbers and is_number(line["miou"]) and is_count(line.get("epoch"))
 
 
 def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluated:

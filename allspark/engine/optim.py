@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from allspark.config import OptimConfig
 
@@ -52,4 +52,7 @@ def poly_lr(cfg: OptimConfig, step: int, total_steps: int) -> float:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Before a step: the encoder's group gets lr, the other group its multiple."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        if isinstance(group["lr"], Tensor):  # a CUDA graph reads it
+            group["lr"].fill_(lr * group["scale"])
+        else:
+            group["lr"] = lr * group["scale"]

@@ -53,10 +53,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it or remove it, it is not needed") from None
-    valid = isinstance(content, dict) and isinstance(content.get("split"), dict)
-    if not valid or not all(isinstance(value, str) for value in content["split"].values()):
+    if not is_provenance(content):
         raise UserError(f"{path}: not a file of train.py; restore it or remove it, it is not needed")
     return content
+
+
+def is_provenance(content: Any) -> bool:
+    split = content.get("split") if isinstance(content, dict) else None
+    return isinstance(split, dict) and all(isinstance(value, str) for value in split.values())
 
 
 def revision() -> str:

@@ -88,8 +88,8 @@ def mean_losses(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class Stepper:
     """Optimizer step with loss scaling and clipping.
 
-    A step with a non-finite gradient leaves parameters and buffers unchanged and is counted on the device, without a
-    host sync.
+    A step with a non-finite gradient leaves the parameters and buffers of the model unchanged and is counted on the
+    device, without a host sync.
 
     Args:
         model: network whose buffers (statistics, memory) are restored after a skipped step.
@@ -99,7 +99,7 @@ class Stepper:
 
     Attributes:
         skipped: number of skipped steps so far, on the device.
-        in_row: number of skipped steps since the last step that was not skipped, on the device.
+        in_row: number of consecutive skipped steps up to now, on the device.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Stepper:
             torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         finite = norm.isfinite()
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips the step for the same reason
+            self.scaler.step(self.optimizer)  # skips the step if a gradient is not finite
             self.scaler.update()
         elif self.optimizer.defaults.get("fused"):  # fused kernels check found_inf on the device
             self.optimizer.found_inf = (~finite).float()
@@ -149,7 +149,7 @@ class Stepper:
         self.optimizer.zero_grad()  # here, so that the next forward pass can use their memory
 
     def poll_skipped(self) -> int:
-        """Call after each step: `in_row` without a host sync; on a GPU, that of DELAY steps ago."""
+        """Call after a step: `in_row` without a host sync; on a GPU, that of DELAY steps ago."""
         self.pending.append(start_read(self.in_row))
         if len(self.pending) <= (DELAY if self.device.type == "cuda" else 0):
             return 0
@@ -162,11 +162,16 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"skipped": int(self.skipped), "in_row": int(self.in_row)}
-        return {"optimizer": self.optimizer.state_dict(), "stepper": {"scaler": self.scaler.state_dict(), **counts}}
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])  # a tensor with CUDA graphs
+        return {"optimizer": optimizer, "stepper": {"scaler": self.scaler.state_dict(), **counts}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        fused = self.optimizer.defaults.get("fused")  # as supported by this device, not by that of the checkpoint
-        groups = [{**group, "fused": fused} for group in state["optimizer"]["param_groups"]]
+        # Keep this device's flags and type of lr, a float or with CUDA graphs a tensor; lr is set before every step
+        own = [{k: each[k] for k in ("fused", "lr", "capturable") if k in each} for each in self.optimizer.param_groups]
+        saved = state["optimizer"]["param_groups"]
+        groups = [{**group, **flags} for group, flags in zip(saved, own, strict=True)]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if "stepper" in state:  # missing in older checkpoints
             self.scaler.load_state_dict(state["stepper"]["scaler"])

@@ -1,4 +1,7 @@
-"""All methods by name. To add one: a file here, a line in METHODS, a recipe configs/methods/<name>.yaml."""
+"""All methods by name. To add one: a file here, a line in METHODS, a recipe configs/methods/<name>.yaml.
+
+"Released" in a comment or docstring introduces what the published code of the paper does.
+"""
 
 from __future__ import annotations
 

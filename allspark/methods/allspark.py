@@ -25,6 +25,8 @@ class AllSpark(SelfTraining):
         **options: options of SelfTraining.
     """
 
+    capturable = True
+
     def __init__(
         self, criterion: Criterion, *, pseudo_context: Literal["batch", "image"] = "batch", **options: Any
     ) -> None:

@@ -41,6 +41,9 @@ class Method(nn.Module, ABC):
     """
 
     views = Views()
+    # Whether steps may be replayed as a CUDA graph: losses() uses no values on the host, no randomness of the host and
+    # not `progress`. Each class states it for itself.
+    capturable = False
     uses_cutmix_partner = False  # pastes images of the batch into each other without boxes from the loader
     spec_fields: tuple[str, ...] = ()  # fields of DatasetSpec that the constructor takes in addition to its options
     ignore_padding = True  # leave padded pixels out of the unlabeled loss

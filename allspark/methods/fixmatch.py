@@ -25,6 +25,8 @@ class FixMatch(Method):
         ignore_padding: leave padded pixels out of the unlabeled loss.
     """
 
+    capturable = True
+
     def __init__(
         self,
         criterion: Criterion,

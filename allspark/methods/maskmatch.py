@@ -33,6 +33,8 @@ class MaskMatch(TeacherMethod):
         ignore_padding: leave padded pixels out of the unlabeled loss.
     """
 
+    capturable = True
+
     def __init__(
         self,
         criterion: Criterion,

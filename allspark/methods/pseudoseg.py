@@ -34,6 +34,7 @@ class PseudoSeg(Method):
         labeled_view, unlabeled_view: photometric policies of the labeled images and of the strong view.
     """
 
+    capturable = True
     spec_fields = ("background",)
 
     def __init__(

@@ -25,7 +25,7 @@ class SelfTraining(TeacherMethod):
 
     Args:
         criterion: labeled loss.
-        ignore_padding: leave padded pixels out of the unlabeled loss. Released: they are labeled and learned.
+        ignore_padding: leave padded pixels out of the unlabeled loss. The released code trains on them, too.
         labeled_view: photometric policy of the labeled images.
         unlabeled_view: photometric policy of the view that is learned from. Released: the weak view itself.
         cutmix: probability of a CutMix box in that view. Released: none.
@@ -34,6 +34,8 @@ class SelfTraining(TeacherMethod):
         teacher: none: the student labels for itself and is evaluated (Released); ema: its moving average.
         teacher_momentum: of the moving average.
     """
+
+    capturable = True
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ class Supervised(Method):
         labeled_view: photometric policy of the labeled images.
     """
 
+    capturable = True
+
     def __init__(self, criterion: Criterion, *, labeled_view: str = "weak") -> None:
         super().__init__(criterion)
         self.views = Views(labeled=labeled_view, unlabeled=False)

@@ -30,6 +30,8 @@ class UniMatch(Method):
         ignore_padding: leave padded pixels out of the unlabeled loss.
     """
 
+    capturable = True
+
     def __init__(
         self,
         criterion: Criterion,

@@ -32,6 +32,8 @@ class UniMatchV2(TeacherMethod):
         ignore_padding: leave padded pixels out of the unlabeled loss.
     """
 
+    capturable = True
+
     def __init__(
         self,
         criterion: Criterion,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 EPS = 1e-5  # added to the variance of a similarity map
 CPU_BLOCK = 1 << 22  # pairs of channels per block on a CPU: 16 MB in float32, which fits its cache
@@ -43,8 +43,8 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor
 def shared_channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, present: Tensor | None = None) -> Tensor:
     """Attention over channels that all images share, such as those of the memory.
 
-    The map has B * Cq * M entries: 85 million per image at 81 classes and 512 channels. Softmax ignores the mean, so
-    that psi reduces to a division by the standard deviation. It is applied to q, and what remains is ordinary
+    The map has B * Cq * M entries: 85 million per image at 81 classes and 512 channels. Softmax is shift-invariant, so
+    psi reduces to a division by the standard deviation. It is applied to q, and what remains is ordinary
     attention with B * Cq rows, computed block by block.
 
     Args:
@@ -95,7 +95,7 @@ def similarity_variance(q: Tensor, k: Tensor, present: Tensor | None = None) -> 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """softmax(q k^T) v, block by block; q (R, N), k and v (M, N) -> (R, N)."""
     seed = int(torch.randint(2**62, ())) if dropout and q.is_cpu else 0
-    with torch.autocast(q.device.type, enabled=False):  # on a GPU it would make the weights float32
+    with torch.autocast(q.device.type, enabled=False):  # on a GPU autocast would make the weights float32
         return BlockAttention.apply(q, k, v, dropout, seed)
 
 
@@ -121,6 +121,7 @@ class BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

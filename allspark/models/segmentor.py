@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,7 +64,7 @@ class Segmentor(nn.Module):
 
     Attributes:
         heads: modules that a method trains besides the decoder, added by Method.attach; they use SegOutput.features.
-        multiple: images are padded to a multiple of so many pixels (TimmEncoder), 1: not padded.
+        multiple: image sides are padded to a multiple of this (TimmEncoder); 1 disables padding.
     """
 
     def __init__(self, encoder: nn.Module, bottleneck: AllSparkBottleneck | None, decoder: nn.Module) -> None:
@@ -116,6 +118,8 @@ class Segmentor(nn.Module):
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """torch.compile of encoder and decoder; the bottleneck's block-wise CPU kernel cannot be traced as a graph."""
+        if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise UserError("compile=true needs a C++ compiler; install g++, load its module, or set compile=false")
         for part in (self.encoder, self.decoder):
             part.compile(dynamic=False, backend=backend)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from allspark.distributed import all_gather, all_reduce_sum
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -54,10 +56,8 @@ class NormalizeTogether(torch.autograd.Function):
         values = at_least_float(x)
         count = values.new_full((1,), values.numel() // values.shape[1])
         var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-        own = torch.cat((mean, var, count))
-        everyone = own.new_empty(dist.get_world_size(), len(own))
-        dist.all_gather_into_tensor(everyone, own[None])
-        means, variances, counts = everyone.split((len(mean), len(mean), 1), 1)
+        gathered = all_gather(torch.cat((mean, var, count))[None])  # (P, 2 C + 1)
+        means, variances, counts = gathered.split((len(mean), len(mean), 1), 1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         var = ((variances + (means - mean).square()) * counts).sum(0) / total
@@ -69,12 +69,13 @@ class NormalizeTogether(torch.autograd.Function):
         return torch.addcmul(on_maps(bias - mean * factor), values, on_maps(factor)).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, total = ctx.saved_tensors
         grad, normalized = at_least_float(grad), (at_least_float(x) - on_maps(mean)) * on_maps(scale)
         grad_bias, grad_weight = grad.sum((0, 2, 3)), (grad * normalized).sum((0, 2, 3))
         sums = torch.stack((grad_bias, grad_weight))
-        dist.all_reduce(sums)
+        all_reduce_sum(sums)
         mean_grad, mean_product = sums / total
         grad_x = grad - on_maps(mean_grad) - normalized * on_maps(mean_product)
         return (grad_x * on_maps(weight * scale)).to(x.dtype), grad_weight, grad_bias, None, None, None

@@ -27,7 +27,7 @@ KINDS = {  # of a box -> fill and border
     "op": ("#f0f1f3", "#6f757b"),
     "loss": ("#fce6e3", "#c2453a"),
 }
-LINES = {  # style and colour
+LINES = {  # style and color
     "signal": ("-", "#3c4043"),
     "label": ((0, (4, 2.5)), "#b98a10"),
     "average": ((0, (1, 1.6)), "#8a4fc4"),
@@ -39,7 +39,13 @@ INK = "#202124"
 
 @dataclass(frozen=True)
 class Box:
-    """Its centre in columns and rows; rows below each other that it spans."""
+    """A box of a diagram.
+
+    Args:
+        kind: key of KINDS.
+        column, row: position of the center.
+        text: label.
+        span: number of rows."""
 
     kind: str
     column: float
@@ -48,7 +54,7 @@ class Box:
     span: float = 1
 
     @property
-    def centre(self) -> tuple[float, float]:
+    def center(self) -> tuple[float, float]:
         return self.column * STEP[0], -(self.row + (self.span - 1) / 2) * STEP[1]
 
     @property
@@ -58,7 +64,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """From box to box; line: signal, label or average."""
+    """An arrow between two boxes; line: signal, label or average."""
 
     start: str
     end: str
@@ -72,7 +78,7 @@ def supervised() -> Sketch:
     boxes = {
         "x": Box("view", 0, 0, "labeled image\nstrong view"),
         "net": Box("net", 1, 0, "network"),
-        "mask": Box("label", 1, 1, "its mask"),
+        "mask": Box("label", 1, 1, "mask"),
         "loss": Box("loss", 2, 0, "loss_x"),
     }
     return boxes, [Arrow("x", "net"), Arrow("net", "loss"), Arrow("mask", "loss", "label")]
@@ -84,7 +90,7 @@ def selftrain() -> Sketch:
         "u": Box("view", 0, 1, "unlabeled image\nweak view"),
         "net": Box("net", 1, 0, "network", span=2),
         "eval": Box("frozen", 1, 2, "the same network\nevaluation mode"),
-        "label": Box("label", 2, 2, "likeliest class\nof every pixel"),
+        "label": Box("label", 2, 2, "most likely class\nof every pixel"),
         "loss_x": Box("loss", 3, 0, "loss_x  (mask)"),
         "loss_u": Box("loss", 3, 1, "loss_u"),
     }
@@ -100,8 +106,8 @@ def fixmatch() -> Sketch:
         "net": Box("net", 1, 0, "network", span=3),
         "eval": Box("frozen", 1, 3, "the same network\nevaluation mode"),
         "own": Box("label", 2, 2, "label where\nconfidence ≥ τ"),
-        "pasted": Box("label", 2, 3, "label of what\nis pasted"),
-        "mix": Box("op", 3, 2.5, "the same boxes\nof CutMix"),
+        "pasted": Box("label", 2, 3, "label of the\npasted region"),
+        "mix": Box("op", 3, 2.5, "the same\nCutMix boxes"),
         "loss_x": Box("loss", 4, 0, "loss_x  (mask)"),
         "loss_u": Box("loss", 4, 1, "loss_u"),
     }
@@ -120,8 +126,8 @@ def unimatch() -> Sketch:
         "eval": Box("frozen", 1, 5, "the same network\nevaluation mode"),
         "drop": Box("op", 2, 1, "weak view's features,\nchannels dropped"),
         "own": Box("label", 2, 4, "label where\nconfidence ≥ τ"),
-        "pasted": Box("label", 2, 5, "label of what\nis pasted"),
-        "mix": Box("op", 3, 4.5, "the same boxes\nof CutMix"),
+        "pasted": Box("label", 2, 5, "label of the\npasted region"),
+        "mix": Box("op", 3, 4.5, "the same\nCutMix boxes"),
         "loss_x": Box("loss", 4, 0, "loss_x  (mask)"),
         "fp": Box("loss", 4, 1, "loss_u_fp"),
         "ls1": Box("loss", 4, 2, "loss_u_s1"),
@@ -141,10 +147,10 @@ def unimatch_v2() -> Sketch:
         "w": Box("view", 0, 3, "unlabeled image\nweak view"),
         "net": Box("net", 1, 0, "network", span=3),
         "teacher": Box("frozen", 1, 3, "EMA teacher"),
-        "m1": Box("op", 2, 1, "half of the\nfeature channels"),
+        "m1": Box("op", 2, 1, "random half of the\nfeature channels"),
         "m2": Box("op", 2, 2, "the other half"),
         "label": Box("label", 2, 3, "label where\nconfidence ≥ τ"),
-        "mix": Box("op", 3, 3, "the same boxes\nof CutMix"),
+        "mix": Box("op", 3, 3, "the same\nCutMix boxes"),
         "loss_x": Box("loss", 4, 0, "loss_x  (mask)"),
         "ls1": Box("loss", 4, 1, "loss_u_s1"),
         "ls2": Box("loss", 4, 2, "loss_u_s2"),
@@ -160,10 +166,10 @@ def imas() -> Sketch:
         "x": Box("view", 0, 0, "labeled image\nweak view"),
         "s": Box("view", 0, 1, "unlabeled image\nstrong view"),
         "w": Box("view", 0, 2, "unlabeled image\nweak view"),
-        "mix": Box("op", 2, 1, "e·strong + (1−e)·weak\n+ CutMix of weak ones"),
+        "mix": Box("op", 2, 1, "e·strong + (1−e)·weak\nand CutMix of weak"),
         "eval": Box("frozen", 1, 3, "the same network\nevaluation mode"),
-        "teacher": Box("frozen", 1, 4, "EMA teacher: mean of\nearlier networks"),
-        "e": Box("op", 2, 3, "easiness e: how far\nthe two agree"),
+        "teacher": Box("frozen", 1, 4, "EMA teacher"),
+        "e": Box("op", 2, 3, "easiness e:\nagreement of the two"),
         "label": Box("label", 2, 4, "label where\nconfidence ≥ τ"),
         "net": Box("net", 3, 0, "network", span=2),
         "loss_x": Box("loss", 4, 0, "loss_x  (mask)"),
@@ -178,7 +184,7 @@ def maskmatch() -> Sketch:
     boxes = {
         "x": Box("view", 0, 0, "labeled image\nweak view"),
         "s": Box("view", 0, 1, "unlabeled image\nstrong view, CutMix"),
-        "m": Box("view", 0, 2, "unlabeled image\n70 % of it hidden"),
+        "m": Box("view", 0, 2, "unlabeled image\n70 % of it masked"),
         "w": Box("view", 0, 3, "unlabeled image\nweak, three scales"),
         "net": Box("net", 1, 0, "network", span=3),
         "teacher": Box("frozen", 1, 3, "EMA teacher"),
@@ -196,13 +202,13 @@ def maskmatch() -> Sketch:
 def pseudoseg() -> Sketch:
     boxes = {
         "x": Box("view", 0, 0, "labeled image\nweak view"),
-        "s": Box("view", 0, 1, "unlabeled image\nstrong view with a hole"),
+        "s": Box("view", 0, 1, "unlabeled image\nstrong view, cutout"),
         "w": Box("view", 0, 2.5, "unlabeled image\nweak view"),
         "net": Box("net", 1, 0, "network, classifier,\nself-attention", span=2),
         "eval": Box("frozen", 1, 2, "the same\nin evaluation mode", span=2),
-        "decoder": Box("op", 2, 2, "what the decoder\nsays"),
+        "decoder": Box("op", 2, 2, "prediction of\nthe decoder"),
         "cam": Box("op", 2, 3, "Grad-CAM, refined\nby self-attention"),
-        "label": Box("label", 3, 2.5, "both on one scale,\nmean, sharpened"),
+        "label": Box("label", 3, 2.5, "normalized, averaged,\nsharpened"),
         "loss_x": Box("loss", 4, 0, "loss_x + loss_sgc\n+ loss_cls  (mask)"),
         "loss_u": Box("loss", 4, 1, "loss_u, soft"),
     }
@@ -213,21 +219,21 @@ def pseudoseg() -> Sketch:
 
 def allspark(revised: bool = False) -> Sketch:
     views = ("weak", "strong view, CutMix") if revised else ("strong", "weak view")
-    memory = "memory: channels\nof every class" if not revised else "memory: written\nchannels of a class"
+    memory = "memory: channels\nper class" if not revised else "memory: written\nchannels per class"
     boxes = {
         "x": Box("view", 0, 0, f"labeled image\n{views[0]} view"),
         "u": Box("view", 0, 2, f"unlabeled image\n{views[1]}"),
         "encoder": Box("net", 1, 0, "encoder", span=3),
         "cx": Box("op", 2, 0, "channels of the\nlabeled image"),
         "cu": Box("op", 2, 2, "channels of the\nunlabeled image"),
-        "cross": Box("net", 3, 0, "rebuilt by\ncross-attention"),
+        "cross": Box("net", 3, 0, "reconstructed by\ncross-attention"),
         "memory": Box("op", 3, 1, memory),
         "self": Box("net", 3, 2, "self-attention"),
         "decoder": Box("net", 4, 0, "decoder", span=3),
         "loss_x": Box("loss", 5, 0, "loss_x  (mask)"),
         "loss_u": Box("loss", 5, 2, "loss_u"),
         "who": Box("frozen", 1, 3, "EMA teacher" if revised else "the same network\nevaluation mode"),
-        "label": Box("label", 2, 3, "label where\nconfidence ≥ τ" if revised else "likeliest class\nof every pixel"),
+        "label": Box("label", 2, 3, "label where\nconfidence ≥ τ" if revised else "most likely class\nof every pixel"),
     }
     signals = [("x", "encoder"), ("u", "encoder"), ("encoder", "cx"), ("encoder", "cu"), ("cx", "cross")]
     signals += [("cu", "memory"), ("cu", "self"), ("memory", "cross"), ("cross", "decoder"), ("self", "decoder")]
@@ -259,7 +265,7 @@ METHODS = {
 
 def draw_box(axes: Axes, box: Box) -> None:
     fill, border = KINDS[box.kind]
-    (x, y), (half_width, half_height) = box.centre, box.half
+    (x, y), (half_width, half_height) = box.center, box.half
     corner = (x - half_width, y - half_height)
     style = "round,pad=0,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch(corner, 2 * half_width, 2 * half_height, boxstyle=style, fc=fill, ec=border, lw=1.3))
@@ -267,8 +273,8 @@ def draw_box(axes: Axes, box: Box) -> None:
 
 
 def ends(first: Box, last: Box) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Where an arrow leaves the one and meets the other: side to side, or below each other; level where it can be."""
-    (x1, y1), (x2, y2) = first.centre, last.centre
+    """Start and end point of an arrow: from side to side, or vertical; horizontal if possible."""
+    (x1, y1), (x2, y2) = first.center, last.center
     if abs(x2 - x1) < WIDTH:
         down = 1 if y2 < y1 else -1
         return (x1, y1 - down * first.half[1]), (x2, y2 + down * last.half[1])
@@ -281,13 +287,17 @@ def ends(first: Box, last: Box) -> tuple[tuple[float, float], tuple[float, float
 
 
 def draw_arrow(axes: Axes, arrow: Arrow, boxes: dict[str, Box], turned: list[str]) -> None:
-    """A label from below turns up to a loss with nothing under it, the next one of that loss beside it."""
+    """Draw an arrow. A label that comes from below bends up to its loss if nothing is under the loss.
+
+    Args:
+        turned: losses that bent arrows already lead to; the next one ends beside them.
+    """
     first, last = boxes[arrow.start], boxes[arrow.end]
     (x1, y1), (x2, y2) = ends(first, last)
     bend = "arc3"
     if arrow.line == "label" and y1 < y2 - 0.5:
         if is_free_below(last, boxes.values()):
-            x2, y2 = last.centre[0] + 0.5 * turned.count(arrow.end), last.centre[1] - last.half[1]
+            x2, y2 = last.center[0] + 0.5 * turned.count(arrow.end), last.center[1] - last.half[1]
             bend = "angle,angleA=0,angleB=90,rad=6"
             turned.append(arrow.end)
         elif last.column > first.column:
@@ -315,8 +325,8 @@ def is_free_below(loss: Box, boxes: Iterable[Box]) -> bool:
 
 def draw(sketch: Sketch, path: Path) -> None:
     boxes, arrows = sketch
-    right = max(box.centre[0] for box in boxes.values()) + WIDTH / 2
-    bottom = min(box.centre[1] - box.half[1] for box in boxes.values())
+    right = max(box.center[0] for box in boxes.values()) + WIDTH / 2
+    bottom = min(box.center[1] - box.half[1] for box in boxes.values())
     height = -bottom + HEIGHT / 2 + 0.75
     figure = plt.figure(figsize=((right + WIDTH / 2 + 0.4) * 0.72, height * 0.72), dpi=110)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -327,7 +337,7 @@ def draw(sketch: Sketch, path: Path) -> None:
         draw_arrow(axes, arrow, boxes, turned)
     for box in boxes.values():
         draw_box(axes, box)
-    names = {"signal": "signal", "label": "label or weight", "average": "moving average"}
+    names = {"signal": "data", "label": "label or weight", "average": "moving average"}
     used = dict.fromkeys(arrow.line for arrow in arrows)
     handles = [Line2D([], [], linestyle=LINES[name][0], color=LINES[name][1], lw=1.5) for name in used]
     axes.legend(

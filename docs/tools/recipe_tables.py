@@ -1,7 +1,7 @@
 """The tables of docs/recipes.md: the settings of each recipe, the memory and computation of its steps, and all keys.
 
-python docs/tools/recipe_tables.py                             # writes them from the code and benchmarks/recipes.json
-python docs/tools/recipe_tables.py count pascal allspark imas  # counts these recipes anew, a minute each, without a GPU
+python docs/tools/recipe_tables.py                             # writes them, from the code and benchmarks/recipes.json
+python docs/tools/recipe_tables.py count pascal allspark imas  # counts these recipes again: a minute each, no GPU
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def settings(dataset: str, method: str) -> tuple[str, ...]:
     network += f", {model.decoder}" + (", bottleneck" if model.bottleneck.name != "none" else "")
     second = "" if recipe.method.name == "supervised" else f" + {recipe.batch_size}"
     rate = f"{optim.name} {optim.lr:g}, head x {optim.lr_multi:g}"
-    epochs = f"{recipe.epochs} of the {recipe.epoch_of}"
+    epochs = f"{recipe.epochs} ({recipe.epoch_of})"
     cells = (network, recipe.data.crop_size, f"{recipe.batch_size}{second}", rate, recipe.criterion.name, epochs)
     return (*map(str, cells), f"{steps(recipe, dataset):,}")
 
@@ -77,7 +77,7 @@ def settings_table(dataset: str) -> list[list[str]]:
     rows: dict[tuple[str, ...], list[str]] = {}
     for method in methods():
         rows.setdefault(settings(dataset, method), []).append(f"`{method}`")
-    head = ["method", "network", "crop", "batch", "optimizer", "loss", "epochs", "steps"]
+    head = ["method", "network", "crop", "batch", "optimizer", "loss", "epochs (list)", "steps"]
     return [head, *([", ".join(names), *cells] for cells, names in rows.items())]
 
 
@@ -123,7 +123,7 @@ def count_all(dataset: str, chosen: list[str]) -> None:
 
 
 def counted_text() -> str:
-    head = ["data set", "method", *WAYS, "TFLOP per step", "EFLOP in all"]
+    head = ["data set", "method", *WAYS, "TFLOP per step", "EFLOP per run"]
     rows = []
     for dataset, counted in json.loads(COUNTED.read_text(encoding="utf-8")).items():
         for method, row in counted.items():
@@ -165,7 +165,7 @@ def range_text(bounds: Mapping[str, Any]) -> str:
 
 
 def render(text: str) -> str:
-    """The page with its tables made anew."""
+    """The page with new tables."""
     for name, content in (("settings", settings_text()), ("counted", counted_text()), ("keys", keys_text())):
         before, start, rest = text.partition(f"<!-- recipes: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")

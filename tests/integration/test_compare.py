@@ -1,8 +1,10 @@
 """`allspark compare` on finished runs, and scripts/compare.sh."""
 
+import gzip
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +19,14 @@ from PIL import Image
 from allspark.__main__ import main
 from allspark.cli.compare import origin_table, paired_table, read_rows, score_table, unfinished
 from allspark.config_io import merge
-from allspark.runs import differing_lists
+from allspark.runs import differing_lists, read_archive
 from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import UserError
 from allspark.visualization import pictures
 from helpers import REPO
+
+sys.path.insert(0, "docs/tools")
+import results
 
 CLASSES = ["ground", "left", "right"]
 
@@ -84,15 +89,95 @@ def test_three_small_files_suffice(finished, tmp_path):
     assert (out / "curves.png").is_file() and not (out / "predictions.png").exists()
 
 
-@pytest.mark.parametrize("footing", sorted((REPO / "docs/runs").iterdir()), ids=lambda path: path.name)
-def test_recorded_tables_match_their_runs(footing):
-    """docs/runs, by scripts/results.sh."""
-    rows = read_rows([f"{run.parent.name}={run}" for run in sorted(footing.glob("*/seed_*"))])
-    kept, made = (
-        (footing / "table.md").read_text(encoding="utf-8"),
-        "\n".join(filter(None, (score_table(rows), origin_table(rows)))),
-    )
-    assert sorted(kept.splitlines()) == sorted(made.splitlines())  # the shell has an order of its own
+@pytest.mark.parametrize("experiment", sorted((REPO / "docs/runs").iterdir()), ids=lambda path: path.name)
+def test_recorded_table_is_rebuilt(experiment):
+    """As docs/tools/results.py does, byte by byte; and the folder has nothing that it does not make."""
+    rows = read_rows([str(experiment / "runs.jsonl.gz")])
+    table = "\n".join(filter(None, (score_table(rows), origin_table(rows))))
+    assert (experiment / "table.md").read_bytes() == table.encode("utf-8")
+    pages = "".join(page.read_text(encoding="utf-8") for page in (REPO / "docs").glob("*.md"))
+    pictures = {f"{name}.png" for name in re.findall(rf"\(runs/{experiment.name}/(\w+)\.png\)", pages)}
+    files = {path.name for path in experiment.iterdir()} - {"parts.json"}
+    assert files == {"table.md", "runs.jsonl.gz"} | pictures, "run docs/tools/results.py, remove pictures no page shows"
+
+
+def test_recorded_runs_are_small():
+    assert sum(path.stat().st_size for path in (REPO / "docs/runs").rglob("*") if path.is_file()) < 2_000_000
+
+
+def test_archive_gives_the_table_of_folders(write_run, tmp_path, capsys):
+    folder = tmp_path / "recorded"
+    for name, seed, score in (("supervised", 0, 20.0), ("a+b", 0, 30.0), ("a+b", 1, 31.0)):
+        run = write_run(f"run{seed}{name}", seed, score / 2, score)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        run.rename(folder / name / f"seed_{seed}")
+    packed = results.pack(folder)
+    assert packed == results.pack(folder)
+    archive = tmp_path / "some.jsonl.gz"
+    archive.write_bytes(packed)
+    words = [f"{name}={folder / name / seed}" for name, seed in (("supervised", "seed_0"), ("a+b", "seed_0"))]
+    other = f"other={folder / 'supervised' / 'seed_0'}"
+    direct, rows = read_rows([*words, f"a+b={folder / 'a+b' / 'seed_1'}", other]), read_rows([str(archive), other])
+    assert [row.name for row in rows] == ["supervised", "a+b", "other"]
+    assert score_table(rows) == score_table(direct) and origin_table(rows) == origin_table(direct)
+    assert rows[0].runs[0].points("loss_x") == direct[0].runs[0].points("loss_x") == [(1, 1.0)]
+    main(["compare", str(archive), "--out", str(tmp_path / "out"), "--paired", "supervised"])
+    assert "a+b" in capsys.readouterr().out and not (tmp_path / "out" / "predictions.png").exists()
+    with pytest.raises(UserError, match="has no runs"):
+        results.pack(tmp_path / "nowhere")
+
+
+def entry(**changes) -> str:
+    line = {"step": 3, "epoch": 0, "miou": 20.0, "iou": {"a": 20.0}}
+    return json.dumps({"name": "a", "config": {}, "provenance": {}, "metrics": [line]} | changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"plain text", "cannot be read"),
+        (gzip.compress(entry().encode())[:-9], "cannot be read"),
+        ("", "no runs"),
+        ("\n", "line 1: not a run"),
+        ("[" * 100_000, "line 1: not a run"),
+        ("3", "line 1: not a run"),
+        (entry(name=3), "line 1: not a run"),
+        (entry(name="../../a"), "line 1: not a run"),
+        (entry(metrics={"step": 1}), "line 1: not a run"),
+        (entry(provenance={"split": 1}), "line 1: not a run"),
+        (entry(metrics=[{"step": "1"}]), "not a line that train.py writes"),
+        (entry(metrics=[3]), "not a line that train.py writes"),
+        (entry(metrics=[{"step": 1, "epoch": 0, "miou": 1.0, "iou": {"a": "b"}}]), "not a line that train.py writes"),
+        (entry(config=[]), "line 1: config"),
+        (entry(config={"data": {"dataset": "shapes"}, "nothing": 1}), "line 1: config"),
+    ],
+)
+def test_damaged_archive_is_refused(content, message, tmp_path):
+    archive = tmp_path / "runs.jsonl.gz"
+    if content is not None:
+        archive.write_bytes(content if isinstance(content, bytes) else gzip.compress(content.encode()))
+    with pytest.raises(UserError, match=re.escape(str(archive))) as error:
+        read_archive(archive)
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_archive_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("allspark.runs.MAX_ARCHIVE", 1 << 20)
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress(b" " * (1 << 20) + b" "))
+    with pytest.raises(UserError, match="more than 1 MiB"):
+        read_archive(tmp_path / "runs.jsonl.gz")
+
+
+def test_reduced_colors():
+    """Frequent colors exactly, few colors unchanged, and the others nearly."""
+    noise = np.random.default_rng(0).integers(0, 40, (100, 100, 3)).astype(np.uint8)
+    flat = np.zeros((100, 100, 3), np.uint8) + np.uint8([[[255, 3, 128]]])
+    found = results.reduce_colors(Image.fromarray(np.concatenate((flat, noise))))
+    pixels = np.asarray(found.convert("RGB"))
+    assert found.mode == "P" and (pixels[:100] == flat).all()
+    assert np.abs(pixels[100:].astype(int) - noise).mean() < 5
+    assert (np.asarray(results.reduce_colors(Image.fromarray(flat)).convert("RGB")) == flat).all()
 
 
 def test_runs_of_one_name_are_seeds(write_run, capsys):

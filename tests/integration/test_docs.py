@@ -137,9 +137,10 @@ def commands():
         for first, block in blocks(page, "sh"):
             text = ""
             for number, line in enumerate(block.splitlines(), first):
-                text += line + "\n"
                 if line.endswith("\\"):
+                    text += line[:-1]
                     continue
+                text += line + "\n"
                 with contextlib.suppress(ValueError):  # a quotation that goes on
                     words, text = shlex.split(text, comments=True), ""
                     if words:

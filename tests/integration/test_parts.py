@@ -1,4 +1,4 @@
-"""scripts/parts.py measures the network with one part removed, and nothing else."""
+"""docs/tools/parts.py measures the network with one part removed, and nothing else."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import run_main
 
-sys.path.insert(0, "scripts")
+sys.path.insert(0, "docs/tools")
 import parts
 
 IMAGE = torch.randn(2, 3, 65, 65, generator=torch.Generator().manual_seed(1))

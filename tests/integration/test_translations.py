@@ -10,6 +10,7 @@ import train
 from allspark.build import complete
 from allspark.config_io import load_config, load_recipe, parse_overrides
 from allspark.inference import load_for_inference
+from allspark.runs import read_archive
 from helpers import REPO
 from helpers.runs import load
 
@@ -86,8 +87,8 @@ def test_old_run_resumes_and_predicts(place, method):
 
 
 def test_recorded_runs_load():
-    """The config.yaml files of docs/runs, most of which are older than a key."""
-    files = sorted(REPO.glob("docs/runs/**/config.yaml"))
-    for file in files:
-        recipe = complete(load_config(file))
-        assert recipe.method.name != "allspark" or recipe.model.bottleneck.name == "allspark", file
+    """The configs of docs/runs, most of which are older than a key."""
+    runs = [run for path in REPO.glob("docs/runs/*/*.jsonl.gz") for _, run in read_archive(path)]
+    assert len(runs) > 200 and any(run.recipe.notes for run in runs)
+    for run in runs:
+        assert run.recipe.method.name != "allspark" or run.recipe.model.bottleneck.name == "allspark", run.folder

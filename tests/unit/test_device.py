@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from allspark.config import ModelConfig
 from allspark.device import check_architecture, choose_device, gpus_allocated, reinstall, why_no_cuda
 from allspark.launch import check_gpus
+from allspark.models.segmentor import build_model
 from allspark.utils.errors import UserError
 
 TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -73,3 +75,11 @@ def test_two_ranks_on_one_gpu():
     store.set("gpu 2", store.get("gpu 1"))
     with pytest.raises(UserError, match=r"ranks 1 and 2 share one GPU \(H100 GPU-1 on .*\); start at most as many"):
         check_gpus(store, 1, 3, "H100 GPU-1")
+
+
+def test_compile_needs_a_compiler(monkeypatch):
+    model = build_model(ModelConfig(encoder="mit_b0"), 3, 65)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"compile=true needs a C\+\+ compiler; install g\+\+"):
+        model.compile_parts()

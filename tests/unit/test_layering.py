@@ -27,20 +27,10 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "visualization": {"data", "evaluation"},
     "engine": {"config", "distributed"},
     "build": {"config", "config_io", "data", "distributed", "losses", "methods"},
-    "train_step": {"config", "data.batch", "distributed", "engine", "methods", "models"},
-    "run": {
-        "build",
-        "config",
-        "config_io",
-        "data",
-        "distributed",
-        "engine",
-        "evaluation",
-        "launch",
-        "methods",
-        "models",
-    }
-    | {"train_step", "weights"},
+    "cuda_graph": {"config", "data.batch", "distributed", "engine.stepper", "methods"} | {"models.timm_encoder"},
+    "train_step": {"config", "cuda_graph", "data.batch", "distributed", "engine", "methods", "models"},
+    "run": {"build", "config", "config_io", "cuda_graph", "data", "distributed", "engine", "evaluation", "launch"}
+    | {"methods", "models", "train_step", "weights"},
     "recipe_arguments": {"build", "config", "config_io", "engine.optim"},
     "inference": {"build", "config", "config_io", "data", "engine", "evaluation", "models"},
     "memory_estimate": {"config", "data", "engine", "methods", "models", "train_step"},
@@ -48,7 +38,7 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     | {"visualization"},
     "api": {"config", "data", "device", "evaluation", "inference", "models"},
     "bench": {"config", "data", "distributed", "engine", "evaluation", "losses", "memory_estimate", "methods", "models"}
-    | {"train_step", "visualization"},
+    | {"cuda_graph", "train_step", "visualization"},
 }
 
 
