@@ -1,5 +1,6 @@
 #!/bin/sh
-# Lint, format check and tests, one process per core; arguments go to pytest: sh scripts/test.sh -n 0 tests/test_config.py
+# Lint, format check and tests, one process per core; arguments go to pytest:
+#   sh scripts/test.sh -n 0 tests/unit/test_config.py
 set -eu
 cd -- "$(dirname -- "$0")/.."
 . scripts/setup.sh

@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a tiny data set of real files, its recipe, a finished run, real processes."""
+"""Fixtures: a tiny data set of real files, its recipe, a finished run, and processes."""
 
 import contextlib
 import json
@@ -8,105 +8,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import forks
-import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
-from ranks import Ranks
 
 import train
+from allspark.engine.checkpoint import save_checkpoint
+from helpers import REPO, forks, networks  # noqa: F401, networks registers the encoder "tiny"
+from helpers.ranks import Ranks
+from helpers.tiny_dataset import Place, write_files, write_recipe
 
-REPO = Path(train.__file__).parent
-with contextlib.suppress(ValueError):  # in the background of a script it is ignored, also by what the tests start
+with contextlib.suppress(ValueError):  # ignored in background jobs of a script, also by child processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
-CLASSES = ("ground", "left", "right")
-SIZE = (80, 64)  # width, height
-COUNTS = {"labeled": 4, "unlabeled": 6, "val": 2}
-STEPS_PER_EPOCH = 3  # 6 unlabeled images in batches of 2
-
-
-@dataclass(frozen=True)
-class Place:
-    """A copy of the data set that a test may damage, its recipe file, and the folder that a run goes to."""
-
-    root: Path
-    config: Path
-    run: Path
-
-    def train(self, *words: object) -> list[str]:
-        """Arguments of train.py: the recipe of this place into its folder, then `words`."""
-        return ["--config", str(self.config), "--save-path", str(self.run), *map(str, words)]
-
-    def lists(self, *words: object) -> list[str]:
-        """Arguments of train.py: PASCAL's recipe cut down for these files, named by lists; the method is in `words`."""
-        small = ("model.encoder=mit_b0", "model.decoder_channels=32", "model.pretrained=none", "crop_size=65")
-        short = ("batch_size=2", "epochs=1", "log.interval=1", "num_workers=0", "device=cpu")
-        data = (f"data_root={self.root}", f"data.val_id_path={self.root}/lists/val.txt")
-        files = [f"--{kind}-id-path={self.root}/lists/{kind}.txt" for kind in ("labeled", "unlabeled")]
-        return ["--dataset", "pascal", *files, *small, *short, *data, *map(str, words)]
-
-    def edit(self, **sections: dict) -> None:
-        """Merge values into the recipe file, section by section."""
-        recipe = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        for section, values in sections.items():
-            recipe[section].update(values)
-        self.config.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-
-
-def write_files(root: Path) -> None:
-    """Images whose left and right part are of different colour and class; mask folders for labeled and val only."""
-    rng = np.random.default_rng(0)
-    width, height = SIZE
-    for kind, count in COUNTS.items():
-        lines = []
-        for index in range(count):
-            mask = np.zeros((height, width), np.uint8)
-            mask[8:, : 20 + 4 * index], mask[8:, 50:] = 1, 2
-            image = np.array([[90, 90, 90], [200, 60, 40], [40, 60, 200]], np.uint8)[mask]
-            image = (image + rng.integers(0, 40, image.shape)).astype(np.uint8)
-            mask[:, -3:] = 255
-            for folder, array in (("images", image), ("masks", mask)):
-                if folder == "images" or kind != "unlabeled":
-                    path = root / folder / kind / f"{kind}{index}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(array).save(path)
-            names = [f"{folder}/{kind}/{kind}{index}.png" for folder in ("images", "masks")]
-            lines.append(" ".join(names[: 1 if kind == "unlabeled" else 2]) + "\n")
-        (root / "lists").mkdir(exist_ok=True)
-        (root / "lists" / f"{kind}.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def write_recipe(path: Path, root: Path) -> Path:
-    """The recipe of a data set described in YAML alone: AllSpark, 2 epochs of 3 steps, a log line every 2 steps."""
-    custom = {"classes": list(CLASSES), "unlabeled_images": "images/unlabeled"}
-    for kind in ("labeled", "val"):
-        custom |= {f"{kind}_images": f"images/{kind}", f"{kind}_masks": f"masks/{kind}"}
-    recipe = {
-        "data": {"dataset": "tiny", "data_root": str(root), "crop_size": 65, "num_workers": 0, "custom": custom},
-        "model": {
-            "encoder": "mit_b0",
-            "decoder_channels": 32,
-            "bottleneck": {"name": "allspark", "warmup_epochs": 1},
-        },
-        "method": {"name": "allspark"},
-        "optim": {"name": "adamw", "lr": 1e-3, "lr_multi": 1.0, "weight_decay": 0.01},
-        "epochs": 2,
-        "batch_size": 2,
-        "log": {"interval": 2},
-        "device": "cpu",
-    }
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(autouse=True, scope="session")
 def no_data_roots_from_outside():
-    """What the machine's owner has set for own runs must not lead a test to other data."""
+    """Unset ALLSPARK_DATA_*, so that no test finds other data."""
     kept = dict(os.environ)
     for name in kept:
         if name.startswith("ALLSPARK_DATA_"):
@@ -117,7 +36,7 @@ def no_data_roots_from_outside():
 
 @pytest.fixture(scope="session")
 def one_thread():
-    """Sums are bit-identical between processes only with equal thread counts; real processes get one thread too."""
+    """One thread, as in child processes: sums are bit-identical only with equal thread counts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -126,7 +45,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def pair():
-    """Two processes of one group: pair(function, *args) -> what it returned in each."""
+    """Two processes of one group: pair(function, *args) -> the results of both."""
     ranks = Ranks(2)
     yield ranks
     ranks.close()
@@ -134,7 +53,7 @@ def pair():
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
-    """The undamaged data set. Read it, copy it, never write to it."""
+    """The data set, read-only."""
     root = tmp_path_factory.mktemp("tiny") / "data"
     write_files(root)
     return root
@@ -151,7 +70,7 @@ def place(tiny_root, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(tiny_root, tmp_path_factory, one_thread):
-    """A run of 2 epochs, done in this process. Read it, copy it, never write to it."""
+    """A finished run of 2 epochs, read-only."""
     folder = tmp_path_factory.mktemp("finished")
     done = Place(tiny_root, write_recipe(folder / "recipe.yaml", tiny_root), folder / "run")
     train.main(done.train())
@@ -160,17 +79,29 @@ def finished(tiny_root, tmp_path_factory, one_thread):
         file.unlink()
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """latest.pth of step 2, previous.pth of step 1, best.pth of step 0; and how they read."""
+    path, best = {"world_size": 1, "best": {"miou": 1.0, "epoch": 0}}, tmp_path / "best.pth"
+    rest = {"model": {"w": torch.arange(5000.0)}, "method": {}, "recipe": {}, "optimizer": {}, "epoch": 0}
+    rest["split"] = {"name": "1_8", "sha256": "0"}
+    save_checkpoint(best, {**path, **rest, "step": 0})
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "latest.pth", {**path, **rest, "step": step}, previous=tmp_path / "previous.pth")
+    return tmp_path
+
+
 def environment(more: dict[str, object]) -> dict[str, str]:
-    """Of the tests' processes: one thread, no GPU."""
+    """Environment of child processes: one thread, no GPU."""
     return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="") | {key: str(more[key]) for key in more}
 
 
 @pytest.fixture(scope="session")
 def fork_process(tmp_path_factory):
-    """(train.py|eval.py|-m allspark, words) -> a real process where its code and messages are the point.
+    """(train.py|eval.py|-m allspark, words) -> a process, for tests of exit codes and messages.
 
-    It is forked from one that has imported everything, which start_process's take four seconds for. What is about the
-    start itself, signals, launchers or memory takes start_process.
+    Forked from a server that has imported everything, which takes four seconds with start_process. Tests of the start
+    itself, of signals, launchers or memory use start_process.
     """
     folder, started = tmp_path_factory.mktemp("forked"), []
     forks.serve()
@@ -187,7 +118,7 @@ def fork_process(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start_process():
-    """(words after python) -> a real process in the repository, one thread, no GPU; ended with the session."""
+    """(arguments of python) -> a process in the repository with one thread and no GPU; ended with the session."""
     started: list[subprocess.Popen] = []
 
     def start(words: Sequence[object], **more_env: object) -> subprocess.Popen:
@@ -198,7 +129,7 @@ def start_process():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # a group of its own, so that a launcher's children end with it
+            start_new_session=True,  # a new process group, so that a launcher's children end with it
         )
         started.append(process)
         return process

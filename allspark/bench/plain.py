@@ -2,7 +2,8 @@
 where that is all there is, in ordinary calls of torch, PIL and numpy.
 
 Its modules carry the names of ours, so that `plain_copy` can hand it our weights: same loss, same gradients, same
-predictions (tests/test_bench.py). It shares the draws of augmentation with the real code, and no pixel or tensor work.
+predictions (tests/unit/test_bench.py). It shares the draws of augmentation with the real code, and no pixel or tensor
+work.
 """
 
 from __future__ import annotations

@@ -1,0 +1,483 @@
+"""`allspark compare` on finished runs, and scripts/compare.sh."""
+
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from allspark.__main__ import main
+from allspark.cli.compare import origin_table, paired_table, read_rows, score_table, unfinished
+from allspark.config_io import merge
+from allspark.runs import differing_lists, read_archive
+from allspark.split_lists.manifest import load_manifest
+from allspark.utils.errors import UserError
+from allspark.visualization import pictures
+from helpers import REPO
+
+sys.path.insert(0, "docs/tools")
+import results
+
+CLASSES = ["ground", "left", "right"]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def mean_and_std(values: list[float], digits: int = 2) -> str:
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+@pytest.fixture
+def write_run(finished, tmp_path):
+    """(folder, seed, mIoU of each epoch) -> the folder of a run with these scores and the finished run's weights."""
+
+    def write(name: str, seed: int, *scores: float, more: list[dict] | None = None, **sections: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = merge(yaml.safe_load((finished.run / "config.yaml").read_text()), {"seed": seed, **sections})
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+        lines = [{"step": 1, "epoch": 0, "loss": 2.0, "loss_x": 1.0}]
+        for epoch, score in enumerate(scores):  # of two classes; the first is nowhere where the score is 23
+            iou = {"ground": None if score == 23.0 else score, "left": score + 1, "right": None}
+            others = more[epoch] if more else {}
+            lines.append({"step": 3 * (epoch + 1), "epoch": epoch, "miou": score, **others, "iou": iou})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "latest.pth").symlink_to(finished.run / "latest.pth")
+        return folder
+
+    return write
+
+
+def test_table_curves_and_pictures(finished, tmp_path, capsys):
+    out = tmp_path / "table"
+    main(["compare", f"first={finished.run}", str(finished.run), "--out", str(out), "--images", "2"])
+    lines = [json.loads(line) for line in (finished.run / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["miou"] for line in lines if "miou" in line]
+    rows = (out / "table.md").read_text().splitlines()
+    assert cells(rows[0])[:4] == ["run", "seeds", "mIoU last", "mIoU best"]
+    assert cells(rows[2])[:4] == ["first", "1", f"{scores[-1]:.2f}", f"{max(scores):.2f}"]
+    assert cells(rows[3])[0] == "run"  # without a name: that of the folder
+    assert rows[2] in capsys.readouterr().out
+    grid = np.asarray(Image.open(out / "predictions.png"))
+    assert grid.shape[1] > 4 * 240 and len(np.unique(grid.reshape(-1, 3), axis=0)) > 50
+    assert Image.open(out / "curves.png").width > 500
+
+
+def test_three_small_files_suffice(finished, tmp_path):
+    """As runs are kept in docs/: their numbers without their weights."""
+    kept, out = tmp_path / "kept", tmp_path / "table"
+    kept.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "run.json"):
+        shutil.copy(finished.run / name, kept)
+    main(["compare", f"run={kept}", "--out", str(out)])
+    main(["compare", f"run={finished.run}", "--out", str(tmp_path / "whole"), "--images", "1"])
+    assert (out / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
+    assert (out / "curves.png").is_file() and not (out / "predictions.png").exists()
+
+
+@pytest.mark.parametrize("experiment", sorted((REPO / "docs/runs").iterdir()), ids=lambda path: path.name)
+def test_recorded_table_is_rebuilt(experiment):
+    """As docs/tools/results.py does, byte by byte; and the folder has nothing that it does not make."""
+    rows = read_rows([str(experiment / "runs.jsonl.gz")])
+    table = "\n".join(filter(None, (score_table(rows), origin_table(rows))))
+    assert (experiment / "table.md").read_bytes() == table.encode("utf-8")
+    pages = "".join(page.read_text(encoding="utf-8") for page in (REPO / "docs").glob("*.md"))
+    pictures = {f"{name}.png" for name in re.findall(rf"\(runs/{experiment.name}/(\w+)\.png\)", pages)}
+    files = {path.name for path in experiment.iterdir()} - {"parts.json"}
+    assert files == {"table.md", "runs.jsonl.gz"} | pictures, "run docs/tools/results.py, remove pictures no page shows"
+
+
+def test_recorded_runs_are_small():
+    assert sum(path.stat().st_size for path in (REPO / "docs/runs").rglob("*") if path.is_file()) < 2_000_000
+
+
+def test_archive_gives_the_table_of_folders(write_run, tmp_path, capsys):
+    folder = tmp_path / "recorded"
+    for name, seed, score in (("supervised", 0, 20.0), ("a+b", 0, 30.0), ("a+b", 1, 31.0)):
+        run = write_run(f"run{seed}{name}", seed, score / 2, score)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        run.rename(folder / name / f"seed_{seed}")
+    packed = results.pack(folder)
+    assert packed == results.pack(folder)
+    archive = tmp_path / "some.jsonl.gz"
+    archive.write_bytes(packed)
+    words = [f"{name}={folder / name / seed}" for name, seed in (("supervised", "seed_0"), ("a+b", "seed_0"))]
+    other = f"other={folder / 'supervised' / 'seed_0'}"
+    direct, rows = read_rows([*words, f"a+b={folder / 'a+b' / 'seed_1'}", other]), read_rows([str(archive), other])
+    assert [row.name for row in rows] == ["supervised", "a+b", "other"]
+    assert score_table(rows) == score_table(direct) and origin_table(rows) == origin_table(direct)
+    assert rows[0].runs[0].points("loss_x") == direct[0].runs[0].points("loss_x") == [(1, 1.0)]
+    main(["compare", str(archive), "--out", str(tmp_path / "out"), "--paired", "supervised"])
+    assert "a+b" in capsys.readouterr().out and not (tmp_path / "out" / "predictions.png").exists()
+    with pytest.raises(UserError, match="has no runs"):
+        results.pack(tmp_path / "nowhere")
+
+
+def entry(**changes) -> str:
+    line = {"step": 3, "epoch": 0, "miou": 20.0, "iou": {"a": 20.0}}
+    return json.dumps({"name": "a", "config": {}, "provenance": {}, "metrics": [line]} | changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"plain text", "cannot be read"),
+        pytest.param(gzip.compress(entry().encode())[:-9], "cannot be read", id="truncated"),  # its bytes hold the time
+        ("", "no runs"),
+        ("\n", "line 1: not a run"),
+        ("[" * 100_000, "line 1: not a run"),
+        ("3", "line 1: not a run"),
+        (entry(name=3), "line 1: not a run"),
+        (entry(name="../../a"), "line 1: not a run"),
+        (entry(metrics={"step": 1}), "line 1: not a run"),
+        (entry(provenance={"split": 1}), "line 1: not a run"),
+        (entry(metrics=[{"step": "1"}]), "not a line that train.py writes"),
+        (entry(metrics=[3]), "not a line that train.py writes"),
+        (entry(metrics=[{"step": 1, "epoch": 0, "miou": 1.0, "iou": {"a": "b"}}]), "not a line that train.py writes"),
+        (entry(config=[]), "line 1: config"),
+        (entry(config={"data": {"dataset": "shapes"}, "nothing": 1}), "line 1: config"),
+    ],
+)
+def test_damaged_archive_is_refused(content, message, tmp_path):
+    archive = tmp_path / "runs.jsonl.gz"
+    if content is not None:
+        archive.write_bytes(content if isinstance(content, bytes) else gzip.compress(content.encode()))
+    with pytest.raises(UserError, match=re.escape(str(archive))) as error:
+        read_archive(archive)
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_archive_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("allspark.runs.MAX_ARCHIVE", 1 << 20)
+    (tmp_path / "runs.jsonl.gz").write_bytes(gzip.compress(b" " * (1 << 20) + b" "))
+    with pytest.raises(UserError, match="more than 1 MiB"):
+        read_archive(tmp_path / "runs.jsonl.gz")
+
+
+def test_reduced_colors():
+    """Frequent colors exactly, few colors unchanged, and the others nearly."""
+    noise = np.random.default_rng(0).integers(0, 40, (100, 100, 3)).astype(np.uint8)
+    flat = np.zeros((100, 100, 3), np.uint8) + np.uint8([[[255, 3, 128]]])
+    found = results.reduce_colors(Image.fromarray(np.concatenate((flat, noise))))
+    pixels = np.asarray(found.convert("RGB"))
+    assert found.mode == "P" and (pixels[:100] == flat).all()
+    assert np.abs(pixels[100:].astype(int) - noise).mean() < 5
+    assert (np.asarray(results.reduce_colors(Image.fromarray(flat)).convert("RGB")) == flat).all()
+
+
+def test_runs_of_one_name_are_seeds(write_run, capsys):
+    scores = [(24.0, 20.0), (22.0, 23.0), (30.5, 29.0)]  # two evaluations of each seed
+    words = [write_run(f"b{seed}", seed, *pair) for seed, pair in enumerate(scores)]
+    rows = read_rows([*(f"mine={run}" for run in words), f"other={write_run('alone', 0, 10.0)}"])
+    assert [(row.name, len(row.runs)) for row in rows] == [("mine", 3), ("other", 1)]
+    lines = score_table(rows).splitlines()
+    last = mean_and_std([20.0, 23.0, 29.0])
+    best = mean_and_std([24.0, 23.0, 30.5])
+    left = mean_and_std([21.0, 24.0, 30.0], digits=1)
+    assert last == "24.00 ± 4.58"  # (4 ** 2 + 1 ** 2 + 5 ** 2) / 2 = 4.58 ** 2
+    assert cells(lines[0]) == ["run", "seeds", "mIoU last", "mIoU best", *CLASSES]
+    assert cells(lines[2]) == ["mine", "3", last, best, mean_and_std([20.0, 29.0], digits=1), left, "-"]
+    assert cells(lines[3]) == ["other", "1", "10.00", "10.00", "10.0", "11.0", "-"]
+    assert "it is selected on" in score_table(rows)
+
+
+def test_difference_per_seed(write_run):
+    base = {0: 20.0, 1: 21.5, 2: 25.0}
+    mine = {1: 22.0, 2: 24.0, 3: 90.0}
+    words = [f"base={write_run(f'a{seed}', seed, score)}" for seed, score in base.items()]
+    words += [f"mine={write_run(f'b{seed}', seed, score)}" for seed, score in mine.items()]
+    rows = read_rows([*words, f"one={write_run('c', 2, 27.0)}"])
+    lines = paired_table(rows, "base").splitlines()
+    assert cells(lines[0]) == ["mIoU last, minus base", "seed 0", "seed 1", "seed 2", "mean ± std"]
+    mean, std = (0.5 - 1.0) / 2, math.sqrt(((0.5 + 0.25) ** 2 + (-1.0 + 0.25) ** 2) / 1)
+    assert cells(lines[2]) == ["mine", "-", "+0.50", "-1.00", f"{mean:+.2f} ± {std:.2f}"]
+    assert cells(lines[3]) == ["one", "-", "-", "+2.00", "+2.00"] and len(lines) == 4
+    assert paired_table(rows[:1], "base") == ""
+    with pytest.raises(UserError, match=r"--paired fixmatch: .* there are base, mine, one"):
+        paired_table(rows, "fixmatch")
+
+
+def test_one_name_needs_one_recipe(write_run, tmp_path):
+    first = write_run("a", 0, 20.0)
+    moved = write_run("b", 1, 20.0, data={"data_root": "/elsewhere"}, device="auto")  # where it ran, not what
+    assert len(read_rows([f"x={first}", f"x={moved}"])[0].runs) == 2
+    other = write_run("c", 1, 20.0, optim={"lr": 0.5})
+    with pytest.raises(UserError, match=r"^x: .*a and .*c are not two seeds.*\(optim.lr: 0.001 -> 0.5\).*name=FOLDER"):
+        read_rows([f"x={first}", f"x={other}"])
+    assert len(read_rows([f"x={first}", f"y={other}"])) == 2
+    with pytest.raises(UserError, match=r"both have seed 1"):
+        read_rows([f"x={first}", f"x={moved}", f"x={write_run('d', 1, 20.0)}"])
+
+
+def test_pseudo_labels_and_pairs_in_table(write_run, tmp_path, capsys):
+    pseudo = [{"pseudo_accuracy": None, "pseudo_coverage": 0.0}, {"pseudo_accuracy": 81.5, "pseudo_coverage": 40.25}]
+    more = [{"pseudo_accuracy": math.nan, "pseudo_coverage": 10.0}, {"pseudo_accuracy": 84.5, "pseudo_coverage": 44.75}]
+    words = [f"mine={write_run('a', 0, 20.0, 22.0, more=pseudo)}", f"mine={write_run('b', 1, 21.0, 25.0, more=more)}"]
+    assert [run.points("pseudo_accuracy") for run in read_rows(words)[0].runs] == [[(6, 81.5)], [(6, 84.5)]]
+    words += [f"plain={write_run('c', 0, 20.0, 21.0)}"]
+    main(["compare", *words, "--out", str(tmp_path / "out"), "--paired", "plain", "--images", "1"])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in capsys.readouterr().out and "| plain" in table and "+1.00" in table
+    lines = table.splitlines()
+    assert cells(lines[0])[4:6] == ["pseudo-label accuracy", "pseudo-label coverage"]
+    assert cells(lines[2])[4:6] == [mean_and_std([81.5, 84.5], 1), mean_and_std([40.25, 44.75], 1)]
+    assert cells(lines[3])[4:6] == ["-", "-"] and "coverage: share of pixels" in table
+    for name in ("seeds", "curves", "losses", "predictions", "pseudo_labels"):
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
+        assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
+    main(["compare", words[-1], "--out", str(tmp_path / "without"), "--images", "1"])
+    made = {path.name for path in (tmp_path / "without").iterdir()}
+    assert made == {"table.md", "seeds.png", "curves.png", "losses.png", "classes.png", "predictions.png"}
+    assert "pseudo" not in (tmp_path / "without" / "table.md").read_text().lower()
+
+
+def test_unfinished_run_is_marked(write_run):
+    done, half = write_run("a", 0, 20.0, 21.0), write_run("b", 1, 20.0)
+    (note,) = unfinished(read_rows([f"x={done}", f"x={half}"]))
+    assert note == "x seed 1 is not finished: 1 of 2 epochs are evaluated"
+
+
+def test_curve_band_is_min_to_max():
+    axes = pictures.new_figure(4, 3).subplots()
+    seeds = [[(1, 10.0), (2, 20.0), (3, 99.0)], [(1, 13.0), (2, 26.0)], []]  # one stopped early, one has nothing
+    pictures.draw_rows(axes, {"mine": seeds, "one": [[(1, 5.0), (2, 6.0)]], "none": [[]]}, "title")
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 11.5], [2, 23]], [[1, 5], [2, 6]]]
+    (band,) = axes.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
+    assert corners == {(1, 10), (1, 13), (2, 20), (2, 26)}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine  23.0", "one  6.0"]
+
+
+def test_every_seed_is_a_dot(tmp_path):
+    axes = pictures.new_figure(4, 3).subplots()
+    pictures.draw_seeds(axes, {"base": [40.0, 43.0], "mine": [50.0]}, "title")
+    dots, bars = axes.lines[::2], axes.lines[1::2]
+    assert [line.get_xydata().tolist() for line in dots] == [[[40, 0], [43, 0]], [[50, 1]]]
+    assert [line.get_xydata().tolist() for line in bars] == [[[41.5, 0]], [[50, 1]]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["base  41.5", "mine  50.0"]
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (40, 43) and axes.yaxis_inverted()
+    for count in (1, 20):
+        pictures.plot_seeds({f"row {i}": [20.0 + i] for i in range(count)}, "title", tmp_path / f"{count}.png")
+    assert Image.open(tmp_path / "20.png").height > 3 * Image.open(tmp_path / "1.png").height
+
+
+def test_twenty_rows_are_distinguishable(tmp_path):
+    points = {f"row {index}": [[(1, 20.0 + index), (2, 25.0 + index)]] for index in range(20)}
+    axes = pictures.new_figure(8, 5).subplots()
+    pictures.draw_rows(axes, points, "title")
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 20
+    assert len(axes.get_legend().get_texts()) == 20
+    axes.figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1  # beside it
+    pictures.plot_curves(points, "title", tmp_path / "curves.png")
+    pictures.plot_curves(
+        points | {f"more {name}": seeds for name, seeds in points.items()}, "title", tmp_path / "40.png"
+    )
+    assert Image.open(tmp_path / "40.png").height > 1.3 * Image.open(tmp_path / "curves.png").height
+    pictures.plot_losses({name: [{"loss_x": [(1, 2.0), (2, 1.0)]}] for name in points}, tmp_path / "losses.png")
+    for name in ("curves", "losses"):
+        drawn = Image.open(tmp_path / f"{name}.png")
+        assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
+
+
+def test_method_variants_share_a_color():
+    names = ["a", "a+allspark", "b", "b+none", "a+more", *(f"row {index}" for index in range(10)), "row 1+allspark"]
+    found = pictures.line_styles(names)
+    kinds = {(look["color"], look["linestyle"]) for look in found.values()}
+    assert len(kinds) == len(names)
+    assert len({found[name]["color"] for name in ("a", "a+allspark", "a+more")}) == 1
+    assert found["b+none"]["color"] == found["b"]["color"] != found["a"]["color"]
+
+
+def test_large_panels_share_a_legend(tmp_path):
+    """As wide as with few rows, and with room below the panels for every name."""
+    few, many = ({f"row {i}": [[(1, 20.0 + i), (2, 25.0)]] for i in range(count)} for count in (3, 20))
+    sizes = []
+    for name, rows in {"few": few, "many": many}.items():
+        pictures.plot_panels({f"class {i}": rows for i in range(5)}, tmp_path / f"{name}.png")
+        sizes.append(Image.open(tmp_path / f"{name}.png"))
+    assert sizes[0].width == sizes[1].width and 100 < sizes[1].height - sizes[0].height < 300
+    bottom = np.asarray(sizes[1].convert("L"))[-150:]
+    assert (bottom < 128).any(1).sum() > 40  # rows of pixels with text
+
+
+def test_wide_grid_wraps():
+    palette = [(10 * index, 200, 255 - 10 * index) for index in range(21)]
+    masks = tuple(np.full((10, 20), index, np.uint8) for index in range(21))  # truth 0, predictions 1 to 20
+    example = pictures.GridRow("a", np.zeros((3, 10, 20), np.uint8), masks)
+    heads = ["image", "truth", *(f"a rather long name {index}" for index in range(1, 21))]
+    page = pictures.draw_grid([example], heads, [str(index) for index in range(21)], palette, panel_width=60)
+    margin, step = pictures.MARGIN, 60 + 8
+    assert page.width == 2 * margin + 9 * step - 8
+    band, top = margin + 34 + 30 + 24, margin + 34 + 15
+    for row, shown in enumerate((range(0, 8), (0, *range(8, 15)), (0, *range(15, 21)))):
+        for column, index in enumerate(shown):
+            assert page.getpixel((margin + (1 + column) * step + 30, top + row * band)) == palette[index]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """(arguments, variables) -> scripts/compare.sh run by the Python of this process."""
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(REPO / "requirements.txt", tmp_path / "env" / "allspark-requirements.txt")  # nothing to install
+    here = {"VIRTUAL_ENV": str(tmp_path / "env"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "gpus": "0"}
+
+    def run(words=(), **variables):
+        command, env = ["sh", str(REPO / "scripts" / "compare.sh"), *words], os.environ | here | variables
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def test_script_trains_missing_runs(place, script, tmp_path):
+    out = tmp_path / "some where"
+    words = [word for word in place.lists() if word not in ("--dataset", "pascal", "epochs=1")]
+    (out / "supervised").mkdir(parents=True)
+    (out / "supervised" / "seed_2").write_text("in the way of a run's folder\n")
+    done = script(words, dataset="pascal", SPLIT="tiny", methods="supervised", seeds="1 2", BUDGET="1", out=str(out))
+    assert "compare: pascal tiny, 1 epochs: supervised; seeds 1 2; 2 runs into" in done.stdout, done.stderr
+    recipe = yaml.safe_load((out / "supervised" / "seed_1" / "config.yaml").read_text())
+    assert (recipe["seed"], recipe["epochs"], recipe["data"]["crop_size"]) == (1, 1, 65)
+    assert cells((out / "table.md").read_text().splitlines()[2])[:2] == ["supervised", "1"]
+    assert (out / "curves.png").is_file() and (out / "predictions.png").is_file()
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
+        "did not finish, see above: supervised seed 2"
+    )
+    for file in out.rglob("*.pth"):
+        file.unlink()
+
+
+def test_script_takes_own_recipe(script, tmp_path):
+    """The words of each training and of the comparison, from a Python that writes them down."""
+    python, called, out = tmp_path / "env" / "bin" / "python", tmp_path / "called", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\necho "$@" >>"{called}"\n')
+    methods = "supervised fixmatch+allspark"
+    done = script(["epochs=2"], config="my own.yaml", split="1_8", methods=methods, seeds="3", out=str(out))
+    assert done.returncode == 0 and "compare: my own 1_8: supervised fixmatch+allspark" in done.stdout
+    trained = [line for line in called.read_text().splitlines() if line.startswith("train.py")]
+    own = "--config my own.yaml --method {} --split 1_8 seed=3"
+    assert trained == [
+        f"train.py --save-path {out}/supervised/seed_3 device=cpu {own.format('supervised')} epochs=2",
+        f"train.py --save-path {out}/fixmatch+allspark/seed_3 device=cpu {own.format('fixmatch')} "
+        "model.bottleneck=allspark epochs=2",
+    ]
+    rows = [f"{row}={out}/{row}/seed_3" for row in methods.split()]
+    assert called.read_text().splitlines()[-1] == (
+        f"-m allspark compare --out {out} --paired=supervised {' '.join(rows)}"
+    )
+
+
+def test_script_reports_mistakes_first(script, tmp_path):
+    slip = script(methods="supervised fixmach+allspark", out=str(tmp_path / "out"))
+    assert slip.returncode == 2 and "configs/methods/fixmach.yaml does not exist" in slip.stderr
+    no_split = script(dataset="pascal", methods="supervised")
+    assert no_split.returncode == 2 and "split=NAME" in no_split.stderr and not slip.stdout + no_split.stdout
+
+
+def test_overlay_differs(finished, tmp_path):
+    for words in ([], ["--overlay"]):
+        main(["compare", str(finished.run), "--out", str(tmp_path / f"o{len(words)}"), *words])
+    plain, laid = (np.asarray(Image.open(tmp_path / f"o{n}" / "predictions.png")) for n in range(2))
+    assert plain.shape == laid.shape and not np.array_equal(plain, laid)
+
+
+def test_different_images_under_one_name(finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(finished.run, other)
+    facts = json.loads((other / "run.json").read_text())
+    facts["split"]["labeled"] = load_manifest().splits["pascal/u2pl_1_8"].lists["labeled"].sha256
+    (other / "run.json").write_text(json.dumps(facts))
+    mine = torch.load(finished.run / "latest.pth", weights_only=True)["split"]
+    assert set(mine) == {"name", "sha256", "labeled", "unlabeled", "val"}
+    logged = f"split folders: labeled list sha256 {mine['labeled'][:12]} (not published), val list sha256 "
+    assert logged in (finished.run / "train.log").read_text()
+    main(["compare", f"a={finished.run}", f"b={other}", "--out", str(tmp_path / "out"), "--images", "1"])
+    shown = capsys.readouterr()
+    assert json.loads((finished.run / "run.json").read_text())["split"] == mine
+    note = (tmp_path / "out" / "table.md").read_text().splitlines()[-1]
+    assert note in shown.err and note in shown.out and note.startswith("split folders is not the same labeled list")
+    assert f"a: sha256 {mine['labeled'][:12]}; b: sha256 {facts['split']['labeled'][:12]} (pascal/u2pl_1_8 of" in note
+    for file in other.glob("*.pth"):
+        file.unlink()
+
+
+def test_lists_in_table():
+    a = {"name": "1_8", "sha256": "0", "labeled": "1" * 64, "val": "2" * 64}
+    assert differing_lists({"a": a, "b": a, "older": {"name": "1_8", "sha256": "0"}}) == []
+    assert differing_lists({"a": a, "b": {**a, "name": "92", "labeled": "3" * 64}}) == []
+    (note,) = differing_lists({"a": a, "b": {**a, "labeled": "3" * 64}, "c": a})
+    assert note.startswith("split 1_8 is not") and "a, c: sha256 111111111111; b: sha256 333333333333" in note
+    (note,) = differing_lists({"a": a, "b": {**a, "name": "92", "val": "3" * 64}})
+    assert note.startswith("val is not the same val list")
+
+
+def test_row_origins(write_run, capsys):
+    """Command without the seed, revision, list, seeds, minutes; an older run says nothing."""
+    runs = [write_run(name, seed, 20.0, 30.0) for seed, name in enumerate("abcd")]
+    for folder, revision in zip(runs, ("1234567", "1234567", "89abcde"), strict=False):
+        facts = {"command": f"--method fixmatch lr=0.1 seed={folder.name}", "revision": revision}
+        (folder / "run.json").write_text(json.dumps({**facts, "split": {"name": "1_8", "labeled": "5" * 64}}))
+        lines = [{"step": step, "epoch": 0, "loss": 1.0, "images_per_s": speed} for step, speed in ((30, 0.5), (60, 2))]
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    rows = read_rows([f"row={folder}" for folder in runs[:3]] + [f"old={runs[3]}"])
+    head, _, first, second, *legend = origin_table(rows).splitlines()
+    assert cells(head)[2:] == ["revision", "labeled list", "seeds", "minutes"] and not any(
+        "old" in row for row in legend
+    )
+    batch = rows[0].runs[0].recipe.batch_size
+    minutes = f"{batch * (30 / 0.5 + 30 / 2) / 60:.0f}"
+    assert cells(first) == ["row", "`--method fixmatch lr=0.1`", "1234567", "5" * 12, "0, 1", minutes]
+    assert cells(second)[2:] == ["89abcde", "5" * 12, "2", minutes]
+    assert origin_table(rows[1:]) == ""
+    for text in ("{", "[]", '{"split": {"name": 3}}'):
+        (runs[0] / "run.json").write_text(text)
+        with pytest.raises(UserError, match=r"run\.json: .*remove it"):
+            read_rows([str(runs[0])])
+
+
+def test_unfinished_run_is_refused(finished, tmp_path, capsys):
+    with pytest.raises(UserError, match="no metrics.jsonl"):
+        main(["compare", str(tmp_path), "--out", str(tmp_path / "out")])
+    young = tmp_path / "young"
+    shutil.copytree(finished.run, young, ignore=shutil.ignore_patterns("*.pth"))
+    (young / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="no evaluation yet"):
+        main(["compare", str(young), "--out", str(tmp_path / "out")])
+    capsys.readouterr()
+    assert [row.name for row in read_rows([str(young), f"done={finished.run}"])] == ["done"]
+    assert f"WARNING: {young} has no evaluation yet and is left out" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(finished.run, other, ignore=shutil.ignore_patterns("*.pth"))
+    recipe = yaml.safe_load((other / "config.yaml").read_text())
+    recipe["data"]["dataset"] = "elsewhere"
+    (other / "config.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match="different data sets"):
+        main(["compare", str(finished.run), str(other), "--out", str(tmp_path / "out")])
+
+
+def test_help_names_every_verb(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ("check", "compare", "splits"))

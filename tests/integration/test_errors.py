@@ -1,0 +1,89 @@
+"""Exit codes, closed pipes, and errors of other libraries in one line."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from allspark.utils.errors import UserError, reason_of, run_main, user_error_message
+from helpers import REPO
+
+RUN = (
+    "import sys; from allspark.utils.errors import UserError, run_main\n"
+    "def main(argv):\n    {}\nsys.exit(run_main(main))"
+)
+PROGRAMS = {
+    "more than a buffer": [["-c", RUN.format("[print(number) for number in range(100_000)]")], 141],
+    "less": [["-c", RUN.format("print(1)")], 141],
+    "unbuffered": [["-u", "-c", RUN.format("print(1)")], 141],
+    "a message of the user's": [["-c", RUN.format("print(1); raise UserError('mend it')")], 141],
+    "only that": [["-c", RUN.format("raise UserError('mend it')")], 2],
+    "help": [["-m", "allspark", "splits", "--help"], 141],
+    "a verb": [["-m", "allspark", "splits", "list", "--dataset", "shapes"], 141],
+}
+
+
+@pytest.mark.parametrize(("words", "code"), PROGRAMS.values(), ids=PROGRAMS)
+def test_closed_pipe_ends_quietly(words, code):
+    """As `| head` does, whenever it closes its end: what is printed now, or when the interpreter ends."""
+    read, write = os.pipe()
+    os.close(read)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, *words], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, env=env, cwd=REPO
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, "error: mend it\n" if "mend it" in words[-1] else "")
+
+
+def test_other_broken_pipe_is_a_bug(capsys):
+    def main(argv):
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run_main(main, [])
+
+
+def test_exit_codes(capsys):
+    def main(argv):
+        if argv:
+            raise UserError("mend it")
+
+    assert (run_main(main, []), run_main(main, ["x"])) == (0, 2)
+    assert capsys.readouterr().err == "error: mend it\n"
+
+
+class Calls:
+    def __reduce__(self):
+        return (print, ("this must never be seen",))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"# A text\n\nNo weights.", "Weights only load failed"),
+        ({"model": {}, "args": argparse.Namespace(lr=1)}, "it contains argparse.Namespace, but only tensors"),
+        ({"model": Calls()}, r"it contains print, but only tensors"),
+        (b"", "EOFError"),
+    ],
+)
+def test_torch_error_summary(content, told, tmp_path):
+    """Not its advice to load the file with weights_only=False."""
+    path = tmp_path / "file.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(Exception) as caught:
+        torch.load(path, weights_only=True)
+    short = reason_of(caught.value)
+    assert re.match(told, short) and "weights_only" not in short and len(short) <= 160
+
+
+def test_out_of_memory_message():
+    code = "import torch; torch.empty(2**60)"
+    result = subprocess.run([sys.executable, "-c", RUN.format(code)], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.match("error: out of memory .*micro_batch=1, model.checkpointing=true", result.stderr)
+    assert user_error_message(RuntimeError("shapes do not match")) is None

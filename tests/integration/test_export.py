@@ -1,0 +1,155 @@
+"""Exported models: same logits at any size, evaluated weights, the scripts of the docs, refusals."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from allspark.__main__ import main
+from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, verify
+from allspark.config import ModelConfig
+from allspark.data.batch import normalize
+from allspark.inference import load_for_inference
+from allspark.models.segmentor import build_model
+from allspark.utils.errors import UserError, run_main
+from helpers import REPO
+from helpers.tiny_dataset import Place, write_recipe
+
+DOCS = REPO / "docs" / "export.md"
+SIZES = ((1, 64, 64), (4, 65, 80), (1, 170, 96))  # batch, height, width
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_root, tmp_path_factory, one_thread):
+    """A short run of a network with bottleneck, padding and an EMA teacher, and the teacher. Read it, no more."""
+    folder = tmp_path_factory.mktemp("trained")
+    place = Place(tiny_root, write_recipe(folder / "recipe.yaml", tiny_root), folder / "run")
+    teacher = ("method.teacher=ema", "method.teacher_momentum=0.99")
+    train.main(place.train("epochs=1", "model.encoder=timm:test_resnet", *teacher))
+    yield place.run / "best.pth", load_for_inference(place.run / "best.pth", torch.device("cpu"))
+    for file in folder.rglob("*.pth"):
+        file.unlink()
+
+
+def export(checkpoint, form, out, *words):
+    return run_main(main, ["export", "--checkpoint", str(checkpoint), "--format", form, "--out", str(out), *words])
+
+
+def differences(run, model):
+    """Largest difference between the file and the network, at each size."""
+    generator = torch.Generator().manual_seed(3)
+    for batch, height, width in SIZES:
+        image = torch.randint(256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+        with torch.no_grad():
+            got, want = run(image), model(normalize(image)).logits
+        assert got.shape == (batch, 3, height, width)
+        yield float((got - want).abs().max())
+
+
+def run_script_of_docs(mark, folder, monkeypatch, classes):
+    """The script as it stands in the docs, beside a photo -> (the mask that it wrote, the photo, its names)."""
+    (code,) = (
+        text for text in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S) if mark in text
+    )
+    assert "allspark" not in code and len(re.findall(r"^[^#\s]", code, re.M)) <= 14
+    photo = np.random.default_rng(0).integers(0, 256, (90, 121, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(folder / "photo.jpg")
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(compile(code, "docs/export.md", "exec"), names)
+    mask = Image.open(folder / "mask.png")
+    assert mask.mode == "P" and mask.size == (121, 90) and np.asarray(mask).max() < classes
+    return np.asarray(mask), np.array(Image.open(folder / "photo.jpg")), names
+
+
+def agrees(mask, photo, model):
+    """The share of pixels in which the mask is the network's."""
+    with torch.no_grad():
+        want = model(normalize(torch.from_numpy(photo).permute(2, 0, 1)[None])).logits.argmax(1)[0]
+    return (want.numpy() == mask).mean()
+
+
+def test_torch_program(trained, tmp_path, monkeypatch, capsys):
+    """What is exported is the EMA teacher, which is evaluated, and not its student."""
+    (checkpoint, loaded), file = trained, tmp_path / "model.pt2"
+    assert export(checkpoint, "torch", file) == 0
+    assert re.search(r"checked: logits differ by at most \d.\de[-+]\d\d", capsys.readouterr().out)
+    mask, photo, names = run_script_of_docs("torch.export", tmp_path, monkeypatch, 3)
+    assert agrees(mask, photo, loaded.model) > 0.999
+    run = names["network"]  # to load the file takes seconds
+    assert max(differences(run, loaded.model)) < 1e-4
+    student = build_model(loaded.recipe.model, 3, loaded.crop_size)
+    student.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+    assert max(differences(run, student.eval())) > 1e-3
+    before = file.read_bytes()
+    assert export(checkpoint, "torch", file) == 2 and file.read_bytes() == before  # without --force
+    assert "overwrite it with --force" in capsys.readouterr().err
+
+
+def test_onnx(trained, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
+    (checkpoint, loaded), file = trained, tmp_path / "model.onnx"
+    file.write_text("an older one")
+    assert export(checkpoint, "onnx", file, "--force") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert max(differences(open_onnx(file), loaded.model)) < 1e-4
+    proto = onnx.load(file)
+    (value,) = proto.graph.input
+    sides = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    assert (value.name, sides) == ("image", ["batch", 3, "height", "width"])
+    about = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(about["classes"]) == ["ground", "left", "right"]
+    assert json.loads(about["evaluated"]) == {"mode": "whole", "window": 65}
+    mask, photo, _ = run_script_of_docs("onnxruntime", tmp_path, monkeypatch, 3)
+    assert agrees(mask, photo, loaded.model) > 0.999
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return Exported(build_model(ModelConfig(encoder="timm:test_convnext", decoder_channels=8), 3, 65)).eval()
+
+
+def test_mismatch_is_not_written(network):
+    """A little everywhere, at one size alone, in windows alone, not at all; and a size that is not taken."""
+
+    def at(sizes, more):
+        return lambda image: network(image) + more * (tuple(image.shape[-2:]) in sizes)
+
+    whole = {(height, width) for _, height, width in CHECKED}
+    assert EXAMPLE[2:] not in whole
+    assert "differ by at most 0.0e+00" in verify(network, network, 65, Path("m.onnx"))
+    for run in (at(whole, 1e-3), at({(300, 190)}, 2e-4), at({(300, 190)}, float("nan"))):
+        with pytest.raises(UserError, match="m.onnx: not written: its logits differ"):
+            verify(run, network, 65, Path("m.onnx"))
+    ramp = torch.linspace(0, 1, 3).view(1, 3, 1, 1)
+    with pytest.raises(UserError, match="in windows by"):
+        verify(at({(65, 65)}, ramp), network, 65, Path("m.onnx"))
+    with pytest.raises(UserError, match=r"does not accept images of \(1, 3, 224, 224\)"):
+        verify(lambda image: network(image if image.shape[-1] != 224 else image[:, :2]), network, 65, Path("m.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "told"),
+    [
+        ("torch", "m.onnx", "ends in .pt2 for --format torch"),
+        ("torch", "m.pt2", "best.pth"),
+        ("torch", ".", "ends in .pt2"),
+    ],
+)
+def test_refusals(form, name, told, tmp_path, capsys):
+    """A wrong name before anything is read; a checkpoint that is not there; a folder."""
+    assert export(tmp_path / "best.pth", form, tmp_path / name) == 2
+    assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_missing_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(NEEDS, "onnx", ("torch", "nobody_has_this", "nor_that"))
+    assert export("best.pth", "onnx", tmp_path / "m.onnx") == 2
+    assert "pip install nobody_has_this nor_that" in capsys.readouterr().err

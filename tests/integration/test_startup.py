@@ -1,0 +1,110 @@
+"""Imports at startup: --help without torch, a lazy public API; one version everywhere."""
+
+import subprocess
+import sys
+from importlib import resources
+
+import numpy as np
+import pytest
+import tomllib
+import yaml
+from PIL import Image
+
+import allspark
+from allspark.__main__ import main
+from allspark.arguments import COMMANDS
+from allspark.build import complete
+from allspark.prepare import PLANS
+from helpers import REPO
+
+HEAVY = ("torchvision", "mmcv", "timm", "torch._dynamo", "tensorboard", "matplotlib")
+
+
+def imported(*words):
+    """The modules that a Python process imports, and what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *words], capture_output=True, text=True, cwd=REPO, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines}, done.stdout
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], *(["-m", "allspark", name] for name in COMMANDS)])
+def test_help_imports_no_torch(command):
+    modules, text = imported(*command, "--help")
+    assert "argparse" in modules and not {"torch", "numpy"} & modules
+    assert text.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import allspark.config, allspark.config_io", "import allspark; allspark.load_config; allspark.__version__"],
+)
+def test_config_imports_no_torch(code):
+    modules, _ = imported("-c", code)
+    assert "torch" not in modules
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-c", "import allspark; allspark.build_model, allspark.load_checkpoint, allspark.predict"],
+        ["train.py", "--dataset", "shapes", "--method", "allspark", "--print-config"],
+        ["-m", "allspark", "splits", "list", "--dataset", "shapes"],
+        ["-c", "import allspark.cli.check"],
+    ],
+)
+def test_startup_imports_only_torch(words):
+    modules, _ = imported(*words)
+    assert "torch" in modules and not {name for name in HEAVY if name in modules}
+
+
+def test_one_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"allspark {allspark.__version__}\n"
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "allspark.__version__"}
+    assert yaml.safe_load((REPO / "CITATION.cff").read_text())["version"] == allspark.__version__
+    assert resources.files("allspark").joinpath("py.typed").is_file()
+
+
+def test_public_api(finished, tmp_path):
+    recipe = allspark.load_config(finished.run / "config.yaml")
+    model = allspark.build_model(recipe)
+    assert model.decoder is not None and complete(recipe).data.dataset == "tiny"
+    trained = allspark.load_checkpoint(finished.run / "best.pth", device="cpu")
+    assert trained.spec.classes == ("ground", "left", "right")
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    mask = allspark.predict(trained, image)
+    assert mask.shape == (70, 90) and mask.dtype == np.uint8 and mask.max() < 3
+    assert (allspark.predict(trained, tmp_path / "image.png") == mask).all()
+    assert allspark.predict(trained, image, "sliding_window", flip=True).shape == (70, 90)
+    assert {"load_config", "build_model", "load_checkpoint", "predict", "__version__"} <= set(dir(allspark))
+    with pytest.raises(AttributeError, match="has no attribute 'something'"):
+        _ = allspark.something
+
+
+def test_prepare_help_names_archives(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    text = capsys.readouterr().out
+    for name, plan in PLANS.items():
+        assert name in text and plan.dataset in text
+        assert all(archive.name in text for archive in plan.archives)
+
+
+def test_setup_reads_driver(tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\necho '| NVIDIA-SMI 535.183.01    Driver Version: 535.183.01    CUDA Version: 12.2     |'\n"
+    )
+    tool.chmod(0o755)
+    line = (REPO / "scripts" / "setup.sh").read_text().split("driver_cuda() {", 1)[1].split("\n}", 1)[0]
+    command = ["sh", "-c", f"driver_cuda() {{ {line}\n}}; driver_cuda"]
+    found = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
+    assert found.stdout == "12\n"
+    assert subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True).stdout in ("", "13\n")

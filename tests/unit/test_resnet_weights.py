@@ -1,0 +1,192 @@
+"""Weights of ResNets and of DeepLabV3+: recognized by their keys, loaded, refused and fetched."""
+
+import math
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from allspark.__main__ import main
+from allspark.inference import load_for_inference, training_crop
+from allspark.models import resnet
+from allspark.models.segmentor import ENCODERS
+from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import WeightFile, infer_architecture, load_pretrained, recognize, to_our_names
+from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
+from helpers.deeplab import CLASSES, filled, make_model
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A ResNet-50 with the decoder, in evaluation mode. Read it, never change it."""
+    return make_model(decoder_channels=16).eval()
+
+
+@pytest.fixture(scope="module")
+def torchvision_net():
+    """torchvision's own ResNet-50 with the last stage dilated: what the released UniMatch asks of its copy."""
+    return filled(torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True]))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@torch.no_grad()
+def test_torchvision_weights_give_its_maps(torchvision_net, suffix, tmp_path):
+    """All four maps with the last stage dilated, three with timm's network as it is, from one file with a classifier.
+
+    The .pth is of the time before batch norm counted its batches.
+    """
+    file, state = tmp_path / f"resnet50{suffix}", torchvision_net.state_dict()
+    if suffix == ".pth":
+        torch.save({name: tensor for name, tensor in state.items() if "num_batches" not in name}, file)
+    else:
+        save_file(state, file)
+    model = make_model(decoder_channels=16).eval()
+    (said,) = load_pretrained(model, str(file), "none")
+    file.unlink()
+    assert re.search(r": (265|318) tensors, unused: fc.(weight, fc.bias|bias, fc.weight)", said)
+    image, net = torch.randn(1, 3, 65, 97), torchvision_net
+    ours, x = model.encoder(image), net.maxpool(net.relu(net.bn1(net.conv1(image))))
+    for index, feature in enumerate(ours):
+        x = getattr(net, f"layer{index + 1}")(x)
+        torch.testing.assert_close(feature, x, rtol=1e-4, atol=1e-5)
+    if suffix == ".pth":
+        plain = timm.create_model("resnet50", features_only=True, out_indices=(1, 2, 3)).eval()
+        plain.load_state_dict(model.encoder.state_dict(), strict=False)
+        for feature, theirs in zip(ours, plain(image), strict=False):
+            torch.testing.assert_close(feature, theirs)
+
+
+def told(state, path="resnet.pth"):
+    """What is read off a state_dict with these names."""
+    return recognize(WeightFile(path, dict(state), {}))
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "backbone."])
+def test_recognized_by_keys(torchvision_net, prefix):
+    state = {f"{prefix}{name}": tensor for name, tensor in torchvision_net.state_dict().items()}
+    found = told({**state, "segmentation_head.0.weight": torch.zeros(1)})
+    assert "ResNet" in found.key_map.title and found.architecture.model.encoder == "resnet50"
+    assert found.result.unexpected == [f"{prefix}fc.weight", f"{prefix}fc.bias", "segmentation_head.0.weight"]
+    assert torch.equal(found.state()["layer4.2.conv3.weight"], state[f"{prefix}layer4.2.conv3.weight"])
+
+
+def changed(state, **values):
+    return {**state, **{name.replace("__", "."): value for name, value in values.items()}}
+
+
+def test_damaged_and_foreign_files(torchvision_net):
+    state = torchvision_net.state_dict()
+    less = {name: tensor for name, tensor in state.items() if name != "layer2.1.bn2.weight"}
+    shallow = {name: tensor for name, tensor in state.items() if not name.startswith("layer3.5.")}
+    other_stem = {name: tensor for name, tensor in state.items() if name != "conv1.weight"}  # resnet50d: conv1.0, ...
+    with torch.device("meta"):
+        basic = torchvision.models.resnet18().state_dict()
+    for content, words in (
+        (less, "1 tensors of this resnet50 are missing: layer2.1.bn2.weight"),
+        (changed(state, bn1__bias=torch.full((64,), math.nan)), "bn1.bias .* contains NaN"),
+        (changed(state, layer1__0__conv2__weight=torch.zeros(128, 64, 3, 3)), r"layer1.0.conv2.weight has shape \(128"),
+        (shallow, "3/4/5/3 blocks deep after a stem of 64, unlike any known encoder .*resnet101 .* 3/4/23/3"),
+        (basic, "2/2/2/2 blocks deep after a stem of 64, unlike any known encoder"),
+        (other_stem, "tensors of this resnet50 are missing: conv1.weight"),
+        (changed(state, bn1__weight=torch.zeros(7)), "a ResNet has a stem of 64 or 128"),
+    ):
+        with pytest.raises(UserError, match=words):
+            told(content).state()
+
+
+def test_variant_mismatch(torchvision_net, tmp_path):
+    torch.save(torchvision_net.state_dict(), tmp_path / "resnet50.pth")
+    with pytest.raises(UserError, match="another variant"):
+        load_pretrained(make_model("resnet50s", decoder_channels=8), str(tmp_path / "resnet50.pth"), "none")
+    (tmp_path / "resnet50.pth").unlink()
+    with pytest.raises(UserError, match="weights fetch resnet101"):
+        load_pretrained(torch.nn.Module(), str(tmp_path / "resnet101.pth"), "none")
+
+
+@pytest.mark.parametrize(("decoder", "crop"), [("deeplab", 321), ("mlp", 65), ("mlp_bn", 513)])
+def test_whole_model_by_shapes(decoder, crop):
+    with torch.device("meta"):
+        model = make_model(crop=crop, bottleneck="allspark", decoder=decoder, decoder_channels=24)
+    read = infer_architecture(model.state_dict(), "whole.pth", is_model=True)
+    assert (read.model.encoder, read.model.decoder, read.model.decoder_channels) == ("resnet50", decoder, 24)
+    assert (read.num_classes, read.crop_size) == (CLASSES, crop)
+    assert training_crop(520, 513, 16) == 513 and training_crop(530, 513, 16) == 530
+
+
+def as_unimatch(name):
+    """The name that LiheYoung/UniMatch gives to a tensor of ours."""
+    for ours, theirs in (
+        ("encoder.", "backbone."),
+        ("decoder.aspp.pool.", "head.b4.gap."),
+        ("decoder.aspp.branches.", "head.b"),
+        ("decoder.aspp.project.", "head.project."),
+        ("decoder.low.", "reduce."),
+        ("decoder.fuse.0.", "fuse."),
+        ("decoder.fuse.1.0.", "fuse.3."),
+        ("decoder.fuse.1.1.", "fuse.4."),
+        ("decoder.classifier.", "classifier."),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise AssertionError(name)
+
+
+def test_unimatch_whole_model(shared):
+    """Its three 3x3 convolutions and all; another's classifier beside a backbone does not make it one."""
+    with torch.device("meta"):
+        deep = make_model("resnet101s", decoder_channels=16).state_dict()
+    _, found = to_our_names(WeightFile("meta.pth", {as_unimatch(name): tensor for name, tensor in deep.items()}, {}))
+    read = infer_architecture(found.tensors, "meta.pth", is_model=True)
+    assert (read.model.encoder, read.model.decoder, read.num_classes) == ("resnet101s", "deeplab", CLASSES)
+    state = shared.state_dict()
+    found = told({as_unimatch(name): tensor for name, tensor in state.items()})
+    assert found.key_map.title == "UniMatch, DeepLabV3+" and not found.result.unexpected
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state().items())
+    other = {as_unimatch(f"encoder.{name}"): tensor for name, tensor in shared.encoder.state_dict().items()}
+    assert told({**other, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}).architecture.num_classes is None
+
+
+@torch.no_grad()
+def test_import_and_inference(shared, tmp_path, capsys):
+    """A bare state_dict of a whole network -> a checkpoint that predicts the same."""
+    torch.save(shared.state_dict(), tmp_path / "bare.pth")
+    assert run_main(main, ["weights", "import", str(tmp_path / "bare.pth"), "--out", str(tmp_path / "ours.pth")]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("AllSpark, this code", "deeplab with 16 channels", "0 missing, 0 unexpected"))
+    model = load_for_inference(tmp_path / "ours.pth", torch.device("cpu")).model
+    image = torch.randn(1, 3, 70, 65)
+    torch.testing.assert_close(model(image).logits, shared(image).logits)
+    for file in tmp_path.glob("*.pth"):
+        file.unlink()
+
+
+def test_fetch_from_disk(torchvision_net, tmp_path, capsys):
+    torch.save(torchvision_net.state_dict(), tmp_path / "theirs.pth")
+    words = ["weights", "fetch", "resnet50", "--from", str(tmp_path / "theirs.pth"), "--out", str(tmp_path / "r50.pth")]
+    assert run_main(main, words) == 0
+    said = capsys.readouterr().out
+    assert "license: BSD 3-Clause" in said and "the classifier of the pretraining: fc.weight, fc.bias" in said
+    state = torch.load(tmp_path / "r50.pth", weights_only=True)
+    assert state.keys() == ENCODERS["resnet50"](0.0).state_dict().keys()
+    for file in tmp_path.glob("*.pth"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("name", resnet.SIZES)
+def test_mirrors(name):
+    first, *others = mirrors(name)
+    assert others and first.digest and first.digest.removeprefix("sha256:") in first.url
+    urls = [mirror.url for mirror in (first, *others)]
+    assert all(url.startswith("https://") and name.removesuffix("s") in url for url in urls)
+    assert license_of(name) != MIT_LICENSE == license_of("mit_b5")
+
+
+def test_mirrors_match_torchvision_and_timm():
+    """Read again in the packages that are installed: whoever moves a file says so there."""
+    for name in ("resnet50", "resnet101"):
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+        assert mirrors(name)[0].url == url == timm.get_pretrained_cfg(f"{name}.tv_in1k").url
+        assert mirrors(f"{name}s")[0].url == timm.get_pretrained_cfg(f"{name}s.gluon_in1k").url
