@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from allspark.models.segmentor import Segmentor, build_model
 from allspark.train_step import TrainState, train_step
 
 GB = 1e9
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # versions 2 and 1
 STEPS = 2  # to measure: all steps from the second on take the same memory
 
 
@@ -264,12 +267,25 @@ def resident_peak() -> int | None:
 
 
 def free_memory(device_type: str) -> int | None:
-    """Free bytes of the first GPU, or the main memory of this machine; None if there is no such device."""
+    """Free bytes of the first GPU, or available main memory; None if unknown or there is no such device."""
     if device_type == "cuda":
         return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
-    return main_memory() or None
+    return available_memory() or None
 
 
 def main_memory() -> int:
     """Main memory of this machine in bytes; 0 if the system does not report it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def available_memory() -> int:
+    """Available main memory in bytes, at most the limit of the container; 0 if the system does not report it."""
+    available = main_memory()
+    if available:
+        with contextlib.suppress(OSError, TypeError):  # Linux; page cache counts as available
+            text = Path("/proc/meminfo").read_text(encoding="ascii")
+            available = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024
+        for path in CGROUP_LIMITS:
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                available = min(available, int(Path(path).read_text(encoding="ascii")))
+    return available

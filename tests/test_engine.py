@@ -1,6 +1,8 @@
 """The parts of the loop: schedule, optimizer groups, checkpoints, logs."""
 
 import contextlib
+import errno
+import functools
 import json
 import math
 import os
@@ -137,9 +139,34 @@ def test_skipped_steps_are_counted_in_the_lines_and_told_once_per_window(tmp_pat
             stepper.step()
             log.add({"loss": loss}, step=step, epoch=0, lr=0.1, images=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [2, 3] and log.in_row == 1
+    assert [line["skipped"] for line in lines] == [2, 3] and log.consecutive_skipped == 1
     warnings = [line for line in (tmp_path / "train.log").read_text().splitlines() if "WARNING" in line]
     assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 in total" in warnings[1]
+
+
+def test_a_log_line_takes_one_transfer_and_an_inactive_log_none(tmp_path, monkeypatch):
+    model = nn.Linear(2, 1)
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
+    reads = []
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), reads))
+    for active in (True, False):
+        with RunLog(tmp_path, active=active, interval=2, start_step=0, total_steps=4, stepper=stepper) as log:
+            reads.clear()
+            for step in (1, 2):
+                losses = {"loss": torch.tensor(1.0), "loss_x": torch.tensor(2.0)}
+                log.add(losses, step=step, epoch=0, lr=0.1, images=1)
+            assert reads == (["tolist"] if active else [])
+
+
+def counted(read, reads):
+    """The method `read` of a tensor, whose name is appended to `reads` at each call."""
+
+    def call(*args):
+        reads.append(read.__name__)
+        return read(*args)
+
+    return call
 
 
 def test_losses_that_were_not_logged_yet_go_on_in_the_next_process(tmp_path):
@@ -277,6 +304,36 @@ def test_without_hard_links_the_old_checkpoint_is_renamed(saved, monkeypatch):
     content = load_checkpoint(saved / "latest.pth")
     save_checkpoint(saved / "latest.pth", {**content, "step": 3}, previous=saved / "previous.pth")
     assert [load_checkpoint(saved / name)["step"] for name in ("latest.pth", "previous.pth")] == [3, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("links", [True, False])
+def test_both_files_are_as_before_when_a_rename_fails(saved, monkeypatch, links, count):
+    """The count-th os.replace fails, with and without hard links."""
+    content, names = load_checkpoint(saved / "latest.pth"), ("latest.pth", "previous.pth")
+    before, replace, calls = [(saved / name).read_bytes() for name in names], os.replace, []
+
+    def no_links(*args):
+        raise OSError(errno.EPERM, "no hard links")
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == count:
+            raise OSError(errno.EIO, "broken disk")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", failing)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    step = functools.partial(save_checkpoint, saved / "latest.pth", previous=saved / "previous.pth")
+    if links and count == 3:  # two renames are enough
+        return step({**content, "step": 3})
+    with pytest.raises(UserError, match="cannot be written"):
+        step({**content, "step": 3})
+    assert [(saved / name).read_bytes() for name in names] == before
+    assert not [*saved.glob("*.link"), *saved.glob("*.tmp")]
+    step({**content, "step": 4})
+    assert [load_checkpoint(saved / name)["step"] for name in names] == [4, 2]
 
 
 @pytest.mark.parametrize("name", ["link", "replace"])

@@ -1,5 +1,6 @@
 """What a start imports: --help no torch, the public API nothing before it is used; one version everywhere."""
 
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -16,6 +17,7 @@ from allspark.__main__ import main
 from allspark.arguments import COMMANDS
 from allspark.build import complete
 from allspark.prepare import PLANS
+from allspark.utils.errors import UserError
 
 REPO = Path(__file__).parent.parent
 HEAVY = ("torchvision", "mmcv", "timm", "torch._dynamo", "tensorboard", "matplotlib")
@@ -84,6 +86,16 @@ def test_the_public_api(finished, tmp_path):
     assert mask.shape == (70, 90) and mask.dtype == np.uint8 and mask.max() < 3
     assert (allspark.predict(trained, tmp_path / "image.png") == mask).all()
     assert allspark.predict(trained, image, "sliding_window", flip=True).shape == (70, 90)
+    for wrong in (
+        image / 255.0,
+        image.astype("int64"),
+        image.astype("uint16"),
+        image[..., 0],
+        image[..., [0, 1, 2, 2]],
+    ):
+        given = re.escape(f"shape {wrong.shape} and dtype {wrong.dtype}, must be a non-empty RGB image")
+        with pytest.raises(UserError, match=given):
+            allspark.predict(trained, wrong)
     assert {"load_config", "build_model", "load_checkpoint", "predict", "__version__"} <= set(dir(allspark))
     with pytest.raises(AttributeError, match="has no attribute 'something'"):
         _ = allspark.something
