@@ -86,13 +86,8 @@ def test_the_public_api(finished, tmp_path):
     assert mask.shape == (70, 90) and mask.dtype == np.uint8 and mask.max() < 3
     assert (allspark.predict(trained, tmp_path / "image.png") == mask).all()
     assert allspark.predict(trained, image, "sliding_window", flip=True).shape == (70, 90)
-    for wrong in (
-        image / 255.0,
-        image.astype("int64"),
-        image.astype("uint16"),
-        image[..., 0],
-        image[..., [0, 1, 2, 2]],
-    ):
+    dtypes, shapes = ("float64", "int64", "uint16"), (image[..., 0], image[..., [0, 1, 2, 2]])
+    for wrong in (*(image.astype(dtype) for dtype in dtypes), *shapes):
         given = re.escape(f"shape {wrong.shape} and dtype {wrong.dtype}, must be a non-empty RGB image")
         with pytest.raises(UserError, match=given):
             allspark.predict(trained, wrong)

@@ -115,8 +115,8 @@ class Checkpointer:
         raise UserError(
             f"step {position.step}: the last {skipped} steps had non-finite gradients and were skipped (last loss "
             f"{float(self.log.last_loss)}, lr {self.log.last_lr:.2e}); images of the last step: {listed}. The state "
-            f"was saved to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at these images, or lower optim.lr and "
-            f"start over with --fresh"
+            f"was saved to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at these images, or lower optim.lr "
+            f"and start over with --fresh"
         )
 
 
