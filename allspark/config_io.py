@@ -245,7 +245,7 @@ def is_runtime(path: str) -> bool:
 
 @functools.cache
 def config_fields() -> dict[str, dataclasses.Field]:
-    """Key path -> field of every key with a value of its own, without the options of the methods."""
+    """Key path -> field of every key that is not a section, without the options of the methods."""
 
     def walk(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
         for key in dataclasses.fields(kind):

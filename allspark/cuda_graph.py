@@ -119,7 +119,7 @@ def tensors_of(labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> list[
 
 
 def clone(batch: Any) -> Any:
-    """A copy of a batch with tensors of its own; None for None."""
+    """A copy of a batch with new tensors; None for None."""
     if batch is None:
         return None
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}

@@ -44,7 +44,7 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         raise UserError(f"device={name} is not available on this machine{reason}; use one of: auto, {usable}")
     if name != "cuda":
         return torch.device(name)
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())  # each task may see one GPU of its own
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())  # each task may see only its own GPU
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     check_architecture(name, capability, torch.cuda.get_arch_list())
     return device

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from allspark.models.segmentor import Segmentor, build_model
 from allspark.train_step import TrainState, train_step
 
 GB = 1e9
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # versions 2 and 1
 STEPS = 2  # to measure: all steps from the second on take the same memory
 
 
@@ -279,13 +278,25 @@ def main_memory() -> int:
 
 
 def available_memory() -> int:
-    """Available main memory in bytes, at most the limit of the container; 0 if the system does not report it."""
+    """Available main memory in bytes, at most the limit of the container or Slurm job; 0 if it is unknown."""
     available = main_memory()
     if available:
         with contextlib.suppress(OSError, TypeError):  # Linux; page cache counts as available
             text = Path("/proc/meminfo").read_text(encoding="ascii")
             available = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024
-        for path in CGROUP_LIMITS:
+        for path in cgroup_limits():
             with contextlib.suppress(OSError, ValueError):  # "max": no limit
-                available = min(available, int(Path(path).read_text(encoding="ascii")))
+                available = min(available, int(path.read_text(encoding="ascii")))
     return available
+
+
+def cgroup_limits() -> Iterator[Path]:
+    """Files with the memory limits of this process's control group and its parents, in versions 1 and 2."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):
+                root = Path("/sys/fs/cgroup") / controllers
+                folder = root / group.lstrip("/")
+                folders = (each for each in (folder, *folder.parents) if each.is_relative_to(root))
+                yield from (each / ("memory.limit_in_bytes" if controllers else "memory.max") for each in folders)

@@ -72,7 +72,8 @@ def test_check_tells_the_memory(place, capsys, monkeypatch):
 def test_free_memory_respects_the_limit_of_a_container(tmp_path, monkeypatch):
     (tmp_path / "limit").write_text("1000000\n")
     (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / "limit", tmp_path / "missing"))
+    paths = [tmp_path / name for name in ("none", "limit", "missing")]
+    monkeypatch.setattr(memory, "cgroup_limits", lambda: paths)
     assert memory.free_memory("cpu") == 1_000_000
 
 

@@ -190,13 +190,14 @@ class ServiceWriter:
     """The writer of a tracking service. Its first error is logged as a warning and disables it; training goes on.
 
     Args:
-        name: of the service.
-        writer: its writer.
+        name: name of the service.
+        writer: sends to the service; its methods may raise any exception.
         warn: called with the warning.
     """
 
     def __init__(self, name: str, writer: Writer, warn: Callable[[str], None]) -> None:
-        self.name, self.writer, self.warn = name, writer, warn
+        self.name, self.warn = name, warn
+        self.writer: Writer | None = writer
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         self._call("metrics", line)

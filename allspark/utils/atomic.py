@@ -134,7 +134,7 @@ def free_space(path: Path) -> str:
 
 
 class ErrorRecorder:
-    """A file that remembers its OSError, which torch.save replaces by an exception of its own."""
+    """A file that records its OSError, because torch.save raises another exception instead."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.error = file, None
