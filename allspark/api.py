@@ -15,6 +15,7 @@ from allspark.device import choose_device
 from allspark.evaluation import evaluate
 from allspark.inference import InferenceModel, load_for_inference
 from allspark.models import segmentor
+from allspark.utils.errors import UserError
 
 
 def build_model(recipe: Recipe) -> segmentor.Segmentor:
@@ -49,9 +50,24 @@ def predict(
 
     Returns:
         (H, W) uint8 class indices, of model.spec.classes.
+
+    Raises:
+        UserError: the array has another shape or dtype, or the file cannot be read.
     """
-    pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
-    name = "image" if isinstance(image, np.ndarray) else str(image)
+    if isinstance(image, np.ndarray):
+        check_pixels(image)
+        pixels, name = image, "image"
+    else:
+        pixels, name = read_image(Path(image)), str(image)
     device, inference = next(model.model.parameters()).device, model.inference(mode, **options)
     masks = evaluate.predict(model.model, to_tensor(pixels)[None], model.spec, device, inference, [name])
     return masks[0].cpu().numpy()
+
+
+def check_pixels(image: np.ndarray) -> None:
+    """Raise UserError unless the array is an RGB image."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise UserError(
+            f"image: an array of shape {image.shape} and dtype {image.dtype}, must be a non-empty RGB image of shape "
+            "(H, W, 3) and dtype uint8; convert it, e.g. with PIL: np.asarray(Image.open(file).convert('RGB'))"
+        )

@@ -6,6 +6,7 @@ Nothing here imports torch, so --help and a mistyped option are answered at once
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,11 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=DEVICES, help="default: a GPU if there is one")
     parser.add_argument(
-        "--batch-size", type=positive, default=1, metavar="N", help="images per forward pass, if they have equal sizes"
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="images per forward pass; only images of equal size are batched",
     )
 
 
@@ -185,7 +190,10 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         "--save-path", type=Path, default=Path("exp"), metavar="DIR", help="where disk space is checked; default: exp"
     )
     parser.add_argument(
-        "--processes", type=int, default=1, help="processes that share the batch; the memory of one is predicted"
+        "--processes",
+        type=int,
+        default=1,
+        help="number of processes that share the batch; memory is predicted for one of them",
     )
     parser.add_argument("--dry-run", action="store_true", help="also run two training steps and measure their memory")
 
@@ -379,16 +387,14 @@ def scale_list(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of factors such as 0.75,1,1.25") from None
 
 
-def integer(low: int, high: int, text: str) -> int:
+def integer(low: int, high: float, text: str) -> int:
     if not text.isdigit() or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an integer from {low} to {high}")
+        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer {bounds}")
     return int(text)
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
-    return int(text)
+positive = partial(integer, 1, math.inf)
 
 
 # command -> (what it does, what adds its arguments); the code is in allspark/cli/, train.py and eval.py

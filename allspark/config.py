@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses in which each key has its type, default, range and meaning.
 
-config_io.py reads and writes them; docs/recipes.md has a table of all keys, made from this file.
+config_io.py reads and writes them; the table of all keys in docs/recipes.md is generated from this file.
+"released code: x" in a description: x is the value that reproduces the published code of the AllSpark paper.
 """
 
 from __future__ import annotations
@@ -114,22 +115,24 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
     name: Literal["none", "allspark"] = option("none", "bottleneck between encoder and decoder")
-    warmup_epochs: int = option(5, "epochs before the memory is read; it is written from the start", low=0)
+    warmup_epochs: int = option(5, "number of epochs during which the memory is only written, not read", low=0)
     num_heads: int = option(2, "attention heads", low=1, high=64)
     dropout: float = option(0.1, "dropout rate of the bottleneck", low=0, high=0.99)
     grouping_input: Literal["logits", "probabilities"] = option(
-        "logits", "which prediction assigns channels to classes; released: logits"
+        "logits", "which prediction assigns channels to classes; released code: logits"
     )
-    empty_slots: bool = option(True, "let memory slots that were never written enter the softmax; released: true")
+    empty_slots: bool = option(True, "let memory slots that were never written enter the softmax; released code: true")
     own_channels: bool = option(
-        False, "reconstruct every second labeled image from its own channels, as in inference; released: false"
+        False, "reconstruct every second labeled image from its own channels, as in inference; released code: false"
     )
     attention: Literal["both", "cross", "none"] = option(
         "both", "for ablations: attention in both branches, in the labeled branch alone, or in neither"
     )
-    skip: bool = option(False, "add the input to the output, which is zero when training begins")
+    skip: bool = option(False, "add the input to the output; the bottleneck's own output is initialized to zero")
     memory_policy: Literal["rank0", "gather", "local"] = option(
-        "rank0", "whose features enter the memory: those of rank 0 (released), of all ranks, or of each rank its own"
+        "rank0",
+        "which features enter the memory: rank0 (released code): those of rank 0; gather: of all ranks; "
+        "local: each rank keeps its own",
     )
 
 
@@ -167,7 +170,7 @@ class OptimConfig:
         None, "batch_size that lr is meant for; null: the batch_size of the recipe's files", low=1
     )
     lr_one_step_late: bool = option(
-        False, "set the learning rate after the step, so that step k uses the rate of step k - 1; released: true"
+        False, "set the learning rate after the step, so that step k uses the rate of step k - 1; released code: true"
     )
     clip_norm: float | None = option(None, "maximum norm of the gradient; null: no clipping", low=1e-6, high=1e9)
     max_skipped: int = option(
@@ -236,8 +239,8 @@ class Recipe:
     criterion: CriterionConfig = field(default_factory=CriterionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    epochs: int = option(MISSING, "passes over the list named by epoch_of", low=1)
-    epoch_of: Literal["unlabeled", "labeled"] = option("unlabeled", "the list that is seen once per epoch")
+    epochs: int = option(MISSING, "number of training epochs", low=1)
+    epoch_of: Literal["unlabeled", "labeled"] = option("unlabeled", "list of which one pass is an epoch")
     batch_size: int = option(8, "labeled images per step over all processes, with as many unlabeled images", low=1)
     micro_batch: int | None = option(
         None,
@@ -260,6 +263,8 @@ class Recipe:
         False, "compile encoder and decoder with torch.compile, which takes a minute or more", runtime=True
     )
     cuda_graph: bool = option(
-        True, "replay each step as one CUDA graph where the method allows it; needs no host time", runtime=True
+        True,
+        "capture and replay each training step as a CUDA graph where the method supports it; removes launch overhead",
+        runtime=True,
     )
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)

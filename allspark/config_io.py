@@ -48,7 +48,7 @@ def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None =
         UserError: a file is missing, or a key or value is invalid.
     """
     notes: list[str] = []
-    content = _with_method(_read(_find("datasets", dataset), notes), dataset, method, notes)
+    content = _with_method(_read(_recipe_file("datasets", dataset), notes), dataset, method, notes)
     return build_recipe(content, overrides, f"--dataset {dataset} --method {method}", notes)
 
 
@@ -113,7 +113,7 @@ def build_recipe(
 
 def check_ranges(recipe: Recipe, source: str) -> None:
     """Raises UserError for the first value that is out of its range."""
-    for path, key in keys().items():
+    for path, key in config_fields().items():
         low, above, high = (key.metadata[name] for name in ("low", "above", "high"))
         if low is above is None:
             continue
@@ -135,13 +135,13 @@ def translate(content: Mapping[str, Any], source: str, notes: list[str]) -> tupl
         The content, and the notes with one more for each old key.
     """
     for old, new in RENAMED.items():
-        rest, value = _take(content, old)
+        rest, value = _pop_path(content, old)
         if value is dataclasses.MISSING:
             continue
         if callable(new):
             content, note = new(rest, value)
         else:
-            if _take(rest, new)[1] is not dataclasses.MISSING:
+            if _pop_path(rest, new)[1] is not dataclasses.MISSING:
                 raise UserError(f"{source}: has both {old} and {new}, its new name; remove {old}")
             content, note = merge(rest, _nest(new, value)), f"{old} is now {new}"
         notes = [*notes, note]
@@ -187,7 +187,7 @@ def full_key(key: str) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError if it cannot be read or is none."""
+    """The mapping in a YAML file. Raises UserError if the file cannot be read or is not a mapping."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -224,8 +224,8 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two plain recipes differ and that may change a result, as 'key: old -> new'."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key path, old value, new value) of each key in which two plain recipes differ and that may change a result."""
     changed = []
     for name in sorted({*old, *new}, key=str):  # the keys of a value_map are numbers
         path, a, b = f"{prefix}{name}", old.get(name), new.get(name)
@@ -234,18 +234,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
                 continue  # its options have no effect
             changed += differences(a, b, f"{path}.")
         elif a != b and not is_runtime(path):
-            changed.append(f"{path}: {a} -> {b}")
+            changed.append((path, a, b))
     return changed
 
 
 def is_runtime(path: str) -> bool:
     """Whether a resumed run may change this key."""
-    return path in keys() and keys()[path].metadata["runtime"]
+    return path in config_fields() and config_fields()[path].metadata["runtime"]
 
 
 @functools.cache
-def keys() -> dict[str, dataclasses.Field]:
-    """Key path -> field of every key with a value of its own, without the options of the methods."""
+def config_fields() -> dict[str, dataclasses.Field]:
+    """Key path -> field of every key that is not a section, without the options of the methods."""
 
     def walk(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
         for key in dataclasses.fields(kind):
@@ -260,7 +260,7 @@ def keys() -> dict[str, dataclasses.Field]:
 @functools.cache
 def _all_paths() -> list[str]:
     """The paths of all keys and sections."""
-    parents = (path.split(".")[:depth] for path in keys() for depth in range(1, path.count(".") + 2))
+    parents = (path.split(".")[:depth] for path in config_fields() for depth in range(1, path.count(".") + 2))
     return list(dict.fromkeys(".".join(parts) for parts in parents))
 
 
@@ -290,6 +290,9 @@ def bind_options(kind: type, options: Mapping[str, Any], path: str) -> dict[str,
         kind: the class.
         options: name -> value, as YAML gives it.
         path: the section that the options are in, for error messages.
+
+    Raises:
+        UserError: an option is unknown or of the wrong type, or one without a default is missing.
     """
     hints, known = {}, {}
     for constructor in (base.__init__ for base in kind.__mro__):
@@ -301,6 +304,9 @@ def bind_options(kind: type, options: Mapping[str, Any], path: str) -> dict[str,
     for key in options:
         if key not in known:
             raise UserError(f"{path}.{key}: unknown option; known are {', '.join(known) or 'none'}")
+    for name, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and name not in options:
+            raise UserError(f"{path}.{name} is missing; it has no default")
     given = {key: _convert(value, hints[key], f"{path}.{key}", "recipe") for key, value in options.items()}
     return {name: given.get(name, p.default) for name, p in known.items()}
 
@@ -332,19 +338,27 @@ def _read(path: Path, notes: list[str]) -> dict[str, Any]:
     return dict(content)
 
 
-def _with_method(content: Mapping[str, Any], dataset: str, method: str, notes: list[str]) -> dict[str, Any]:
-    """content updated by the file of the method's `base`, the method's file and its section for the data set."""
-    path = _find("methods", method)
+def _with_method(
+    content: Mapping[str, Any], dataset: str, method: str, notes: list[str], derived: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """content updated by the file of the method's `base`, the method's file and its section for the data set.
+
+    Args:
+        derived: the methods whose `base` led to this one.
+    """
+    path = _recipe_file("methods", method)
     own = _read(path, notes)
     if (base := own.pop("base", None)) is not None:
-        if base == method:
-            raise UserError(f"{path}: base={base!r} names the file itself")
-        content = _with_method(content, dataset, str(base), notes)
+        derived = (*derived, method)
+        if base in derived:
+            chain = " -> ".join((*derived, base))
+            raise UserError(f"{path}: base={base!r} leads back to the same file ({chain}); remove or correct it")
+        content = _with_method(content, dataset, str(base), notes, derived)
     sections = own.pop("datasets", None) or {}
     if not isinstance(sections, Mapping):
         raise UserError(f"{path}: datasets={short_repr(sections)} must be a section of data set names")
     for name in sections:
-        _find("datasets", str(name))
+        _recipe_file("datasets", str(name))
     special = sections.get(dataset) or {}
     if not isinstance(special, Mapping):
         raise UserError(f"{path}: datasets.{dataset}={short_repr(special)} must be a section of keys")
@@ -352,7 +366,7 @@ def _with_method(content: Mapping[str, Any], dataset: str, method: str, notes: l
     return merge(merge(content, own), special)
 
 
-def _find(folder: str, name: str) -> Path:
+def _recipe_file(folder: str, name: str) -> Path:
     path = CONFIG_ROOT / folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
@@ -366,14 +380,14 @@ def _nest(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _take(content: Any, path: str) -> tuple[Any, Any]:
+def _pop_path(content: Any, path: str) -> tuple[Any, Any]:
     """content without the key at `path`, and the key's value; MISSING if it is not there."""
     name, _, rest = path.partition(".")
     if not isinstance(content, Mapping) or name not in content:
         return content, dataclasses.MISSING
     if not rest:
         return {key: value for key, value in content.items() if key != name}, content[name]
-    section, value = _take(content[name], rest)
+    section, value = _pop_path(content[name], rest)
     return {**content, name: section}, value
 
 

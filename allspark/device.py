@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from allspark.utils.errors import UserError
 
-# Set by Slurm where a job or step has GPUs, or by the user; values that mean that there is none
+# Environment variables that indicate allocated GPUs, and their values that mean none
 ALLOCATIONS = {
     "SLURM_STEP_GPUS": ("",),
     "SLURM_JOB_GPUS": ("",),
@@ -43,14 +44,14 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         raise UserError(f"device={name} is not available on this machine{reason}; use one of: auto, {usable}")
     if name != "cuda":
         return torch.device(name)
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())  # each task may see one GPU of its own
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())  # each task may see only its own GPU
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
     check_architecture(name, capability, torch.cuda.get_arch_list())
     return device
 
 
 def gpus_allocated() -> str | None:
-    """The environment variable by which Slurm or the user gives this process a GPU, if there is one."""
+    """The environment variable that indicates an allocated GPU, or None."""
     return next((name for name, none in ALLOCATIONS.items() if os.environ.get(name, "") not in none), None)
 
 
@@ -70,7 +71,7 @@ def why_no_cuda(built_for: str | None, supported: tuple[int, int] | None) -> str
             f"driver {driver_version()} supports CUDA {supported[0]}.{supported[1]}, torch {torch.__version__} needs "
             f"CUDA {built_for}; {reinstall(supported)}, or update the driver"
         )
-    return "the driver shows no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return "the driver reports no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
 def reinstall(cuda: tuple[int, int] | None) -> str:
@@ -105,14 +106,19 @@ def check_architecture(name: str, capability: tuple[int, int], compiled: Sequenc
     Args:
         name: of the GPU.
         capability: its compute capability, such as (7, 0).
-        compiled: torch.cuda.get_arch_list(); sm_XY runs on X.Y and later minor versions, compute_XY on all later ones.
+        compiled: torch.cuda.get_arch_list(). sm_XY runs on X.Y and later minor versions, compute_XY on all later ones.
+            Other names (gfx90a, of ROCm) are ignored; without any sm_ or compute_ name nothing is checked.
     """
-    for kind, _, digits in (each.partition("_") for each in compiled):
-        digits = digits.rstrip("af")
-        version = (int(digits[:-1]), int(digits[-1]))
+    found = [match for each in compiled if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", each))]
+    versions = [(match[1], (int(match[2]), int(match[3]))) for match in found]
+    if not versions:
+        return
+    for kind, version in versions:
         if version <= capability and (kind == "compute" or version[0] == capability[0]):
             return
+    is_old = capability < min(version for _, version in versions)
+    remedy = reinstall((12, 6)) if is_old else "upgrade torch: pip install --upgrade torch torchvision"
     raise UserError(
         f"{name} has compute capability {capability[0]}.{capability[1]}, torch {torch.__version__} has kernels for "
-        f"{', '.join(compiled)}; {reinstall((12, 6))}, or set device=cpu"
+        f"{', '.join(compiled)}; {remedy}, or set device=cpu"
     )

@@ -25,7 +25,7 @@ from allspark.models.segmentor import build_model
 from allspark.utils.download import file_digest
 from allspark.utils.errors import UserError
 
-ANY_CROP = 64  # to build a model whose crop size is unknown; only the memory depends on it
+ANY_CROP = 64  # used if the crop size is unknown; it affects only the memory's shape
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from allspark.distributed import all_gather, is_main, rank, world_size
 from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, int_from_env, reason_of, user_error_message
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
-# For a collective that hangs; the launcher and the other processes notice a process that ends at once. Until then a
-# process may be busy alone: filling a cache, evaluating a larger share, writing a checkpoint to a slow disk.
+# Limit for a hanging collective. Crashed processes are noticed immediately. A process may legitimately be busy alone
+# until then: filling a cache, evaluating a larger share, writing a checkpoint to a slow disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-MAX_FACTS = 16  # compared by check_same
+MAX_FACTS = 16  # compared by check_ranks_agree
 
 
-def launched_by() -> tuple[int, int, int]:
+def launcher_ranks() -> tuple[int, int, int]:
     """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) for plain python.
 
     SLURM_NTASKS is not used: it is also set in a batch script that runs plain python.
@@ -55,7 +55,7 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
     Returns:
         The device of this process, and the store that the processes share (None for a single process).
     """
-    rank_, world, local_rank = launched_by()
+    rank_, world, local_rank = launcher_ranks()
     if world > 1 and not torch.cuda.is_available() and device == "mps":
         raise UserError("device=mps takes one process: gloo has no collectives on it; start one, or set device=cpu")
     if int_from_env("SLURM_STEP_NUM_NODES", 1) > 1 and "MASTER_ADDR" not in os.environ:
@@ -72,7 +72,7 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
     int_from_env("MASTER_PORT", least=1, most=65535)
     if os.name == "nt":
         os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows is built without libuv, but asks for it
-    return chosen, join(chosen, rank_, world)
+    return chosen, join_process_group(chosen, rank_, world)
 
 
 def default_port() -> int:
@@ -81,12 +81,12 @@ def default_port() -> int:
     return 20000 + int(number or 9500) % 20000
 
 
-def join(device: torch.device, rank: int, world: int) -> dist.Store:
+def join_process_group(device: torch.device, rank: int, world: int) -> dist.Store:
     """Join the process group at MASTER_ADDR:MASTER_PORT."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, *_ = next(dist.rendezvous("env://", rank, world, timeout=JOIN_TIMEOUT))
-        store = dist.PrefixStore(start_name(), store)
+        store = dist.PrefixStore(store_prefix(), store)
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             check_gpus(store, rank, world, f"{properties.name} {properties.uuid}")
@@ -130,7 +130,7 @@ def check_gpus(store: dist.Store, rank: int, world: int, gpu: str) -> None:
         owners[name] = other
 
 
-def start_name() -> str:
+def store_prefix() -> str:
     """A prefix for the store's keys, different after each restart by torchrun.
 
     torchrun keeps one store over its restarts, with the addresses of processes that have ended. Several nodes count
@@ -149,8 +149,8 @@ def is_restart() -> bool:
 def process_group(device: str = "auto", port: int | None = None) -> Iterator[torch.device]:
     """Join the process group, yield the device, and leave the group.
 
-    If one process of several fails, it ends at once with its message: leaving the group in order is a collective, which
-    would wait for processes that wait for this one. The launcher then ends the others.
+    If one of several processes fails, it prints its message and exits immediately: destroying the group is a
+    collective, which would wait for processes that wait for this one. The launcher then ends the others.
     """
     chosen, store = init(device, port)
     try:
@@ -158,13 +158,13 @@ def process_group(device: str = "auto", port: int | None = None) -> Iterator[tor
     except BaseException as error:
         if store is None:
             raise
-        leave(error, store)
+        exit_process(error, store)
     if store is not None:
         dist.destroy_process_group()
 
 
-def leave(error: BaseException, store: dist.Store) -> NoReturn:
-    """End this process at once, with the exit code of its error."""
+def exit_process(error: BaseException, store: dist.Store) -> NoReturn:
+    """Exit this process immediately, with the exit code of its error."""
     code, message, is_first = 1, "", None
     if isinstance(error, Stopped) and not has_ended(store):  # all processes stop together
         code, message = STOPPED, str(error) if is_main() else ""
@@ -187,9 +187,9 @@ def leave(error: BaseException, store: dist.Store) -> NoReturn:
 
 
 def final_message(error: BaseException, store: dist.Store) -> tuple[str, bool]:
-    """What to print before this process ends, and whether it is the first to fail.
+    """Return the message to print and whether this process failed first.
 
-    The others fail because they lost it; they print one line.
+    A process that only lost a peer prints one line.
     """
     cause = user_error_message(error) or "".join(traceback.format_exception(error)).rstrip()
     lost = is_lost_peer(error)
@@ -208,9 +208,10 @@ def final_message(error: BaseException, store: dist.Store) -> tuple[str, bool]:
 
 
 def report_to_torchrun(message: str, is_first: bool) -> None:
-    """Write the error file from which torchrun names the root cause: the failure with the earliest time, in seconds.
+    """Write torchrun's error file.
 
-    torchrun dates a killed process by when it notices, so that processes that lost it must report a later time.
+    torchrun takes the failure with the earliest timestamp (whole seconds) as root cause, and dates a killed process
+    when it notices it; secondary failures therefore report a later time.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
@@ -235,7 +236,7 @@ def has_ended(store: dist.Store) -> bool:
         return True
 
 
-def check_same(**facts: str) -> None:
+def check_ranks_agree(**facts: str) -> None:
     """Fail early if ranks disagree on code, config or file lists; a mismatch would deadlock the first collective.
 
     Raises:

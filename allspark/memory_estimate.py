@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -264,12 +266,37 @@ def resident_peak() -> int | None:
 
 
 def free_memory(device_type: str) -> int | None:
-    """Free bytes of the first GPU, or the main memory of this machine; None if there is no such device."""
+    """Free bytes of the first GPU, or available main memory; None if unknown or there is no such device."""
     if device_type == "cuda":
         return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
-    return main_memory() or None
+    return available_memory() or None
 
 
 def main_memory() -> int:
     """Main memory of this machine in bytes; 0 if the system does not report it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def available_memory() -> int:
+    """Available main memory in bytes, at most the limit of the container or Slurm job; 0 if it is unknown."""
+    available = main_memory()
+    if available:
+        with contextlib.suppress(OSError, TypeError):  # Linux; page cache counts as available
+            text = Path("/proc/meminfo").read_text(encoding="ascii")
+            available = int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]) * 1024
+        for path in cgroup_limits():
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                available = min(available, int(path.read_text(encoding="ascii")))
+    return available
+
+
+def cgroup_limits() -> Iterator[Path]:
+    """Files with the memory limits of this process's control group and its parents, in versions 1 and 2."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):
+                root = Path("/sys/fs/cgroup") / controllers
+                folder = root / group.lstrip("/")
+                folders = (each for each in (folder, *folder.parents) if each.is_relative_to(root))
+                yield from (each / ("memory.limit_in_bytes" if controllers else "memory.max") for each in folders)

@@ -39,8 +39,8 @@ def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
         return []
     published = complete(load_recipe(args.dataset, args.method))
     ignored = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
-    changed = [line.partition(": ") for line in differences(to_plain(published), to_plain(recipe))]
-    rows = [(key, *values.split(" -> ")) for key, _, values in changed if key not in (*ignored, "optim.lr_batch")]
+    changed = differences(to_plain(published), to_plain(recipe))
+    rows = [(key, str(old), str(new)) for key, old, new in changed if key not in (*ignored, "optim.lr_batch")]
     lr = scale_lr(recipe.optim, recipe.batch_size).lr
     if lr != recipe.optim.lr:
         old, new = f"{recipe.optim.lr:g} (batch {recipe.optim.lr_batch})", f"{lr:g} (batch {recipe.batch_size})"

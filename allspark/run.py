@@ -198,7 +198,7 @@ def build_run(
 def check_same_start(recipe: Recipe, lists: Lists) -> None:
     """Fail early if ranks disagree on code, config or file lists; a mismatch would deadlock the first collective."""
     same = replace(recipe, device="auto", data=replace(recipe.data, data_root="", num_workers=None, cache="none"))
-    launch.check_same(code=launch.code_version(), recipe=repr(same), lists=lists.hash)
+    launch.check_ranks_agree(code=launch.code_version(), recipe=repr(same), lists=lists.hash)
 
 
 def has_checkpoint(save_path: Path) -> bool:
@@ -232,11 +232,12 @@ def resume(
         return Position(), [], []
     path = save_path / name
     content, notes = found[1:] if found else (load_checkpoint(path, TO_RESUME), [])
-    launch.check_same(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may return an old file
+    launch.check_ranks_agree(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may return an old file
     saved_recipe = complete(build_recipe(content["recipe"], None, str(path)))  # adds keys that are newer than the run
     if changed := differences(to_plain(saved_recipe), to_plain(recipe)):
+        listed = "; ".join(f"{key}: {old} -> {new}" for key, old, new in changed[:5])
         raise UserError(
-            f"{save_path}: contains a run with another recipe ({'; '.join(changed[:5])}); choose another --save-path, "
+            f"{save_path}: contains a run with another recipe ({listed}); choose another --save-path, "
             f"or use --fresh to move the old run aside"
         )
     if content["split"]["sha256"] != lists.hash:

@@ -25,7 +25,7 @@ from allspark.memory_estimate import GB, StepMemory, free_memory, measure_step, 
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import TimmEncoder
 from allspark.run import describe_batch
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, is_out_of_memory, reason_of
 from allspark.weights.loading import load_pretrained
 
 REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true needs less"
@@ -151,10 +151,11 @@ def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
     while not place.exists():
         place = place.parent
     needed, free = CHECKPOINTS * sum(memory.persistent.values()), shutil.disk_usage(place).free
-    note = f"{save_path}: {CHECKPOINTS} checkpoints need up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
+    sizes = f"{CHECKPOINTS} checkpoints need up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
+    note = f"disk space at {save_path}: {sizes}"
     if needed > free:
         return AuditReport(problems=[f"{note}; make room or choose another --save-path"])
-    return AuditReport(notes=[f"disk of {note}"])
+    return AuditReport(notes=[note])
 
 
 def measure_memory(recipe: Recipe, spec: DatasetSpec) -> list[str]:
@@ -163,9 +164,9 @@ def measure_memory(recipe: Recipe, spec: DatasetSpec) -> list[str]:
     try:
         memory = measure_step(recipe, spec, build_method(recipe, spec), device)
     except RuntimeError as error:
-        if "allocate" not in str(error):  # in the message of both GPU and CPU allocators
+        if not is_out_of_memory(error):
             raise
-        raise UserError(f"--dry-run: {str(error).splitlines()[0]}; {REMEDIES}") from None
+        raise UserError(f"--dry-run: {reason_of(error)}; {REMEDIES}") from None
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         return [f"measured in two steps: {memory}; torch's allocator reserved {reserved / GB:.2f} GB"]

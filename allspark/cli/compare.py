@@ -108,7 +108,7 @@ def read_rows(arguments: Sequence[str]) -> list[Row]:
 def check_seeds(name: str, one: Run, other: Run) -> None:
     """UserError unless the two runs differ in their seeds alone."""
     changed = differences(to_plain(one.recipe), to_plain(other.recipe))
-    wrong = [change for change in changed if not change.startswith("seed: ")]
+    wrong = [f"{key}: {old} -> {new}" for key, old, new in changed if key != "seed"]
     if one.recipe.seed == other.recipe.seed:
         wrong.append(f"both have seed {one.recipe.seed}")
     if wrong:

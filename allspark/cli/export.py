@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from allspark import inference as loading
-from allspark.cli.weights import atomic_file
 from allspark.config_io import to_plain
 from allspark.data.batch import normalize
 from allspark.evaluation.sliding_window import predict_sliding
 from allspark.models.segmentor import Segmentor, SegOutput
+from allspark.utils.atomic import atomic_file
 from allspark.utils.errors import UserError, reason_of
 
 Run = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 -> logits (B, K, H, W)
@@ -49,9 +49,9 @@ def main(args: argparse.Namespace) -> None:
     with quiet():
         program = trace(network)
     about = metadata(loaded)
-    with atomic_file(args.out) as temporary, quiet():
+    with atomic_file(args.out, (RuntimeError,)) as temporary, quiet():
         {"torch": save_torch, "onnx": save_onnx}[args.format](program, temporary, about)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         run = {"torch": open_torch, "onnx": open_onnx}[args.format](temporary)
         print(verify(run, network, loaded.crop_size or loading.ANY_CROP, args.out))

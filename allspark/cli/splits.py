@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    get_layout(published.folder_of(args.dataset))  # raises for a data set without lists of its own
+    get_layout(published.folder_of(args.dataset))  # raises for a data set without its own lists
     root = data_root(args)
     if not root.is_dir():
         raise UserError(f"--data-root {root} is not a folder; correct it or set {root_variable(args.dataset)}=DIR")

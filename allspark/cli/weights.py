@@ -7,8 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,9 +21,9 @@ from allspark.config_io import build_recipe, to_plain
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
 from allspark.inference import load_for_inference, string_section
 from allspark.models.timm_encoder import PREFIX
-from allspark.utils.atomic import writing
+from allspark.utils.atomic import atomic_file, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
-from allspark.utils.errors import UserError, reason_of
+from allspark.utils.errors import UserError
 from allspark.weights.key_maps import OURS
 from allspark.weights.loading import (
     ENCODER_SIZES,
@@ -112,37 +111,22 @@ def check_target(path: Path, force: bool) -> None:
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     if path.suffix not in TORCH:
         raise UserError(f"--out {path}: a complete model is written as a checkpoint; choose a name that ends in .pth")
-    with writing(path):
+    with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, content)
     print(f"{path}: a checkpoint for predict, eval.py and model.init_from")
 
 
 def write_encoder(path: Path, state: Mapping[str, Tensor], found: RecognizedModel) -> None:
-    with atomic_file(path) as temporary:
+    with atomic_file(path, (RuntimeError, SafetensorError)) as temporary:
         if path.suffix == ".safetensors":
             save_file(dict(state), temporary, metadata={"format": "pt"})
         else:
             torch.save(dict(state), temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
     name = found.architecture.model.encoder
     print(f"{path}: encoder weights for model.encoder={name} model.pretrained={path}")
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end and removed on an error.
-
-    The temporary file has the same name, which torch and ONNX store inside it.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            yield Path(folder) / path.name
-            os.replace(Path(folder) / path.name, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap OSErrors
-        raise UserError(f"{path}: cannot be written ({reason_of(error)}); make room or choose another path") from error
 
 
 def inspect_weights(args: argparse.Namespace) -> None:

@@ -29,10 +29,11 @@ from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from allspark.data.splits import Lists, make_exists_check, suggest_mask
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors
+from allspark.utils.progress import disable_bar
 
 KINDS = ("labeled", "val", "unlabeled")
 PAIRS = (("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val"))
-MAX_LINES = 20  # files named per list
+MAX_LINES = 20  # maximum number of messages per list
 MAX_VALUES = 40  # different mask values above which no complete histogram is printed
 
 
@@ -149,7 +150,7 @@ def check_samples(
     items = [(kind, sample) for kind in KINDS for sample in samples[kind]]
     with ThreadPoolExecutor(THREADS) as pool:
         results = pool.map(lambda item: inspect_sample(*item, spec), items)
-        hidden = None if progress else True  # None: shown on a terminal only
+        hidden = disable_bar(progress)
         reports = list(tqdm(results, "check", len(items), unit="image", leave=False, disable=hidden))
     counts = ", ".join(f"{len(getattr(lists, kind))} {kind}" for kind in ("labeled", "unlabeled", "val"))
     report = AuditReport([f"{spec.name}, split {lists.name} ({lists.hash[:12]}): {counts} images"])
@@ -273,7 +274,7 @@ def describe_sizes(reports: Sequence[SampleReport], crop: int) -> list[str]:
 def report_masks(
     reports: Sequence[SampleReport], spec: DatasetSpec, custom: CustomDataConfig | None, skip: Sequence[str], which: str
 ) -> AuditReport:
-    """Illegal values, the pixels of each class, and classes that no labeled mask shows.
+    """Illegal values, the pixels of each class, and classes that occur in no labeled mask.
 
     Args:
         which: follows "labeled images" in messages.

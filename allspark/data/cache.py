@@ -30,6 +30,7 @@ from allspark.data.image_io import BadSample, check_same_size, read_image, read_
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, run_in_threads
+from allspark.utils.progress import disable_bar
 
 REMEDY = "choose a folder on another disk, or data.cache=none"
 SEEK_LOCK = threading.Lock()
@@ -248,7 +249,7 @@ def decode_all(
     with ThreadPoolExecutor(THREADS) as pool:
         tasks = [pool.submit(decode, *each) for each in zip(paths, shapes, offsets.tolist(), strict=True)]
         try:
-            hidden = None if distributed.is_main() else True  # None: shown on a terminal only
+            hidden = disable_bar(distributed.is_main())
             for task in tqdm(as_completed(tasks), "decode", len(tasks), leave=False, unit="file", disable=hidden):
                 task.result()
         except BaseException:

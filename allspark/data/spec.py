@@ -64,11 +64,11 @@ class DatasetSpec:
     Args:
         eval_mode: whole, center_crop or sliding_window.
         decode_mask: stored mask (H, W) uint8 -> class indices (H, W) uint8 with `ignore_index`. It must not raise:
-            values outside 0..K-1 and ignore_index are reported by read_mask, which knows the file name.
+            read_mask, which knows the file name, reports invalid values.
         prepare: creates the data set below its root; for data sets that need no download.
         split_folder: folder in splits/ if it is not the data set's name.
         mask_path: mask column of a list file -> path to read.
-        mask_hint: remedy shown for illegal mask values, instead of the general one.
+        mask_hint: remedy for invalid mask values, instead of the general one.
         submission: class indices (H, W) uint8 -> values the benchmark's server expects; None: class indices.
         background: index of the class for everything that belongs to no other class; None: there is no such class.
         colors: read masks as RGB colors, ignoring decode_mask; None: read masks as values.

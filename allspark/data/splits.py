@@ -29,7 +29,7 @@ class Lists:
         hash: sha256 of the three `hashes`.
         name: of the split, or the list file that was given.
         hashes: labeled, unlabeled, val -> list_hash of the list.
-        hidden: unlabeled images whose mask is known, with the mask; for measuring pseudo-labels, never for training.
+        hidden: unlabeled images with a known mask; used only to measure pseudo-labels.
     """
 
     labeled: tuple[Sample, ...]

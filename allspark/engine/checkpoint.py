@@ -69,7 +69,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | Non
     Args:
         path: file to write.
         content: tensors and plain values.
-        previous: where the replaced file is kept; None: nowhere.
+        previous: where to keep the replaced file; None discards it.
 
     Raises:
         UserError: it cannot be written.

@@ -27,13 +27,14 @@ class Checkpointer:
 
     Args:
         folder: of the run.
-        recipe: its checkpoint_interval, checkpoint_minutes and optim.max_skipped; 0: not.
+        recipe: its checkpoint_interval and checkpoint_minutes (0 disables either) and optim.max_skipped, the number of
+            consecutive skipped steps after which the run stops.
         model: a model that is not finite is not saved.
         stepper: counts skipped steps.
         log: flushed to the disk before each checkpoint.
         stop: receives signals.
         content: position -> content of a checkpoint; a collective call.
-        images: position -> names of the images of the step before it.
+        images: maps a position to the image names of the preceding step.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class Checkpointer:
         self.save(position, improved)
         trim_heap()
         if last:
-            distributed.barrier()  # a launcher may kill processes that still write when the first one has ended
+            distributed.barrier()  # the launcher may kill processes that still write when the first one exits
         elif (request := self.stop.sync(self.stepper.device)) > SAVE:
             self.leave(request, position)
 
     def save(self, position: Position, improved: bool = False) -> None:
-        if int(self.stepper.in_row) >= self.max_skipped:
+        if int(self.stepper.consecutive_skipped) >= self.max_skipped:
             self.abort_diverged(position)
         if not distributed.all_finite(self.model):
             raise UserError(
@@ -98,13 +99,13 @@ class Checkpointer:
         self.stop.pending.clear()
 
     def leave(self, request: int, position: Position) -> None:
-        distributed.barrier()  # nobody leaves, which would end the others, before process 0 has written
+        distributed.barrier()  # wait until rank 0 has written; an earlier exit would make the launcher kill it
         name = signal_name(request - 1)
         raise Stopped(f"stopped by {name} after step {position.step}, saved; run the same command again to continue")
 
     def abort_diverged(self, position: Position) -> None:
         """Raise UserError after too many skipped steps; gradients are reduced, so all processes agree."""
-        names, skipped = list(self.images(position)), int(self.stepper.in_row)
+        names, skipped = list(self.images(position)), int(self.stepper.consecutive_skipped)
         content = self.content(position)
         self.log.flush()
         if distributed.is_main():
@@ -112,10 +113,10 @@ class Checkpointer:
         distributed.barrier()
         listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise UserError(
-            f"step {position.step}: the last {skipped} steps had no finite gradient and were skipped (last loss "
-            f"{self.log.last_loss}, lr {self.log.last[2]:.2e}); images of the last step: {listed}. The state was saved "
-            f"to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at these images, or lower optim.lr and start "
-            f"over with --fresh"
+            f"step {position.step}: the last {skipped} steps had non-finite gradients and were skipped (last loss "
+            f"{float(self.log.last_loss)}, lr {self.log.last_lr:.2e}); images of the last step: {listed}. The state "
+            f"was saved to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at these images, or lower optim.lr "
+            f"and start over with --fresh"
         )
 
 

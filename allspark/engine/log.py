@@ -1,4 +1,4 @@
-"""The log of a run: losses and evaluations to the writers, messages to train.log and the terminal, by rank 0 alone."""
+"""The log of a run, on rank 0: losses and evaluations to the writers, messages to train.log and the terminal."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from allspark.engine.stepper import Stepper, mean_losses
-from allspark.engine.writers import METRICS, open_writers
-from allspark.utils.atomic import writing
+from allspark.engine.writers import METRICS, Status, open_writers
+from allspark.utils.atomic import wrap_write_errors
 from allspark.utils.errors import Stopped, UserError
+
+STOPS = (Stopped, KeyboardInterrupt)  # end a run that can be resumed without a change
 
 
 class RunLog:
-    """Losses stay on the device until every `interval` steps their means are logged: one host sync, none in between.
+    """Losses stay on the device; every `interval` steps their means are logged, with one host sync.
+
+    Rank 0 logs its own losses, which are not averaged over the ranks.
 
     Args:
         folder: of the run.
-        active: whether this process writes; the others only take part in the averaging.
+        active: whether this process writes: True on rank 0.
         interval: steps between log lines.
         start_step, start_epoch: position from which the run continues; what was logged after it is discarded.
         total_steps: of the whole run, for the progress bar.
@@ -50,15 +54,16 @@ class RunLog:
     ) -> None:
         self.active, self.interval, self.stepper = active, interval, stepper
         self.pending: list[dict[str, Tensor]] = []  # losses of the steps since the last line
-        self.last, self.last_loss = (start_step, start_epoch, math.nan), math.nan
-        self.skipped, self.in_row = (0, 0) if stepper is None else (int(stepper.skipped), 0)
+        self.last_step, self.last_epoch, self.last_lr = start_step, start_epoch, math.nan
+        self.last_loss = torch.tensor(math.nan)  # on the device of the losses
+        self.skipped, self.consecutive_skipped = (0, 0) if stepper is None else (int(stepper.skipped), 0)
         self.images, self.since = 0, time.perf_counter()
         if not active:
             return
         self.path, self.text = folder / METRICS, folder / "train.log"
-        with writing(self.path):
+        with wrap_write_errors(self.path):
             end_line(self.text)
-            self.writers = open_writers(writers, folder, start_step, start_epoch, config)
+            self.writers = open_writers(writers, folder, start_step, start_epoch, config, self.info)
         self.bar = tqdm(total=total_steps, initial=start_step, disable=None, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
@@ -69,18 +74,19 @@ class RunLog:
         if self.active and isinstance(error, UserError | Stopped):
             with contextlib.suppress(OSError):
                 self._append(str(error))
+        status: Status = "finished" if error is None else "stopped" if isinstance(error, STOPS) else "failed"
         with contextlib.suppress(UserError) if error else contextlib.nullcontext():
-            self.close()
+            self.close(status)
 
     def info(self, message: str) -> None:
         """Write a message to the terminal and train.log."""
         if self.active:
-            with writing(self.text):
+            with wrap_write_errors(self.text):
                 tqdm.write(message)
                 self._append(message)
 
     def add(self, losses: Mapping[str, Tensor], *, step: int, epoch: int, lr: float, images: int) -> None:
-        """After each optimizer step.
+        """Record a step.
 
         Args:
             losses: scalar tensors by name.
@@ -93,32 +99,37 @@ class RunLog:
         self.images += images
         if self.active:
             self.bar.update()
-        self.last = step, epoch, lr
+        self.last_step, self.last_epoch, self.last_lr = step, epoch, lr
+        self.last_loss = self.pending[-1]["loss"]
         if len(self.pending) >= self.interval:
             self.flush()
 
     def flush(self) -> None:
         """Log the means of the pending losses: every `interval` steps, and at the end of an epoch."""
-        if not self.pending:
+        pending, self.pending = self.pending, []
+        if not pending or not self.active:
             return
-        step, epoch, lr = self.last
-        values, count = mean_values(self.pending), len(self.pending)
-        self.last_loss = self.pending[-1]["loss"].item()
+        counters = [] if self.stepper is None else [self.stepper.skipped, self.stepper.consecutive_skipped]
+        means = mean_losses(pending)
+        numbers = torch.stack([*means.values(), *(counter.float() for counter in counters)]).tolist()  # one transfer
+        values = {
+            name: number if math.isfinite(number) else None
+            for name, number in zip(means, numbers[: len(means)], strict=True)
+        }
         speed = self.images / (time.perf_counter() - self.since)
-        self.pending, self.images, self.since = [], 0, time.perf_counter()
+        self.images, self.since = 0, time.perf_counter()
         before = self.skipped
-        if self.stepper is not None:
-            self.skipped, self.in_row = torch.stack((self.stepper.skipped, self.stepper.in_row)).tolist()
+        if counters:
+            self.skipped, self.consecutive_skipped = map(int, numbers[len(means) :])
         if new := self.skipped - before:
             self.info(
-                f"WARNING: step {step}: {new} of the last {count} steps had a non-finite gradient and were skipped "
-                f"({self.skipped} in total, the last {self.in_row} in a row)"
+                f"WARNING: step {self.last_step}: {new} of the last {len(pending)} steps had a non-finite gradient and "
+                f"were skipped ({self.skipped} in total, the last {self.consecutive_skipped} consecutively)"
             )
-        if self.active:
-            counted = {"skipped": self.skipped} if self.skipped else {}
-            line = {"step": step, "epoch": epoch, "lr": lr, **values, **counted, "images_per_s": round(speed, 2)}
-            self.bar.set_postfix(loss=values["loss"] and f"{values['loss']:.3f}", refresh=False)
-            self._write(line)
+        line = {"step": self.last_step, "epoch": self.last_epoch, "lr": self.last_lr, **values}
+        line |= {"skipped": self.skipped} if self.skipped else {}
+        self.bar.set_postfix(loss=values["loss"] and f"{values['loss']:.3f}", refresh=False)
+        self._write({**line, "images_per_s": round(speed, 2)})
 
     def evaluation(
         self,
@@ -131,7 +142,7 @@ class RunLog:
         pictures: Mapping[str, np.ndarray] | None = None,
         **others: float | None,
     ) -> None:
-        """After an evaluation.
+        """Record an evaluation.
 
         Args:
             step: steps done.
@@ -151,7 +162,7 @@ class RunLog:
     def sync(self) -> None:
         """Flush everything that was logged to the disk."""
         if self.active:
-            with writing(self.path):
+            with wrap_write_errors(self.path):
                 for writer in self.writers:
                     writer.sync()
 
@@ -162,18 +173,20 @@ class RunLog:
     def load_state_dict(self, pending: list[dict[str, Tensor]], device: torch.device) -> None:
         self.pending = [{name: value.to(device) for name, value in losses.items()} for losses in pending]
 
-    def close(self) -> None:
+    def close(self, status: Status = "finished") -> None:
         if not self.active:
             return
-        self.active = False
         self.bar.close()
-        with contextlib.ExitStack() as stack:  # every writer is closed even if another one raises
-            stack.enter_context(writing(self.path))
-            for writer in self.writers:
-                stack.callback(writer.close)
+        try:
+            with contextlib.ExitStack() as stack:  # every writer is closed even if another one raises
+                stack.enter_context(wrap_write_errors(self.path))
+                for writer in self.writers:
+                    stack.callback(writer.close, status)
+        finally:
+            self.active = False
 
     def _write(self, line: Mapping[str, Any], images: Mapping[str, np.ndarray] | None = None) -> None:
-        with writing(self.path):
+        with wrap_write_errors(self.path):
             for writer in self.writers:
                 if images:
                     writer.images(images, line["step"])
@@ -182,13 +195,6 @@ class RunLog:
     def _append(self, message: str) -> None:
         with open(self.text, "a", encoding="utf-8") as file:
             file.write(f"{datetime.now().isoformat(' ', 'seconds')}  {message}\n")
-
-
-def mean_values(losses: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """The means of the steps' losses as numbers, in one transfer; None if no step had a finite value."""
-    means = mean_losses(losses)
-    numbers = torch.stack(list(means.values())).tolist()
-    return {name: number if math.isfinite(number) else None for name, number in zip(means, numbers, strict=True)}
 
 
 def end_line(path: Path) -> None:

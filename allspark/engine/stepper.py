@@ -99,7 +99,7 @@ class Stepper:
 
     Attributes:
         skipped: number of skipped steps so far, on the device.
-        in_row: number of consecutive skipped steps up to now, on the device.
+        consecutive_skipped: number of consecutive skipped steps up to now, on the device.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class Stepper:
         self.device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), dtype=torch.long, device=self.device)
-        self.in_row = torch.zeros((), dtype=torch.long, device=self.device)
-        self.pending: deque[Callable[[], int]] = deque()  # reads of in_row that have been started
+        self.consecutive_skipped = torch.zeros((), dtype=torch.long, device=self.device)
+        self.pending: deque[Callable[[], int]] = deque()  # reads of consecutive_skipped that have been started
         self.buffers = list(model.buffers())
         self.saved_buffers = [buffer.clone() for buffer in self.buffers]  # as before the forward pass
 
@@ -141,16 +141,16 @@ class Stepper:
         elif finite:  # a host sync
             self.optimizer.step()
         self.skipped += ~finite
-        self.in_row += 1
-        self.in_row *= ~finite
+        self.consecutive_skipped += 1
+        self.consecutive_skipped *= ~finite
         for buffer, saved in zip(self.buffers, self.saved_buffers, strict=True):
             torch.where(finite, buffer, saved, out=saved)
             buffer.copy_(saved)
         self.optimizer.zero_grad()  # here, so that the next forward pass can use their memory
 
     def poll_skipped(self) -> int:
-        """Call after a step: `in_row` without a host sync; on a GPU, that of DELAY steps ago."""
-        self.pending.append(start_read(self.in_row))
+        """Call after a step: `consecutive_skipped` without a host sync; on a GPU, that of DELAY steps ago."""
+        self.pending.append(start_read(self.consecutive_skipped))
         if len(self.pending) <= (DELAY if self.device.type == "cuda" else 0):
             return 0
         return self.pending.popleft()()
@@ -161,7 +161,7 @@ class Stepper:
             saved.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"skipped": int(self.skipped), "in_row": int(self.in_row)}
+        counts = {"skipped": int(self.skipped), "in_row": int(self.consecutive_skipped)}
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])  # a tensor with CUDA graphs
@@ -176,4 +176,4 @@ class Stepper:
         if "stepper" in state:  # missing in older checkpoints
             self.scaler.load_state_dict(state["stepper"]["scaler"])
             self.skipped.fill_(state["stepper"]["skipped"])
-            self.in_row.fill_(state["stepper"]["in_row"])
+            self.consecutive_skipped.fill_(state["stepper"]["in_row"])

@@ -8,10 +8,11 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from allspark.utils.atomic import durable_write_text
 from allspark.utils.errors import UserError, reason_of
@@ -23,6 +24,7 @@ METRICS = "metrics.jsonl"
 RUN_IDS = "writers.json"  # writer -> id of its run, so that a resumed run continues there
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # module -> what pip installs
 PROJECT = "allspark"
+Status = Literal["finished", "stopped", "failed"]  # how a run ended
 
 
 class Writer(Protocol):
@@ -37,11 +39,16 @@ class Writer(Protocol):
     def sync(self) -> None:
         """Flush everything to the disk; called before a checkpoint is saved."""
 
-    def close(self) -> None: ...
+    def close(self, status: Status) -> None: ...
 
 
 def open_writers(
-    names: Sequence[str], folder: Path, start_step: int, start_epoch: int, config: Mapping[str, Any] | None
+    names: Sequence[str],
+    folder: Path,
+    start_step: int,
+    start_epoch: int,
+    config: Mapping[str, Any] | None,
+    warn: Callable[[str], None],
 ) -> list[Writer]:
     """The writer of metrics.jsonl and those named.
 
@@ -50,15 +57,17 @@ def open_writers(
         folder: of the run.
         start_step, start_epoch: position from which the run continues; what was logged after it is discarded.
         config: the recipe as plain values.
+        warn: called with a message if a tracking service fails later.
 
     Raises:
-        UserError: a package is not installed, or a service cannot be used.
+        UserError: a package is not installed, or a service cannot be used at start-up.
     """
     writers: list[Writer] = [JsonLines(folder, start_step, start_epoch)]
     with contextlib.ExitStack() as stack:  # closes those that were opened if another one cannot be
         for name in names:
-            writers.append(WRITERS[name](folder, start_step, config))
-            stack.callback(writers[-1].close)
+            writer = WRITERS[name](folder, start_step, config)
+            writers.append(ServiceWriter(name, writer, warn) if name in PACKAGES else writer)
+            stack.callback(writers[-1].close, "failed")
         stack.pop_all()
     return writers
 
@@ -81,7 +90,7 @@ class JsonLines:
         with open(self.path, "a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
         pass
 
 
@@ -105,7 +114,7 @@ class TensorBoard:
     def sync(self) -> None:
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
         try:
             self.writer.close()
         finally:
@@ -117,7 +126,7 @@ class WandB:
 
     def __init__(self, folder: Path, start_step: int, config: Mapping[str, Any] | None) -> None:
         self.wandb = import_package("wandb")
-        with service("wandb"):
+        with wrap_service_errors("wandb"):
             self.run = self.wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=folder.name,
@@ -126,23 +135,21 @@ class WandB:
                 dir=folder,
                 config=dict(config or {}),
             )
-            self.run.define_metric("*", step_metric="step")  # its own counter would refuse the steps done again
+            # W&B's step counter would reject steps repeated after a resume
+            self.run.define_metric("*", step_metric="step")
         save_id(folder, "wandb", self.run.id)
 
     def metrics(self, line: Mapping[str, Any]) -> None:
-        with service("wandb"):
-            self.run.log({**scalars(line), "step": line["step"]})
+        self.run.log({**scalars(line), "step": line["step"]})
 
     def images(self, images: Mapping[str, np.ndarray], step: int) -> None:
-        with service("wandb"):
-            self.run.log({**{name: self.wandb.Image(image) for name, image in images.items()}, "step": step})
+        self.run.log({**{name: self.wandb.Image(image) for name, image in images.items()}, "step": step})
 
     def sync(self) -> None:
         pass
 
-    def close(self) -> None:
-        with service("wandb"):
-            self.run.finish()
+    def close(self, status: Status) -> None:
+        self.run.finish(exit_code=0 if status == "finished" else 1)
 
 
 class MLflow:
@@ -150,7 +157,8 @@ class MLflow:
 
     def __init__(self, folder: Path, start_step: int, config: Mapping[str, Any] | None) -> None:
         mlflow = import_package("mlflow")
-        with service("mlflow"):
+        with wrap_service_errors("mlflow"):
+            self.metric = importlib.import_module("mlflow.entities").Metric
             self.client, name = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             self.id = saved_id(folder, "mlflow", start_step)
             if self.id is None:
@@ -163,21 +171,57 @@ class MLflow:
         save_id(folder, "mlflow", self.id)
 
     def metrics(self, line: Mapping[str, Any]) -> None:
-        with service("mlflow"):
-            for name, value in scalars(line).items():
-                self.client.log_metric(self.id, re.sub(r"[^\w\-./ ]", "_", name), value, step=line["step"])
+        now, step = int(time.time() * 1000), line["step"]
+        named = {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in scalars(line).items()}
+        self.client.log_batch(self.id, [self.metric(name, float(value), now, step) for name, value in named.items()])
 
     def images(self, images: Mapping[str, np.ndarray], step: int) -> None:
-        with service("mlflow"):
-            for name, image in images.items():
-                self.client.log_image(self.id, image, artifact_file=f"{name}/{step}.png")
+        for name, image in images.items():
+            self.client.log_image(self.id, image, artifact_file=f"{name}/{step}.png")
 
     def sync(self) -> None:
         pass
 
-    def close(self) -> None:
-        with service("mlflow"):
-            self.client.set_terminated(self.id)
+    def close(self, status: Status) -> None:
+        self.client.set_terminated(self.id, {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status])
+
+
+class ServiceWriter:
+    """The writer of a tracking service. Its first error is logged as a warning and disables it; training goes on.
+
+    Args:
+        name: name of the service.
+        writer: sends to the service; its methods may raise any exception.
+        warn: called with the warning.
+    """
+
+    def __init__(self, name: str, writer: Writer, warn: Callable[[str], None]) -> None:
+        self.name, self.warn = name, warn
+        self.writer: Writer | None = writer
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        self._call("metrics", line)
+
+    def images(self, images: Mapping[str, np.ndarray], step: int) -> None:
+        self._call("images", images, step)
+
+    def sync(self) -> None:
+        self._call("sync")
+
+    def close(self, status: Status) -> None:
+        self._call("close", status)
+
+    def _call(self, method: str, *args: Any) -> None:
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, method)(*args)
+        except Exception as error:
+            self.writer = None
+            self.warn(
+                f"WARNING: log.writers: {self.name} failed ({reason_of(error)}) and receives nothing more from this "
+                f"process; {METRICS} is complete"
+            )
 
 
 WRITERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
@@ -203,14 +247,13 @@ def import_package(name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def service(name: str) -> Iterator[None]:
-    """Turns what a tracking service raises into a UserError: it is no fault of the run."""
+def wrap_service_errors(name: str) -> Iterator[None]:
+    """Turn any exception of a tracking service at start-up into a UserError."""
     try:
         yield
     except Exception as error:
         raise UserError(
-            f"log.writers: {name} failed ({reason_of(error)}); correct its settings or remove it from log.writers; "
-            "the run resumes from its last checkpoint"
+            f"log.writers: {name} failed ({reason_of(error)}); correct its settings or remove it from log.writers"
         ) from error
 
 

@@ -19,6 +19,7 @@ from allspark.evaluation.sliding_window import Inference, best_class, class_scor
 from allspark.evaluation.tiled import needs_tiling, tiled_scores
 from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
+from allspark.utils.progress import disable_bar
 
 Save = Callable[[str, Tensor, Tensor, Tensor], None]  # name, image, mask, prediction: uint8 on the CPU, of one size
 
@@ -40,7 +41,7 @@ def evaluate(
     """Evaluate on `dataset`. Rank r of P takes items r, r + P, ..., so no image counts twice; all ranks get the result.
 
     Args:
-        model: its modules keep their training flags.
+        model: evaluated in eval mode; training flags are restored afterwards.
         dataset: yields evaluation.dataset.Item.
         timeout: seconds without a batch after which a loader worker counts as hung.
         save: called with each image on the rank that has it; prediction is ignore_index outside the center crop.
@@ -54,7 +55,7 @@ def evaluate(
     confusion = ConfusionMatrix(spec.num_classes, spec.ignore_index, device)
     shard = Shard(dataset, distributed.rank(), distributed.world_size())
     loader = make_loader(shard, num_workers, timeout=timeout, batch_size=batch_size, collate_fn=list)
-    hidden = None if progress and distributed.is_main() else True  # None: shown on a terminal only
+    hidden = disable_bar(progress and distributed.is_main())
     for items in tqdm(iterate(loader), "evaluate", len(loader), unit="batch", leave=False, disable=hidden):
         for (image, mask), names in group_by_size(items):
             prediction = predict(model, image, spec, device, inference, names)

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, reason_of
 
 DISK_FULL_ERRNOS = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 
@@ -41,6 +42,25 @@ def atomic_path(path: Path, remedy: str, *, suffix: str = ".tmp") -> Iterator[Pa
             temporary.unlink()
 
 
+@contextmanager
+def atomic_file(path: Path, errors: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """As atomic_path, but the temporary file has the name of `path`, because torch and ONNX store the name in the file.
+
+    Args:
+        errors: exceptions, besides OSError, that the library raises if it cannot write the file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            yield Path(folder) / path.name
+            os.replace(Path(folder) / path.name, path)
+    except (OSError, *errors) as error:
+        raise UserError(f"{path}: cannot be written ({reason_of(error)}); make room or choose another path") from error
+
+
 def write_text(path: Path, text: str, remedy: str) -> None:
     with atomic_path(path, remedy) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -66,13 +86,13 @@ def durable_write(
         path: file to write.
         write: writes the content to an open file.
         verify: raises OSError if the written file is damaged.
-        previous: where the replaced file is kept; None: nowhere.
+        previous: where to keep the replaced file; None discards it.
 
     Raises:
-        UserError: the system does not allow to write it.
+        UserError: the file cannot be written.
     """
     temporary = path.with_suffix(".tmp")
-    with writing(path):
+    with wrap_write_errors(path):
         try:
             with open(temporary, "wb") as file:
                 recorder = ErrorRecorder(file)
@@ -83,7 +103,7 @@ def durable_write(
                 file.flush()
                 os.fsync(file.fileno())
             verify(temporary)
-            with keep_previous(path, previous) if previous is not None else contextlib.nullcontext():
+            with replace_keeping_previous(path, previous) if previous is not None else contextlib.nullcontext():
                 os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -96,7 +116,7 @@ def durable_write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def wrap_write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError (disk full, quota, size limit, permission) into a UserError with a remedy."""
     try:
         yield
@@ -114,7 +134,7 @@ def free_space(path: Path) -> str:
 
 
 class ErrorRecorder:
-    """A file that remembers its OSError, which torch.save replaces by an exception of its own."""
+    """A file that records its OSError, because torch.save raises another exception instead."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.error = file, None
@@ -131,27 +151,38 @@ class ErrorRecorder:
 
 
 @contextmanager
-def keep_previous(path: Path, previous: Path) -> Iterator[None]:
-    """Around the replacement of path: keep the old file as `previous`.
+def replace_keeping_previous(path: Path, previous: Path) -> Iterator[None]:
+    """Around the replacement of path: keep the old file as `previous`. After an error both files are as before.
 
-    The two names never refer to the same file, so that one damage cannot affect both. Where the file system has no hard
-    links, path is renamed before.
+    The two names never refer to the same file, so damage to one cannot affect the other. At every moment `path` or
+    `previous` is the newest complete file, also if the process is killed. Without hard links both files are renamed
+    first, and renamed back after an error.
     """
-    link = previous.with_suffix(".link")
-    link.unlink(missing_ok=True)  # of a run that was killed at this point
+    spare = previous.with_suffix(".link")
+    spare.unlink(missing_ok=True)  # left by a killed run
+    linked, renamed = False, []
     try:
-        os.link(path, link)
-    except FileNotFoundError:
-        pass  # nothing was saved yet
-    except OSError:
-        os.replace(path, previous)
-    try:
+        try:
+            os.link(path, spare)
+            linked = True
+        except FileNotFoundError:
+            pass  # nothing was saved yet
+        except OSError:
+            for source, target in ((previous, spare), (path, previous)):
+                if source.exists():
+                    os.replace(source, target)
+                    renamed.append((source, target))
         yield
+        if linked:
+            renamed.append((path, spare))
+            os.replace(spare, previous)
     except BaseException:
-        link.unlink(missing_ok=True)
+        for source, target in reversed(renamed):
+            os.replace(target, source)
+        spare.unlink(missing_ok=True)
         raise
-    if link.exists():
-        os.replace(link, previous)
+    with suppress(OSError):
+        spare.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -80,8 +80,9 @@ def user_error_message(error: BaseException) -> str | None:
         return f"error: {error}"
     if is_out_of_memory(error):
         return (
-            f"error: out of memory ({reason_of(error)}); reduce what a training step needs with micro_batch=1, "
-            "model.checkpointing=true, precision=bf16 or a smaller data.crop_size; python -m allspark check predicts it"
+            f"error: out of memory ({reason_of(error)}); for training, use micro_batch=1, model.checkpointing=true, "
+            "precision=bf16 or a smaller data.crop_size (`allspark check` predicts the memory); for eval and "
+            "predict, use --mode sliding_window or a smaller --batch-size"
         )
     if isinstance(error, OSError) and error.errno in USER_ERRNOS and error.filename:
         return f"error: {error.filename}: {error.strerror}; fix it or choose another path"
@@ -107,7 +108,7 @@ def is_closed(stream: TextIO) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """A library's message about a bad file in one line, without its advice to programmers."""
+    """Shorten a library's error message to its first sentence."""
     text = " ".join(str(error).split())
     if code := re.search(r"GLOBAL ([\w.]+)", text):  # torch.load with weights_only
         return f"it contains {code[1]}, but only tensors and plain values are loaded"

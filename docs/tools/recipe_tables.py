@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from allspark.bench.measure import aten, convolution_backward_flops
 from allspark.build import build_method, complete
 from allspark.config import MAX, Recipe
-from allspark.config_io import CONFIG_ROOT, keys, load_recipe, section_type, type_hints, type_text
+from allspark.config_io import CONFIG_ROOT, config_fields, load_recipe, section_type, type_hints, type_text
 from allspark.data.datasets import DATASETS
 from allspark.data.spec import DatasetSpec
 from allspark.memory_estimate import GB, FakeMemoryCounter, TrainingStep, predict_step
@@ -141,7 +141,7 @@ def markdown(table: list[list[str]]) -> str:
 def keys_text() -> str:
     """All keys with type, default, range, resume rule and meaning, from allspark/config.py."""
     rows = [["key", "type", "default", "range", "resume", "meaning"]]
-    for path, key in keys().items():
+    for path, key in config_fields().items():
         default = "required" if key.default is MISSING else f"`{json.dumps(key.default)}`"
         cells = [type_text(type_of(path)), default, range_text(key.metadata), "yes" if key.metadata["runtime"] else ""]
         rows.append([f"`{path}`", *cells, key.metadata["help"].replace("<", "&lt;")])

@@ -87,7 +87,7 @@ def test_single_process_without_launcher(monkeypatch):
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script that runs plain python
-    assert launch.launched_by() == (0, 1, 0)
+    assert launch.launcher_ranks() == (0, 1, 0)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     x = torch.ones(2)
     assert distributed.all_reduce_sum(x) is x and distributed.all_gather(x) is x
@@ -97,7 +97,7 @@ def test_srun_launch(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert launch.launched_by() == (5, 8, 1)
+    assert launch.launcher_ranks() == (5, 8, 1)
     ports = set()
     for job, step in (("1234567", "0"), ("1234567", "1"), ("12345678", "0"), ("1234568", "0")):  # all on one node
         monkeypatch.setenv("SLURM_JOB_ID", job)
@@ -108,7 +108,7 @@ def test_srun_launch(monkeypatch):
 
 def refused(facts):
     try:
-        launch.check_same(**facts[distributed.rank()])
+        launch.check_ranks_agree(**facts[distributed.rank()])
     except UserError as error:
         return str(error)
 
@@ -123,7 +123,7 @@ def test_ranks_that_differ_are_reported(pair):
 
 
 def test_user_error_is_one_message():
-    """leave: exit code 2 and a line, in place of a traceback."""
+    """exit_process: exit code 2 and a line, in place of a traceback."""
     place = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/etc/passwd/shapes")
     assert user_error_message(place) == "error: /etc/passwd/shapes: Not a directory; fix it or choose another path"
     assert (
@@ -205,7 +205,7 @@ def test_restart_ignores_earlier_attempt(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     for restart in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
-        store = launch.join(torch.device("cpu"), 0, 1)
+        store = launch.join_process_group(torch.device("cpu"), 0, 1)
         try:
             assert not launch.has_ended(store)
             store.set("ended", "0 error: of this start")
@@ -213,9 +213,9 @@ def test_restart_ignores_earlier_attempt(monkeypatch):
         finally:
             dist.destroy_process_group()
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # nodes that count for themselves must agree
-    names = {launch.start_name()}
+    names = {launch.store_prefix()}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert names == {launch.start_name()}
+    assert names == {launch.store_prefix()}
 
 
 def test_taken_port(monkeypatch):

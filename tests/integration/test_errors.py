@@ -85,5 +85,8 @@ def test_out_of_memory_message():
     code = "import torch; torch.empty(2**60)"
     result = subprocess.run([sys.executable, "-c", RUN.format(code)], cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert re.match("error: out of memory .*micro_batch=1, model.checkpointing=true", result.stderr)
+    assert re.match(
+        "error: out of memory .*training, use micro_batch=1, .*predict, use --mode sliding_window",
+        result.stderr,
+    )
     assert user_error_message(RuntimeError("shapes do not match")) is None

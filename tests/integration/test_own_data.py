@@ -99,7 +99,7 @@ def test_data_without_faults(check, place):
     assert "batch_size is 2 in the recipe and 1 here, the learning rate 0.001 and 0.001; scaled with the batch" in text
     assert "(lr_scaling=linear) it would be 0.0005" in text
     assert "weights: none, tiny starts from random initialization (model.pretrained=FILE, see" in text
-    assert re.search(r"disk of .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
+    assert re.search(r"disk space at .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
 
 
 def test_regenerated_files_are_no_problem(check, place):

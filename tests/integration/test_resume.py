@@ -184,14 +184,14 @@ def test_skipped_steps_without_log_lines(place, capsys):
     assert (
         run_main(train.main, place.train("optim.max_skipped=1", "optim=sgd", "optim.lr=1e9", "log_interval=100")) == 2
     )
-    assert "step 2: the last 1 steps had no finite gradient" in capsys.readouterr().err
+    assert "step 2: the last 1 steps had non-finite gradients" in capsys.readouterr().err
     assert load(place.run / "stopped.pth")["step"] == 2
 
 
 def test_diverged_run_is_aborted(place, capsys):
     assert run_main(train.main, place.train("optim.max_skipped=2", "optim=sgd", "optim.lr=1e9")) == 2
     message = capsys.readouterr().err
-    assert "optim.lr" in message and "step 3: the last 2 steps had no finite gradient" in message
+    assert "optim.lr" in message and "step 3: the last 2 steps had non-finite gradients" in message
     assert "images/labeled/labeled" in message and "images/unlabeled/unlabeled" in message
     assert not (place.run / "latest.pth").exists()
     content = load(place.run / "stopped.pth")

@@ -1,5 +1,6 @@
 """Imports at startup: --help without torch, a lazy public API; one version everywhere."""
 
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -15,6 +16,7 @@ from allspark.__main__ import main
 from allspark.arguments import COMMANDS
 from allspark.build import complete
 from allspark.prepare import PLANS
+from allspark.utils.errors import UserError
 from helpers import REPO
 
 HEAVY = ("torchvision", "mmcv", "timm", "torch._dynamo", "tensorboard", "matplotlib")
@@ -83,6 +85,11 @@ def test_public_api(finished, tmp_path):
     assert mask.shape == (70, 90) and mask.dtype == np.uint8 and mask.max() < 3
     assert (allspark.predict(trained, tmp_path / "image.png") == mask).all()
     assert allspark.predict(trained, image, "sliding_window", flip=True).shape == (70, 90)
+    dtypes, shapes = ("float64", "int64", "uint16"), (image[..., 0], image[..., [0, 1, 2, 2]])
+    for wrong in (*(image.astype(dtype) for dtype in dtypes), *shapes):
+        given = re.escape(f"shape {wrong.shape} and dtype {wrong.dtype}, must be a non-empty RGB image")
+        with pytest.raises(UserError, match=given):
+            allspark.predict(trained, wrong)
     assert {"load_config", "build_model", "load_checkpoint", "predict", "__version__"} <= set(dir(allspark))
     with pytest.raises(AttributeError, match="has no attribute 'something'"):
         _ = allspark.something

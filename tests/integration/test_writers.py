@@ -1,5 +1,6 @@
 """The optional metric writers: logged values, resumed runs, missing packages."""
 
+import contextlib
 import json
 import sys
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from allspark.engine import writers
 from allspark.engine.log import RunLog
 from allspark.engine.writers import RUN_IDS, scalars
-from allspark.utils.errors import UserError
+from allspark.utils.errors import Stopped, UserError
 
 STEP = {"step": 2, "epoch": 0, "lr": 0.1, "loss": 2.0, "loss_u": None, "images_per_s": 3.5}
 EVALUATION = {"step": 2, "epoch": 0, "miou": 50.0, "pseudo_accuracy": None, "iou": {"a": 50.0, "b": None}}
@@ -48,8 +50,8 @@ def test_wandb_offline(tmp_path, monkeypatch):
     first = log_run(tmp_path, "wandb")
     assert log_run(tmp_path, "wandb", start_step=2) == first  # a resumed run continues
     assert log_run(tmp_path, "wandb") != first  # a run that starts over is another one
-    runs = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert runs.count(first) == 2 and len(runs) == 3
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert sum(first in name for name in runs) == 2 and len(runs) == 3
     assert list((tmp_path / "wandb").rglob("*.png"))
 
 
@@ -73,3 +75,53 @@ def test_failing_service_is_not_fatal(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nothing://like/that")
     with pytest.raises(UserError, match=r"log\.writers: mlflow failed .*remove it from log\.writers"):
         log_run(tmp_path, "mlflow")
+
+
+class BrokenWriter:
+    """A tracking service that fails after start-up."""
+
+    def __init__(self, folder, start_step, config):
+        self.calls = []
+
+    def metrics(self, line):
+        raise ConnectionError("service unavailable")
+
+    images = sync = close = metrics
+
+
+def test_a_service_that_fails_later_is_disabled_with_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(writers.WRITERS, "wandb", BrokenWriter)
+    log_run(tmp_path, "wandb")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    (line,) = (tmp_path / "train.log").read_text().splitlines()
+    assert "WARNING: log.writers: wandb failed (service unavailable)" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "finished"), (Stopped("stopped"), "stopped"), (UserError("wrong"), "failed"), (RuntimeError(), "failed")],
+)
+def test_writers_receive_how_the_run_ended(tmp_path, monkeypatch, error, status):
+    class Recorder(BrokenWriter):
+        def close(self, status):
+            ended.append(status)
+
+    ended = []
+    monkeypatch.setitem(writers.WRITERS, "wandb", Recorder)
+    options = {"interval": 1, "start_step": 0, "total_steps": 4, "writers": ["wandb"]}
+    with contextlib.suppress(Stopped, UserError, RuntimeError), RunLog(tmp_path, active=True, **options):
+        if error is not None:
+            raise error
+    assert ended == [status]
+
+
+def test_a_failed_run_is_not_finished_in_mlflow(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for error, status in ((Stopped("stopped"), "KILLED"), (UserError("wrong"), "FAILED")):
+        options = {"interval": 1, "start_step": 0, "total_steps": 4, "writers": ["mlflow"]}
+        with pytest.raises(type(error)), RunLog(tmp_path, active=True, **options):
+            raise error
+        number = json.loads((tmp_path / RUN_IDS).read_text())["mlflow"]
+        assert mlflow.MlflowClient().get_run(number).info.status == status

@@ -67,6 +67,15 @@ def test_check_reports_memory(place, capsys, monkeypatch):
     assert "--processes 3: give a number that divides batch_size=2" in capsys.readouterr().err
 
 
+def test_free_memory_in_a_container(tmp_path, monkeypatch):
+    (tmp_path / "limit").write_text("1000000\n")
+    (tmp_path / "none").write_text("max\n")
+    paths = [tmp_path / name for name in ("none", "limit", "missing")]
+    monkeypatch.setattr(memory, "cgroup_limits", lambda: paths)
+    assert memory.free_memory("cpu") == 1_000_000
+
+
 def test_machine_memory():
-    assert memory.free_memory("cpu") > memory.resident_peak() > 10_000_000
+    assert memory.main_memory() > memory.resident_peak() > 10_000_000
+    assert 0 < memory.free_memory("cpu") < memory.main_memory()
     assert (memory.free_memory("cuda") is None) == (not torch.cuda.is_available())

@@ -42,7 +42,7 @@ def test_released_and_revised_differences():
 
     def both(dataset):
         plain = (to_plain(complete(load_recipe(dataset, method))) for method in ("allspark", "allspark_revised"))
-        return set(differences(*plain))
+        return {f"{key}: {old} -> {new}" for key, old, new in differences(*plain)}
 
     expected = {
         "model.bottleneck.grouping_input: logits -> probabilities",
@@ -70,8 +70,21 @@ def test_missing_base(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--method mien: .*mien\.yaml does not exist; known are mine"):
         load_recipe("x", "mine")
     (tmp_path / "methods" / "mine.yaml").write_text("base: mine")
-    with pytest.raises(UserError, match="names the file itself"):
+    with pytest.raises(UserError, match=r"base='mine' leads back to the same file \(mine -> mine\)"):
         load_recipe("x", "mine")
+    (tmp_path / "methods" / "mine.yaml").write_text("base: other")
+    (tmp_path / "methods" / "other.yaml").write_text("base: mine")
+    with pytest.raises(UserError, match=r"other\.yaml: base='mine' leads back .*\(mine -> other -> mine\)"):
+        load_recipe("x", "mine")
+
+
+def test_a_required_option_is_missing():
+    class Required:
+        def __init__(self, *, threshold: float, cutmix: float = 0.5) -> None: ...
+
+    assert config_io.bind_options(Required, {"threshold": 1}, "method") == {"threshold": 1.0, "cutmix": 0.5}
+    with pytest.raises(UserError, match=r"method\.threshold is missing"):
+        config_io.bind_options(Required, {}, "method")
 
 
 def test_short_keys():
@@ -152,7 +165,7 @@ def test_translation_may_be_a_function(monkeypatch):
 
 
 def test_every_key_is_documented():
-    for path, key in config_io.keys().items():
+    for path, key in config_io.config_fields().items():
         help_text = key.metadata["help"]
         assert help_text and not help_text.endswith(".") and len(help_text) < 160, path
 
@@ -211,7 +224,7 @@ def test_yaml_runs_no_code(tmp_path):
 def test_differences_ignore_irrelevant_keys():
     old = to_plain(build_recipe(MINIMAL, None, "test"))
     new = to_plain(build_recipe(MINIMAL, parse_overrides(["device=cpu", "num_workers=0", "lr=0.5"]), "test"))
-    assert differences(old, new) == ["optim.lr: 0.001 -> 0.5"]
+    assert differences(old, new) == [("optim.lr", 0.001, 0.5)]
     value_maps = ({"data": {"custom": {"value_map": found}}} for found in ({0: 0, 255: 1}, {0: 0, 254: 1}))
-    told = ["data.custom.value_map.254: None -> 1", "data.custom.value_map.255: 1 -> None"]
+    told = [("data.custom.value_map.254", None, 1), ("data.custom.value_map.255", 1, None)]
     assert differences(*value_maps) == told  # keys that are numbers

@@ -22,7 +22,7 @@ TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
         ("13.0", None, "no NVIDIA driver was found"),
         ("13.0", (12, 2), "supports CUDA 12.2, torch .* needs CUDA 13.0; .*--index-url https://.*/cu126, or update"),
         ("12.6", (11, 4), "whl/cu118"),
-        ("12.6", (12, 2), "the driver shows no GPU"),  # versions with the same major number are compatible
+        ("12.6", (12, 2), "the driver reports no GPU"),  # versions with the same major number are compatible
     ],
 )
 def test_why_cuda_is_unavailable(built_for, supported, says):
@@ -41,9 +41,16 @@ def test_gpus_with_kernels(capability):
 def test_gpus_without_kernels():
     with pytest.raises(UserError, match=r"V100 has compute capability 7.0, .* sm_75, .*whl/cu126"):
         check_architecture("V100", (7, 0), TODAY)
-    with pytest.raises(UserError, match="has compute capability 11.0"):
+    with pytest.raises(UserError, match="has compute capability 11.0, .* pip install --upgrade torch torchvision"):
         check_architecture("a GPU", (11, 0), TODAY)
+    with pytest.raises(UserError, match="upgrade torch"):
+        check_architecture("a newer GPU", (13, 0), TODAY)
     check_architecture("a later GPU", (11, 0), [*TODAY, "compute_90"])  # compiled when it is first used
+
+
+@pytest.mark.parametrize("compiled", [[], ["gfx90a", "gfx1100"]])
+def test_rocm_and_unknown_architectures_are_not_checked(compiled):
+    check_architecture("a GPU", (9, 0), compiled)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

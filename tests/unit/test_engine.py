@@ -1,6 +1,8 @@
 """Schedule, optimizer groups, checkpoints and logs."""
 
 import contextlib
+import errno
+import functools
 import json
 import math
 import os
@@ -134,9 +136,34 @@ def test_skipped_steps_in_log(tmp_path):
             stepper.step()
             log.add({"loss": loss}, step=step, epoch=0, lr=0.1, images=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [2, 3] and log.in_row == 1
+    assert [line["skipped"] for line in lines] == [2, 3] and log.consecutive_skipped == 1
     warnings = [line for line in (tmp_path / "train.log").read_text().splitlines() if "WARNING" in line]
     assert len(warnings) == 2 and "step 4: 2 of the last 4 steps" in warnings[0] and "3 in total" in warnings[1]
+
+
+def test_a_log_line_takes_one_transfer_and_an_inactive_log_none(tmp_path, monkeypatch):
+    model = nn.Linear(2, 1)
+    stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
+    reads = []
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), reads))
+    for active in (True, False):
+        with RunLog(tmp_path, active=active, interval=2, start_step=0, total_steps=4, stepper=stepper) as log:
+            reads.clear()
+            for step in (1, 2):
+                losses = {"loss": torch.tensor(1.0), "loss_x": torch.tensor(2.0)}
+                log.add(losses, step=step, epoch=0, lr=0.1, images=1)
+            assert reads == (["tolist"] if active else [])
+
+
+def counted(read, reads):
+    """The method `read` of a tensor, whose name is appended to `reads` at each call."""
+
+    def call(*args):
+        reads.append(read.__name__)
+        return read(*args)
+
+    return call
 
 
 def test_pending_losses_survive_resume(tmp_path):
@@ -262,6 +289,66 @@ def test_no_hard_links(saved, monkeypatch):
     content = load_checkpoint(saved / "latest.pth")
     save_checkpoint(saved / "latest.pth", {**content, "step": 3}, previous=saved / "previous.pth")
     assert [load_checkpoint(saved / name)["step"] for name in ("latest.pth", "previous.pth")] == [3, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("links", [True, False])
+def test_both_files_are_as_before_when_a_rename_fails(saved, monkeypatch, links, count):
+    """The count-th os.replace fails, with and without hard links."""
+    content, names = load_checkpoint(saved / "latest.pth"), ("latest.pth", "previous.pth")
+    before, replace, calls = [(saved / name).read_bytes() for name in names], os.replace, []
+
+    def no_links(*args):
+        raise OSError(errno.EPERM, "no hard links")
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == count:
+            raise OSError(errno.EIO, "broken disk")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", failing)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    step = functools.partial(save_checkpoint, saved / "latest.pth", previous=saved / "previous.pth")
+    if links and count == 3:  # two renames are enough
+        return step({**content, "step": 3})
+    with pytest.raises(UserError, match="cannot be written"):
+        step({**content, "step": 3})
+    assert [(saved / name).read_bytes() for name in names] == before
+    assert not [*saved.glob("*.link"), *saved.glob("*.tmp")]
+    step({**content, "step": 4})
+    assert [load_checkpoint(saved / name)["step"] for name in names] == [4, 2]
+
+
+@pytest.mark.parametrize("name", ["link", "replace"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_moment_leaves_two_files_that_can_be_read(saved, monkeypatch, name, count, after):
+    """The process ends right before or after the count-th call of os.link or os.replace; then latest.pth is damaged."""
+    content, call, calls = load_checkpoint(saved / "latest.pth"), getattr(os, name), []
+
+    def last(*args):
+        calls.append(args)
+        if after:
+            call(*args)
+        if len(calls) == count:
+            os._exit(9)
+        if not after:
+            call(*args)
+
+    if not (child := os.fork()):
+        monkeypatch.setattr(os, name, last)
+        save_checkpoint(saved / "latest.pth", {**content, "step": 3}, previous=saved / "previous.pth")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in ((9,) if name == "replace" or count == 1 else (0,))
+    assert find_checkpoint(saved)[1]["step"] in (2, 3)
+    with open(saved / "latest.pth", "r+b") as file:
+        file.truncate(1000)
+    assert find_checkpoint(saved)[0].name == "previous.pth"
+    save_checkpoint(saved / "latest.pth", {**content, "step": 4}, previous=saved / "previous.pth")
+    assert load_checkpoint(saved / "latest.pth")["step"] == 4
+    assert not list(saved.glob("*.link"))
 
 
 def test_folder_lock(tmp_path):

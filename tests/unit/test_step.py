@@ -55,7 +55,7 @@ def test_nonfinite_step_changes_nothing(cfg, bad, value):
     momenta, expected = (s.optimizer.state_dict()["state"] for s in (stepper, quiet))
     for number, state in expected.items():
         assert all(torch.equal(momenta[number][name], value) for name, value in state.items())
-    assert (int(stepper.skipped), int(stepper.in_row), int(quiet.skipped)) == (1, 0, 0)
+    assert (int(stepper.skipped), int(stepper.consecutive_skipped), int(quiet.skipped)) == (1, 0, 0)
 
 
 def test_skipped_count_round_trip():
@@ -65,7 +65,7 @@ def test_skipped_count_round_trip():
         go(model, stepper, batch)
     twin = Stepper(model, build_optimizer(OPTIMS[0], model), "fp32")
     twin.load_state_dict(stepper.state_dict())
-    assert (int(twin.skipped), int(twin.in_row)) == (3, 2)
+    assert (int(twin.skipped), int(twin.consecutive_skipped)) == (3, 2)
 
 
 @pytest.mark.parametrize("cfg", OPTIMS, ids=lambda cfg: cfg.name)
