@@ -115,7 +115,9 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
     name: Literal["none", "allspark"] = option("none", "bottleneck between encoder and decoder")
-    warmup_epochs: int = option(5, "number of epochs during which the memory is only written, not read", low=0)
+    warmup_epochs: int = option(
+        5, "epoch from which the memory is read; every step after the burn-in writes to it", low=0
+    )
     num_heads: int = option(2, "attention heads", low=1, high=64)
     dropout: float = option(0.1, "dropout rate of the bottleneck", low=0, high=0.99)
     grouping_input: Literal["logits", "probabilities"] = option(

@@ -32,7 +32,7 @@ def make_state(method="fixmatch", model=None, **overrides):
     attached = make_method(method, threshold=0.0)
     attached.attach(model)
     stepper = Stepper(model, build_optimizer(recipe.optim, model))
-    return TrainState(recipe, model, attached, stepper, total_steps=10)
+    return TrainState(recipe, model, attached, stepper, total_steps=10, graphs=None)
 
 
 def batches(state, seed=1):
@@ -78,7 +78,7 @@ def test_nonfinite_step_changes_nothing():
     assert all(torch.equal(before[name], value) for name, value in tensors(state).items())
     train_step(state, *batches(state, seed=2), Position(step=1), LR)
     after = tensors(state)
-    assert int(state.stepper.skipped) == 1 and int(state.stepper.in_row) == 0
+    assert int(state.stepper.skipped) == 1 and int(state.stepper.consecutive_skipped) == 0
     assert int(after["bottleneck.memory.filled"].sum()) > 0
     assert not torch.equal(before["decoder.classifier.weight"], after["decoder.classifier.weight"])
 
