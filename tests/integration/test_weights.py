@@ -15,31 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allspark.__main__ import main
 from allspark.config import ModelConfig
 from allspark.config_io import build_recipe
 from allspark.data.datasets import spec_for
 from allspark.inference import build_method, load_for_inference
 from allspark.models.segmentor import build_model
 from allspark.models.student import predict
-from allspark.utils.errors import run_main
 from allspark.weights.loading import MIT_SIZES, init_from, load_encoder, rename_released
 from helpers.released import GOLDEN, NAMES, close, formula, image
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def call(capsys):
-    """(words of `weights`, exit code) -> what was said."""
-
-    def run(*words, code=0):
-        assert run_main(main, ["weights", *map(str, words)]) == code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return err if code else out
-
-    return run
 
 
 def released(config):
@@ -57,12 +42,6 @@ def original():
     """mit_b0.pth as its authors published it, with the classifier."""
     state = {n.removeprefix("backbone."): t for n, t in released("b0_pascal_baseline").items() if "backbone." in n}
     return {**state, "head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}
-
-
-@pytest.fixture
-def source(original, tmp_path):
-    torch.save(original, tmp_path / "mit_b0.pth")
-    return tmp_path / "mit_b0.pth"
 
 
 # Whole models of the released code

@@ -9,38 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from allspark.__main__ import main
 from allspark.config import ModelConfig
 from allspark.models.segmentor import build_model
-from allspark.utils.errors import run_main
 from allspark.weights.loading import MIT_SIZES, load_encoder
 from allspark.weights.mirrors import NVIDIA, mirrors
 from helpers.released import NAMES, formula
-
-
-@pytest.fixture
-def call(capsys):
-    """(words of `weights`, exit code) -> what was said."""
-
-    def run(*words, code=0):
-        assert run_main(main, ["weights", *map(str, words)]) == code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return err if code else out
-
-    return run
 
 
 @pytest.fixture(scope="module")
 def original():
     shapes = {name.removeprefix("backbone."): shape for name, shape in NAMES["b0_pascal_baseline"].items()}
     return {name: formula(name, shape) for name, shape in shapes.items() if not name.startswith("decoder.")}
-
-
-@pytest.fixture
-def source(original, tmp_path):
-    torch.save(original, tmp_path / "mit_b0.pth")
-    return tmp_path / "mit_b0.pth"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
