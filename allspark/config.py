@@ -15,6 +15,16 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 MODES, PRECISIONS, DEVICES = map(typing.get_args, (Mode, Precision, Device))
 MAX = 2**31 - 1
+Size = int | tuple[int, int]  # side of a square, or height and width, in pixels
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_text(size: Size) -> str:
+    """For messages: 513, or width x height as for images."""
+    return str(size) if isinstance(size, int) else f"{size[1]} x {size[0]}"
 
 
 def option(
@@ -70,9 +80,9 @@ class DataConfig:
         "folder of the data set; the environment variable ALLSPARK_DATA_<DATASET> overrides it",
         runtime=True,
     )
-    crop_size: int = option(
+    crop_size: Size = option(
         MISSING,
-        "side of the square training crops in pixels, also the default side of the sliding window",
+        "side of the training crops in pixels, or [height, width]; also the default size of the sliding window",
         low=64,
         high=2**14,
     )
@@ -89,6 +99,15 @@ class DataConfig:
         low=0,
         high=1024,
         runtime=True,
+    )
+    horizontal_flip: bool = option(True, "mirror half of the training images left to right")
+    vertical_flip: bool = option(False, "mirror half of the training images top to bottom, e.g. of aerial images")
+    rotate_90: bool = option(False, "rotate training images by a random multiple of 90 degrees")
+    color_strength: float = option(
+        1.0,
+        "factor on the ranges of the color jitter of strong views, except iMAS's; 1: as published, 0: no jitter",
+        low=0,
+        high=2,
     )
     photometric_probability: float = option(
         1.0,
@@ -195,8 +214,8 @@ class CriterionConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     mode: Mode | None = option(None, "how an image is evaluated; null: the data set's default")
-    window: int | None = option(
-        None, "side of the sliding window or center crop; null: data.crop_size", low=32, high=2**14
+    window: Size | None = option(
+        None, "side, or [height, width], of the sliding window or center crop; null: data.crop_size", low=32, high=2**14
     )
     interval: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1, runtime=True)
     pictures: int = option(

@@ -401,7 +401,9 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(value, next(arg for arg in args if arg is not type(None)), path, source)
+        kinds = [arg for arg in args if arg is not type(None)]
+        listed = [arg for arg in kinds if (typing.get_origin(arg) is tuple) == isinstance(value, list | tuple)]
+        return _convert(value, (listed or kinds)[0], path, source)
     if origin is Literal and value in args:
         return value
     if origin is tuple and isinstance(value, list | tuple):

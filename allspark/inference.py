@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from allspark.build import build_method, complete
-from allspark.config import Recipe
+from allspark.config import Recipe, Size, height_width
 from allspark.config_io import build_recipe, load_recipe, to_plain
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
@@ -36,14 +36,14 @@ class InferenceModel:
         model: image (B, 3, H, W), normalized, -> SegOutput.
         spec: data set whose classes it predicts.
         recipe: of its training; of imported weights that of the data set, or None if no data set was given.
-        crop_size: side of the training crops; None if unknown.
+        crop_size: of the training crops; None if unknown.
         meta: sha256 of the file, and step, epoch and split of a run or the source of imported weights.
     """
 
     model: nn.Module
     spec: DatasetSpec
     recipe: Recipe | None
-    crop_size: int | None
+    crop_size: Size | None
     meta: dict[str, Any]
 
     def inference(self, mode: str | None = None, **options: Any) -> Inference:
@@ -143,7 +143,7 @@ def prefix_errors(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_architecture(content: Any, path: str | Path) -> tuple[Mapping[str, Any], int, int | None]:
+def read_architecture(content: Any, path: str | Path) -> tuple[Mapping[str, Any], int, Size | None]:
     """The model section of a recipe, the number of classes and the crop size (or None) of an imported checkpoint."""
     content = content if isinstance(content, Mapping) else {}
     if missing := [key for key in ("model", "num_classes", "crop_size") if key not in content]:
@@ -151,9 +151,10 @@ def read_architecture(content: Any, path: str | Path) -> tuple[Mapping[str, Any]
     num_classes, crop = content["num_classes"], content["crop_size"]
     if type(num_classes) is not int or not 1 <= num_classes <= IGNORE_INDEX:
         raise UserError(f"{path}: architecture.num_classes={num_classes!r} must be 1..{IGNORE_INDEX}, masks are 8-bit")
-    if crop is not None and type(crop) is not int:
-        raise UserError(f"{path}: architecture.crop_size={crop!r} must be a number of pixels or None")
-    return content["model"], num_classes, crop
+    sides = crop if isinstance(crop, list) and len(crop) == 2 else [crop]
+    if crop is not None and not all(type(side) is int for side in sides):
+        raise UserError(f"{path}: architecture.crop_size={crop!r} must be a number of pixels, two or None")
+    return content["model"], num_classes, tuple(crop) if isinstance(crop, list) else crop
 
 
 def spec_by_name(dataset: str, num_classes: int, path: str | Path) -> DatasetSpec:
@@ -181,7 +182,7 @@ def unnamed_spec(num_classes: int) -> DatasetSpec:
     return DatasetSpec("unnamed", classes, voc_palette(num_classes))
 
 
-def training_crop(stated: int | None, recipe_crop: int, stride: int = 32) -> int:
+def training_crop(stated: Size | None, recipe_crop: Size, stride: int = 32) -> Size:
     """The crop size that imported weights were trained with, which is the side of the sliding window.
 
     Args:
@@ -190,6 +191,8 @@ def training_crop(stated: int | None, recipe_crop: int, stride: int = 32) -> int
         recipe_crop: that of the data set's recipe, which is preferred if it gives the same number of cells.
         stride: of the deepest feature map.
     """
-    if stated is None or math.ceil(stated / stride) == math.ceil(recipe_crop / stride):
-        return recipe_crop
-    return stated
+
+    def cells(crop: Size) -> list[int]:
+        return [math.ceil(side / stride) for side in height_width(crop)]
+
+    return recipe_crop if stated is None or cells(stated) == cells(recipe_crop) else stated

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from allspark.config import Recipe
+from allspark.config import Recipe, height_width
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.data.spec import DatasetSpec
 from allspark.engine.checkpoint import Position
@@ -67,7 +67,7 @@ class TrainingStep:
         model.train()
         stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
         self.state = TrainState(recipe, model, method, stepper, total_steps=STEPS, graphs=None)
-        self.size = (recipe.batch_size, recipe.data.crop_size, recipe.data.crop_size)
+        self.size = (recipe.batch_size, *height_width(recipe.data.crop_size))
         self.num_classes = spec.num_classes
 
     def batches(self) -> tuple[LabeledBatch, UnlabeledBatch | None]:

@@ -268,7 +268,7 @@ def plain_copy(model: Segmentor, cfg: ModelConfig) -> PlainSegmentor:
     num_classes, width = model.decoder.classifier.weight.shape[:2]
     bottleneck = None
     if model.bottleneck is not None:
-        memory = Memory(num_classes, size.channels[-1], model.bottleneck.memory.side)
+        memory = Memory(num_classes, size.channels[-1], model.bottleneck.memory.size[0])
         bottleneck = Bottleneck(size.channels[-1], cfg.bottleneck.num_heads, cfg.bottleneck.dropout, memory)
     decoder = Decoder(size.channels, num_classes, width, cfg.dropout)
     plain = PlainSegmentor(Encoder(size, cfg.drop_path), bottleneck, decoder)

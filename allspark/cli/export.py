@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from allspark import inference as loading
+from allspark.config import Size, height_width
 from allspark.config_io import to_plain
 from allspark.data.batch import normalize
 from allspark.evaluation.sliding_window import predict_sliding
@@ -170,7 +171,7 @@ def open_onnx(path: Path) -> Run:
 
 
 @torch.no_grad()
-def verify(run: Run, network: Exported, window: int, out: Path) -> str:
+def verify(run: Run, network: Exported, window: Size, out: Path) -> str:
     """Compare the file with the network on whole images and windows.
 
     Returns:
@@ -186,7 +187,7 @@ def verify(run: Run, network: Exported, window: int, out: Path) -> str:
         want, got = network(image), run_exported(run, image, out)
         whole, largest = max(whole, float((want - got).abs().max())), max(largest, float(want.abs().max()))
     image = torch.randint(256, (1, 3, *WINDOWED), dtype=torch.uint8, generator=generator)
-    side = min(max(window, MIN_SIDE), min(WINDOWED) - 1)  # several windows of one size
+    side = min(max(*height_width(window), MIN_SIDE), min(WINDOWED) - 1)  # several windows of one size
     parts = [predict_sliding(lambda x, f=f: SegOutput(f(x)), image, side) for f in (network, run)]
     windows = float((parts[0] - parts[1]).abs().max())
     if not (whole <= TOLERANCE * largest and windows <= TOLERANCE):  # NaN is not

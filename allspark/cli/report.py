@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from allspark.config import DataConfig
+from allspark.config import DataConfig, size_text
 from allspark.config_io import is_runtime, to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
@@ -234,7 +234,7 @@ def facts(entry: Entry) -> dict[str, str]:
         "seed": str(recipe.seed),
         "epochs": f"{last['epoch'] + 1} of {recipe.epochs}",
         "steps": f"{run.lines[-1]['step']} of {recipe.batch_size} labeled images",
-        "crop, optimizer": f"{recipe.data.crop_size}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
+        "crop, optimizer": f"{size_text(recipe.data.crop_size)}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
         "mIoU, last epoch": f"{last['miou']:.2f}",
         "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch']}; selected on val)",
         "device": device_text(run.provenance),

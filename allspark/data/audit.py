@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from allspark.config import CustomDataConfig, DataConfig
+from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
 from allspark.data.image_io import (
     MIN_SIDE,
     BadSample,
@@ -256,7 +256,7 @@ def limit_lines(lines: list[str], kind: str) -> list[str]:
     return lines[:MAX_LINES] + more
 
 
-def describe_sizes(reports: Sequence[SampleReport], crop: int) -> list[str]:
+def describe_sizes(reports: Sequence[SampleReport], crop: Size) -> list[str]:
     """Smallest and largest image of each list, and how many are smaller than a crop."""
     notes = []
     for kind in KINDS:
@@ -265,8 +265,13 @@ def describe_sizes(reports: Sequence[SampleReport], crop: int) -> list[str]:
             continue
         least, most = min(sizes, key=np.prod), max(sizes, key=np.prod)
         text = f"{least[0]} x {least[1]}" + (f" to {most[0]} x {most[1]}" if most != least else "")
-        small = sum(min(size) < crop for size in sizes)
-        padded = f"; {small} are smaller than the crop of {crop} and get padded" if small and kind != "val" else ""
+        height, width = height_width(crop)
+        small = sum(size[0] < width or size[1] < height for size in sizes)
+        padded = (
+            f"; {small} are smaller than the crop of {size_text(crop)} and get padded"
+            if small and kind != "val"
+            else ""
+        )
         notes.append(f"{kind} images: {text} pixels{padded}")
     return notes
 

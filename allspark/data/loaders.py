@@ -103,23 +103,25 @@ class TrainPairs(Dataset):
     def geometry(self, image: np.ndarray, stream: tuple[int, ...]) -> Geometry:
         height, width = image.shape[:2]
         rng = np.random.default_rng([*stream, 0])
-        return draw_geometry(rng, width, height, self.data.crop_size, self.data.scale_range)
+        data = self.data
+        flips = (data.horizontal_flip, data.vertical_flip, data.rotate_90)
+        return draw_geometry(rng, width, height, data.crop_size, data.scale_range, *flips)
 
     def photometric(self, name: str, crop: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """(3, crop, crop) uint8: the policy's view with data.photometric_probability, else the crop as it is."""
-        probability = self.data.photometric_probability
+        """(3, h, w) uint8: the policy's view with data.photometric_probability, else the crop as it is."""
+        data, probability = self.data, self.data.photometric_probability
         policy = PHOTOMETRIC[name if probability == 1 or rng.random() < probability else "weak"]
-        return to_tensor(policy(crop, rng, OPERATIONS[self.data.photometric]))
+        return to_tensor(policy(crop, rng, OPERATIONS[data.photometric], data.color_strength))
 
     def labeled(self, sample: Sample, stream: tuple[int, ...]) -> LabeledBatch:
-        """One image (3, crop, crop) uint8 and its mask (crop, crop) uint8, without a batch dimension."""
+        """One image (3, h, w) uint8 and its mask (h, w) uint8, without a batch dimension."""
         image, mask = self.files.pair(sample)
         geometry = self.geometry(image, stream)
         view = self.photometric(self.views.labeled, geometry.image(image), np.random.default_rng([*stream, 1]))
         return LabeledBatch(view, torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)))
 
     def unlabeled(self, sample: Sample, stream: tuple[int, ...]) -> UnlabeledBatch:
-        """The views of one crop (3, crop, crop) uint8, and bool masks (crop, crop), without a batch dimension."""
+        """The views of one crop (3, h, w) uint8, and bool masks (h, w), without a batch dimension."""
         image = self.files.image(sample.image)
         geometry = self.geometry(image, stream)
         crop = geometry.image(image)

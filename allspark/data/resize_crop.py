@@ -56,7 +56,7 @@ def resize_crop_pillow(image: np.ndarray, size: Pair, offset: Pair, extent: Pair
 def resize_crop_torch(image: np.ndarray, size: Pair, offset: Pair, extent: Pair) -> np.ndarray:
     """torch has no `box`: resize a little more than the crop, then cut."""
     across, down = (plan_side(*side) for side in zip(offset, extent, size, image.shape[1::-1], strict=True))
-    source = np.array(image[down.first : down.last, across.first : across.last])
+    source = np.array(image[down.first : down.last, across.first : across.last], order="C")
     scaled = F.interpolate(
         torch.from_numpy(source)[None].permute(0, 3, 1, 2),  # (1, 3, h, w) in channels-last memory, the fast layout
         scale_factor=(down.factor, across.factor),

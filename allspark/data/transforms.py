@@ -16,63 +16,90 @@ import torch
 from numpy.random import Generator
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from allspark.config import Size, height_width
 from allspark.data.resize_crop import resize_crop_bilinear, resize_crop_nearest
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The weak augmentation of an image, as in UniMatch: resize, pad right and bottom, crop a square, maybe flip.
+    """The weak augmentation of an image, as in UniMatch: resize, pad right and bottom, crop, maybe flip.
 
     Only the part of the image that the crop shows is resized. Masks are identical to Pillow's resize of the whole
     mask, images differ from it by at most 2 gray levels.
 
     Args:
-        size: (width, height) of the resized image.
+        size: (width, height) of the resized image, after the rotation.
         offset: (left, top) of the crop in the resized image.
-        crop: side of the crop in pixels.
+        crop: (height, width) of the crop in pixels.
+        flip: mirror the crop left to right.
+        vertical_flip: mirror the crop top to bottom.
+        turns: quarter turns, counterclockwise, by which the image is rotated first.
     """
 
     size: tuple[int, int]
     offset: tuple[int, int]
-    crop: int
+    crop: tuple[int, int]
     flip: bool
+    vertical_flip: bool = False
+    turns: int = 0
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 -> (crop, crop, 3); bilinear, padded with black (before normalization, as released)."""
+        """(H, W, C) uint8 -> (*crop, C); bilinear, padded with black (before normalization, as released)."""
+        image = np.rot90(image, self.turns)
         return self._pad_and_flip(resize_crop_bilinear(image, self.size, self.offset, self._visible_size()), 0)
 
     def mask(self, mask: np.ndarray, fill: int) -> np.ndarray:
-        """(H, W) uint8 -> (crop, crop); nearest, padded with `fill`, the ignore index."""
+        """(H, W) uint8 -> crop; nearest, padded with `fill`, the ignore index."""
+        mask = np.rot90(mask, self.turns)
         return self._pad_and_flip(resize_crop_nearest(mask, self.size, self.offset, self._visible_size()), fill)
 
     def valid(self) -> np.ndarray:
-        """(crop, crop) bool, False on the padding; needs no pixels."""
+        """Bool array of the crop's size, False on the padding; needs no pixels."""
         width, height = self._visible_size()
-        valid = np.zeros((self.crop, self.crop), bool)
-        valid[:height, self.crop - width if self.flip else 0 :][:, :width] = True
-        return valid
+        valid = np.zeros(self.crop, bool)
+        valid[:height, :width] = True
+        return valid[:: -1 if self.vertical_flip else 1, :: -1 if self.flip else 1].copy()
 
     def _visible_size(self) -> tuple[int, int]:
         """(width, height) of the part of the crop that shows the image."""
-        return min(self.size[0] - self.offset[0], self.crop), min(self.size[1] - self.offset[1], self.crop)
+        return min(self.size[0] - self.offset[0], self.crop[1]), min(self.size[1] - self.offset[1], self.crop[0])
 
     def _pad_and_flip(self, visible: np.ndarray, fill: int) -> np.ndarray:
-        below, right = (self.crop - side for side in visible.shape[:2])
+        below, right = (whole - side for whole, side in zip(self.crop, visible.shape[:2], strict=True))
         if below or right:
             visible = cv2.copyMakeBorder(visible, 0, below, 0, right, cv2.BORDER_CONSTANT, value=[fill] * 4)
-        return cv2.flip(visible, 1) if self.flip else np.ascontiguousarray(visible)  # 20 times faster than numpy
+        if not (self.flip or self.vertical_flip):
+            return np.ascontiguousarray(visible)
+        axis = -1 if self.flip and self.vertical_flip else 1 if self.flip else 0
+        return cv2.flip(visible, axis)  # 20 times faster than numpy
 
 
 def draw_geometry(
-    rng: Generator, width: int, height: int, crop: int, scale_range: tuple[float, float] = (0.5, 2.0)
+    rng: Generator,
+    width: int,
+    height: int,
+    crop: Size,
+    scale_range: tuple[float, float] = (0.5, 2.0),
+    horizontal_flip: bool = True,
+    vertical_flip: bool = False,
+    rotate_90: bool = False,
 ) -> Geometry:
-    """Draw the long side (uniform integer in scale_range times its length), left, top and flip, in this order."""
+    """Draw the weak augmentation of an image of `width` x `height` pixels.
+
+    The draws, in order: the rotation, the long side (uniform integer in scale_range times its length), left, top, the
+    horizontal and the vertical flip. Rotation and vertical flip are drawn only if they are asked for.
+    """
+    turns = int(rng.integers(4)) if rotate_90 else 0
+    width, height = (height, width) if turns % 2 else (width, height)
+    crop = height_width(crop)
     long = max(width, height)
     target = int(rng.integers(int(long * scale_range[0]), int(long * scale_range[1]), endpoint=True))
     scaled_width, scaled_height = (max(1, int(side * target / long + 0.5)) for side in (width, height))
-    left = int(rng.integers(0, max(scaled_width - crop, 0), endpoint=True))
-    top = int(rng.integers(0, max(scaled_height - crop, 0), endpoint=True))
-    return Geometry((scaled_width, scaled_height), (left, top), crop, bool(rng.random() < 0.5))
+    left = int(rng.integers(0, max(scaled_width - crop[1], 0), endpoint=True))
+    top = int(rng.integers(0, max(scaled_height - crop[0], 0), endpoint=True))
+    flip = bool(rng.random() < 0.5) and horizontal_flip
+    vertical = vertical_flip and bool(rng.random() < 0.5)
+    return Geometry((scaled_width, scaled_height), (left, top), crop, flip, vertical, turns)
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -167,24 +194,25 @@ CV2: Operations = {
 }
 OPERATIONS: dict[str, Operations] = {"cv2": CV2, "pil": PILLOW}  # values of data.photometric
 
-Policy = Callable[[np.ndarray, Generator, Operations], np.ndarray]
+Policy = Callable[[np.ndarray, Generator, Operations, float], np.ndarray]
 
 
-def weak(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
+def weak(image: np.ndarray, rng: Generator, operations: Operations = PILLOW, strength: float = 1.0) -> np.ndarray:
     """The crop unchanged."""
     return image
 
 
-def draw_jitter(rng: Generator) -> list[tuple[str, float]]:
-    """Color jitter: brightness, contrast and saturation by 0.5 to 1.5, hue by up to 0.25, in random order."""
+def draw_jitter(rng: Generator, strength: float) -> list[tuple[str, float]]:
+    """Color jitter in random order; at strength 1 by 0.5 to 1.5 (brightness, contrast, saturation) and 0.25 (hue)."""
     order = rng.permutation(4)
-    strengths = [*rng.uniform(0.5, 1.5, size=3), rng.uniform(-0.25, 0.25)]
+    factor, turn = 0.5 * strength, 0.25 * strength
+    strengths = [*rng.uniform(1 - factor, 1 + factor, size=3), rng.uniform(-turn, turn)]
     return [(("brightness", "contrast", "saturation", "hue")[index], float(strengths[index])) for index in order]
 
 
-def strong(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
+def strong(image: np.ndarray, rng: Generator, operations: Operations = PILLOW, strength: float = 1.0) -> np.ndarray:
     """(H, W, 3) uint8: color jitter p 0.8, gray p 0.2, blur p 0.5; the number of draws is fixed. (UniMatch)"""
-    use_jitter, jitter = rng.random() < 0.8, draw_jitter(rng)
+    use_jitter, jitter = rng.random() < 0.8, draw_jitter(rng, strength)
     use_gray, use_blur, radius = rng.random() < 0.2, rng.random() < 0.5, rng.uniform(0.1, 2.0)
     steps = jitter if use_jitter else []
     steps += [("gray", 0.0)] if use_gray else []
@@ -192,9 +220,9 @@ def strong(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -
     return apply_operations(steps, image, operations)
 
 
-def pseudoseg(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
+def pseudoseg(image: np.ndarray, rng: Generator, operations: Operations = PILLOW, strength: float = 1.0) -> np.ndarray:
     """(H, W, 3) uint8: always color jitter; no gray, no blur. The method itself erases a square. (PseudoSeg)"""
-    return apply_operations(draw_jitter(rng), image, operations)
+    return apply_operations(draw_jitter(rng, strength), image, operations)
 
 
 IMAS_OPERATIONS = (  # name, range of the strength
@@ -213,7 +241,7 @@ IMAS_OPERATIONS = (  # name, range of the strength
 )
 
 
-def imas(image: np.ndarray, rng: Generator, operations: Operations = PILLOW) -> np.ndarray:
+def imas(image: np.ndarray, rng: Generator, operations: Operations = PILLOW, strength: float = 1.0) -> np.ndarray:
     """(H, W, 3) uint8: two of IMAS_OPERATIONS with uniform strengths; the number of draws is fixed. (iMAS)"""
     chosen, strengths = rng.integers(len(IMAS_OPERATIONS), size=2), rng.random(2).tolist()
     drawn = zip((IMAS_OPERATIONS[index] for index in chosen), strengths, strict=True)
@@ -235,20 +263,21 @@ PHOTOMETRIC: dict[str, Policy] = {
 }
 
 
-def cutmix_box(rng: Generator, size: int, probability: float) -> np.ndarray:
-    """(size, size) bool: with the given probability True in a random box, else False everywhere. (UniMatch)
+def cutmix_box(rng: Generator, size: Size, probability: float) -> np.ndarray:
+    """Bool array of `size`: with the given probability True in a random box, else False everywhere. (UniMatch)
 
-    The area is U(0.02, 0.4) of the square. The aspect ratio U(0.3, 1 / 0.3) and the place are drawn until the box fits;
-    the ratio must be redrawn with the place, because 0.4 of the area at 3.3 is higher than the square.
+    The area is U(0.02, 0.4) of the crop. The aspect ratio U(0.3, 1 / 0.3) and the place are drawn until the box fits;
+    the ratio must be redrawn with the place, because 0.4 of the area at 3.3 is higher than a square crop.
     """
-    box = np.zeros((size, size), bool)
+    rows, columns = height_width(size)
+    box = np.zeros((rows, columns), bool)
     if rng.random() >= probability:
         return box
-    area = rng.uniform(0.02, 0.4) * size * size
+    area = rng.uniform(0.02, 0.4) * rows * columns
     while True:
         ratio = rng.uniform(0.3, 1 / 0.3)
         width, height = int(np.sqrt(area / ratio)), int(np.sqrt(area * ratio))
-        left, top = (int(rng.integers(size)) for _ in range(2))
-        if left + width <= size and top + height <= size:
+        left, top = (int(rng.integers(side)) for side in (columns, rows))
+        if left + width <= columns and top + height <= rows:
             box[top : top + height, left : left + width] = True
             return box

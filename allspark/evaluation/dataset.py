@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from allspark.config import Size, height_width
 from allspark.data.image_io import MIN_SIDE, read_pair
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.transforms import to_tensor
@@ -20,10 +21,10 @@ class SegmentationDataset(Dataset):
     """Labeled images for evaluation; an item is image (3, H, W) uint8, mask (H, W) uint8, file name without suffix.
 
     Args:
-        center_crop: cut images and masks to their center, at most so many pixels wide and high.
+        center_crop: cut images and masks to their center, at most of this size.
     """
 
-    def __init__(self, samples: Sequence[Sample], spec: DatasetSpec, center_crop: int | None = None) -> None:
+    def __init__(self, samples: Sequence[Sample], spec: DatasetSpec, center_crop: Size | None = None) -> None:
         self.samples = samples
         self.spec = spec
         self.center_crop = center_crop
@@ -41,9 +42,9 @@ class SegmentationDataset(Dataset):
         return to_tensor(image), torch.from_numpy(mask), sample.image.stem
 
 
-def center_region(height: int, width: int, side: int) -> tuple[slice, slice]:
-    """Rows and columns of the center of an image, at most `side` pixels high and wide."""
-    rows, columns = min(side, height), min(side, width)
+def center_region(height: int, width: int, size: Size) -> tuple[slice, slice]:
+    """Rows and columns of the center of an image, at most of this size."""
+    rows, columns = map(min, height_width(size), (height, width))
     top, left = (height - rows) // 2, (width - columns) // 2
     return slice(top, top + rows), slice(left, left + columns)
 

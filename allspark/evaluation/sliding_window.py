@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allspark.config import MODES
+from allspark.config import MODES, Size, height_width
 from allspark.data.image_io import MIN_SIDE
 from allspark.data.spec import DatasetSpec
 from allspark.evaluation.dataset import center_region
@@ -25,14 +25,14 @@ class Inference:
 
     Args:
         mode: whole, center_crop or sliding_window.
-        window: side of the window or center crop in pixels; unused by whole.
+        window: side, or height and width, of the window or center crop in pixels; unused by whole.
         scales: factors to resize the image by; probabilities are averaged.
         flip: average with the horizontally flipped image.
         window_batch: windows per forward pass.
     """
 
     mode: str = "whole"
-    window: int | None = None
+    window: Size | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     window_batch: int = 4
@@ -40,7 +40,7 @@ class Inference:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"unknown evaluation mode '{self.mode}'; choose one of {', '.join(MODES)}")
-        if self.mode != "whole" and (self.window is None or self.window < MIN_SIDE):
+        if self.mode != "whole" and (self.window is None or min(height_width(self.window)) < MIN_SIDE):
             raise UserError(f"evaluation window {self.window}: {self.mode} needs a side of at least {MIN_SIDE} pixels")
         if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
             raise UserError(f"evaluation scales {self.scales}: give one or more factors above 0 and at most 16")
@@ -56,7 +56,7 @@ class Inference:
 
 
 def inference_for(
-    spec: DatasetSpec, crop_size: int, mode: str | None = None, window: int | None = None, **options
+    spec: DatasetSpec, crop_size: Size, mode: str | None = None, window: Size | None = None, **options
 ) -> Inference:
     """The Inference of a config; the defaults are the data set's mode and the training crop size."""
     return Inference(mode or spec.eval_mode, window or crop_size, **options)
@@ -97,12 +97,13 @@ def average_views(model: nn.Module, image: Tensor, inference: Inference) -> Tens
     return total / views
 
 
-def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: int = 4) -> Tensor:
+def predict_sliding(model: nn.Module, image: Tensor, window: Size, window_batch: int = 4) -> Tensor:
     """Probabilities averaged over all windows that contain a pixel; the stride is 2/3 of the window.
 
     Args:
         model: in eval mode.
         image: (B, 3, H, W) normalized. An image smaller than the window is one window of its own size.
+        window: its side, or height and width.
         window_batch: windows per forward pass.
 
     Returns:
@@ -124,11 +125,13 @@ def predict_sliding(model: nn.Module, image: Tensor, window: int, window_batch: 
     return total / count  # a mean, so that values are comparable across scales
 
 
-def window_corners(size: tuple[int, int], window: int) -> tuple[int, int, list[tuple[int, int]]]:
+def window_corners(size: tuple[int, int], window: Size) -> tuple[int, int, list[tuple[int, int]]]:
     """Height and width of the windows over an image of `size`, and their upper left corners (y, x), row by row."""
-    stride = max(1, window * 2 // 3)
-    tops, lefts = (window_positions(length, window, stride) for length in size)
-    return min(window, size[0]), min(window, size[1]), [(y, x) for y in tops for x in lefts]
+    sides = height_width(window)
+    strides = (max(1, side * 2 // 3) for side in sides)
+    tops, lefts = map(window_positions, size, sides, strides)
+    rows, columns = map(min, sides, size)
+    return rows, columns, [(y, x) for y in tops for x in lefts]
 
 
 def window_positions(length: int, window: int, stride: int) -> list[int]:

@@ -211,8 +211,8 @@ class AllSparkBottleneck(nn.Module):
             class_maps: (B_u, K, H, W), logits.
             size: height and width of the feature map.
         """
-        assert size == (self.memory.side,) * 2, (
-            f"feature map {size} does not match the memory's side {self.memory.side}"
+        assert tuple(size) == self.memory.size, (
+            f"feature map {size} does not match the memory's size {self.memory.size}"
         )
         if self.grouping_input == "probabilities":  # Released: raw logits, called pseudo_prob_map
             class_maps = class_maps.softmax(1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allspark import distributed
+from allspark.config import Size, height_width
 
 
 def group_channels(features: Tensor, class_maps: Tensor) -> Tensor:
@@ -28,13 +31,13 @@ def group_channels(features: Tensor, class_maps: Tensor) -> Tensor:
 class SemanticMemory(nn.Module):
     """A first-in-first-out ring buffer of channels per class.
 
-    Each class has C slots; a slot holds one channel, flattened to N = side * side values. Slots that were never written
-    hold noise (Released).
+    Each class has C slots; a slot holds one channel, flattened to N = height * width values. Slots that were never
+    written hold noise (Released).
 
     Args:
         num_classes: K.
         channels: C, of the feature map and slots per class.
-        side: of the feature map.
+        size: side of the feature map, or its height and width.
         policy: what the memories of several processes hold. "rank0": each write starts from the memory of process 0, so
             the writes of the other processes last one step (Released, by DDP's buffer broadcast). "gather": the
             channels of all processes are written everywhere, in rank order. "local": each process has its own.
@@ -49,11 +52,11 @@ class SemanticMemory(nn.Module):
     pointer: Tensor
     filled: Tensor
 
-    def __init__(self, num_classes: int, channels: int, side: int, policy: str = "rank0") -> None:
+    def __init__(self, num_classes: int, channels: int, size: Size, policy: str = "rank0") -> None:
         super().__init__()
-        self.side = side
+        self.size = height_width(size)
         self.policy = policy
-        self.register_buffer("queue", torch.randn(num_classes, channels, side * side))
+        self.register_buffer("queue", torch.randn(num_classes, channels, math.prod(self.size)))
         self.register_buffer("pointer", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.long))
 

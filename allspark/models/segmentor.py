@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from allspark.config import ModelConfig
+from allspark.config import ModelConfig, Size, height_width
 from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.memory import SemanticMemory
@@ -131,13 +131,13 @@ class Segmentor(nn.Module):
         return copied.eval().requires_grad_(False)
 
 
-def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor:
+def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size) -> Segmentor:
     """Build a model with fresh weights.
 
     Args:
         cfg: the model section of a recipe.
         num_classes: K.
-        crop_size: side of the training crops, which sets the side of the memory, ceil(crop_size / stride).
+        crop_size: of the training crops, which sets the size of the memory, ceil(crop_size / stride).
     """
     encoder = build_encoder(cfg)
     encoder.set_grad_checkpointing(cfg.checkpointing)
@@ -145,8 +145,8 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: int) -> Segmentor
     bottleneck = None
     if cfg.bottleneck.name == "allspark":
         channels = encoder.channels[-1]
-        side = math.ceil(crop_size / encoder.strides[-1])
-        memory = SemanticMemory(num_classes, channels, side, cfg.bottleneck.memory_policy)
+        rows, columns = (math.ceil(side / encoder.strides[-1]) for side in height_width(crop_size))
+        memory = SemanticMemory(num_classes, channels, (rows, columns), cfg.bottleneck.memory_policy)
         bottleneck = AllSparkBottleneck(
             channels,
             memory,

@@ -56,7 +56,7 @@ class ReadsMemory(nn.Module):
 
     def forward(self, image: Tensor) -> SegOutput:
         sides, stride = image.shape[-2:], self.model.encoder.strides[-1]
-        if any(math.ceil(side / stride) != self.model.bottleneck.memory.side for side in sides):
+        if tuple(math.ceil(side / stride) for side in sides) != self.model.bottleneck.memory.size:
             raise UserError(f"an image of {sides[1]} x {sides[0]} pixels is smaller than the crop of its memory")
         return self.model(image, cross=CrossBatch(len(image), read_memory=True))
 

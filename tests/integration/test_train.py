@@ -9,6 +9,7 @@ import yaml
 
 import train
 from allspark.config_io import load_recipe
+from allspark.inference import load_for_inference
 from allspark.utils.errors import run_main
 from allspark.weights.loading import rename_released
 from helpers.networks import CASES, learning
@@ -139,6 +140,19 @@ def test_every_method_trains(name, bottleneck, place, read_metrics):
     assert any(key.startswith("loss_u") for key in lines[0]) == (name != "supervised")
     has_memory = "bottleneck.memory.queue" in load(place.run / "latest.pth")["model"]
     assert has_memory == (bottleneck == "allspark")
+
+
+def test_crops_that_are_not_square(place, read_metrics):
+    """Training, sliding windows, memory and checkpoint with crops of height 65 and width 97."""
+    words = ("epochs=1", "crop_size=[65, 97]", "vertical_flip=true", "rotate_90=true", "bottleneck.warmup_epochs=0")
+    train.main(place.train(*words, "evaluation.mode=sliding_window"))
+    steps, evaluations = read_metrics(place.run)
+    assert_finite_losses(steps)
+    assert len(evaluations) == 1
+    loaded = load_for_inference(place.run / "latest.pth", torch.device("cpu"))
+    assert (loaded.crop_size, loaded.inference("sliding_window").window) == ((65, 97), (65, 97))
+    assert loaded.model.bottleneck.memory.size == (3, 4)
+    assert run_main(train.main, place.train("epochs=1", "crop_size=[65]")) == 2
 
 
 def test_burn_in_logs_labeled_loss(place, read_metrics):

@@ -169,11 +169,11 @@ def test_every_parameter_gets_gradient(name, batch):
 def test_bottleneck_on_resnet():
     """Its memory has a cell for each of the deepest map, which is of stride 16."""
     model = step("fixmatch", 1, "allspark")
-    assert model.bottleneck.memory.side == CROP // 16
+    assert model.bottleneck.memory.size == (CROP // 16,) * 2
     assert model.bottleneck.memory.filled.sum() == 2048
     with torch.device("meta"):
         for crop, encoder, side in ((65, "resnet50", 5), (321, "resnet101", 21), (513, "resnet50s", 33)):
-            assert make_model(encoder, crop, "allspark").bottleneck.memory.side == side
+            assert make_model(encoder, crop, "allspark").bottleneck.memory.size == (side, side)
 
 
 def test_loss_falls():

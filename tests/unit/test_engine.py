@@ -85,7 +85,7 @@ def test_mismatched_state(tmp_path):
 
 
 def test_memory_without_count_is_full():
-    memory = SemanticMemory(2, 4, side=3)
+    memory = SemanticMemory(2, 4, 3)
     state = {name: value for name, value in memory.state_dict().items() if name != "filled"}
     load_state(memory, state, "here.pth")
     assert memory.filled.tolist() == [4, 4]

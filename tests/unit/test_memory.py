@@ -16,7 +16,7 @@ from helpers.networks import loop_enqueue
 
 def test_enqueue_equals_loop():
     generator = torch.Generator().manual_seed(3)
-    memory = SemanticMemory(num_classes=5, channels=7, side=2)
+    memory = SemanticMemory(num_classes=5, channels=7, size=2)
     queue, pointer = memory.queue.clone(), memory.pointer.clone()
     written = torch.zeros(5, dtype=torch.long)
     for step in range(40):

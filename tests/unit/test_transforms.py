@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
 from allspark.data import resize_crop
-from allspark.data.transforms import CV2, PHOTOMETRIC, PILLOW, Geometry, cutmix_box, draw_geometry
+from allspark.data.transforms import CV2, PHOTOMETRIC, PILLOW, Geometry, cutmix_box, draw_geometry, draw_jitter
 
 CROP = 64
 
@@ -40,29 +41,48 @@ def test_window_is_uniform():
     assert 900 < sum(g.flip for g in drawn) < 1100
 
 
+def test_flips_and_rotations_are_drawn_when_asked():
+    every = [
+        draw_geometry(np.random.default_rng([7, i]), 90, 50, (32, 48), (1, 1), True, True, True) for i in range(800)
+    ]
+    drawn = Counter((g.flip, g.vertical_flip, g.turns) for g in every)
+    assert len(drawn) == 16 and 20 < min(drawn.values()) and max(drawn.values()) < 90
+    assert {(g.turns % 2, g.size) for g in every} == {(0, (90, 50)), (1, (50, 90))}
+    usual = [(g.flip, g.vertical_flip, g.turns) for g in geometries(100, 90, 50)]
+    none = [draw_geometry(np.random.default_rng([5, i]), 90, 50, CROP, horizontal_flip=False) for i in range(100)]
+    assert {pair[1:] for pair in usual} == {(False, 0)} and not any(g.flip for g in none)
+    assert [(g.size, g.offset) for g in none] == [(g.size, g.offset) for g in geometries(100, 90, 50)]
+
+
 def test_draws_are_independent_of_pixels():
     assert geometries(20, 90, 50) == geometries(20, 90, 50)
     assert len(set(geometries(20, 90, 50))) > 15
 
 
 def resized_whole(geometry: Geometry, image: np.ndarray, resample: Image.Resampling, fill: int) -> np.ndarray:
-    """The crop as it is defined: Pillow resizes the whole image, then it is padded, cut and flipped."""
-    scaled = np.asarray(Image.fromarray(image).resize(geometry.size, resample))
+    """The crop as it is defined: Pillow resizes the whole, turned image, then it is padded, cut and flipped."""
+    turned = np.ascontiguousarray(np.rot90(image, geometry.turns))
+    scaled = np.asarray(Image.fromarray(turned).resize(geometry.size, resample))
     left, top = geometry.offset
-    crop = scaled[top : top + geometry.crop, left : left + geometry.crop]
-    room = [(0, geometry.crop - side) for side in crop.shape[:2]] + [(0, 0)] * (image.ndim - 2)
-    crop = np.pad(crop, room, constant_values=fill)
-    return crop[:, ::-1] if geometry.flip else crop
+    crop = scaled[top : top + geometry.crop[0], left : left + geometry.crop[1]]
+    room = [(0, whole - side) for whole, side in zip(geometry.crop, crop.shape[:2], strict=True)]
+    crop = np.pad(crop, room + [(0, 0)] * (image.ndim - 2), constant_values=fill)
+    return crop[:: -1 if geometry.vertical_flip else 1, :: -1 if geometry.flip else 1]
 
 
 def any_geometries(count: int):
-    """Images of 1 to 300 pixels a side, crops of all relations to them, and scales of 0.5 to 2, some of 0.1 to 8."""
+    """Images of 1 to 300 pixels a side, crops of all relations to them, and scales of 0.5 to 2, some of 0.1 to 8.
+
+    Every second crop is not square, and its image may be turned and flipped either way.
+    """
     for index in range(count):
         rng = np.random.default_rng([8, index])
         height, width = (int(rng.integers(1, 301 if rng.random() < 0.8 else 9)) for _ in range(2))
         scales = (0.1, 8) if index % 8 == 0 else (0.5, 2)
         if max(height, width) * scales[0] >= 1:
-            yield rng, height, width, draw_geometry(rng, width, height, int(rng.integers(8, 200)), scales)
+            crop = int(rng.integers(8, 200))
+            crops = ((crop, scales), ((crop, int(rng.integers(8, 200))), scales, True, True, True))
+            yield rng, height, width, draw_geometry(rng, width, height, *crops[index % 2])
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["torch", "pillow"])
@@ -73,7 +93,7 @@ def test_image_within_2_gray_levels(monkeypatch, fast):
     for index, (rng, height, width, geometry) in enumerate(any_geometries(400)):
         image = kinds[index % 2](rng.integers(0, 256, (height, width, 3), np.uint8))
         crop = geometry.image(image)
-        assert crop.shape == (geometry.crop, geometry.crop, 3) and crop.dtype == np.uint8
+        assert crop.shape == (*geometry.crop, 3) and crop.dtype == np.uint8
         expected = resized_whole(geometry, image, Image.Resampling.BILINEAR, fill=0)
         worst.append(np.abs(crop.astype(int) - expected).max())
         cut += geometry.offset != (0, 0)
@@ -96,7 +116,7 @@ def test_fast_resize_work(monkeypatch):
 
 def test_unscaled_image_is_cropped():
     image = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
-    crop = Geometry((70, 90), (3, 20), CROP, flip=False).image(image)
+    crop = Geometry((70, 90), (3, 20), (CROP, CROP), flip=False).image(image)
     assert np.array_equal(crop, image[20:84, 3:67])
 
 
@@ -112,7 +132,7 @@ def test_work_follows_crop_size():
     """A view of a memory-mapped file is read where the crop needs it: the rest may be anything."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (600, 1200, 3), np.uint8)
-    geometry = Geometry((1801, 901), (1300, 700), CROP, flip=False)
+    geometry = Geometry((1801, 901), (1300, 700), (CROP, CROP), flip=False)
     other = image.copy()
     other[:100], other[:, :200] = 0, 0
     assert np.array_equal(geometry.image(image), geometry.image(other))
@@ -128,8 +148,9 @@ def test_valid_is_false_on_padding():
         assert np.array_equal(valid, geometry.mask(mask, fill=255) == 1)
         partly += not valid.all()
     assert partly > 10
-    small = Geometry((3, 5), (0, 0), 8, flip=True).valid()
-    assert small.sum() == 15 and small[:5, 5:].all()
+    small = Geometry((3, 5), (0, 0), (8, 9), flip=True).valid()
+    assert small.shape == (8, 9) and small.sum() == 15 and small[:5, 6:].all()
+    assert Geometry((3, 5), (0, 0), (8, 9), flip=False, vertical_flip=True).valid()[3:, :3].all()
 
 
 def test_image_and_mask_are_aligned():
@@ -158,6 +179,17 @@ def test_strong_view_is_aligned():
         gray = view.sum(-1)[0]
         middle = (gray[0] + gray[-1]) / 2
         assert abs(int((gray < middle).sum()) - CROP // 2) <= 1
+
+
+def test_color_strength_scales_the_jitter():
+    for seed in range(30):
+        whole, half, none = (dict(draw_jitter(np.random.default_rng(seed), strength)) for strength in (1.0, 0.5, 0.0))
+        assert set(none.values()) == {0.0, 1.0}
+        for name, neutral in {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}.items():
+            assert half[name] - neutral == pytest.approx((whole[name] - neutral) / 2)
+    image = photograph()
+    same = [PHOTOMETRIC["pseudoseg"](image, np.random.default_rng(seed), CV2, 0.0) for seed in range(4)]
+    assert max(np.abs(view.astype(int) - image).max() for view in same) <= 3  # a round trip through HSV
 
 
 def test_strong_view_uses_generator():
@@ -304,6 +336,13 @@ def test_cutmix_box_specification():
     assert 0.017 < share.min() < 0.022 and 0.39 < share.max() <= 0.4
     place = ours[3] / np.maximum(size - ours[1], 1)  # uniform, whatever the size
     assert np.abs(np.quantile(place, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.04
+
+
+def test_cutmix_box_fits_crops_that_are_not_square():
+    boxes = np.array([cutmix_box(np.random.default_rng(seed), (40, 160), 1.0) for seed in range(400)])
+    assert boxes.shape == (400, 40, 160)
+    area = boxes.mean((1, 2))
+    assert 0.01 < area.min() and area.max() <= 0.4 and boxes.any((0, 1)).all() and boxes.any((0, 2)).all()
 
 
 @pytest.mark.parametrize(("probability", "frequency"), [(0.0, 0), (1.0, 50)])
