@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     with launch.process_group(args.device) as device:
         loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
         recipe, spec = recipe_for(loaded, args), loaded.spec
-        inference = loaded.inference(args.mode, scales=args.scales, flip=args.flip)
+        inference = loaded.inference(args.mode, windows=args.windows, scales=args.scales, flip=args.flip)
         root = splits.find_data(recipe.data, spec)
         dataset = NamedImages(val_samples(recipe, spec, root, args), spec)
         val = {"name": val_name(recipe, args), "sha256": splits.hash_samples(dataset.samples, root)}
@@ -180,7 +180,12 @@ def warn(messages: Sequence[str]) -> None:
 
 def inference_settings(inference: Inference, args: argparse.Namespace) -> dict:
     """What decides the scores besides network and images."""
-    options = {"window": inference.window, "scales": list(inference.scales), "flip": inference.flip}
+    options = {
+        "window": inference.window,
+        "windows": inference.windows,
+        "scales": list(inference.scales),
+        "flip": inference.flip,
+    }
     more = {"precision": args.precision, "absent_as_zero": args.absent_as_zero}
     return {"mode": inference.mode, **options, **more}
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from allspark import __version__
-from allspark.config import DEVICES, MODES, PRECISIONS
+from allspark.config import DEVICES, MODES, PRECISIONS, WINDOWS
 from allspark.config_io import INSTALLED
 from allspark.split_lists.layouts import LAYOUTS
 
@@ -82,6 +82,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     """The arguments that select a checkpoint and how it predicts."""
     add_checkpoint(parser)
     parser.add_argument("--mode", choices=MODES, help="default: that of the recipe, else that of the data set")
+    parser.add_argument("--windows", choices=WINDOWS, help="evaluation.windows; default: that of the recipe")
     parser.add_argument(
         "--scales", type=scale_list, default=(1.0,), metavar="S,S", help="average over scales such as 0.75,1,1.25"
     )

@@ -11,9 +11,10 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 Mode = Literal["whole", "center_crop", "sliding_window"]
+Windows = Literal["inside", "released"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
-MODES, PRECISIONS, DEVICES = map(typing.get_args, (Mode, Precision, Device))
+MODES, WINDOWS, PRECISIONS, DEVICES = map(typing.get_args, (Mode, Windows, Precision, Device))
 MAX = 2**31 - 1
 Size = int | tuple[int, int]  # side of a square, or height and width, in pixels
 
@@ -206,7 +207,11 @@ class OptimConfig:
 class CriterionConfig:
     name: Literal["ce", "ohem"] = option("ce", "labeled loss: cross-entropy, or that of the hardest pixels alone")
     thresh: float = option(0.7, "OHEM: pixels whose true class has a probability below this are hard", low=0, high=1)
-    min_kept: int = option(200_000, "OHEM: minimum number of pixels used, per process as released", low=0)
+    min_kept: int = option(
+        200_000,
+        "OHEM: minimum number of pixels used, per process as released; 0: all pixels, as released",
+        low=0,
+    )
     class_weights: tuple[float, ...] | None = option(None, "cross-entropy: a weight per class")
     dice: float = option(0.0, "weight of an additional Dice loss, which counts each class equally", low=0, high=100)
 
@@ -216,6 +221,10 @@ class EvaluationConfig:
     mode: Mode | None = option(None, "how an image is evaluated; null: the data set's default")
     window: Size | None = option(
         None, "side, or [height, width], of the sliding window or center crop; null: data.crop_size", low=32, high=2**14
+    )
+    windows: Windows = option(
+        "inside",
+        "the last sliding windows; inside: shifted so that all have full size; released: cut off at the border",
     )
     interval: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1, runtime=True)
     pictures: int = option(

@@ -51,16 +51,15 @@ class InferenceModel:
 
         Args:
             mode: whole, center_crop or sliding_window; default: the recipe's, else the data set's.
-            **options: further fields of Inference, such as scales and flip.
+            **options: further fields of Inference: windows, scales and flip.
         """
         if self.recipe is not None:
-            evaluation = self.recipe.evaluation
-            return inference_for(self.spec, self.crop_size, mode or evaluation.mode, evaluation.window, **options)
+            return inference_for(self.spec, self.crop_size, self.recipe.evaluation, mode=mode, **options)
         if mode not in (None, "whole") and self.crop_size is None:
             raise UserError(
                 f"--mode {mode}: the window size of these imported weights is unknown; give their --dataset"
             )
-        return inference_for(self.spec, self.crop_size, mode, **options)
+        return inference_for(self.spec, self.crop_size, mode=mode, **options)
 
 
 def precision_context(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:

@@ -36,8 +36,8 @@ def sum_reduction(logits: Tensor) -> str:
 class OHEM(nn.Module):
     """Online hard example mining: mean cross-entropy over the pixels whose true class has the smallest probabilities.
 
-    Kept are p <= max(thresh, the min_kept-th smallest p of the batch), ignored pixels counting as p = 1; with fewer
-    valid pixels than min_kept it is the plain cross-entropy.
+    Kept are p <= max(thresh, the min_kept-th smallest p of the batch), ignored pixels counting as p = 1. With fewer
+    valid pixels than min_kept, and as released with min_kept = 0, it is the plain cross-entropy.
     """
 
     def __init__(self, thresh: float = 0.7, min_kept: int = 200_000, ignore_index: int = 255) -> None:
@@ -45,13 +45,12 @@ class OHEM(nn.Module):
         self.thresh, self.min_kept, self.ignore_index = thresh, min_kept, ignore_index
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
-        valid = mask != self.ignore_index
+        valid = keep = mask != self.ignore_index
         loss = F.cross_entropy(logits, mask, ignore_index=self.ignore_index, reduction="none")
-        prob = torch.where(valid, (-loss.detach()).exp(), 1.0)  # softmax probability of the true class
-        threshold = self.thresh
         if self.min_kept:
+            prob = torch.where(valid, (-loss.detach()).exp(), 1.0)  # softmax probability of the true class
             threshold = prob.flatten().kthvalue(min(self.min_kept, prob.numel())).values.clamp(min=self.thresh)
-        keep = valid & ((prob <= threshold) | (valid.sum() < self.min_kept))
+            keep = valid & ((prob <= threshold) | (valid.sum() < self.min_kept))
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 
 

@@ -132,7 +132,7 @@ def build_run(
     stepper = Stepper(model, build_optimizer(optim, model), recipe.precision, optim.clip_norm)
     loader = build_loader(recipe, lists, spec, method.views)
     val, crops = SegmentationDataset(lists.val, spec), SegmentationDataset(hidden, spec, recipe.data.crop_size)
-    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+    inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation)
 
     if fresh:
         move_aside(lock)

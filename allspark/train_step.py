@@ -63,7 +63,8 @@ def train_step(
     Returns:
         The losses, averaged over the micro-batches, as tensors on the device.
     """
-    recipe, progress = state.recipe, Progress(position.step, position.epoch, state.total_steps)
+    recipe = state.recipe
+    progress = Progress(position.step, position.epoch, state.total_steps, recipe.burn_in_epochs)
     seed_step(recipe.seed, position.step)
     set_lr(state.stepper.optimizer, lr)
     burn_in = position.epoch < recipe.burn_in_epochs

@@ -444,7 +444,7 @@ def a7_evaluation(out: Path, found: dict[str, Any]) -> None:
     ways.append(("whole", {"scales": (0.75, 1.25), "flip": True}))
     for mode, options in [*ways, ("strips", {})]:
         both = []
-        inference = inference_for(spec, 129, "sliding_window" if mode == "strips" else mode, None, **options)
+        inference = inference_for(spec, 129, mode="sliding_window" if mode == "strips" else mode, **options)
         for trainer, device in zip(trainers, (CPU, GPU), strict=True):
             predictor = trainer.method.predictor(trainer.model).eval()
             with torch.no_grad():
@@ -788,7 +788,7 @@ def c6_evaluation(out: Path, found: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [(int(a), int(b)) for a, b in torch.randint(330, 501, (40, 2), generator=generator)]
     images = [torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
-    inference, rates = inference_for(trainer.spec, 513, "whole", None), {}
+    inference, rates = inference_for(trainer.spec, 513, mode="whole"), {}
     predictor = trainer.method.predictor(trainer.model).eval()
     for name in ("cold", "warm"):
         torch.cuda.synchronize()

@@ -26,7 +26,7 @@ from allspark.config import DataConfig, ModelConfig, OptimConfig
 from allspark.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.transforms import draw_geometry
-from allspark.evaluation.sliding_window import window_positions
+from allspark.evaluation.sliding_window import window_spans
 from allspark.models.mit import HEADS, MLP_RATIO, REDUCTIONS, MiTSize
 from allspark.models.segmentor import ENCODERS, Segmentor
 
@@ -379,10 +379,10 @@ def plain_sliding(model: PlainSegmentor, image: Tensor, window: int, num_classes
     model.eval()
     height, width = image.shape[-2:]
     total = image.new_zeros(len(image), num_classes, height, width)
-    tops, lefts = (window_positions(length, window, window * 2 // 3) for length in (height, width))
-    for top in tops:
-        for left in lefts:
-            part = (..., slice(top, top + window), slice(left, left + window))
+    spans = [window_spans(length, window) for length in (height, width)]
+    for rows in spans[0]:
+        for columns in spans[1]:
+            part = (..., slice(*rows), slice(*columns))
             total[part] += model(image[part]).softmax(1)
     return total.argmax(1)
 

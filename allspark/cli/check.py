@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     if args.data_only:
         return print_findings(found)
     with found.collect_errors():
-        inference_for(spec, recipe.data.crop_size, recipe.evaluation.mode, recipe.evaluation.window)
+        inference_for(spec, recipe.data.crop_size, recipe.evaluation)
         found.extend(model_findings(recipe, spec))
         memory, kind = predict_memory(recipe, spec, args.processes)
         found.notes.append(memory_note(memory, kind, recipe, args.processes))

@@ -21,7 +21,7 @@ from allspark import inference as loading
 from allspark.config import Size, height_width
 from allspark.config_io import to_plain
 from allspark.data.batch import normalize
-from allspark.evaluation.sliding_window import predict_sliding
+from allspark.evaluation.sliding_window import Inference, predict_sliding
 from allspark.models.segmentor import Segmentor, SegOutput
 from allspark.utils.atomic import atomic_file
 from allspark.utils.errors import UserError, reason_of
@@ -188,7 +188,8 @@ def verify(run: Run, network: Exported, window: Size, out: Path) -> str:
         whole, largest = max(whole, float((want - got).abs().max())), max(largest, float(want.abs().max()))
     image = torch.randint(256, (1, 3, *WINDOWED), dtype=torch.uint8, generator=generator)
     side = min(max(*height_width(window), MIN_SIDE), min(WINDOWED) - 1)  # several windows of one size
-    parts = [predict_sliding(lambda x, f=f: SegOutput(f(x)), image, side) for f in (network, run)]
+    inference = Inference("sliding_window", side)
+    parts = [predict_sliding(lambda x, f=f: SegOutput(f(x)), image, inference) for f in (network, run)]
     windows = float((parts[0] - parts[1]).abs().max())
     if not (whole <= TOLERANCE * largest and windows <= TOLERANCE):  # NaN is not
         raise UserError(

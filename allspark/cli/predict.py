@@ -22,9 +22,9 @@ from allspark.data.spec import Sample
 from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
 from allspark.data.transforms import to_tensor
 from allspark.device import choose_device
-from allspark.evaluation.dataset import check_min_size, group_by_size
+from allspark.evaluation.dataset import group_by_size
 from allspark.evaluation.evaluate import predict_with_confidence
-from allspark.evaluation.sliding_window import Inference
+from allspark.evaluation.sliding_window import Inference, check_size
 from allspark.memory_estimate import GB, FakeMemoryCounter, free_memory
 from allspark.utils.errors import UserError
 from allspark.visualization.prediction_writer import PredictionWriter, real_path, unique_names
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     found = find_images(args.paths, args.out, args.data_root)
     device = choose_device(args.device)
     loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
-    inference = loaded.inference(args.mode, scales=args.scales, flip=args.flip)
+    inference = loaded.inference(args.mode, windows=args.windows, scales=args.scales, flip=args.flip)
     folder = PredictionWriter(args.out, loaded.spec.palette, index_only=args.index_only, confidence=True)
     named = dict(zip(found, unique_names(found), strict=True))
     images = [path for path in found if not is_video(path)]
@@ -69,7 +69,7 @@ def batches(
     size: int,
     unreadable: dict[Path, UserError],
     every: int = 1,
-    check: Check = check_min_size,
+    check: Check = lambda image, path: None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Read images in batches of equal size.
 
@@ -119,7 +119,7 @@ def memory_check(model: nn.Module, inference: Inference, device: torch.device) -
     peaks: dict[torch.Size, int] = {}
 
     def check(image: Tensor, path: Path) -> None:
-        check_min_size(image, path)
+        check_size(image, path, inference)
         height, width = image.shape[-2:]
         if inference.mode != "whole" or height * width < LARGE:
             return

@@ -237,7 +237,7 @@ IMAS_OPERATIONS = (  # name, range of the strength
     ("sharpness", 0.1, 0.95),
     ("posterize", 4, 8),
     ("solarize", 1, 256),
-    ("hue", 0, 0.5),
+    ("hue", -0.5, 0.5),  # Released: U(0, 0.5) with a random sign
 )
 
 

@@ -13,9 +13,9 @@ from allspark import distributed
 from allspark.data.batch import normalize
 from allspark.data.spec import DatasetSpec
 from allspark.data.worker_pool import TIMEOUT, iterate, make_loader
-from allspark.evaluation.dataset import Shard, check_min_size, group_by_size
+from allspark.evaluation.dataset import Shard, group_by_size
 from allspark.evaluation.metrics import ConfusionMatrix, EvalResult
-from allspark.evaluation.sliding_window import Inference, best_class, class_scores
+from allspark.evaluation.sliding_window import Inference, best_class, check_size, class_scores
 from allspark.evaluation.tiled import needs_tiling, tiled_scores
 from allspark.models.eval_mode import eval_mode
 from allspark.utils.errors import UserError
@@ -102,7 +102,7 @@ def predict_tiled(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> tuple[Tensor, Tensor]:
     """As `predict_with_confidence` by sliding windows, keeping the class scores of a strip of rows only."""
-    check_min_size(image, names[0])
+    check_size(image, names[0], inference)
     label = torch.empty(image[:, 0].shape, dtype=torch.uint8, device=device)
     prob = torch.empty(label.shape, device=device)
     with eval_mode(model):
@@ -117,7 +117,7 @@ def region_scores(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> Tensor:
     """class_scores of the predicted region: uint8 (B, 3, H, W) -> (B, K, rows, columns)."""
-    check_min_size(image, names[0])
+    check_size(image, names[0], inference)
     rows, columns = inference.region(*image.shape[-2:])
     scores = class_scores(model, normalize(image[..., rows, columns].to(device)), inference)
     check_classes(scores, spec)

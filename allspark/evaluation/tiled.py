@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from allspark.data.batch import normalize
-from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, window_corners
+from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, window_batches
 
 MAX_SCORES = 2 * 10**8  # scores of a batch in memory: 0.8 GB, and two to three times that while they are averaged
 ROWS = 64  # per yielded strip
@@ -68,18 +68,19 @@ class View:
     flipped: bool
     device: torch.device
 
-    def window(self, y: int, x: int, rows: int, columns: int) -> Tensor:
+    def window(self, rows: slice, columns: slice) -> Tensor:
         """(B, 3, rows, columns), normalized, on the device."""
-        left = self.size[1] - x - columns if self.flipped else x
-        window = self.resized_window(y, left, rows, columns)
-        return window.flip(-1) if self.flipped else window
+        if not self.flipped:
+            return self.resized_window(rows, columns)
+        width = self.size[1]
+        return self.resized_window(rows, slice(width - columns.stop, width - columns.start)).flip(-1)
 
-    def resized_window(self, y: int, x: int, rows: int, columns: int) -> Tensor:
+    def resized_window(self, rows: slice, columns: slice) -> Tensor:
         height, width = self.image.shape[-2:]
         if self.size == (height, width):
-            return normalize(self.image[..., y : y + rows, x : x + columns].to(self.device))
-        top, bottom, down = resize_weights(height, self.size[0], y, y + rows)
-        left, right, across = resize_weights(width, self.size[1], x, x + columns)
+            return normalize(self.image[..., rows, columns].to(self.device))
+        top, bottom, down = resize_weights(height, self.size[0], rows.start, rows.stop)
+        left, right, across = resize_weights(width, self.size[1], columns.start, columns.stop)
         part = normalize(self.image[..., top:bottom, left:right].to(self.device))
         with torch.autocast(self.device.type, enabled=False):  # float32 like F.interpolate, whatever --precision says
             return down.to(self.device) @ part @ across.to(self.device).T
@@ -88,20 +89,18 @@ class View:
 def iter_strips(model: nn.Module, view: View, inference: Inference) -> Iterator[Tensor]:
     """Probabilities of a view, flipped back, as strips (B, K, rows, w) from top to bottom."""
     batch = len(view.image)
-    rows, columns, corners = window_corners(view.size, inference.window)
-    per_pass = max(1, inference.window_batch // batch)
-    chunks = [corners[first : first + per_pass] for first in range(0, len(corners), per_pass)]
-    max_rows = max(chunk[-1][0] + rows - chunk[0][0] for chunk in chunks)
+    chunks = window_batches(view.size, inference, batch)
+    max_rows = max(chunk[-1][0].stop - chunk[0][0].start for chunk in chunks)
     sums = None
     for chunk in chunks:
-        top = chunk[0][0]  # no later window covers rows above it
+        top = chunk[0][0].start  # no later window covers rows above it
         if sums is not None and top > sums.top:
             yield unflip(sums.pop_rows(top), view)
-        windows = torch.cat([view.window(y, x, rows, columns) for y, x in chunk])
+        windows = torch.cat([view.window(rows, columns) for rows, columns in chunk])
         prob = model(windows).logits.softmax(1)
         sums = sums or WindowSums(prob, batch, max_rows, view.size[1])
-        for (y, x), part in zip(chunk, prob.split(batch), strict=True):
-            sums.add(part, y, x)
+        for window, part in zip(chunk, prob.split(batch), strict=True):
+            sums.add(part, *window)
     yield unflip(sums.pop_rows(view.size[0]), view)
 
 
@@ -117,11 +116,10 @@ class WindowSums:
         self.count = prob.new_zeros(rows, width)
         self.top = 0
 
-    def add(self, part: Tensor, y: int, x: int) -> None:
-        rows, columns = part.shape[-2:]
-        first = y - self.top
-        self.total[..., first : first + rows, x : x + columns] += part
-        self.count[first : first + rows, x : x + columns] += 1
+    def add(self, part: Tensor, rows: slice, columns: slice) -> None:
+        rows = slice(rows.start - self.top, rows.stop - self.top)
+        self.total[..., rows, columns] += part
+        self.count[rows, columns] += 1
 
     def pop_rows(self, end: int) -> Tensor:
         """Remove the rows above `end` and return their means (B, K, rows, width)."""

@@ -21,11 +21,12 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """Optimizer step and epoch, both counted from 0, and the number of steps of the whole run."""
+    """Optimizer step and epoch, both counted from 0, steps of the whole run, and epochs of its supervised start."""
 
     step: int
     epoch: int
     total_steps: int
+    burn_in_epochs: int = 0
 
 
 class Method(nn.Module, ABC):

@@ -75,6 +75,11 @@ class IMAS(TeacherMethod):
         parts = {"loss_x": loss_x, "loss_u": loss_u, "mask_ratio": mask_ratio, "easiness": easy.mean()}
         return {"loss": loss_x + self.unlabeled_weight * loss_u, **parts}
 
+    def after_step(self, student: Student, progress: Progress) -> None:
+        """Released: through the first epoch with unlabeled images the teacher is a copy of the student."""
+        copied = progress.epoch <= progress.burn_in_epochs
+        self.teacher.update(student.model, 0 if copied else progress.step)
+
     def perturbed(self, unlabeled: UnlabeledBatch, pseudo: Pseudo, easy: Tensor) -> tuple[Tensor, ...]:
         """Images with an intensity according to their easiness, and with probability mean(e) CutMixed ones as well.
 

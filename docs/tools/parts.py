@@ -130,7 +130,7 @@ def worth(path: Path, device: torch.device, parts: Sequence[str] | None = None) 
     entries = splits.val_entries(recipe.data, loaded.spec, root)
     splits.check_files(entries)
     val = SegmentationDataset([entry.sample for entry in entries], loaded.spec)
-    inference = inference_for(loaded.spec, recipe.data.crop_size, "sliding_window")
+    inference = inference_for(loaded.spec, recipe.data.crop_size, mode="sliding_window")
     found = {
         name: evaluate(network, val, loaded.spec, device, inference, progress=True).miou
         for name, network in networks.items()

@@ -38,13 +38,18 @@ def test_every_oddity_has_a_row():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_rows_name_existing_tests(row):
+def test_rows_name_tests_that_run(row, request):
+    """Each test that a row names is part of this session, and skipped nowhere; of files not in it, it exists."""
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row[-1])
     assert named, row[0]
     paths = {path.name: path for path in (REPO / "tests").rglob("test_*.py")}
+    collected = {item.path for item in request.session.items}
     for file, name in named:
         tree = ast.parse(paths[file].read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+        if paths[file] in collected and not request.config.option.keyword:
+            items = [i for i in request.session.items if (i.path, i.originalname) == (paths[file], name)]
+            assert items and not any(i.get_closest_marker(mark) for i in items for mark in ("skip", "skipif", "xfail"))
 
 
 def published_rows():

@@ -227,7 +227,8 @@ def test_eval_output_files(checkpoint, tmp_path, capsys):
     assert all(name in table for name in SPEC.classes) and "pixel accuracy" in table
     result = json.loads((out / "scores.json").read_text())
     keys = ["miou", "iou", "pixel_accuracy", "num_images", "split", "val", "checkpoint_sha256"]
-    how = {"mode": "whole", "window": 64, "scales": [1.0], "flip": False, "precision": "fp32", "absent_as_zero": False}
+    how = {"mode": "whole", "window": 64, "windows": "inside", "scales": [1.0], "flip": False}
+    how |= {"precision": "fp32", "absent_as_zero": False}
     assert list(result) == [*keys, *how] and {key: result[key] for key in how} == how
     assert list(result["iou"]) == list(SPEC.classes)
     assert result["num_images"] == 5

@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from allspark.build import build_method, complete
 from allspark.config import CustomDataConfig
 from allspark.config_io import load_recipe
+from allspark.data import transforms
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, normalize
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.datasets.custom import make_spec
@@ -310,12 +311,30 @@ def test_teacher_follows_and_is_evaluated():
     start = model.decoder.classifier.bias.detach().clone()
     with torch.no_grad():
         model.decoder.classifier.bias.add_(1)
-    method.after_step(Student(model), Progress(step=1, epoch=0, total_steps=10**4))  # 1 - 1 / 2
+    method.after_step(Student(model), Progress(step=1, epoch=1, total_steps=10**4))  # 1 - 1 / 2
     torch.testing.assert_close(method.predictor(model).decoder.classifier.bias, start + 0.5)
     with torch.no_grad():
         model.decoder.classifier.bias.copy_(start)
-    method.after_step(Student(model), Progress(step=9000, epoch=0, total_steps=10**4))
+    method.after_step(Student(model), Progress(step=9000, epoch=3, total_steps=10**4))
     torch.testing.assert_close(method.predictor(model).decoder.classifier.bias, start + 0.5 * 0.996)
+
+
+@pytest.mark.parametrize("burn_in_epochs", [0, 2])
+def test_teacher_is_copy_in_first_epoch(burn_in_epochs):
+    """Through the supervised start and the first epoch with unlabeled images; then it is an average."""
+    model, method = make_model("none"), make_method("imas")
+    method.attach(model)
+    for step in range(400, 404):
+        epoch = step - 400
+        with torch.no_grad():
+            for value in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+                value.add_(1)
+        method.after_step(Student(model), Progress(step, epoch, 1000, burn_in_epochs))
+        own, teacher = model.state_dict(), method.predictor(model).state_dict()
+        assert all(torch.equal(own[name], value) for name, value in teacher.items()) == (epoch <= burn_in_epochs)
+        if epoch > burn_in_epochs:
+            break
+    assert epoch == burn_in_epochs + 1
 
 
 # Name, range and what it is in Pillow's own words
@@ -331,7 +350,7 @@ OPERATIONS = (
     ("sharpness", (0.1, 0.95), lambda p, v: ImageEnhance.Sharpness(p).enhance(v)),
     ("posterize", (4, 8), lambda p, v: p.point(lambda value: value >> (8 - int(v)) << (8 - int(v)))),
     ("solarize", (1, 256), lambda p, v: p.point(lambda value: 255 - value if value >= int(v) else value)),
-    ("hue", (0, 0.5), lambda p, v: turn_hue(p, v)),
+    ("hue", (-0.5, 0.5), lambda p, v: turn_hue(p, v)),
 )
 
 
@@ -361,6 +380,25 @@ def test_strong_view_operations():
         seen.add(tuple(chosen))
     assert len(IMAS_OPERATIONS) == len({index for pair in seen for index in pair}) == 12
     assert any(a == b for a, b in seen)
+
+
+def test_hue_turns_both_ways():
+    """Over many draws, a single color comes back turned forward as often as back, by up to half a turn."""
+    image, turns = np.full((1, 1, 3), (200, 40, 40), np.uint8), []
+    start, only_hue = (
+        int(Image.fromarray(image).convert("HSV").getpixel((0, 0))[0]),
+        [("hue", *IMAS_OPERATIONS[-1][1:])],
+    )
+    assert IMAS_OPERATIONS[-1][0] == "hue"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "IMAS_OPERATIONS", only_hue + [("identity", 0, 0)])
+        for seed in range(2000):
+            rng = np.random.default_rng(seed)
+            if rng.integers(2, size=2).tolist() == [0, 1]:
+                turned = Image.fromarray(PHOTOMETRIC["imas"](image, np.random.default_rng(seed)))
+                turns.append((int(turned.convert("HSV").getpixel((0, 0))[0]) - start + 128) % 256 - 128)
+    back = np.mean([turn < 0 for turn in turns])
+    assert 0.4 < back < 0.6 and min(turns) < -110 and max(turns) > 110
 
 
 def test_background_from_spec():

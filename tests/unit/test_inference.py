@@ -7,9 +7,10 @@ from allspark.evaluation.sliding_window import (
     Inference,
     average_views,
     best_class,
+    check_size,
     class_scores,
     predict_sliding,
-    window_positions,
+    window_spans,
 )
 from allspark.utils.errors import UserError
 from helpers.toy_models import Blurred, Pointwise, image, sliding
@@ -18,19 +19,22 @@ from helpers.toy_models import Blurred, Pointwise, image, sliding
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 100, 1024, 2048])
 @pytest.mark.parametrize("window", [32, 48, 64, 801])
 def test_windows_cover_the_side(length, window):
-    starts = window_positions(length, window, window * 2 // 3)
-    seen = [0] * length
-    for start in starts:
-        assert start >= 0 and (start + window <= length or starts == [0])
-        for position in range(start, min(start + window, length)):
-            seen[position] += 1
-    assert min(seen) >= 1 and len(set(starts)) == len(starts)
+    for spans in (window_spans(length, window), window_spans(length, window, "released")):
+        seen = [0] * length
+        for start, end in spans:
+            assert 0 <= start < end <= length
+            for position in range(start, end):
+                seen[position] += 1
+        assert min(seen) >= 1 and len(set(spans)) == len(spans)
+    assert all(end - start == min(window, length) for start, end in window_spans(length, window))
 
 
 def test_cityscapes_windows():
-    """As many as the released code has, the last of each side shifted inside instead of truncated."""
-    assert window_positions(1024, 801, 534) == [0, 223]
-    assert window_positions(2048, 801, 534) == [0, 534, 1068, 1247]
+    """As many as the released code has, the last of each side shifted inside instead of cut off."""
+    assert window_spans(1024, 801) == [(0, 801), (223, 1024)]
+    assert window_spans(2048, 801) == [(0, 801), (534, 1335), (1068, 1869), (1247, 2048)]
+    assert window_spans(1024, 801, "released") == [(0, 801), (534, 1024)]
+    assert window_spans(2048, 801, "released") == [(0, 801), (534, 1335), (1068, 1869), (1602, 2048)]
 
 
 @pytest.mark.parametrize("size", [(20, 17), (48, 48), (49, 47), (47, 130), (100, 131)])
@@ -64,10 +68,37 @@ def test_sliding_is_mean_over_windows():
     torch.testing.assert_close(class_scores(model, picture, sliding(32)), total / seen)
 
 
+@pytest.mark.parametrize("size", [(80, 100), (40, 50), (64, 64), (33, 75)])
+def test_released_windows_literal(size):
+    """The two loops of the released code: sums of probabilities, windows cut off at the border."""
+    model, picture, (height, width) = Blurred().eval(), image(2, 3, *size), size
+    total, seen, row = torch.zeros(2, 5, height, width), torch.zeros(height, width), 0
+    with torch.no_grad():
+        while row < height:
+            column = 0
+            while column < width:
+                part = (..., slice(row, row + 48), slice(column, column + 48))
+                total[part] += model(picture[part]).logits.softmax(1)
+                seen[part] += 1
+                column += 32
+            row += 32
+    scores = class_scores(model, picture, sliding(48, windows="released"))
+    torch.testing.assert_close(scores, total / seen)  # a mean has the same best class as a sum
+    assert not torch.allclose(scores, class_scores(model, picture, sliding(48)))
+
+
+def test_tiny_released_window():
+    picture = image(1, 3, 64, 75)
+    check_size(picture, "a.png", sliding(48))
+    check_size(picture[..., :64], "a.png", sliding(48, windows="released", scales=(1.0, 2.0)))
+    with pytest.raises(UserError, match="a.png: .*a side of 11 pixels; .* at least 32; use inside"):
+        check_size(picture, "a.png", sliding(48, windows="released"))
+
+
 def test_equal_window_batches():
     model = Pointwise().eval()
     with torch.no_grad():
-        predict_sliding(model, image(1, 3, 64, 80), 32, window_batch=4)
+        predict_sliding(model, image(1, 3, 64, 80), sliding(32, window_batch=4))
     assert model.sizes == [(4, 3, 32, 32), (4, 3, 32, 32), (4, 3, 32, 32)]
 
 
@@ -150,6 +181,7 @@ def test_center_crop_region():
         ({"mode": "tiles"}, "tiles.*sliding_window"),
         ({"mode": "sliding_window"}, "window None"),
         ({"mode": "center_crop", "window": 16}, "16.*at least 32"),
+        ({"windows": "tiles"}, "tiles.*inside, released"),
         ({"scales": ()}, "scales"),
         ({"scales": (1.0, -0.5)}, "-0.5"),
     ],

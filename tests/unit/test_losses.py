@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,21 @@ def test_ohem_equals_loop(thresh, min_kept):
         prob = 1.0 if label == 255 else logits[i, :, y, x].double().softmax(0)[label].item()
         probs.append(prob)
         losses.append(0.0 if label == 255 else -math.log(prob))
-    limit = max(thresh, sorted(probs)[min(min_kept, 100) - 1]) if min_kept else thresh
+    limit = max(thresh, sorted(probs)[min(min_kept, 100) - 1]) if min_kept else 1.0  # Released: 0 means no mining
     valid = (mask != 255).flatten().tolist()
     kept = [ok and (prob <= limit or sum(valid) < min_kept) for ok, prob in zip(valid, probs)]
     expected = sum(loss for loss, keep in zip(losses, kept) if keep) / max(sum(kept), 1)
     assert abs(OHEM(thresh, min_kept)(logits, mask).item() - expected) < 1e-5
+
+
+def test_min_kept_binds():
+    """All pixels are easy, so the threshold alone keeps none: the hardest min_kept are used, with 0 all of them."""
+    logits, mask = torch.zeros(1, 2, 10, 10), torch.zeros(1, 10, 10, dtype=torch.long)
+    logits[0, 0] = torch.linspace(1.5, 6, 100)[torch.randperm(100)].view(10, 10)  # probabilities from 0.82 on
+    losses = np.sort(np.log1p(np.exp(-logits[0, 0].double().numpy())).ravel())[::-1]
+    for min_kept in (0, 1, 30, 100):
+        expected = losses[: min_kept or 100].mean()
+        assert abs(OHEM(0.7, min_kept)(logits, mask).item() - expected) < 1e-6
 
 
 def test_label_above_ignore_index_raises():

@@ -36,13 +36,14 @@ def in_strips(model, picture, inference):
     return torch.cat([scores for _, scores in found], 2)
 
 
+@pytest.mark.parametrize("windows", ["inside", "released"])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("window_batch", [1, 4, 7])
 @pytest.mark.parametrize("shape", [(1, 3, 300, 90), (2, 3, 200, 130), (1, 3, 40, 33), (3, 3, 70, 32), (1, 3, 150, 20)])
-def test_strips_are_bit_identical(shape, window_batch, flip):
+def test_strips_are_bit_identical(shape, window_batch, flip, windows):
     """Several windows beside each other, one, a batch over several rows of them, and images smaller than a window."""
     model, picture = Blurred(), pixels(*shape)
-    inference = sliding(48, flip=flip, window_batch=window_batch)
+    inference = sliding(48, flip=flip, window_batch=window_batch, windows=windows)
     assert torch.equal(in_strips(model, picture, inference), class_scores(model, normalize(picture), inference))
 
 
