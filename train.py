@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from allspark.arguments import parse
+if __name__ == "__main__":  # before anything large is imported: handle signals, answer --help and wrong arguments
+    from allspark.utils.signals import exit_on_signals
 
-if __name__ == "__main__":
-    parse("train", sys.argv[1:])  # answer --help and wrong arguments before torch is imported
+    exit_on_signals()
+    from allspark.arguments import parse
+
+    parse("train", sys.argv[1:])
 
 import contextlib
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from allspark import distributed, launch
 from allspark import recipe_arguments as recipe_args
+from allspark.arguments import parse
 from allspark.build import build_method
 from allspark.config import Recipe
 from allspark.config_io import to_plain

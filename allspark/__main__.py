@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from allspark.arguments import parse_command
-from allspark.config_io import CONFIG_ROOT, INSTALLED
 from allspark.utils.errors import UserError, run_main
+from allspark.utils.signals import exit_on_signals
 
 
 def main(argv: Sequence[str]) -> None:
+    from allspark.arguments import parse_command
+
     args = parse_command(argv)  # before anything large is imported
     if args.command in ("train", "eval"):
         load_script(args.command).main(argv[1:])
@@ -22,6 +23,8 @@ def main(argv: Sequence[str]) -> None:
 
 def load_script(name: str) -> ModuleType:
     """train.py or eval.py: modules of an installed package, else at the top of the checkout."""
+    from allspark.config_io import CONFIG_ROOT, INSTALLED
+
     if INSTALLED:
         return load_module(f"allspark.{name}")
     if (top := str(CONFIG_ROOT.parent)) not in sys.path:
@@ -43,7 +46,9 @@ def load_module(name: str) -> ModuleType:
 
 
 def run() -> int:
-    """Entry point of the command `allspark`."""
+    """Entry point of the command `allspark`, which so far has imported little."""
+    if sys.argv[1:2] == ["train"]:
+        exit_on_signals()
     return run_main(main)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,25 +26,29 @@ from allspark.distributed import all_gather, is_main, rank, world_size
 from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, int_from_env, reason_of, user_error_message
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
+JOIN_NOTICE = 3.0  # seconds after which a process says whom it waits for
 # Limit for a hanging collective. Crashed processes are noticed immediately. A process may legitimately be busy alone
 # until then: filling a cache, evaluating a larger share, writing a checkpoint to a slow disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MAX_FACTS = 16  # compared by check_ranks_agree
 
 
-def launcher_ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) for plain python.
+def launcher_variables() -> tuple[str, str, str] | None:
+    """The environment variables in which torchrun or srun passed rank, world size and local rank, if one did.
 
     SLURM_NTASKS is not used: it is also set in a batch script that runs plain python.
     """
-    for rank_, world, local_rank in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    ):
-        if world in os.environ and (rank_ in os.environ or world != "WORLD_SIZE"):
-            count = int_from_env(world, least=1)
-            return int_from_env(rank_, most=count - 1), count, int_from_env(local_rank, 0)
-    return 0, 1, 0
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    return ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID") if "SLURM_STEP_NUM_TASKS" in os.environ else None
+
+
+def launcher_ranks() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as set by torchrun or srun; (0, 1, 0) for plain python."""
+    if (names := launcher_variables()) is None:
+        return 0, 1, 0
+    world = int_from_env(names[1], least=1)
+    return int_from_env(names[0], most=world - 1), world, int_from_env(names[2], 0)
 
 
 def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, dist.Store | None]:
@@ -85,8 +91,7 @@ def join_process_group(device: torch.device, rank: int, world: int) -> dist.Stor
     """Join the process group at MASTER_ADDR:MASTER_PORT."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=JOIN_TIMEOUT))
-        store = dist.PrefixStore(store_prefix(), store)
+        store = dist.PrefixStore(store_prefix(), connect(rank, world, place))
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             check_gpus(store, rank, world, f"{properties.name} {properties.uuid}")
@@ -104,9 +109,42 @@ def join_process_group(device: torch.device, rank: int, world: int) -> dist.Stor
             raise UserError(f"{place} is in use; choose another --port or MASTER_PORT") from None
         raise UserError(
             f"rank {rank} of {world} could not connect to {place} ({str(error).splitlines()[0]}); check the messages "
-            f"of the other processes, and whether that address can be reached from this node"
+            f"of the other processes, and whether that address can be reached from this node; {how_to_run_alone()}"
         ) from None
     return store
+
+
+def connect(rank: int, world: int, place: str) -> dist.Store:
+    """The store at `place`, once all processes have started; a process that waits says so, and signals end it.
+
+    torch waits without looking at signals, therefore in a thread.
+    """
+    found: concurrent.futures.Future[dist.Store] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            found.set_result(next(dist.rendezvous("env://", rank, world, timeout=JOIN_TIMEOUT))[0])
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        if concurrent.futures.wait([found], JOIN_NOTICE).not_done:
+            missing = f"{world - 1} other process(es)" if rank == 0 else f"rank 0 at {place}"
+            print(f"rank {rank} of {world} waits for {missing}; {how_to_run_alone()}", file=sys.stderr, flush=True)
+        return found.result()
+    except BaseException as error:
+        if not found.done():
+            exit_process(error, None)  # an orderly exit could crash: the thread still runs
+        raise
+
+
+def how_to_run_alone() -> str:
+    variable = launcher_variables()[1]
+    return (
+        f"{variable}={os.environ[variable]} says how many were started. To run a single process, start it "
+        f"without that variable: env -u {variable} python ..."
+    )
 
 
 def check_gpus(store: dist.Store, rank: int, world: int, gpu: str) -> None:
@@ -163,10 +201,10 @@ def process_group(device: str = "auto", port: int | None = None) -> Iterator[tor
         dist.destroy_process_group()
 
 
-def exit_process(error: BaseException, store: dist.Store) -> NoReturn:
-    """Exit this process immediately, with the exit code of its error."""
+def exit_process(error: BaseException, store: dist.Store | None) -> NoReturn:
+    """Exit this process immediately, with the exit code of its error; store: None before all processes have started."""
     code, message, is_first = 1, "", None
-    if isinstance(error, Stopped) and not has_ended(store):  # all processes stop together
+    if isinstance(error, Stopped) and not (store and has_ended(store)):  # all processes stop together
         code, message = STOPPED, str(error) if is_main() else ""
     elif isinstance(error, Stopped):  # stopped by the launcher because another process failed: not to be requeued
         pass

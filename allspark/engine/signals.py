@@ -17,8 +17,8 @@ import torch
 from allspark import distributed
 from allspark.engine.async_read import DELAY, start_read
 from allspark.utils.errors import INTERRUPTED, Stopped
+from allspark.utils.signals import SIGNALS, exit_stopped, stop_message
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 FORWARDED = 1.0  # seconds during which a second SIGINT is the first one, forwarded by a launcher
 NOTHING, SAVE = 0, 1  # requests; a larger one is 1 + the number of the signal that ends the run
 
@@ -46,9 +46,10 @@ class Stop:
         return self
 
     def __exit__(self, *_) -> None:
+        """Restore the handlers; at the end of a command, whose exit code is now decided, ignore further signals."""
         sys.unraisablehook = self.previous_hook
         for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if handler is exit_stopped else handler or signal.SIG_DFL)
 
     def handle_unraisable(self, what: sys.UnraisableHookArgs) -> None:
         """Send the signal again if Python dropped its exception, as it does in destructors and while forking."""
@@ -70,7 +71,7 @@ class Stop:
             return
         self.signal, self.lost = number, False
         if not self.deferring:
-            raise Stopped(f"stopped by {signal_name(number)}, nothing to save; run the same command again to continue")
+            raise Stopped(stop_message(number))
         if number == signal.SIGINT and distributed.is_main():
             os.write(2, b"\nCtrl-C: finishing and saving this step; press again to stop immediately\n")
 

@@ -11,12 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 # Exit codes: output pipe closed by its reader (as SIGPIPE); stopped by a signal, saved, start again to resume
-# (EX_TEMPFAIL); stopped by a second Ctrl-C
+# (EX_TEMPFAIL); ended by Ctrl-C, in training by a second one
 BROKEN_PIPE, STOPPED, INTERRUPTED = 141, 75, 130
 
 USER_ERRNOS = {  # file system errors that are never caused by a bug
     getattr(errno, name)
-    for name in ("EACCES", "EDQUOT", "EIO", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS", "ESTALE")
+    for name in (
+        "EACCES",
+        "EDQUOT",
+        "EIO",
+        "ENAMETOOLONG",
+        "ENOSPC",
+        "ENOTDIR",
+        "EPERM",
+        "EROFS",
+        "ESTALE",
+        "ETIMEDOUT",
+    )
     if hasattr(errno, name)
 }
 
@@ -52,13 +63,16 @@ def int_from_env(name: str, default: int | None = None, least: int = 0, most: in
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run a command's main(argv) -> exit code: 0 done, 2 user error, 75 stopped by a signal, 141 output pipe closed."""
+    """Run a command's main(argv) -> exit code: 0 done, 2 user error, else see above."""
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return STOPPED
+        except KeyboardInterrupt:
+            print("\ninterrupted by Ctrl-C", file=sys.stderr)
+            return INTERRUPTED
         except (UserError, OSError, RuntimeError) as error:
             if (message := user_error_message(error)) is None:
                 raise

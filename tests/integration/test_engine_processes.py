@@ -1,14 +1,16 @@
 """Kills while saving, signals, and checkpoints of several processes."""
 
+import contextlib
 import os
 import signal
+import sys
 import time
 
 import pytest
 import torch
 from torch import nn
 
-from allspark import distributed
+from allspark import distributed, launch
 from allspark.engine.checkpoint import (
     buffers_by_rank,
     find_checkpoint,
@@ -17,6 +19,9 @@ from allspark.engine.checkpoint import (
     save_checkpoint,
 )
 from allspark.engine.signals import Stop
+from allspark.utils.errors import Stopped
+from allspark.utils.signals import SIGNALS, exit_on_signals
+from helpers.ranks import free_port
 
 
 @pytest.mark.parametrize("name", ["link", "replace"])
@@ -60,6 +65,46 @@ def test_second_interrupt_exits(pause, status):
             os.kill(os.getpid(), signal.SIGINT)
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+
+
+def test_signals_after_a_run_are_ignored():
+    """Until the process has ended: its exit code is decided."""
+    child = os.fork()
+    if child == 0:
+        exit_on_signals()
+        with contextlib.suppress(Stopped), Stop():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        os._exit(75)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "WORLD_SIZE"])
+def test_waiting_for_other_ranks(variable, number, monkeypatch):
+    """A process started alone that a variable of a launcher tells otherwise."""
+    rank = "SLURM_PROCID" if variable.startswith("SLURM") else "RANK"
+    for name, value in {variable: "3", rank: "0", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "JOIN_NOTICE", 0.05)
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writable, 2)
+        sys.stderr = os.fdopen(2, "w")  # in place of pytest's
+        with Stop():
+            launch.init("cpu")
+        os._exit(0)
+    os.close(writable)
+    with os.fdopen(readable) as errors:
+        line = errors.readline()
+        os.kill(child, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+        assert "Traceback" not in errors.read()
+    assert line.startswith(f"rank 0 of 3 waits for 2 other process(es); {variable}=3 says")
+    assert f"env -u {variable} python" in line
 
 
 @pytest.mark.parametrize(

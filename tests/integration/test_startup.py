@@ -1,6 +1,7 @@
 """Imports at startup: --help without torch, a lazy public API; one version everywhere."""
 
 import re
+import signal
 import subprocess
 import sys
 from importlib import resources
@@ -17,6 +18,7 @@ from allspark.arguments import COMMANDS
 from allspark.build import complete
 from allspark.prepare import PLANS
 from allspark.utils.errors import UserError
+from allspark.utils.signals import SIGNALS
 from helpers import REPO
 
 HEAVY = ("torchvision", "mmcv", "timm", "torch._dynamo", "tensorboard", "matplotlib")
@@ -37,6 +39,27 @@ def test_help_imports_no_torch(command):
     modules, text = imported(*command, "--help")
     assert "argparse" in modules and not {"torch", "numpy"} & modules
     assert text.startswith("usage: ")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("module", ["argparse", "torch"])
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "allspark", "train"]], ids=" ".join)
+def test_signal_during_imports(command, module, number):
+    """Slurm requeues a job that ends with 75, and no other."""
+    code = f"""
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Finder())
+*option, sys.argv[0] = {command[:2]!r}
+sys.argv += {[*command[2:], "--dataset", "shapes", "--method", "fixmatch"]!r}
+(runpy.run_module if option else runpy.run_path)(sys.argv[0], run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=60)
+    name = signal.Signals(number).name
+    assert (done.returncode, done.stderr.count("\n")) == (75, 2) and f"stopped by {name}, nothing" in done.stderr
 
 
 @pytest.mark.parametrize(
