@@ -63,7 +63,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The arguments that select a recipe."""
     parser.add_argument("--dataset", help="use configs/datasets/<dataset>.yaml")
-    parser.add_argument("--method", help="use configs/methods/<method>.yaml")
+    parser.add_argument(
+        "--method", help="use configs/methods/<method>.yaml; or package.module:Class, a method of your own"
+    )
     parser.add_argument(
         "--config",
         type=Path,

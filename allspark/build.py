@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from dataclasses import replace
 
 from allspark import distributed
@@ -15,22 +18,55 @@ from allspark.losses import build_criterion
 from allspark.methods import METHODS, Method
 from allspark.utils.errors import UserError
 
+TRUSTED = "ALLSPARK_METHODS"  # environment variable: outside methods that checkpoints may name, separated by commas
 
-def complete(recipe: Recipe) -> Recipe:
+
+def method_class(name: str, trusted: bool = False) -> type[Method]:
+    """The class of a method.
+
+    Args:
+        name: a key of METHODS, or package.module:Class.
+        trusted: the name was given by the user. A name from a checkpoint must be in TRUSTED, or its module imported
+            already: to import a module is to run its code.
+
+    Raises:
+        UserError: there is no such method, or it is not trusted.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        is_recipe = (CONFIG_ROOT / "methods" / f"{name}.yaml").is_file()
+        hint = f"; --method {name} selects the recipe of that name, also together with --config FILE"
+        raise UserError(
+            f"method.name={name}: unknown method; choose one of {', '.join(METHODS)}, or package.module:Class"
+            f"{hint if is_recipe else ''}"
+        )
+    if not (trusted or module in sys.modules or name in os.environ.get(TRUSTED, "").split(",")):
+        raise UserError(f"method.name={name}: code from outside of this package; if you trust it, set {TRUSTED}={name}")
+    try:
+        kind = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(
+            f"method.name={name}: {module} cannot be imported ({error}); install it, or add its folder to PYTHONPATH"
+        ) from None
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise UserError(f"method.name={name}: {module} has no class {attribute} derived from allspark.methods.Method")
+    return kind
+
+
+def complete(recipe: Recipe, trusted: bool = False) -> Recipe:
     """The recipe with all options of its method, given or by default.
+
+    Args:
+        trusted: import a method from outside of this package; see `method_class`.
 
     Raises:
         UserError: unknown method or option.
     """
-    name = recipe.method.name
-    if name not in METHODS:
-        is_recipe = (CONFIG_ROOT / "methods" / f"{name}.yaml").is_file()
-        hint = (
-            f"; --method {name} selects the recipe of that name, also together with --config FILE" if is_recipe else ""
-        )
-        raise UserError(f"method.name={name}: unknown method; choose one of {', '.join(METHODS)}{hint}")
-    options = bind_options(METHODS[name], recipe.method.options, "method")
-    return replace(recipe, method=MethodConfig(name=name, options=options))
+    kind = method_class(recipe.method.name, trusted)
+    options = bind_options(kind, recipe.method.options, "method")
+    return replace(recipe, method=MethodConfig(name=recipe.method.name, options=options))
 
 
 def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
@@ -39,7 +75,7 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
     Raises:
         UserError: the method cannot train the model of the recipe, or its criterion does not match the data set.
     """
-    kind = METHODS[recipe.method.name]
+    kind = method_class(recipe.method.name)
     check_class_weights(recipe.criterion, spec)
     criterion = build_criterion(ignore_index=spec.ignore_index, **vars(recipe.criterion))
     method = kind(criterion, **{name: getattr(spec, name) for name in kind.spec_fields}, **recipe.method.options)

@@ -251,7 +251,7 @@ class LogConfig:
 class MethodConfig:
     """The options are given beside the name: method: {name: fixmatch, threshold: 0.95}."""
 
-    name: str = option(MISSING, "name of the method")
+    name: str = option(MISSING, "name of the method, or package.module:Class")
     options: dict[str, Any] = field(default_factory=dict)
 
 

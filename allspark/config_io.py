@@ -346,6 +346,8 @@ def _with_method(
     Args:
         derived: the methods whose `base` led to this one.
     """
+    if ":" in method:  # package.module:Class, which has no file
+        return merge(content, {"method": method})
     path = _recipe_file("methods", method)
     own = _read(path, notes)
     if (base := own.pop("base", None)) is not None:

@@ -19,9 +19,9 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         if (value := getattr(args, key)) is not None:
             overrides[f"data.{key}"] = value
     if args.config is not None and not args.dataset:
-        return complete(load_config(args.config, overrides, args.method))
+        return complete(load_config(args.config, overrides, args.method), trusted=True)
     if args.dataset and args.method and args.config is None:
-        return complete(load_recipe(args.dataset, args.method, overrides))
+        return complete(load_recipe(args.dataset, args.method, overrides), trusted=True)
     raise UserError("give --dataset and --method, or --config FILE for a complete recipe (optionally with --method)")
 
 

@@ -1,4 +1,5 @@
-"""All methods by name. To add one: a file here, a line in METHODS, a recipe configs/methods/<name>.yaml.
+"""All methods by name. To add one: a file here, a line in METHODS, a recipe configs/methods/<name>.yaml. A class from
+outside of this package is named package.module:Class.
 
 "Released" in a comment or docstring introduces what the published code of the paper does.
 """

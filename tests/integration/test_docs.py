@@ -6,20 +6,23 @@ import importlib
 import importlib.util
 import re
 import shlex
+import sys
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+import allspark
 import train
 from allspark import recipe_arguments as recipe_words
 from allspark.__main__ import main as allspark_main
 from allspark.arguments import parse
+from allspark.build import method_class
 from allspark.config_io import bind_options, load_recipe
 from allspark.methods import METHODS
 from allspark.split_lists.manifest import load_manifest
-from allspark.utils.errors import run_main
+from allspark.utils.errors import UserError, run_main
 from helpers import REPO
 
 BESIDE = ("splits", "pretrained_weights")  # folders with a README of their own
@@ -176,7 +179,7 @@ def test_commands_parse():
                 args = parse(call[0], call[1:])
             except SystemExit:
                 pytest.fail(f"{place}: {' '.join(words)}")
-            if getattr(args, "method", None) and args.config is None:
+            if getattr(args, "method", None) and args.config is None and ":" not in args.method:
                 recipe_words.recipe_of(args)
             count += 1
     assert count > 60
@@ -210,18 +213,31 @@ def test_python_examples_parse():
             compile(block, f"{page.name}:{line}", "exec")
 
 
-def test_api_examples_run(place, tmp_path, monkeypatch):
-    """The tenth method, by its class, its line in METHODS and its YAML, trains; the examples load what it saved."""
+def test_api_examples_run(place, tmp_path, monkeypatch, capsys):
+    """A method outside of the package trains by its name; the examples load what it saved, if it is trusted."""
     page, names = REPO / "docs" / "api.md", {"__name__": "api"}
-    examples = [compile(block, f"api.md:{line}", "exec") for line, block in blocks(page, "python")]
-    exec(examples[-1], names)
+    texts = [block for _, block in blocks(page, "python")]
+    examples = [compile(block, "api.md", "exec") for block in texts]
     ((_, recipe),) = blocks(page, "yaml")
-    options = yaml.safe_load(recipe)["method"]
-    monkeypatch.setitem(METHODS, options["name"], names["MeanTeacher"])
-    place.edit(method=options, model={"bottleneck": "none"})
-    assert run_main(train.main, place.train("epochs=1")) == 0
+    place.edit(method=yaml.safe_load(recipe)["method"], model={"bottleneck": "none"})
+    code, name = place.train("epochs=1"), "mean_teacher:MeanTeacher"
+    assert run_main(train.main, code) == 2
+    assert "mean_teacher cannot be imported" in capsys.readouterr().err
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "mean_teacher.py").write_text(texts[-1])
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    assert run_main(train.main, code) == 0
     saved = torch.load(place.run / "latest.pth", weights_only=True)
     assert saved["step"] == 3 and any(name.startswith("teacher.") for name in saved["method"])
+
+    monkeypatch.delitem(sys.modules, "mean_teacher")  # as in another process
+    with pytest.raises(UserError, match=f"latest.pth: method.name={name}: code from outside.*ALLSPARK_METHODS={name}"):
+        allspark.load_checkpoint(place.run / "latest.pth")
+    assert "mean_teacher" not in sys.modules
+    monkeypatch.setenv("ALLSPARK_METHODS", f"other:Other,{name}")
+    for wrong in ("mean_teacher:Gone", "mean_teacher:Views", "mean_teacher:a.b", ":A", "os:"):
+        with pytest.raises(UserError, match=f"method.name={wrong}"):
+            method_class(wrong, trusted=True)
 
     (tmp_path / "exp" / "demo").mkdir(parents=True)
     place.run.rename(tmp_path / "exp" / "demo" / "allspark")
