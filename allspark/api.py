@@ -20,7 +20,8 @@ from allspark.utils.errors import UserError
 
 def build_model(recipe: Recipe) -> segmentor.Segmentor:
     """The model of a recipe, with random weights."""
-    return segmentor.build_model(recipe.model, spec_for(recipe.data).num_classes, recipe.data.crop_size)
+    spec = spec_for(recipe.data)
+    return segmentor.build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels)
 
 
 def load_checkpoint(path: str | Path, device: str = "auto", dataset: str | None = None) -> InferenceModel:

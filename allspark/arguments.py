@@ -262,6 +262,25 @@ A stopped run continues when it is started again. Counts are checked. Nothing is
 """
 
 
+def add_masks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "format",
+        choices=("per-class", "labelme", "coco"),
+        help="per-class: files CLASS/IMAGE.png or IMAGE_CLASS.png; labelme: a JSON file per image; coco: one JSON file",
+    )
+    parser.add_argument("source", type=Path, metavar="ANNOTATIONS", help="folder of the files; for coco the JSON file")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the annotated images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    parser.add_argument(
+        "--classes", required=True, metavar="A,B,...", help="names of the classes, in the order of their indices"
+    )
+    parser.add_argument(
+        "--background", metavar="CLASS", help="class of pixels without annotation; default: the first of --classes"
+    )
+    parser.add_argument("--ignore-unknown", action="store_true", help="ignore pixels with labels not in --classes")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
+
+
 def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, f"data sets:\n{PREPARE}"
     names = ("voc", "pascal", "cityscapes", "coco", "camvid", "ade20k")
@@ -408,6 +427,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "check": ("Check a recipe and its data before training", add_check),
     "compare": ("Compare finished runs: table, learning curves, predictions", add_compare),
     "export": ("Export a checkpoint to torch.export or ONNX", add_export),
+    "masks": ("Convert masks per class, LabelMe or COCO annotations to masks of class indices", add_masks),
     "predict": ("Predict masks for images, folders, lists and videos", add_predict),
     "prepare": ("Prepare a data set from its official archives", add_prepare),
     "report": ("Write an HTML report of one or more runs", add_report),

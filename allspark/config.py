@@ -54,6 +54,14 @@ class CustomDataConfig:
     """A data set described in YAML alone."""
 
     classes: tuple[str, ...] = option(MISSING, "names of the classes, in the order of their indices")
+    channels: int = option(
+        3, "channels of the images; of three or more, the first three are red, green and blue", low=1, high=64
+    )
+    mean: tuple[float, ...] | None = option(
+        None,
+        "mean of each channel in 0..1, for the normalization; null: ImageNet's, their average for further channels",
+    )
+    std: tuple[float, ...] | None = option(None, "standard deviation of each channel; null: as for mean", above=0)
     ignore_index: int = option(255, "mask value of pixels that are ignored")
     value_map: dict[int, int] | None = option(
         None, "stored mask value -> class index or ignore_index, e.g. {0: 0, 255: 1}"

@@ -91,7 +91,7 @@ def load_trained(content: Mapping[str, Any], path: str | Path, dataset: str | No
     with prefix_errors(path):
         recipe = complete(build_recipe(content["recipe"], None, "its recipe"))
         spec = spec_for(recipe.data)
-        model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
+        model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels)
         method = build_method(recipe, spec)
     if dataset not in (None, recipe.data.dataset):
         raise UserError(f"--dataset {dataset}: {path} was trained on {recipe.data.dataset}; omit --dataset")

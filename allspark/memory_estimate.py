@@ -68,14 +68,14 @@ class TrainingStep:
         stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
         self.state = TrainState(recipe, model, method, stepper, total_steps=STEPS, graphs=None)
         self.size = (recipe.batch_size, *height_width(recipe.data.crop_size))
-        self.num_classes = spec.num_classes
+        self.channels, self.num_classes = spec.channels, spec.num_classes
 
     def batches(self) -> tuple[LabeledBatch, UnlabeledBatch | None]:
         views, device = self.state.method.views, self.state.device
 
         def image() -> Tensor:
             batch, height, width = self.size
-            return torch.randint(256, (batch, 3, height, width), dtype=torch.uint8, device=device)
+            return torch.randint(256, (batch, self.channels, height, width), dtype=torch.uint8, device=device)
 
         mask = torch.randint(self.num_classes, self.size, device=device)
         labeled = LabeledBatch(image(), mask).to(device)
@@ -131,7 +131,7 @@ def predict_step(
             are not included.
         world_size: number of processes that share the batch.
     """
-    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
+    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels)
     method.attach(model)
     counter = FakeMemoryCounter()
     gpu = GPUKernels(recipe.precision in AUTOCAST) if device_type == "cuda" else contextlib.nullcontext()
@@ -233,7 +233,7 @@ def measure_step(recipe: Recipe, spec: DatasetSpec, method: Method, device: torc
     counter, steps = MemoryCounter(), []
 
     def run() -> None:
-        model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
+        model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)
         method.attach(model)
         steps.append(TrainingStep(recipe_per_process(recipe, 1), spec, method, model))
         for number in range(STEPS):

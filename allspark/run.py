@@ -124,7 +124,7 @@ def build_run(
 
     lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size).to(device)
+    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)
     if fresh or not has_checkpoint(save_path):
         data_notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     method = build_method(recipe, spec).to(device)

@@ -23,8 +23,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from allspark.config import DataConfig, ModelConfig, OptimConfig
-from allspark.data.batch import IMAGENET_MEAN, IMAGENET_STD
-from allspark.data.spec import DatasetSpec, Sample
+from allspark.data.spec import IMAGENET, DatasetSpec, Sample
 from allspark.data.transforms import draw_geometry
 from allspark.evaluation.sliding_window import window_spans
 from allspark.models.mit import HEADS, MLP_RATIO, REDUCTIONS, MiTSize
@@ -334,7 +333,7 @@ class PlainStream(Dataset):
         if self.strong:
             image = strong(image, np.random.default_rng([*key, 1]))
         mask = torch.from_numpy(np.array(mask))
-        view = TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+        view = TF.normalize(TF.to_tensor(image), *IMAGENET)
         return view, mask != self.spec.ignore_index if sample.mask is None else mask.long()
 
     def crop_of(self, image: Image.Image, mask: Image.Image, rng: Generator) -> tuple[Image.Image, Image.Image]:

@@ -114,7 +114,7 @@ def batch_notes(recipe: Recipe, plain: Recipe, steps: int, processes: int) -> li
 def model_findings(recipe: Recipe, spec: DatasetSpec) -> AuditReport:
     """Whether the network can be built and its weights loaded."""
     found = AuditReport()
-    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size)
+    model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels)
     with found.collect_errors():
         found.notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
     if recipe.model.pretrained == recipe.model.init_from == "none":

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allspark.data.spec import IMAGENET, Statistics
 from allspark.utils.errors import UserError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-def normalize(image: Tensor) -> Tensor:
-    """uint8 RGB (..., 3, H, W) -> float32 with ImageNet mean and standard deviation, on the same device."""
-    mean, std = (channel_constant(values, image.device) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+def normalize(image: Tensor, statistics: Statistics = IMAGENET) -> Tensor:
+    """uint8 (..., C, H, W) -> float32 normalized by mean and standard deviation, on the same device."""
+    mean, std = (channel_constant(values, image.device) * 255 for values in statistics)
     return image.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 def channel_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) float32, filled on the device: a copy from the host would wait for all work queued on a GPU."""
+    """(C, 1, 1) float32, filled on the device: a copy from the host would wait for all work queued on a GPU."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
@@ -53,18 +51,17 @@ class LabeledBatch:
     """Labeled images with their masks.
 
     Args:
-        image: (B, 3, H, W), uint8 from the loader, normalized float32 after `to`.
+        image: (B, C, H, W), uint8 from the loader, normalized float32 after `to`.
         mask: (B, H, W) int64.
     """
 
     image: Tensor
     mask: Tensor
 
-    def to(self, device: torch.device) -> LabeledBatch:
+    def to(self, device: torch.device, statistics: Statistics = IMAGENET) -> LabeledBatch:
         """Move to a device and normalize there: uint8 images are a quarter of the bytes."""
-        return LabeledBatch(
-            normalize(self.image.to(device, non_blocking=True)), self.mask.to(device, non_blocking=True)
-        )
+        image, mask = (tensor.to(device, non_blocking=True) for tensor in (self.image, self.mask))
+        return LabeledBatch(normalize(image, statistics), mask)
 
     def __getitem__(self, part: slice) -> LabeledBatch:
         return LabeledBatch(self.image[part], self.mask[part])
@@ -78,7 +75,7 @@ class UnlabeledBatch:
     """The views of unlabeled images.
 
     Args:
-        weak: (B, 3, H, W), uint8 from the loader, normalized float32 after `to`.
+        weak: (B, C, H, W), uint8 from the loader, normalized float32 after `to`.
         strong: strong views of the same crops, each like `weak`.
         valid: (B, H, W) bool, False on padding, where the crop extends beyond the image.
         cutmix: for each strong view (B, H, W) bool, True inside the box pasted from the partner image, if any.
@@ -89,13 +86,13 @@ class UnlabeledBatch:
     valid: Tensor
     cutmix: tuple[Tensor, ...]
 
-    def to(self, device: torch.device) -> UnlabeledBatch:
+    def to(self, device: torch.device, statistics: Statistics = IMAGENET) -> UnlabeledBatch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
         return UnlabeledBatch(
-            normalize(move(self.weak)),
-            tuple(normalize(move(view)) for view in self.strong),
+            normalize(move(self.weak), statistics),
+            tuple(normalize(move(view), statistics) for view in self.strong),
             move(self.valid),
             tuple(move(box) for box in self.cutmix),
         )

@@ -264,16 +264,16 @@ class TrainLoader:
             WorkerDied: a worker was killed or hangs.
             UserError: a file cannot be read; see data.on_bad_sample.
         """
-        device = torch.device(device)
+        device, statistics = torch.device(device), self.pairs.spec.statistics
         loader = self.loader(device.type == "cuda")
         for step in iterate(loader):
             if isinstance(step, UserError):
                 kill_workers(loader)  # a loader freed through a traceback would wait 5 s for its workers
                 raise UserError(str(step))  # without the worker's traceback
             self.count_bad(step.bad, log_fn)
-            labeled, unlabeled = step.labeled.to(device), step.unlabeled
+            labeled, unlabeled = step.labeled.to(device, statistics), step.unlabeled
             labeled = LabeledBatch(labeled.image, labeled.mask.long())  # uint8 until here: an eighth of the bytes
-            yield labeled, None if unlabeled is None else unlabeled.to(device)
+            yield labeled, None if unlabeled is None else unlabeled.to(device, statistics)
         if self.bad:
             count = sum(self.bad.values())
             log_on_any_rank(log_fn, f"{count} samples replaced so far, because {len(self.bad)} files cannot be read")

@@ -21,7 +21,7 @@ FAST_TORCH = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def resize_crop_bilinear(image: np.ndarray, size: Pair, offset: Pair, extent: Pair) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3), antialiased; within 2 gray levels of a crop of Pillow's resized image."""
+    """(H, W, C) uint8 -> (height, width, C), antialiased; within 2 gray levels of a crop of Pillow's resized image."""
     return (resize_crop_torch if FAST_TORCH else resize_crop_pillow)(image, size, offset, extent)
 
 
@@ -49,8 +49,12 @@ def resize_crop_pillow(image: np.ndarray, size: Pair, offset: Pair, extent: Pair
         parts.append(slice(first, math.ceil(end + support)))
         starts.append(begin - first)
         ends.append(end - first)
-    source = Image.fromarray(image[parts[1], parts[0]])
-    return np.asarray(source.resize(extent, Image.Resampling.BILINEAR, (*starts, *ends)))
+    source = image[parts[1], parts[0]]
+    box, resample = (*starts, *ends), Image.Resampling.BILINEAR
+    if source.shape[2] == 3:
+        return np.asarray(Image.fromarray(source).resize(extent, resample, box))
+    planes = [Image.fromarray(source[..., index]) for index in range(source.shape[2])]
+    return np.stack([np.asarray(plane.resize(extent, resample, box)) for plane in planes], 2)
 
 
 def resize_crop_torch(image: np.ndarray, size: Pair, offset: Pair, extent: Pair) -> np.ndarray:
@@ -58,7 +62,7 @@ def resize_crop_torch(image: np.ndarray, size: Pair, offset: Pair, extent: Pair)
     across, down = (plan_side(*side) for side in zip(offset, extent, size, image.shape[1::-1], strict=True))
     source = np.array(image[down.first : down.last, across.first : across.last], order="C")
     scaled = F.interpolate(
-        torch.from_numpy(source)[None].permute(0, 3, 1, 2),  # (1, 3, h, w) in channels-last memory, the fast layout
+        torch.from_numpy(source)[None].permute(0, 3, 1, 2),  # (1, C, h, w) in channels-last memory, the fast layout
         scale_factor=(down.factor, across.factor),
         mode="bilinear",
         antialias=True,

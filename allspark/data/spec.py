@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -57,6 +57,26 @@ class ColorTable:
         return np.frombuffer(self.values, np.uint8)[index], known[index] != packed
 
 
+class Statistics(NamedTuple):
+    """Mean and standard deviation of each channel of the images, which are in 0..1, for the normalization."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def of(cls, channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Statistics:
+        """The given values, or ImageNet's; channels beyond RGB and images of one or two channels get their average."""
+
+        def extend(values: tuple[float, ...]) -> tuple[float, ...]:
+            average = round(sum(values) / 3, 3)
+            return (average,) * channels if channels < 3 else values + (average,) * (channels - 3)
+
+        return cls(tuple(mean or extend(IMAGENET.mean)), tuple(std or extend(IMAGENET.std)))
+
+
+IMAGENET = Statistics()
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """Everything the code needs to know about a data set.
@@ -72,6 +92,7 @@ class DatasetSpec:
         submission: class indices (H, W) uint8 -> values the benchmark's server expects; None: class indices.
         background: index of the class for everything that belongs to no other class; None: there is no such class.
         colors: read masks as RGB colors, ignoring decode_mask; None: read masks as values.
+        statistics: of the images, one value per channel.
     """
 
     name: str
@@ -87,6 +108,12 @@ class DatasetSpec:
     submission: Callable[[np.ndarray], np.ndarray] | None = None
     background: int | None = None
     colors: ColorTable | None = None
+    statistics: Statistics = IMAGENET
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return len(self.statistics.mean)
 
     @property
     def num_classes(self) -> int:

@@ -66,12 +66,12 @@ class Geometry:
 
     def _pad_and_flip(self, visible: np.ndarray, fill: int) -> np.ndarray:
         below, right = (whole - side for whole, side in zip(self.crop, visible.shape[:2], strict=True))
+        channels = visible.shape[2:]
         if below or right:
             visible = cv2.copyMakeBorder(visible, 0, below, 0, right, cv2.BORDER_CONSTANT, value=[fill] * 4)
-        if not (self.flip or self.vertical_flip):
-            return np.ascontiguousarray(visible)
-        axis = -1 if self.flip and self.vertical_flip else 1 if self.flip else 0
-        return cv2.flip(visible, axis)  # 20 times faster than numpy
+        if self.flip or self.vertical_flip:  # by cv2: 20 times faster than numpy
+            visible = cv2.flip(visible, -1 if self.flip and self.vertical_flip else 1 if self.flip else 0)
+        return np.ascontiguousarray(visible).reshape(*self.crop, *channels)  # cv2 drops a single channel
 
 
 def draw_geometry(
@@ -103,8 +103,8 @@ def draw_geometry(
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) uint8."""
-    planes = np.empty((3, *image.shape[:2]), np.uint8)
+    """(H, W, C) uint8 -> (C, H, W) uint8."""
+    planes = np.empty((image.shape[2], *image.shape[:2]), np.uint8)
     cv2.split(image, list(planes))  # in place; several times faster than a transposed copy
     return torch.from_numpy(planes)
 
@@ -250,8 +250,17 @@ def imas(image: np.ndarray, rng: Generator, operations: Operations = PILLOW, str
 
 
 def apply_operations(steps: list[tuple[str, float]], image: np.ndarray, operations: Operations) -> np.ndarray:
+    """Apply (name, strength) pairs; channels that are not RGB are changed one by one, as gray images."""
+    colors = 3 if image.shape[2] >= 3 else 0
     for name, strength in steps:
-        image = operations[name](image, strength)
+        if image.shape[2] == 3:
+            image = operations[name](image, strength)
+            continue
+        parts = [operations[name](np.ascontiguousarray(image[..., :3]), strength)] if colors else []
+        for channel in range(colors, image.shape[2]):
+            gray = np.repeat(image[..., channel : channel + 1], 3, 2)
+            parts.append(operations[name](gray, strength)[..., :1])
+        image = np.concatenate(parts, 2)
     return image
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from allspark.config import ModelConfig, Size, height_width
 from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
+from allspark.models.input_channels import set_input_channels
 from allspark.models.memory import SemanticMemory
 from allspark.models.mlp_decoder import build_decoder
 from allspark.models.resize import pad_to_multiple, resize_to_image
@@ -55,7 +56,7 @@ class SegOutput:
 
 
 class Segmentor(nn.Module):
-    """Semantic segmentation network: normalized images (B, 3, H, W), H and W >= 32, -> SegOutput.
+    """Semantic segmentation network: normalized images (B, C, H, W), H and W >= 32, -> SegOutput.
 
     Args:
         encoder: images -> four feature maps, see ENCODERS.
@@ -131,15 +132,17 @@ class Segmentor(nn.Module):
         return copied.eval().requires_grad_(False)
 
 
-def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size) -> Segmentor:
+def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: int = 3) -> Segmentor:
     """Build a model with fresh weights.
 
     Args:
         cfg: the model section of a recipe.
         num_classes: K.
         crop_size: of the training crops, which sets the size of the memory, ceil(crop_size / stride).
+        channels: of the images.
     """
     encoder = build_encoder(cfg)
+    set_input_channels(encoder, channels)
     encoder.set_grad_checkpointing(cfg.checkpointing)
     decoder = build_decoder(cfg, encoder, num_classes)
     bottleneck = None

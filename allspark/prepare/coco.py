@@ -107,7 +107,9 @@ def draw_mask(content: None, name: str, where: str, height: int, width: int, ins
     return encode_png(mask)
 
 
-def encode_segmentation(segmentation: Any, height: int, width: int, where: str) -> Mapping[str, Any]:
+def encode_segmentation(
+    segmentation: Any, height: int, width: int, where: str, remedy: str = REMEDY
+) -> Mapping[str, Any]:
     """Polygons [[x, y, x, y, ...], ...] or uncompressed run lengths -> pycocotools' own run lengths."""
     from pycocotools import mask as coder
 
@@ -118,7 +120,7 @@ def encode_segmentation(segmentation: Any, height: int, width: int, where: str) 
         check_polygons(polygons, max(height, width))
         return coder.merge(coder.frPyObjects(polygons or [[0] * 6], height, width))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: not a segmentation of a {width} x {height} image ({error}); {REMEDY}") from None
+        raise UserError(f"{where}: not a segmentation of a {width} x {height} image ({error}); {remedy}") from None
 
 
 def check_polygons(polygons: list[list[float]], side: int) -> None:
@@ -130,15 +132,34 @@ def check_polygons(polygons: list[list[float]], side: int) -> None:
 
 
 def run_lengths(segmentation: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
-    """Only uncompressed ones, as in the official file. pycocotools' C code does not check that they fill the image."""
+    """As lists of counts or as text. pycocotools' C code does not check that they fill the image."""
     from pycocotools import mask as coder
 
     counts = segmentation["counts"]
+    counts = unpack_counts(counts) if isinstance(counts, str) else counts
     if list(segmentation["size"]) != [height, width] or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError("run lengths of another size, or compressed ones")
+        raise ValueError("run lengths of another size, or negative ones")
     if sum(counts) != height * width:
         raise ValueError(f"run lengths of {sum(counts)} pixels")
-    return coder.frPyObjects(segmentation, height, width)
+    return coder.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+
+
+def unpack_counts(text: str) -> list[int]:
+    """Counts from COCO's text form: 5 bits per character, lowest first; from the fourth on differences to the last but
+    one."""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("damaged run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # continues
+            continue
+        value -= (bits & 16) and 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value, shift = 0, 0
+    return counts
 
 
 COCO = Plan(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.models import mit, resnet
+from allspark.models.input_channels import adapt_filters
 from allspark.models.segmentor import ENCODERS, Segmentor, build_model
 from allspark.models.timm_encoder import TimmEncoder
 from allspark.utils.errors import UserError, reason_of
@@ -131,6 +132,8 @@ def load_matching(module: nn.Module, found: RenamedWeights, prefix: str = "") ->
         want = own[short]
         if tensor.shape == (*want.shape, 1, 1):  # a 1x1 convolution instead of our linear layer
             tensor = tensor.flatten(1)
+        if tensor.ndim == want.ndim == 4 and tensor.shape[1] == 3 != want.shape[1]:  # images with other channels
+            tensor = adapt_filters(tensor, want.shape[1])
         if tensor.shape != want.shape:
             result.wrong[short] = f"has shape {tuple(tensor.shape)}, must be {tuple(want.shape)}"
         elif tensor.is_floating_point() != want.is_floating_point():

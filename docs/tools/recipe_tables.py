@@ -89,7 +89,10 @@ def settings_text() -> str:
 
 def work(recipe: Recipe, spec: DatasetSpec) -> int:
     """Floating-point operations of a training step of the whole batch, counted on fake tensors."""
-    model, method = build_model(recipe.model, spec.num_classes, recipe.data.crop_size), build_method(recipe, spec)
+    model, method = (
+        build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels),
+        build_method(recipe, spec),
+    )
     method.attach(model)
     counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: convolution_backward_flops})
     with FakeTensorMode(allow_non_fake_inputs=True), FakeMemoryCounter():

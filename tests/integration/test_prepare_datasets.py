@@ -313,7 +313,9 @@ def test_coco_unknown_category(coco, tmp_path):
         ([[0, 0, 4, 0, 4, 4, 4]], "odd"),
         ({"size": [32, 40], "counts": [10, 5]}, "run lengths of 15 pixels"),
         ({"size": [40, 32], "counts": [1280]}, "another size"),
-        ({"size": [32, 40], "counts": [1290, -10]}, "compressed ones"),
+        ({"size": [32, 40], "counts": [1290, -10]}, "negative ones"),
+        ({"size": [32, 40], "counts": "0]"}, "run lengths of"),
+        ({"size": [32, 40], "counts": "ooooooooooooooooo0"}, "damaged run lengths"),
         ("polygon", "string indices"),
     ],
 )

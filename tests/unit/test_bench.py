@@ -20,10 +20,10 @@ from allspark.bench.plain import (
 )
 from allspark.cli import bench
 from allspark.config import BottleneckConfig, DataConfig, ModelConfig, OptimConfig
-from allspark.data.batch import IMAGENET_STD, LabeledBatch, UnlabeledBatch, Views, normalize
+from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views, normalize
 from allspark.data.datasets import spec_for
 from allspark.data.loaders import LABELED, UNLABELED, TrainPairs
-from allspark.data.spec import IGNORE_INDEX, Sample
+from allspark.data.spec import IGNORE_INDEX, IMAGENET, Sample
 from allspark.data.splits import Lists
 from allspark.engine.optim import build_optimizer
 from allspark.engine.stepper import Stepper
@@ -160,7 +160,7 @@ def test_same_strong_view(files):
 
 
 def gray_levels(view, plain_view):
-    return (normalize(view) - plain_view).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+    return (normalize(view) - plain_view).abs() * 255 * torch.tensor(IMAGENET.std)[:, None, None]
 
 
 def test_depthwise_convolution_flops():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from allspark.config import CustomDataConfig
-from allspark.data.spec import IGNORE_INDEX, ColorTable, DatasetSpec, LookupTable, identity, voc_palette
+from allspark.data.spec import IGNORE_INDEX, ColorTable, DatasetSpec, LookupTable, Statistics, identity, voc_palette
 from allspark.utils.errors import UserError
 
 
@@ -24,6 +24,10 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
     for color in palette:
         if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
             raise UserError(f"data.custom.palette: {list(color)} is not a color; give red, green, blue in 0..255")
+    for key in ("mean", "std"):
+        values = getattr(custom, key)
+        if values is not None and len(values) != custom.channels:
+            raise UserError(f"data.custom.{key}: {len(values)} values for {custom.channels} channels; give one each")
     stored_decoded = custom.value_map is None and custom.ignore_index == IGNORE_INDEX
     return DatasetSpec(
         name=name,
@@ -33,6 +37,7 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
         decode_mask=identity if stored_decoded else LookupTable.from_mapping(value_table(custom), default=num_classes),
         background=custom.background,
         colors=None if custom.color_map is None else ColorTable.from_mapping(color_table(custom)),
+        statistics=Statistics.of(custom.channels, custom.mean, custom.std),
         mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or define its values with "
         "data.custom.classes, ignore_index, value_map",
     )

@@ -1,0 +1,36 @@
+"""allspark masks: the files of annotation tools -> masks of class indices."""
+
+from __future__ import annotations
+
+import argparse
+
+from allspark.data.image_io import walk
+from allspark.data.splits import IMAGE_SUFFIXES
+from allspark.prepare.jobs import show_progress, write_file
+from allspark.prepare.masks import FORMATS, Labels, make_mask
+from allspark.utils.errors import UserError, short_repr
+
+
+def main(args: argparse.Namespace) -> None:
+    classes = tuple(name.strip() for name in args.classes.split(","))
+    background = args.background or classes[0]
+    if background not in classes:
+        raise UserError(f"--background {short_repr(background)} is not among --classes {args.classes}")
+    for path in (args.source, args.images):
+        if not path.exists():
+            raise UserError(f"{path}: does not exist; give the annotations, and the folder of the images")
+    labels = Labels(classes, classes.index(background), args.ignore_unknown)
+    images = sorted(path for path in walk(args.images) if path.suffix.lower() in IMAGE_SUFFIXES)
+    drawn = FORMATS[args.format](args.source, images, labels)
+    if not drawn:
+        raise UserError(f"{args.source}: has annotations of none of the {len(images)} images in {args.images}")
+    targets = {image: args.out / image.relative_to(args.images).with_suffix(".png") for image in drawn}
+    if not args.force and (existing := [target for target in targets.values() if target.exists()]):
+        raise UserError(f"{existing[0]}: exists already; choose another --out, or overwrite with --force")
+    for image, target in show_progress(targets.items(), "masks", len(targets)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, make_mask(image, drawn[image], labels))
+    print(f"{args.out}: {len(drawn)} masks; pixels without annotation are '{background}'")
+    if left := [image.name for image in images if image not in drawn]:
+        print(f"{len(left)} of {len(images)} images have no annotation and no mask, such as {left[0]}")
+    print(f"for the recipe: data.custom.classes: [{', '.join(classes)}], and the folder of masks: {args.out}")

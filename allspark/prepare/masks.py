@@ -1,0 +1,218 @@
+"""Masks of class indices from the files of annotation tools: one file per class, LabelMe, or COCO JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from allspark.data.image_io import open_image, read_size, walk
+from allspark.data.spec import IGNORE_INDEX
+from allspark.prepare.coco import encode_segmentation
+from allspark.prepare.images import encode_png
+from allspark.prepare.jobs import read_file
+from allspark.utils.errors import UserError, short_repr
+
+Draw = Callable[[np.ndarray], None]  # draws the annotations of an image into its mask (H, W) uint8
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class names and what becomes of everything else.
+
+    Args:
+        classes: in the order of their indices.
+        background: index of pixels without annotation.
+        ignore_unknown: pixels of other labels are ignored instead of an error.
+    """
+
+    classes: tuple[str, ...]
+    background: int
+    ignore_unknown: bool
+
+    def index(self, label: Any, where: str) -> int:
+        if label in self.classes:
+            return self.classes.index(label)
+        if self.ignore_unknown:
+            return IGNORE_INDEX
+        raise UserError(
+            f"{where}: label {short_repr(label)} is not among --classes ({', '.join(self.classes)}); "
+            "add it there, or use --ignore-unknown to ignore its pixels"
+        )
+
+
+def make_mask(image: Path, draw: Draw, labels: Labels) -> bytes:
+    """The mask of an image as the bytes of a PNG."""
+    width, height = read_size(image)
+    mask = np.full((height, width), labels.background, np.uint8)
+    draw(mask)
+    return encode_png(mask)
+
+
+# One file per class
+
+
+def per_class(source: Path, images: Sequence[Path], labels: Labels) -> dict[Path, Draw]:
+    """Files <class>/<image>.png or <image>_<class>.png in the folder; where a file is not zero is its class."""
+    files: dict[str, list[tuple[str, Path]]] = {}
+    for path in walk(source):
+        folder, (stem, _, ending) = path.parent.relative_to(source).name, path.stem.rpartition("_")
+        candidates = [(path.stem, folder)] if folder else [(path.stem.removesuffix(f"_{c}"), c) for c in labels.classes]
+        named = [(stem, label) for stem, label in candidates if folder or path.stem.endswith(f"_{label}")]
+        stem, label = max(named, key=lambda pair: len(pair[1])) if named else (stem, ending or path.stem)
+        files.setdefault(stem, []).append((label, path))
+    return {
+        image: lambda mask, found=files[image.stem]: draw_files(mask, found, labels)
+        for image in images
+        if image.stem in files
+    }
+
+
+def draw_files(mask: np.ndarray, files: Sequence[tuple[str, Path]], labels: Labels) -> None:
+    owner: dict[int, Path] = {}
+    taken = np.zeros(mask.shape, bool)
+    for label, path in sorted(files):
+        index = labels.index(label, str(path))
+        region = read_region(path)
+        if region.shape != mask.shape:
+            raise UserError(f"{path}: {size_of(region)} pixels, its image has {size_of(mask)}; create the mask again")
+        if (region & taken).any():
+            other = ", ".join(path.name for path in owner.values())
+            raise UserError(
+                f"{path}: {int((region & taken).sum())} pixels belong to another class, too ({other}); "
+                "correct the files: a pixel has one class"
+            )
+        mask[region], taken, owner[index] = index, taken | region, path
+
+
+def read_region(path: Path) -> np.ndarray:
+    """(H, W) bool, True where a mask of one class is not black. UserError: it holds more than black and one value."""
+    with open_image(path) as image:
+        image = image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode))
+        bands = [np.asarray(band) for band in image.split()]
+    colors = np.stack(bands[:3] if len(bands) > 2 else bands[:1])
+    region = colors.any(0)
+    if any(np.ptp(band[region]) for band in colors if region.any()):
+        raise UserError(
+            f"{path}: holds more than black and one other value; a mask of one class has two values, stored without "
+            "loss (PNG, not JPEG)"
+        )
+    return region
+
+
+# LabelMe
+
+
+def labelme(source: Path, images: Sequence[Path], labels: Labels) -> dict[Path, Draw]:
+    """A JSON file per image; later shapes are drawn over earlier ones."""
+    files = {path.stem: path for path in sorted(source.rglob("*.json"))}
+    return {
+        image: lambda mask, path=files[image.stem]: draw_labelme(mask, path, labels)
+        for image in images
+        if image.stem in files
+    }
+
+
+def draw_labelme(mask: np.ndarray, path: Path, labels: Labels) -> None:
+    content = read_json(path)
+    shapes = content.get("shapes") if isinstance(content, Mapping) else None
+    if not isinstance(shapes, list):
+        raise UserError(f"{path}: has no list of shapes; give LabelMe's own JSON files")
+    check_size(path, (content.get("imageHeight"), content.get("imageWidth")), mask)
+    canvas = Image.fromarray(mask)
+    drawing = ImageDraw.Draw(canvas)
+    for number, shape in enumerate(shapes, start=1):
+        where = f"{path}: shape {number}"
+        try:
+            kind, points = shape.get("shape_type") or "polygon", np.asarray(shape["points"], float)
+            if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) <= 4 * max(mask.shape)).all():
+                raise ValueError("points far outside of the image, or not pairs")
+            index, corners = labels.index(shape["label"], where), [tuple(point) for point in points]
+            if kind == "polygon" and len(points) >= 3:
+                drawing.polygon(corners, fill=index, outline=index)
+            elif kind == "rectangle" and len(points) == 2:
+                drawing.rectangle([*points.min(0), *points.max(0)], fill=index)
+            elif kind == "circle" and len(points) == 2:
+                radius = math.dist(*points)
+                drawing.ellipse([*(points[0] - radius), *(points[0] + radius)], fill=index)
+            else:
+                raise ValueError(f"a {short_repr(kind)} of {len(points)} points; draw polygons, rectangles or circles")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{where}: cannot be drawn ({error})") from None
+    mask[:] = np.asarray(canvas)
+
+
+# COCO
+
+
+def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[Path, Draw]:
+    """One JSON file with images, annotations and categories; smaller regions are drawn over larger ones."""
+    content = read_json(source)
+    try:
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        regions: dict[Any, list[Mapping]] = {}
+        for annotation in content["annotations"]:
+            regions.setdefault(annotation["image_id"], []).append(annotation)
+        listed = {Path(image["file_name"]).name: image for image in content["images"]}
+        found = [(image, listed[image.name]) for image in images if image.name in listed]
+        return {
+            image: lambda mask, entry=entry: draw_coco(mask, entry, regions.get(entry["id"], []), names, source, labels)
+            for image, entry in found
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: not COCO's format of instances ({error!r}); export it again") from None
+
+
+def draw_coco(
+    mask: np.ndarray, image: Mapping, annotations: Sequence[Mapping], names: Mapping, source: Path, labels: Labels
+) -> None:
+    try:
+        from pycocotools import mask as coder
+    except ImportError:
+        raise UserError("COCO masks need pycocotools, which is not installed: pip install pycocotools") from None
+
+    check_size(source, (image.get("height"), image.get("width")), mask)
+    drawn = []
+    for annotation in annotations:
+        where = f"{source}: annotation {short_repr(annotation.get('id'))}"
+        name = names.get(annotation.get("category_id"))
+        index = IGNORE_INDEX if annotation.get("iscrowd") else labels.index(name, where)
+        region = encode_segmentation(
+            annotation.get("segmentation"), *mask.shape, where, "correct it, or export it again"
+        )
+        drawn.append((index != IGNORE_INDEX, -int(coder.area(region)), index, region))
+    for *_, index, region in sorted(drawn, key=lambda part: part[:2]):  # crowds first, then the largest
+        mask[coder.decode(region).view(bool)] = index
+
+
+FORMATS: dict[str, Callable[[Path, Sequence[Path], Labels], dict[Path, Draw]]] = {
+    "per-class": per_class,
+    "labelme": labelme,
+    "coco": coco,
+}
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, numbers of thousands of digits
+        raise UserError(f"{path}: not JSON ({str(error)[:200]}); export it again") from None
+
+
+def check_size(path: Path, stated: tuple[Any, Any], mask: np.ndarray) -> None:
+    """UserError if the annotations are of an image of another size, as after a rotation or a resize."""
+    if None not in stated and stated != mask.shape:
+        raise UserError(
+            f"{path}: was drawn on an image of {short_repr(stated[1])} x {short_repr(stated[0])} pixels, the image has "
+            f"{size_of(mask)}; give the images that were annotated"
+        )
+
+
+def size_of(array: np.ndarray) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"
