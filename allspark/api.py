@@ -56,7 +56,7 @@ def predict(
         UserError: the array has another shape or dtype, or the file cannot be read.
     """
     if isinstance(image, np.ndarray):
-        check_pixels(image)
+        check_pixels(image, model.spec.channels)
         pixels, name = image, "image"
     else:
         pixels, name = read_image(Path(image)), str(image)
@@ -65,10 +65,10 @@ def predict(
     return masks[0].cpu().numpy()
 
 
-def check_pixels(image: np.ndarray) -> None:
-    """Raise UserError unless the array is an RGB image."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+def check_pixels(image: np.ndarray, channels: int) -> None:
+    """Raise UserError unless the array is an image with so many channels."""
+    if image.ndim != 3 or image.shape[2] != channels or image.dtype != np.uint8 or image.size == 0:
         raise UserError(
-            f"image: an array of shape {image.shape} and dtype {image.dtype}, must be a non-empty RGB image of shape "
-            "(H, W, 3) and dtype uint8; convert it, e.g. with PIL: np.asarray(Image.open(file).convert('RGB'))"
+            f"image: an array of shape {image.shape} and dtype {image.dtype}, must be a non-empty image of shape "
+            f"(H, W, {channels}) and dtype uint8; for RGB e.g. np.asarray(PIL.Image.open(file).convert('RGB'))"
         )

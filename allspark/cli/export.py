@@ -21,6 +21,7 @@ from allspark import inference as loading
 from allspark.config import Size, height_width
 from allspark.config_io import to_plain
 from allspark.data.batch import normalize
+from allspark.data.spec import IMAGENET, Statistics
 from allspark.evaluation.sliding_window import Inference, predict_sliding
 from allspark.models.segmentor import Segmentor, SegOutput
 from allspark.utils.atomic import atomic_file
@@ -31,7 +32,7 @@ Run = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 -> logits (B, K, H
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 NEEDS = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 MIN_SIDE = 64  # torch.export assumes that no feature map shrinks to a single cell
-EXAMPLE = (2, 3, 97, 161)  # shape of the traced input; all sizes differ so that none is taken for another one
+EXAMPLE = (2, 97, 161)  # batch, height, width of the traced input; all differ so that none is taken for another
 CHECKED = (
     (1, 64, 64),
     (3, 66, 97),
@@ -46,7 +47,7 @@ TOLERANCE = 1e-4  # relative to the largest logit, at least to 1
 def main(args: argparse.Namespace) -> None:
     check_arguments(args.format, args.out, args.force)
     loaded = loading.load_for_inference(args.checkpoint, torch.device("cpu"), args.dataset)
-    network = Exported(loaded.model).eval()
+    network = Exported(loaded.model, loaded.spec.statistics).eval()
     with quiet():
         program = trace(network)
     about = metadata(loaded)
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         run = {"torch": open_torch, "onnx": open_onnx}[args.format](temporary)
         print(verify(run, network, loaded.crop_size or loading.ANY_CROP, args.out))
     size = args.out.stat().st_size / 2**20
-    print(f"{args.out}: {size:.1f} MiB; uint8 RGB (B, 3, H, W) in, logits of {len(about['classes'])} classes out")
+    print(f"{args.out}: {size:.1f} MiB; {about['input']} -> logits of {len(about['classes'])} classes")
 
 
 def check_arguments(form: str, out: Path, force: bool) -> None:
@@ -71,14 +72,15 @@ def check_arguments(form: str, out: Path, force: bool) -> None:
 
 
 class Exported(nn.Module):
-    """Images (B, 3, H, W), uint8 RGB -> logits (B, K, H, W), float32. No image depends on another."""
+    """Images (B, C, H, W), uint8 -> logits (B, K, H, W), float32. No image depends on another."""
 
-    def __init__(self, model: Segmentor) -> None:
+    def __init__(self, model: Segmentor, statistics: Statistics = IMAGENET) -> None:
         super().__init__()
+        self.statistics = statistics
         self.model = model.inference_copy()
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model(normalize(image)).logits
+        return self.model(normalize(image, self.statistics)).logits
 
 
 @contextmanager
@@ -96,7 +98,8 @@ def quiet() -> Iterator[None]:
 
 def trace(network: Exported) -> ExportedProgram:
     """The network as a program with dynamic batch, height and width; UserError if torch cannot trace it."""
-    example = torch.zeros(EXAMPLE, dtype=torch.uint8)
+    batch, height, width = EXAMPLE
+    example = torch.zeros(batch, len(network.statistics.mean), height, width, dtype=torch.uint8)
     free = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
     try:
         with torch.no_grad():
@@ -115,14 +118,14 @@ def trace(network: Exported) -> ExportedProgram:
 
 def metadata(loaded: loading.InferenceModel) -> dict[str, Any]:
     """What a user of the file needs to know, as plain values."""
-    inference = {"mode": loaded.spec.eval_mode, "window": loaded.crop_size}
+    channels, inference = loaded.spec.channels, {"mode": loaded.spec.eval_mode, "window": loaded.crop_size}
     if loaded.recipe is not None:
         chosen = loaded.inference()
         inference = {"mode": chosen.mode, "window": chosen.window}
     return {
         "classes": list(loaded.spec.classes),
         "palette": [list(map(int, color)) for color in loaded.spec.palette],
-        "input": "image: uint8 RGB (batch, 3, height, width)",
+        "input": f"image: uint8 {'RGB ' * (channels == 3)}(batch, {channels}, height, width)",
         "output": "logits: float32 (batch, class, height, width); the class with the largest logit is predicted",
         "min_side": MIN_SIDE,
         "evaluated": inference,
@@ -180,13 +183,13 @@ def verify(run: Run, network: Exported, window: Size, out: Path) -> str:
     Raises:
         UserError: they exceed TOLERANCE.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, channels = torch.Generator().manual_seed(0), len(network.statistics.mean)
     whole, largest = 0.0, 1.0
     for batch, height, width in CHECKED:
-        image = torch.randint(256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+        image = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
         want, got = network(image), run_exported(run, image, out)
         whole, largest = max(whole, float((want - got).abs().max())), max(largest, float(want.abs().max()))
-    image = torch.randint(256, (1, 3, *WINDOWED), dtype=torch.uint8, generator=generator)
+    image = torch.randint(256, (1, channels, *WINDOWED), dtype=torch.uint8, generator=generator)
     side = min(max(*height_width(window), MIN_SIDE), min(WINDOWED) - 1)  # several windows of one size
     inference = Inference("sliding_window", side)
     parts = [predict_sliding(lambda x, f=f: SegOutput(f(x)), image, inference) for f in (network, run)]

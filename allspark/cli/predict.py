@@ -137,10 +137,10 @@ def memory_check(model: nn.Module, inference: Inference, device: torch.device) -
 
 def forward_peak(model: nn.Module, shape: torch.Size, scale: float, device: torch.device) -> int:
     """Peak memory of a forward pass in bytes, from a pass on fake tensors."""
-    _, height, width = shape
+    channels, height, width = shape
     ledger = FakeMemoryCounter()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), ledger:
-        scores = model(torch.empty((1, 3, round(height * scale), round(width * scale)), device=device)).logits
+        scores = model(torch.empty((1, channels, round(height * scale), round(width * scale)), device=device)).logits
         del scores
     return ledger.peak
 

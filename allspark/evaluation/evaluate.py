@@ -106,7 +106,7 @@ def predict_tiled(
     label = torch.empty(image[:, 0].shape, dtype=torch.uint8, device=device)
     prob = torch.empty(label.shape, device=device)
     with eval_mode(model):
-        for rows, scores in tiled_scores(model, image, inference, device):
+        for rows, scores in tiled_scores(model, image, inference, device, spec.statistics):
             check_classes(scores, spec)
             prob[:, rows], best = scores.max(1)
             label[:, rows] = best.to(torch.uint8)
@@ -119,7 +119,7 @@ def region_scores(
     """class_scores of the predicted region: uint8 (B, 3, H, W) -> (B, K, rows, columns)."""
     check_size(image, names[0], inference)
     rows, columns = inference.region(*image.shape[-2:])
-    scores = class_scores(model, normalize(image[..., rows, columns].to(device)), inference)
+    scores = class_scores(model, normalize(image[..., rows, columns].to(device), spec.statistics), inference)
     check_classes(scores, spec)
     return scores
 

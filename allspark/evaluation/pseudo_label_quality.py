@@ -74,7 +74,8 @@ def measure_pseudo_labels(
     for items in iterate(make_loader(shard, workers, timeout=timeout, batch_size=batch_size, collate_fn=list)):
         for (image, truth), names in group_by_size(item for item in items if not isinstance(item, UserError)):
             mask = truth.to(device)
-            label, confidence = labeler(normalize(image.to(device)), torch.ones_like(mask, dtype=torch.bool))
+            normalized = normalize(image.to(device), spec.statistics)
+            label, confidence = labeler(normalized, torch.ones_like(mask, dtype=torch.bool))
             labeled += (mask != spec.ignore_index).sum()
             minimum = threshold[label] if isinstance(threshold, Tensor) else threshold
             unsure = torch.zeros_like(mask, dtype=torch.bool) if minimum is None else confidence < minimum

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from allspark.data.batch import normalize
+from allspark.data.spec import IMAGENET, Statistics
 from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, window_batches
 
 MAX_SCORES = 2 * 10**8  # scores of a batch in memory: 0.8 GB, and two to three times that while they are averaged
@@ -31,20 +32,25 @@ def needs_tiling(shape: torch.Size, num_classes: int, inference: Inference) -> b
 
 
 def tiled_scores(
-    model: nn.Module, image: Tensor, inference: Inference, device: torch.device
+    model: nn.Module,
+    image: Tensor,
+    inference: Inference,
+    device: torch.device,
+    statistics: Statistics = IMAGENET,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The result of class_scores from top to bottom.
 
     Args:
         model: in eval mode.
-        image: (B, 3, H, W) uint8 on any device; only windows are moved to `device`.
+        image: (B, C, H, W) uint8 on any device; only windows are moved to `device`.
+        statistics: for the normalization.
 
     Yields:
         Rows, and their probabilities (B, K, rows, W) on the device.
     """
     height, width = image.shape[-2:]
     views = [
-        View(image, scaled_size((height, width), scale), flipped, device)
+        View(image, scaled_size((height, width), scale), flipped, device, statistics)
         for scale in inference.scales
         for flipped in ((False, True) if inference.flip else (False,))
     ]
@@ -67,6 +73,7 @@ class View:
     size: Size
     flipped: bool
     device: torch.device
+    statistics: Statistics
 
     def window(self, rows: slice, columns: slice) -> Tensor:
         """(B, 3, rows, columns), normalized, on the device."""
@@ -78,10 +85,10 @@ class View:
     def resized_window(self, rows: slice, columns: slice) -> Tensor:
         height, width = self.image.shape[-2:]
         if self.size == (height, width):
-            return normalize(self.image[..., rows, columns].to(self.device))
+            return normalize(self.image[..., rows, columns].to(self.device), self.statistics)
         top, bottom, down = resize_weights(height, self.size[0], rows.start, rows.stop)
         left, right, across = resize_weights(width, self.size[1], columns.start, columns.stop)
-        part = normalize(self.image[..., top:bottom, left:right].to(self.device))
+        part = normalize(self.image[..., top:bottom, left:right].to(self.device), self.statistics)
         with torch.autocast(self.device.type, enabled=False):  # float32 like F.interpolate, whatever --precision says
             return down.to(self.device) @ part @ across.to(self.device).T
 

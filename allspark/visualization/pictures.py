@@ -73,8 +73,9 @@ def find_borders(mask: np.ndarray) -> np.ndarray:
 
 
 def to_rgb(image: Picture) -> np.ndarray:
-    """(3, H, W) uint8 -> (H, W, 3) uint8."""
-    return np.asarray(image).transpose(1, 2, 0)
+    """(C, H, W) uint8 -> (H, W, 3) uint8: the first three channels; of one or two the first, in gray."""
+    channels = np.asarray(image)
+    return channels[[0, 1, 2] if len(channels) >= 3 else [0, 0, 0]].transpose(1, 2, 0)
 
 
 def save_index_png(mask: Picture, palette: Palette, path: Path) -> None:
