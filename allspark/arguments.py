@@ -52,7 +52,7 @@ def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
 def add_train(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument(
-        "--save-path", type=Path, metavar="DIR", help="folder of the run; default: exp/<dataset>/<method>/<split>"
+        "--save-path", type=path, metavar="DIR", help="folder of the run; default: exp/<dataset>/<method>/<split>"
     )
     parser.add_argument("--print-config", action="store_true", help="print the complete recipe and exit")
     parser.add_argument("--fresh", action="store_true", help="start over; an existing run is moved aside")
@@ -68,7 +68,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="a complete recipe instead of --dataset; --method, if given, replaces its method",
     )
@@ -95,7 +95,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="written by train.py or `weights import`"
+        "--checkpoint", type=path, required=True, metavar="FILE", help="written by train.py or `weights import`"
     )
     parser.add_argument(
         "--dataset", help="data set of imported weights; for a checkpoint of train.py it must be the training data set"
@@ -117,13 +117,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_inference(parser)
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data set; default: that of the recipe")
     parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="evaluate this list of `image mask` lines instead of val"
+        "--list", type=path, metavar="FILE", help="evaluate this list of `image mask` lines instead of val"
     )
     parser.add_argument("--absent-as-zero", action="store_true", help="count a class that never occurs as IoU 0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the scores to this file")
     parser.add_argument(
         "--save-dir",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="write DIR/<image>.png in the format of the benchmark's server: labelIds for Cityscapes, 1..150 for "
         "ADE20K, else class indices with a palette. A test set needs no masks: --list FILE with one image per line",
@@ -144,10 +144,10 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     evaluation = benches.add_parser("eval", help="sliding windows, whole images, confusion matrix")
     scale = benches.add_parser("scale", help="the step for growing classes, crop, batch, encoder and processes")
     docs = benches.add_parser("docs", help="update the tables and figures of docs/benchmarks.md from its JSON files")
-    docs.add_argument("document", type=Path, nargs="?", help="default: docs/benchmarks.md")
+    docs.add_argument("document", type=path, nargs="?", help="default: docs/benchmarks.md")
     pixels = partial(integer, 64, 2**14)
     for bench in (step, loader, evaluation, scale):
-        bench.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+        bench.add_argument("--json", type=path, metavar="FILE", help="write the results to this file")
         bench.add_argument("--device", default="cpu", help="cpu, cuda, mps or auto")
         bench.add_argument(
             "--repeats", type=positive, default=3 if bench is scale else 5, help="timed runs, after a warm-up"
@@ -190,7 +190,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="open a sample of the files of each list")
     parser.add_argument("--data-only", action="store_true", help="skip the network, its weights and its memory")
     parser.add_argument(
-        "--save-path", type=Path, default=Path("exp"), metavar="DIR", help="where disk space is checked; default: exp"
+        "--save-path", type=path, default=Path("exp"), metavar="DIR", help="where disk space is checked; default: exp"
     )
     parser.add_argument(
         "--processes",
@@ -209,7 +209,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         help="folder of a run, or NAME=FOLDER to name its row; runs of one name are the seeds of one row; or a "
         "docs/runs/*/runs.jsonl.gz, the logs of recorded runs",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for table.md and the figures")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for table.md and the figures")
     parser.add_argument("--paired", metavar="NAME", help="add a table of differences to this row, seed by seed")
     parser.add_argument(
         "--images", type=positive, default=5, metavar="N", help="validation images in the grid of predictions"
@@ -220,21 +220,21 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument("--format", choices=("torch", "onnx"), required=True, help="torch: a torch.export program")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .pt2 (torch) or .onnx")
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="ends in .pt2 (torch) or .onnx")
     parser.add_argument("--force", action="store_true", help="overwrite --out")
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     add_inference(parser)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for <name>.png, a mask of class indices"
+        "--out", type=path, required=True, metavar="DIR", help="folder for <name>.png, a mask of class indices"
     )
     parser.add_argument(
         "--index-only", action="store_true", help="do not write _color.png, _overlay.png and _confidence.png"
     )
     parser.add_argument("--every", type=positive, default=1, metavar="N", help="predict every N-th frame of a video")
     parser.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="base of the paths in a list; default: the folder of the list"
+        "--data-root", type=path, metavar="DIR", help="base of the paths in a list; default: the folder of the list"
     )
     parser.add_argument(
         "paths",
@@ -288,13 +288,13 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="sources",
-        type=Path,
+        type=path,
         nargs="+",
         metavar="PATH",
         help="the archives, the folder with them, or the folders they unpack to; default: the folder --out",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: ALLSPARK_DATA_<DATASET> if it is set, else data/<dataset>"
+        "--out", type=path, metavar="DIR", help="default: ALLSPARK_DATA_<DATASET> if it is set, else data/<dataset>"
     )
     parser.add_argument("--download", action="store_true", help="first download the archives to --out and verify them")
     parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core, at most 16")
@@ -310,7 +310,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="folder of a run, or NAME=FOLDER to name it; best and worst images are shown for the first one",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page")
+    parser.add_argument("--out", type=path, required=True, metavar="FILE.html", help="the page")
     parser.add_argument(
         "--images", type=positive, default=8, metavar="N", help="N best and N worst validation images are shown"
     )
@@ -370,7 +370,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--sizes", required=True, help="fractions or counts of labeled images: 1_4,1_8,1_16 or 16,32")
     make.add_argument("--val", metavar="SIZE", help="first move so many images to <out>/val.txt, such as 1_5")
     make.add_argument("--seed", type=partial(integer, 0, 2**31 - 1), default=0, help="default: 0")
-    make.add_argument("--out", type=Path, metavar="DIR", help="default: splits/<dataset>")
+    make.add_argument("--out", type=path, metavar="DIR", help="default: splits/<dataset>")
     make.add_argument("--force", action="store_true", help="overwrite existing lists")
 
 
@@ -379,17 +379,17 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     formats = "The format is recognized by the names of the tensors; pretrained_weights/README.md lists known formats."
     what = "convert a file of any public format to encoder weights or a checkpoint of this code"
     convert = verbs.add_parser("import", help=what, description=f"{what}. {formats}")
-    convert.add_argument("source", type=Path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
+    convert.add_argument("source", type=path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
     convert.add_argument(
-        "--out", type=Path, required=True, metavar="DST", help=".pth; for encoder weights also .safetensors"
+        "--out", type=path, required=True, metavar="DST", help=".pth; for encoder weights also .safetensors"
     )
     what = "show what a file contains: format, network, classes, missing tensors, hash, license"
     inspect = verbs.add_parser("inspect", help=what, description=f"{what}. {formats}")
-    inspect.add_argument("file", type=Path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
+    inspect.add_argument("file", type=path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
     what = "download ImageNet weights of an encoder from the first public mirror that has them, and convert them"
     fetch = verbs.add_parser("fetch", help=what, description=f"{what}.")
     fetch.add_argument("name", metavar="NAME", help="mit_b0 to mit_b5, resnet50, resnet101, resnet50s or resnet101s")
-    fetch.add_argument("--out", type=Path, metavar="DST", help="default: pretrained_weights/NAME.pth")
+    fetch.add_argument("--out", type=path, metavar="DST", help="default: pretrained_weights/NAME.pth")
     fetch.add_argument(
         "--from",
         dest="sources",
@@ -400,6 +400,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("--sha256", metavar="HEX", help="hash of the file of --from, at least its first 8 digits")
     for verb in (convert, fetch):
         verb.add_argument("--force", action="store_true", help="overwrite DST")
+
+
+def path(text: str) -> Path:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path, it contains a null character")
+    return Path(text)
 
 
 def scale_list(text: str) -> tuple[float, ...]:

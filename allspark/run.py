@@ -30,25 +30,25 @@ from allspark.data.spec import DatasetSpec
 from allspark.data.splits import Lists, describe_lists, resolve
 from allspark.engine.checkpoint import (
     LATEST,
-    PREVIOUS,
     TO_RESUME,
     Position,
     broadcast_choice,
     buffers_by_rank,
     explain_mismatch,
     find_checkpoint,
+    has_checkpoint,
     load_buffers_of_rank,
     load_checkpoint,
     load_state,
 )
 from allspark.engine.checkpointer import Checkpointer
-from allspark.engine.log import RunLog
+from allspark.engine.log import TEXT, RunLog
 from allspark.engine.optim import build_optimizer, scale_lr
-from allspark.engine.provenance import revision, write_provenance
-from allspark.engine.run_lock import RunLock
+from allspark.engine.provenance import PROVENANCE, read_provenance, revision, write_provenance
+from allspark.engine.run_lock import LOCK, RunLock
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import Stepper, has_bf16, micro_batch_size, set_deterministic, set_precision
-from allspark.engine.writers import METRICS
+from allspark.engine.writers import METRICS, read_metrics
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.methods import Method
@@ -58,6 +58,8 @@ from allspark.train_step import TrainState
 from allspark.utils.atomic import durable_write_text
 from allspark.utils.errors import UserError
 from allspark.weights.loading import load_pretrained
+
+CONFIG = "config.yaml"  # the complete recipe of a run
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,9 @@ def build_run(
     data_notes += hidden_notes
 
     lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
+    if distributed.is_main():
+        notes = [*notes, *prepare_folder(lock, fresh)]
+    distributed.barrier()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)
     if fresh or not has_checkpoint(save_path):
@@ -134,9 +139,7 @@ def build_run(
     val, crops = SegmentationDataset(lists.val, spec), SegmentationDataset(hidden, spec, recipe.data.crop_size)
     inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation)
 
-    if fresh:
-        move_aside(lock)
-    position, unlogged, resume_notes = resume(save_path, recipe, lists, model, method, stepper)
+    position, unlogged, resume_notes = resume(save_path, recipe, lists, model, method, stepper, loader.steps_per_epoch)
     if position.epoch == recipe.epochs:
         if distributed.is_main():
             print(
@@ -148,8 +151,8 @@ def build_run(
         model.compile_parts()
     total_steps = recipe.epochs * loader.steps_per_epoch
     if distributed.is_main():
-        durable_write_text(save_path / "config.yaml", yaml.safe_dump(to_plain(recipe), sort_keys=False))
-        write_provenance(save_path, command, lists.split, device, resumed=position.step > 0)
+        write_provenance(save_path, command, lists.split, device, resumed=position.step > 0)  # first: it marks a run
+        durable_write_text(save_path / CONFIG, yaml.safe_dump(to_plain(recipe), sort_keys=False))
     log = RunLog(
         save_path,
         active=distributed.is_main(),
@@ -201,22 +204,52 @@ def check_same_start(recipe: Recipe, lists: Lists) -> None:
     launch.check_ranks_agree(code=launch.code_version(), recipe=repr(same), lists=lists.hash)
 
 
-def has_checkpoint(save_path: Path) -> bool:
-    return any((save_path / name).exists() for name in (LATEST, PREVIOUS))
+def prepare_folder(lock: RunLock, fresh: bool) -> list[str]:
+    """Make sure that a run in the folder replaces nothing but what the same run wrote.
 
+    Args:
+        lock: of the folder.
+        fresh: rename the folder of an existing run, and start in a new one.
 
-def move_aside(lock: RunLock) -> None:
-    """Rename the folder of an existing run (--fresh); a folder that is not a run is left as it is."""
+    Returns:
+        Notes for the log.
+
+    Raises:
+        UserError: a new run would replace the results of a run without checkpoints, or files of somebody else.
+    """
     folder = lock.folder
-    if distributed.is_main() and (has_checkpoint(folder) or (folder / METRICS).exists()):
+    if fresh and (has_checkpoint(folder) or any((folder / name).exists() for name in (METRICS, PROVENANCE))):
         target = folder.with_name(f"{folder.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
         lock.move_aside(target)
-        print(f"{folder} was moved to {target}")
-    distributed.barrier()
+        return [f"{folder} was moved to {target}"]
+    if has_checkpoint(folder):
+        return []
+    files = sorted(path for path in folder.iterdir() if path.name != LOCK and path.is_file() and path.stat().st_size)
+    if not read_provenance(folder):
+        for path in files:
+            if path.name in (CONFIG, METRICS, TEXT):
+                raise UserError(
+                    f"{path}: a run writes a file of this name, and this one is not of a run; choose another "
+                    f"--save-path, or move the file"
+                )
+        listed = ", ".join(path.name for path in files[:3]) + ", ..." * (len(files) > 3)
+        return [f"WARNING: {folder} has other files, too: {listed}"] if files else []
+    if (folder / METRICS).exists() and any("miou" in line for line in read_metrics(folder / METRICS)):
+        raise UserError(
+            f"{folder}: has the results of a run, but no checkpoint to continue it from; restore {LATEST}, choose "
+            f"another --save-path, or use --fresh to move the folder aside"
+        )
+    return []
 
 
 def resume(
-    save_path: Path, recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper
+    save_path: Path,
+    recipe: Recipe,
+    lists: Lists,
+    model: Segmentor,
+    method: Method,
+    stepper: Stepper,
+    steps_per_epoch: int,
 ) -> tuple[Position, list[dict[str, Tensor]], list[str]]:
     """Load the newest readable checkpoint of save_path into model, method and stepper.
 
@@ -224,7 +257,7 @@ def resume(
         Its position (the start, if there is no checkpoint), losses that were not logged yet, and notes for the log.
 
     Raises:
-        UserError: the checkpoint belongs to another recipe or other file lists.
+        UserError: the checkpoint belongs to another recipe or other file lists, or its position is impossible.
     """
     found = find_checkpoint(save_path) if distributed.is_main() else None
     name = broadcast_choice(found and found[0].name, stepper.device)
@@ -245,6 +278,12 @@ def resume(
             f"{path}: this run was started with other images in its lists (split {content['split']['name']}); restore "
             f"them, or use --fresh to move the old run aside"
         )
+    epoch, step = content["epoch"], content["step"]
+    if epoch > recipe.epochs or not 0 <= step - epoch * steps_per_epoch <= steps_per_epoch * (epoch < recipe.epochs):
+        raise UserError(
+            f"{path}: step {step} in epoch {epoch} is impossible with {recipe.epochs} epochs of {steps_per_epoch} "
+            f"steps; remove the file to resume from another one, or use --fresh to move the run aside"
+        )
     load_state(model, content["model"], path)
     load_state(method, content["method"], path)
     with explain_mismatch(path):
@@ -252,7 +291,7 @@ def resume(
         stepper.load_state_dict(content)
     if name != LATEST and distributed.is_main() and (save_path / LATEST).exists():
         (save_path / LATEST).rename(save_path / "damaged.pth")  # or the next save moves it over previous.pth
-    position = Position(content["epoch"], content["step"], content["best"], content.get("world_size"))
+    position = Position(epoch, step, content["best"], content.get("world_size"))
     return position, content.get("log", []), notes
 
 

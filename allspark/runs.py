@@ -20,11 +20,11 @@ from allspark.data.spec import DatasetSpec
 from allspark.data.splits import check_files, find_data, val_entries
 from allspark.engine.checkpoint import LATEST
 from allspark.engine.provenance import is_provenance, read_provenance
-from allspark.engine.writers import METRICS, read_metrics
+from allspark.engine.writers import METRICS, is_line, is_number, read_metrics
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.inference import prefix_errors
 from allspark.split_lists.manifest import published_name
-from allspark.utils.errors import UserError, reason_of, short_repr
+from allspark.utils.errors import UserError, reason_of
 from allspark.visualization.pictures import Points
 
 ARCHIVE = ".jsonl.gz"  # suffix of a file with the logs of several runs
@@ -105,9 +105,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: not the folder of a run, it has no {METRICS}; give a folder that train.py wrote")
     with prefix_errors(folder / "config.yaml"):
         recipe = complete(load_config(folder / "config.yaml"))
-    lines = read_metrics(folder / METRICS)
-    check_lines(lines, folder / METRICS)
-    return Run(folder, recipe, lines, read_provenance(folder))
+    return Run(folder, recipe, read_metrics(folder / METRICS), read_provenance(folder))
 
 
 def read_archive(path: Path) -> list[tuple[str, Run]]:
@@ -132,43 +130,19 @@ def read_archive(path: Path) -> list[tuple[str, Run]]:
         try:
             entry = json.loads(text)
             name, config, lines, provenance = (entry[key] for key in ("name", "config", "metrics", "provenance"))
-            valid = re.fullmatch(ROW_NAME, name) and isinstance(lines, list)
+            valid = re.fullmatch(ROW_NAME, name) and isinstance(lines, list) and all(map(is_line, lines))
             valid = valid and (provenance == {} or is_provenance(provenance))
         except (ValueError, RecursionError, LookupError, TypeError):
             valid = False
         source = f"{path}, line {number}"
         if not valid:
             raise UserError(f"{source}: not a run; restore the archive or remove the line")
-        check_lines(lines, source)
         with prefix_errors(source):
             recipe = complete(build_recipe(config, None, "config"))
         runs.append((name, Run(path / name / f"seed_{recipe.seed}", recipe, lines, provenance)))
     if not runs:
         raise UserError(f"{path}: has no runs; restore the archive")
     return runs
-
-
-def check_lines(lines: Sequence[Any], source: str | Path) -> None:
-    """UserError if these are not lines of metrics.jsonl."""
-    for line in lines:
-        if not (isinstance(line, dict) and is_count(line.get("step")) and ("miou" not in line or is_evaluation(line))):
-            raise UserError(
-                f"{source}: not a line that train.py writes: {short_repr(json.dumps(line))}; remove the line"
-            )
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -1e300 < value < 1e300  # false for NaN
-
-
-def is_evaluation(line: Mapping[str, Any]) -> bool:
-    iou = line.get("iou")
-    numbers = isinstance(iou, dict) and all(value is None or is_number(value) for value in iou.values())
-    return numbers and is_number(line["miou"]) and is_count(line.get("epoch"))
 
 
 def named_folders(arguments: Sequence[str]) -> list[tuple[str, Path]]:

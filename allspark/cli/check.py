@@ -150,6 +150,8 @@ def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
     place = Path(os.path.abspath(save_path))
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        return AuditReport(problems=[f"--save-path {save_path}: {place} is not a folder; choose another --save-path"])
     needed, free = CHECKPOINTS * sum(memory.persistent.values()), shutil.disk_usage(place).free
     sizes = f"{CHECKPOINTS} checkpoints need up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
     note = f"disk space at {save_path}: {sizes}"

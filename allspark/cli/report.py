@@ -23,10 +23,11 @@ from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
 from allspark.data.worker_pool import worker_count
 from allspark.device import choose_device
+from allspark.engine.writers import is_number
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import EvalResult, nan_to_none
 from allspark.inference import load_for_inference
-from allspark.runs import Run, differing_lists, is_number, list_name, read_runs, val_dataset
+from allspark.runs import Run, differing_lists, list_name, read_runs, val_dataset
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
 from allspark.visualization.best_worst import BestWorst, ScoredImage, encode_image

@@ -127,6 +127,10 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
     return content
 
 
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in IN_ORDER)
+
+
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
     """The checkpoint to resume from: latest.pth, if it is damaged previous.pth, else best.pth.
 
@@ -137,7 +141,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | No
         UserError: there are checkpoints, but none can be read.
         OSError: the system does not allow to read a file now, which is no reason to resume from an older one.
     """
-    if not any((folder / name).exists() for name in (LATEST, PREVIOUS)):
+    if not has_checkpoint(folder):
         return None
     errors: dict[str, UserError] = {}
     for name in IN_ORDER:
@@ -167,11 +171,12 @@ def broadcast_choice(name: str | None, device: torch.device) -> str | None:
 def check_position(content: Mapping[str, Any], path: Path) -> None:
     """UserError if the position of the run in a checkpoint is missing or malformed."""
     best, log = content["best"], content.get("log", [])
-    valid = all(isinstance(content[name], int) and content[name] >= 0 for name in ("epoch", "step"))
-    valid &= isinstance(best, dict) and all(isinstance(best.get(key), int | float) for key in ("miou", "epoch"))
-    valid &= isinstance(log, list) and all(isinstance(one, dict) for one in log)
-    valid &= isinstance(content["split"], dict) and {"name", "sha256"} <= content["split"].keys()
-    if not (valid and all(isinstance(value, Tensor) for one in log for value in one.values())):
+    valid = all(type(content[name]) is int and content[name] >= 0 for name in ("epoch", "step"))
+    valid = valid and isinstance(best, dict) and all(type(best.get(key)) in (int, float) for key in ("miou", "epoch"))
+    valid = valid and -1 <= best["miou"] <= 100 and -1 <= best["epoch"] <= content["epoch"]
+    valid = valid and isinstance(log, list) and all(isinstance(one, dict) for one in log)
+    valid = valid and isinstance(content["split"], dict) and {"name", "sha256"} <= content["split"].keys()
+    if not (valid and all(isinstance(value, Tensor) and not value.ndim for one in log for value in one.values())):
         raise UserError(f"{path}: the position of its run is missing; use another checkpoint, or --fresh to start over")
 
 

@@ -74,6 +74,8 @@ class Checkpointer:
             improved: save best.pth, too.
             last: the run is finished.
         """
+        if last and 2 * int(self.stepper.skipped) > position.step:  # the score is of weights that were hardly trained
+            self.abort_diverged(position)
         self.save(position, improved)
         trim_heap()
         if last:
@@ -105,7 +107,9 @@ class Checkpointer:
 
     def abort_diverged(self, position: Position) -> None:
         """Raise UserError after too many skipped steps; gradients are reduced, so all processes agree."""
-        names, skipped = list(self.images(position)), int(self.stepper.consecutive_skipped)
+        names, skipped = list(self.images(position)), int(self.stepper.skipped)
+        consecutive = int(self.stepper.consecutive_skipped)
+        steps = f"the last {consecutive}" if consecutive >= self.max_skipped else f"{skipped} of {position.step}"
         content = self.content(position)
         self.log.flush()
         if distributed.is_main():
@@ -113,7 +117,7 @@ class Checkpointer:
         distributed.barrier()
         listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise UserError(
-            f"step {position.step}: the last {skipped} steps had non-finite gradients and were skipped (last loss "
+            f"step {position.step}: {steps} steps had non-finite gradients and were skipped (last loss "
             f"{float(self.log.last_loss)}, lr {self.log.last_lr:.2e}); images of the last step: {listed}. The state "
             f"was saved to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at these images, or lower optim.lr "
             f"and start over with --fresh"

@@ -20,6 +20,7 @@ from allspark.engine.writers import METRICS, Status, open_writers
 from allspark.utils.atomic import wrap_write_errors
 from allspark.utils.errors import Stopped, UserError
 
+TEXT = "train.log"
 STOPS = (Stopped, KeyboardInterrupt)  # end a run that can be resumed without a change
 
 
@@ -60,7 +61,7 @@ class RunLog:
         self.images, self.since = 0, time.perf_counter()
         if not active:
             return
-        self.path, self.text = folder / METRICS, folder / "train.log"
+        self.path, self.text = folder / METRICS, folder / TEXT
         with wrap_write_errors(self.path):
             end_line(self.text)
             self.writers = open_writers(writers, folder, start_step, start_epoch, config, self.info)

@@ -13,7 +13,7 @@ import torch
 
 from allspark import distributed
 from allspark.utils.atomic import durable_write_text
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, reason_of
 
 PROVENANCE = "run.json"
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,10 +51,10 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it or remove it, it is not needed") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}); restore it or remove it") from None
     if not is_provenance(content):
-        raise UserError(f"{path}: not a file of train.py; restore it or remove it, it is not needed")
+        raise UserError(f"{path}: not a file of train.py; restore it or remove it")
     return content
 
 

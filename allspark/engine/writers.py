@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from allspark.utils.atomic import durable_write_text
-from allspark.utils.errors import UserError, reason_of
+from allspark.utils.errors import UserError, reason_of, short_repr
 
 if TYPE_CHECKING:
     import numpy as np
@@ -258,7 +258,7 @@ def wrap_service_errors(name: str) -> Iterator[None]:
 
 
 def run_ids(folder: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):  # damaged: the run starts anew there
         ids = json.loads((folder / RUN_IDS).read_text(encoding="utf-8"))
         return {name: value for name, value in ids.items() if isinstance(value, str)}
     return {}
@@ -280,13 +280,15 @@ def ignore_os_errors(args: threading.ExceptHookArgs) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without one that a killed run left incomplete."""
-    lines = []
-    for text in read_text(path).splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
+    """The lines of a metrics.jsonl, without a last one that a killed run left incomplete.
+
+    Raises:
+        UserError: the file is not text, or has a line that train.py does not write.
+    """
+    *texts, last = read_text(path).split("\n")  # the last one has no line end
+    lines = [parse_line(text, f"{path}, line {number}") for number, text in enumerate(texts, start=1) if text]
+    with contextlib.suppress(UserError):
+        lines.append(parse_line(last, str(path)))
     return lines
 
 
@@ -295,6 +297,39 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; remove it, which loses the curves but no weights") from None
+
+
+def parse_line(text: str, source: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        line = None
+    if not is_line(line):
+        raise UserError(f"{source}: not a line that train.py writes: {short_repr(text)}; remove the line")
+    return line
+
+
+def is_line(line: Any) -> bool:
+    """Whether this is the content of a line of metrics.jsonl."""
+    return isinstance(line, dict) and is_count(line.get("step")) and ("miou" not in line or is_evaluation(line))
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300  # false for NaN
+
+
+def is_percent(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 100
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    iou = line.get("iou")
+    numbers = isinstance(iou, dict) and all(value is None or is_percent(value) for value in iou.values())
+    return numbers and is_percent(line["miou"]) and is_count(line.get("epoch"))
 
 
 def drop_lines_after(path: Path, step: int, epoch: int = 0) -> None:

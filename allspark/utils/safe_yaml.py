@@ -35,7 +35,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def count_expanded(node: yaml.Node, known: dict[int, int]) -> int:
-    """The number of nodes with every alias expanded, at most MAX_NODES + 1; known: id -> count of nodes seen so far."""
+    """The number of nodes with every alias expanded, at most MAX_NODES + 1; known: id -> count of nodes seen so far.
+
+    Raises:
+        ValueError: a mapping has a key twice, of which yaml would take the last one.
+    """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = MAX_NODES + 1  # until it is counted: a node that contains itself never ends
@@ -44,6 +48,11 @@ def count_expanded(node: yaml.Node, known: dict[int, int]) -> int:
         children = node.value
     elif isinstance(node, yaml.MappingNode):
         children = [part for pair in node.value for part in pair]
+        keys = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in keys:
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value} is given twice; remove one")
+            keys.add((key.tag, str(key.value)))
     count = 1
     for child in children:
         count = min(count + count_expanded(child, known), MAX_NODES + 1)

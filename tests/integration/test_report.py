@@ -181,9 +181,9 @@ EVALUATION = '{"step": 3, "epoch": 0, "miou": 20.0, "iou": {"left": %s}}'
         ("", r"no evaluation yet"),
         (
             '{"step": "one", "loss": 2.0}\n' + EVALUATION % "1.0",
-            r"metrics\.jsonl: not a line that train\.py writes.*one",
+            r"metrics\.jsonl, line 1: not a line that train\.py writes.*one",
         ),
-        (EVALUATION % '"high"', r"metrics\.jsonl: not a line that train\.py writes.*remove the line"),
+        (EVALUATION % '"high"', r"metrics\.jsonl, line 1: not a line that train\.py writes.*remove the line"),
     ],
 )
 def test_damaged_run(second, tmp_path, what, told):

@@ -188,6 +188,13 @@ def test_skipped_steps_without_log_lines(place, capsys):
     assert load(place.run / "stopped.pth")["step"] == 2
 
 
+def test_run_without_steps_is_no_result(place, capsys):
+    """Too short for optim.max_skipped: it would end with the score of the first step's weights."""
+    assert run_main(train.main, place.train("optim.lr=2e9", "optim=sgd")) == 2
+    assert "step 6: 5 of 6 steps had non-finite gradients" in capsys.readouterr().err
+    assert load(place.run / "latest.pth")["epoch"] == 1 and load(place.run / "stopped.pth")["step"] == 6
+
+
 def test_diverged_run_is_aborted(place, capsys):
     assert run_main(train.main, place.train("optim.max_skipped=2", "optim=sgd", "optim.lr=1e9")) == 2
     message = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,26 @@ def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="another data_root"):
         shapes.generate(tmp_path, FEW)
+    with pytest.raises(UserError, match=r"precious\.txt/below: cannot be written \(Not a directory\)"):
+        shapes.generate(tmp_path / "precious.txt" / "below", FEW)
     assert files(tmp_path) == {"precious.txt": b"mine"}
+
+
+def test_killed_generation_is_cleaned_up(tmp_path):
+    """Its folder is removed when it is old; a recent one may belong to a running process."""
+    old, recent = (tmp_path / f".shapes.{digit * 32}" for digit in "ab")
+    for folder in (old, recent):
+        (folder / "images").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    shapes.generate(tmp_path / "shapes", FEW)
+    assert {path.name for path in tmp_path.iterdir()} == {"shapes", recent.name}
+
+
+@pytest.mark.parametrize("marker", [b"", b'{"name": "sha', b"\xff\x00", b"[" * 100_000, b"9" * 5000])
+def test_damaged_marker_is_refused(tmp_path, marker):
+    (tmp_path / "shapes.json").write_bytes(marker)
+    with pytest.raises(UserError, match="not a complete shapes data set"):
+        shapes.generate(tmp_path, FEW)
 
 
 def test_concurrent_generation(tmp_path):

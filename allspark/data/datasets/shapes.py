@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from allspark.utils.errors import UserError
 
 COUNTS = {"train": 480, "val": 120}
 VERSION = 1  # of the images; a new version invalidates recorded results
+LEFTOVER_AGE = 3600  # seconds; writing takes less than a minute
 MARKER = "shapes.json"  # describes the content of a finished folder
 
 
@@ -23,7 +26,7 @@ def generate(root: Path, counts: dict[str, int] = COUNTS) -> None:
     """Write the data set to `root`, completely or not at all; a finished folder is left unchanged.
 
     Raises:
-        UserError: `root` contains something else; foreign files are never removed.
+        UserError: `root` contains something else, which is never removed, or cannot be written.
     """
     root = Path(root)
     contents = {"name": "shapes", "version": VERSION, "seed": SEED, "size": SIZE, "counts": counts}
@@ -31,7 +34,10 @@ def generate(root: Path, counts: dict[str, int] = COUNTS) -> None:
     if is_finished(root, contents):  # checked second: another job may finish it in between
         return
     if occupied:
-        raise UserError(f"{root}: not a finished shapes data set; remove it or use another data_root")
+        raise UserError(f"{root}: not a complete shapes data set; remove it or use another data_root")
+    for old in root.parent.glob(f".{glob.escape(root.name)}.{'?' * 32}"):  # left by processes that were killed
+        if time.time() - old.stat().st_mtime > LEFTOVER_AGE:
+            shutil.rmtree(old, ignore_errors=True)
     temporary = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
     try:
         for split, count in counts.items():
@@ -42,14 +48,18 @@ def generate(root: Path, counts: dict[str, int] = COUNTS) -> None:
         except OSError:
             if not is_finished(root, contents):  # otherwise another process finished first, with the same files
                 raise
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error.strerror}); choose another data.data_root") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_finished(root: Path, contents: dict) -> bool:
     """Whether `root` is complete and of this version; the marker file is renamed into place with everything else."""
-    marker = root / MARKER
-    return marker.is_file() and json.loads(marker.read_text()) == contents
+    try:
+        return json.loads((root / MARKER).read_text(encoding="utf-8")) == contents
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # none, or damaged
+        return False
 
 
 def write_split(root: Path, split: str, count: int) -> None:
