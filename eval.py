@@ -35,6 +35,7 @@ from allspark.inference import InferenceModel
 from allspark.split_lists.manifest import name_clash
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError, run_main
+from allspark.visualization.pictures import check_picture, plot_confusion
 from allspark.visualization.prediction_writer import PredictionWriter, unique_names
 
 
@@ -71,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"{scores.num_images} predictions in {args.save_dir}; no scores, {val['name']} has no masks")
             return
         print(format_table(scores, spec.classes))
+        if args.confusion is not None:
+            plot_confusion(scores.confusion, spec.classes, args.confusion)
         if args.json is not None:
             result = {**summary(scores, spec, loaded, val), **inference_settings(inference, args)}
             text = json.dumps(result, indent=2, allow_nan=False)
@@ -143,11 +146,14 @@ def prepare_outputs(args: argparse.Namespace, dataset: NamedImages) -> Predictio
             raise UserError(f"--json {args.json} is a folder; name a file in it")
         if args.json.suffix != ".json" and args.json.exists():  # it may be the checkpoint or list by mistake
             raise UserError(f"--json {args.json}: exists and does not end in .json; choose another")
+    if args.confusion is not None:
+        check_picture(args.confusion, "--confusion")
     if args.save_dir is None:
         return None
     spec = dataset.spec
     pictures = spec.submission is None if args.pictures is None else args.pictures
-    folder = PredictionWriter(args.save_dir, spec.palette, encode=spec.submission, index_only=not pictures)
+    kinds = ("index", "color", "overlay") if pictures else ("index",)
+    folder = PredictionWriter(args.save_dir, spec.palette, encode=spec.submission, kinds=kinds)
     folder.prepare(dataset.names, [sample.image for sample in dataset.samples], dataset.masks)
     return folder
 
@@ -195,6 +201,10 @@ def summary(scores: EvalResult, spec: DatasetSpec, loaded: InferenceModel, val: 
     result = {
         "miou": nan_to_none(scores.miou),
         "iou": scores.by_class(spec.classes),
+        "dice": scores.by_class(spec.classes, "dice"),
+        "class_precision": scores.by_class(spec.classes, "precision"),  # `precision` is that of the network
+        "recall": scores.by_class(spec.classes, "recall"),
+        "confusion": scores.confusion,  # pixels, rows = label, columns = prediction
         "pixel_accuracy": nan_to_none(scores.pixel_accuracy),
         "num_images": scores.num_images,
         "split": loaded.meta.get("split") or {"name": None, "sha256": None},

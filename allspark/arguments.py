@@ -17,6 +17,7 @@ from allspark.config_io import INSTALLED
 from allspark.split_lists.layouts import LAYOUTS
 
 PROG = "allspark" if INSTALLED else "python -m allspark"
+KINDS = ("index", "color", "overlay", "confidence")  # files of a prediction
 MITS = tuple(f"mit_b{size}" for size in range(6))
 
 
@@ -121,6 +122,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--absent-as-zero", action="store_true", help="count a class that never occurs as IoU 0")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the scores to this file")
+    parser.add_argument(
+        "--confusion", type=path, metavar="FILE.png", help="draw the confusion matrix; its counts are in --json"
+    )
     parser.add_argument(
         "--save-dir",
         type=path,
@@ -230,7 +234,18 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "--out", type=path, required=True, metavar="DIR", help="folder for <name>.png, a mask of class indices"
     )
     parser.add_argument(
-        "--index-only", action="store_true", help="do not write _color.png, _overlay.png and _confidence.png"
+        "--what",
+        type=kind_list,
+        default=KINDS,
+        metavar="KIND,KIND",
+        help=f"what to write: {','.join(KINDS)}; default: all of them",
+    )
+    parser.add_argument("--index-only", dest="what", action="store_const", const=("index",), help="--what index")
+    parser.add_argument(
+        "--video", action="store_true", help="write one video of overlays, <name>.mp4, instead of a video's frames"
+    )
+    parser.add_argument(
+        "--shares", type=path, metavar="FILE.csv", help="write the share of each class in each prediction, in percent"
     )
     parser.add_argument("--every", type=positive, default=1, metavar="N", help="predict every N-th frame of a video")
     parser.add_argument(
@@ -406,6 +421,13 @@ def path(text: str) -> Path:
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path, it contains a null character")
     return Path(text)
+
+
+def kind_list(text: str) -> tuple[str, ...]:
+    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(kinds) <= set(KINDS):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {', '.join(KINDS)}, such as overlay,index")
+    return kinds
 
 
 def scale_list(text: str) -> tuple[float, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import glob
+import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,10 @@ from allspark.evaluation.dataset import group_by_size
 from allspark.evaluation.evaluate import predict_with_confidence
 from allspark.evaluation.sliding_window import Inference, check_size
 from allspark.memory_estimate import GB, FakeMemoryCounter, free_memory
+from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
-from allspark.visualization.prediction_writer import PredictionWriter, real_path, unique_names
-from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, is_video, read_frames
+from allspark.visualization.prediction_writer import PredictionWriter, overlay_in_bands, real_path, unique_names
+from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, frame_rate, is_video, read_frames, write_video
 
 LARGE = 4_000_000  # pixels; larger images are checked to fit into memory, half a second per size
 Check = Callable[[Tensor, Path], None]  # (3, H, W) and its file; UserError if it cannot be predicted
@@ -39,29 +42,52 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
     inference = loaded.inference(args.mode, windows=args.windows, scales=args.scales, flip=args.flip)
-    folder = PredictionWriter(args.out, loaded.spec.palette, index_only=args.index_only, confidence=True)
+    palette = loaded.spec.palette
+    folder = PredictionWriter(args.out, palette, kinds=args.what)
     named = dict(zip(found, unique_names(found), strict=True))
-    images = [path for path in found if not is_video(path)]
+    images = {path: name for path, name in named.items() if not is_video(path)}
     videos = {path: name for path, name in named.items() if is_video(path)}
-    folder.prepare([named[path] for path in images], images, videos=videos)
+    folder.prepare(list(images.values()), list(images), videos=videos)
+    clips = {path: args.out / f"{name}.mp4" for path, name in videos.items()} if args.video else {}
+    check_new([*clips.values(), *([args.shares] if args.shares is not None else [])])
     unreadable: dict[Path, UserError] = {}
-    predicted = 0
+    shares: list[list[object]] = []  # a row for each prediction: its name, percent of each class
     check = memory_check(loaded.model, inference, device)
-    for image, names in batches(named, args.batch_size, unreadable, args.every, check):
-        with loading.precision_context(args, device):
-            masks, prob = predict_with_confidence(loaded.model, image, loaded.spec, device, inference, names)
-        for name, *tensors in zip(names, image, masks.cpu(), prob.cpu(), strict=True):
-            folder.write(name, *tensors)
-        predicted += len(names)
+
+    def predictions(files: Mapping[Path, str]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        for batch, names in batches(files, args.batch_size, unreadable, args.every, check):
+            with loading.precision_context(args, device):
+                masks, prob = predict_with_confidence(loaded.model, batch, loaded.spec, device, inference, names)
+            for name, image, mask, confidence in zip(names, batch, masks.cpu(), prob.cpu(), strict=True):
+                counts = torch.bincount(mask.flatten(), minlength=256)[: loaded.spec.num_classes]
+                shares.append([name, *(f"{share:.4f}" for share in (100 * counts / counts.sum()).tolist())])
+                yield name, image, mask, confidence
+
+    for path, clip in clips.items():
+        frames = (overlay_in_bands(image, mask, palette) for _, image, mask, _ in predictions({path: named[path]}))
+        write_video(clip, frames, frame_rate(path) / args.every)
+    for prediction in predictions(images if clips else named):
+        folder.write(*prediction)
+    if args.shares is not None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([["image", *loaded.spec.classes], *shares])
+        write_text(args.shares, text.getvalue(), "make room or choose another --shares")
     num_images = sum(path not in unreadable for path in images)
     counts = [f"{num_images} of {len(images)} images"] if images or not videos else []
-    counts += [f"{predicted - num_images} frames of {len(videos)} video(s)"] if videos else []
+    counts += [f"{len(shares) - num_images} frames of {len(videos)} video(s)"] if videos else []
     print(f"{' and '.join(counts)} predicted: {args.out}")
     if unreadable:
         first, *others = unreadable.values()
         for error in others:
             print(f"left out: {error}", file=sys.stderr)
         raise UserError(f"{first}{f' (and {len(others)} more, above)' if others else ''}")
+
+
+def check_new(paths: Sequence[Path]) -> None:
+    """UserError if one of the files exists: unlike a picture, it cannot be recognized as one of this program's."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise UserError(f"{path}: already exists; move it away or choose another name")
 
 
 def batches(

@@ -16,16 +16,25 @@ class EvalResult:
 
     Args:
         iou: per class in index order; nan for a class absent from prediction and label.
+        confusion: pixel counts (K, K), rows = label, columns = prediction.
     """
 
     miou: float
     iou: tuple[float, ...]
     pixel_accuracy: float
     num_images: int
+    confusion: tuple[tuple[int, ...], ...]
 
-    def by_class(self, classes: Sequence[str]) -> dict[str, float | None]:
-        """Class name -> IoU; None instead of nan, for JSON."""
-        return {name: nan_to_none(value) for name, value in zip(classes, self.iou, strict=True)}
+    def per_class(self) -> dict[str, tuple[float, ...]]:
+        """IoU, Dice (F1), precision and recall of each class; nan where a quotient is 0 / 0."""
+        matrix = torch.tensor(self.confusion, dtype=torch.float64)
+        hit, labeled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        more = {"dice": 2 * hit / (labeled + predicted), "precision": hit / predicted, "recall": hit / labeled}
+        return {"iou": self.iou, **{name: tuple((100 * values).tolist()) for name, values in more.items()}}
+
+    def by_class(self, classes: Sequence[str], metric: str = "iou") -> dict[str, float | None]:
+        """Class name -> value of a metric of per_class; None instead of nan, for JSON."""
+        return {name: nan_to_none(value) for name, value in zip(classes, self.per_class()[metric], strict=True)}
 
 
 class ConfusionMatrix:
@@ -56,7 +65,8 @@ class ConfusionMatrix:
         if absent_as_zero:  # Released: a class absent from prediction and label counts as IoU 0 in the mean
             iou = iou.nan_to_num(0.0)
         accuracy = 100 * hit.sum() / matrix.sum()
-        return EvalResult(iou.nanmean().item(), tuple(iou.tolist()), accuracy.item(), num_images)
+        confusion = tuple(map(tuple, self.matrix.tolist()))
+        return EvalResult(iou.nanmean().item(), tuple(iou.tolist()), accuracy.item(), num_images, confusion)
 
 
 def nan_to_none(value: float) -> float | None:
@@ -64,15 +74,18 @@ def nan_to_none(value: float) -> float | None:
 
 
 def format_table(result: EvalResult, classes: Sequence[str]) -> str:
-    """The per-class table as plain text, with mean IoU and pixel accuracy below."""
+    """The per-class table as plain text, with the means over the classes and the pixel accuracy below."""
+    columns = result.per_class()
     present = sum(not math.isnan(value) for value in result.iou)
     mean, accuracy = f"mean of {present} classes", "pixel accuracy"
     width = max(map(len, (*classes, mean, accuracy)))
-    lines = [f"{'class':{width}}   IoU %", "-" * (width + 8)]
-    lines += [
-        f"{name:{width}}  {'absent' if math.isnan(value) else format(value, '6.2f')}"
-        for name, value in zip(classes, result.iou, strict=True)
-    ]
-    lines += ["-" * (width + 8)]
-    lines += [f"{mean:{width}}  {result.miou:6.2f}", f"{accuracy:{width}}  {result.pixel_accuracy:6.2f}"]
-    return "\n".join(lines)
+
+    def line(name: str, values: Sequence[float]) -> str:
+        return f"{name:{width}}" + "".join(f"{'-' if math.isnan(v) else format(v, '.2f'):>11}" for v in values)
+
+    head = f"{'class':{width}}" + "".join(f"{title:>11}" for title in ("IoU %", "Dice %", "precision", "recall"))
+    rule = "-" * len(head)
+    lines = [line(name, values) for name, *values in zip(classes, *columns.values(), strict=True)]
+    means = [torch.tensor(values).nanmean().item() for values in columns.values()]
+    means[0] = result.miou
+    return "\n".join((head, rule, *lines, rule, line(mean, means), line(accuracy, [result.pixel_accuracy])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from allspark.data.image_io import open_limited
 from allspark.utils.atomic import atomic_path
+from allspark.utils.errors import UserError
 
 if TYPE_CHECKING:  # imported only when a figure is drawn
     from matplotlib.axes import Axes
@@ -105,6 +107,14 @@ def is_own_file(path: Path) -> bool:
             return picture.info.get("Software") == SOFTWARE
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
+
+
+def check_picture(path: Path, option: str) -> None:
+    """UserError unless save_image may write this .png file: a new one, or one that it wrote."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{option} {path}: must end in .png")
+    if os.path.lexists(path) and not is_own_file(path):
+        raise UserError(f"{option} {path}: exists and was not written by this program; choose another name")
 
 
 @dataclass(frozen=True)
@@ -238,6 +248,25 @@ def draw_seeds(axes: Axes, rows: Mapping[str, Sequence[float]], title: str) -> N
     style_axes(axes, title, xlabel="")
     axes.set_yticks(range(len(rows)), [f"{name}  {np.mean(values):.1f}" for name, values in rows.items()])
     axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """Draw the share of each predicted class (columns) in the pixels of each labeled class (rows), and save it."""
+    counts = np.array(confusion, float)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = max(4.0, 0.36 * len(classes) + 2.0)
+    figure = new_figure(size + 0.6, size)
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=100), ax=axes, shrink=0.7, label="% of the label")
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="prediction", ylabel="label")
+    axes.tick_params(labelsize=8)
+    for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
+        value = share[row, column]
+        color = "white" if value > 60 else "black"
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    save_figure(figure, path)
 
 
 def plot_losses(rows: Mapping[str, Sequence[Mapping[str, Points]]], path: Path) -> None:

@@ -62,8 +62,7 @@ class PredictionWriter:
 
     Args:
         encode: class indices -> values of <name>.png, written as 8-bit gray; None: class indices with palette (mode P).
-        index_only: write <name>.png only.
-        confidence: write <name>_confidence.png.
+        kinds: which to write; "index" is <name>.png.
     """
 
     def __init__(
@@ -72,11 +71,10 @@ class PredictionWriter:
         palette: Palette,
         *,
         encode: Callable[[np.ndarray], np.ndarray] | None = None,
-        index_only: bool = False,
-        confidence: bool = False,
+        kinds: Sequence[str],
     ) -> None:
         self.folder, self.palette, self.encode = folder, palette, encode
-        self.kinds = [""] if index_only else ["", "_color", "_overlay", *(["_confidence"] if confidence else [])]
+        self.kinds = ["" if kind == "index" else f"_{kind}" for kind in kinds]
 
     def prepare(
         self,

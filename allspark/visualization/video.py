@@ -1,9 +1,10 @@
-"""Reading the frames of a video file one at a time, with OpenCV."""
+"""Reading and writing the frames of a video file one at a time, with OpenCV."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import cv2
 import numpy as np
 
 from allspark.data.image_io import BadSample, max_megapixels
+from allspark.utils.atomic import atomic_path
+from allspark.utils.errors import UserError
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 # Read by OpenCV's FFmpeg on first use: no output on stderr, and no playlists that point elsewhere
@@ -70,3 +73,40 @@ def frame_count(path: Path) -> int:
             return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     except BadSample:
         return 0
+
+
+def frame_rate(path: Path) -> float:
+    """Frames per second according to the header; 25 if unknown or unreadable."""
+    try:
+        with open_video(path) as video:
+            rate = video.get(cv2.CAP_PROP_FPS)
+    except BadSample:
+        return 25.0
+    return rate if 0 < rate <= 1000 else 25.0
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], rate: float) -> None:
+    """Write an MP4 (MPEG-4 Part 2). Without frames no file is written.
+
+    Args:
+        frames: (H, W, 3) uint8 RGB, all of one size. An odd row or column is cut off.
+        rate: frames per second.
+
+    Raises:
+        UserError: it cannot be written completely.
+    """
+    frames = iter(frames)
+    if (first := next(frames, None)) is None:
+        return
+    height, width = first.shape[:2]
+    remedy = "free disk space or choose another path"
+    with atomic_path(path, remedy, suffix=".tmp.mp4") as temporary:
+        size = (width // 2 * 2, height // 2 * 2)
+        video = cv2.VideoWriter(str(temporary), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        count = 0
+        for frame in itertools.chain([first], frames):
+            video.write(cv2.cvtColor(frame[: size[1], : size[0]], cv2.COLOR_RGB2BGR))
+            count += 1
+        video.release()  # cv2 reports no error of the disk
+        if frame_count(temporary) != count:
+            raise UserError(f"{path}: OpenCV cannot write this video of {width} x {height} pixels; {remedy}")

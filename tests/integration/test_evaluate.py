@@ -222,11 +222,13 @@ def arguments(checkpoint, *more):
 
 def test_eval_output_files(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
-    eval_script.main(arguments(checkpoint, "--json", out / "scores.json", "--save-dir", out, "--local-rank", 0))
+    more = ("--confusion", tmp_path / "confusion.png")
+    eval_script.main(arguments(checkpoint, "--json", out / "scores.json", "--save-dir", out, "--local-rank", 0, *more))
     table = capsys.readouterr().out
     assert all(name in table for name in SPEC.classes) and "pixel accuracy" in table
     result = json.loads((out / "scores.json").read_text())
-    keys = ["miou", "iou", "pixel_accuracy", "num_images", "split", "val", "checkpoint_sha256"]
+    keys = ["miou", "iou", "dice", "class_precision", "recall", "confusion", "pixel_accuracy", "num_images"]
+    keys += ["split", "val", "checkpoint_sha256"]
     how = {"mode": "whole", "window": 64, "windows": "inside", "scales": [1.0], "flip": False}
     how |= {"precision": "fp32", "absent_as_zero": False}
     assert list(result) == [*keys, *how] and {key: result[key] for key in how} == how
@@ -242,7 +244,14 @@ def test_eval_output_files(checkpoint, tmp_path, capsys):
     for index in range(5):  # the index PNGs are the predictions that were counted
         guess, mask = (np.array(Image.open(f / f"{n}{index}.png")) for f, n in ((out, "image"), (tmp_path, "mask")))
         confusion.update(torch.from_numpy(guess), torch.from_numpy(mask))
-    assert confusion.result(5).miou == pytest.approx(result["miou"])
+    counted = confusion.result(5)
+    assert counted.miou == pytest.approx(result["miou"]) and counted.confusion == tuple(map(tuple, result["confusion"]))
+    assert result["recall"] == counted.by_class(SPEC.classes, "recall")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert min(picture.size) > 300 and len(picture.getcolors(1 << 24)) > 50
+    for wrong, told in (("a.jpg", "must end in .png"), ("image0.png", "exists and was not written by this program")):
+        with pytest.raises(UserError, match=told):
+            eval_script.main(arguments(checkpoint, "--confusion", tmp_path / wrong))
 
 
 def test_eval_options(checkpoint, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`allspark predict`: accepted images, output files, messages."""
 
+import csv
 import math
 import re
 import shutil
@@ -352,6 +353,39 @@ def test_video_frames(predict, clip, photos, capsys):
     expected = predict(photos / "frames", *alone, out="stills")
     for name in files(expected):
         np.testing.assert_array_equal(stored(out / "clip" / name), stored(expected / name), err_msg=name)
+
+
+def test_what_and_shares(predict, clip, photos, tmp_path):
+    shares = tmp_path / "shares.csv"
+    out = predict(photos, clip, "--what", "overlay, index", "--every", 5, "--shares", shares)
+    names = ["a", "b", "c", "d", "e", "clip/000000", "clip/000005"]
+    assert files(out) == sorted(f"{name}{kind}.png" for name in names for kind in ("", "_overlay"))
+    head, *rows = csv.reader(shares.read_text().splitlines())
+    assert head == ["image", "ground", "left", "right"] and sorted(row[0] for row in rows) == sorted(names)
+    for name, *values in rows:
+        counts = np.bincount(stored(out / f"{name}.png").ravel(), minlength=3)
+        np.testing.assert_allclose(np.array(values, float), 100 * counts / counts.sum(), atol=1e-4)
+    with pytest.raises(UserError, match="shares.csv: already exists"):
+        predict(photos, "--shares", shares, out="again")
+    assert not (tmp_path / "again/a.png").exists()
+
+
+def test_video_of_overlays(predict, clip, photos, tmp_path):
+    """As long and as large as the video, each frame like the picture of its frame, but for the compression."""
+    frames = predict(clip, "--what", "overlay", out="frames")
+    out = predict(clip, photos / "a.png", "--video", "--what", "index", "--batch-size", 4)
+    assert files(out) == ["a.png", "clip.mp4"]
+    read = list(video.read_frames(out / "clip.mp4"))
+    assert len(read) == 10 and video.frame_rate(out / "clip.mp4") == 10
+    for number, frame in read:
+        expected = stored(frames / f"clip/{number:06d}_overlay.png").astype(int)
+        assert frame.shape == expected.shape and np.abs(frame - expected).mean() < 20
+    assert np.abs(read[8][1].astype(int) - read[0][1]).mean() > 1
+    with pytest.raises(UserError, match="clip.mp4: already exists"):
+        predict(clip, "--video")
+    slow = predict(clip, "--video", "--every", 4, out="slow")
+    assert len(list(video.read_frames(slow / "clip.mp4"))) == 3
+    assert video.frame_rate(slow / "clip.mp4") == 2.5
 
 
 def test_truncated_video(predict, clip, photos, tmp_path, capfd):
