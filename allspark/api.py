@@ -59,7 +59,7 @@ def predict(
         check_pixels(image, model.spec.channels)
         pixels, name = image, "image"
     else:
-        pixels, name = read_image(Path(image)), str(image)
+        pixels, name = read_image(Path(image), model.spec.images), str(image)
     device, inference = next(model.model.parameters()).device, model.inference(mode, **options)
     masks = evaluate.predict(model.model, to_tensor(pixels)[None], model.spec, device, inference, [name])
     return masks[0].cpu().numpy()

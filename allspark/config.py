@@ -69,6 +69,14 @@ class CustomDataConfig:
     color_map: dict[str, int] | None = option(
         None, 'for masks stored as RGB colors, instead of value_map: color -> class index, e.g. {"255,0,0": 1}'
     )
+    image_max: int | None = option(
+        None, "stored value of white in images with more than 8 bits, e.g. 4095 for 12 bits; null: 65535", low=1
+    )
+    orientation: Literal["shown", "stored"] | None = option(
+        None,
+        "whether masks were drawn on photos as shown, turned by their EXIF orientation, or as stored; null: shown, if "
+        "files do not contradict",
+    )
     palette: tuple[tuple[int, int, int], ...] | None = option(
         None, "RGB color of each class; null: those of PASCAL VOC"
     )

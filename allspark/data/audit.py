@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
-from allspark.data.image_io import (
-    MIN_SIDE,
-    BadSample,
-    format_color,
-    open_image,
-    packed_colors,
-    read_image,
-    read_mask,
-    size_mismatch,
-    stored_values,
-)
+from allspark.data.image_io import BadSample, format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from allspark.data.splits import Lists, make_exists_check, suggest_mask
+from allspark.data.survey import SampleReport, find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors
 from allspark.utils.progress import disable_bar
@@ -56,32 +45,6 @@ class AuditReport:
     def extend(self, other: AuditReport) -> None:
         for name, lines in vars(other).items():
             getattr(self, name).extend(lines)
-
-
-@dataclass(frozen=True)
-class SampleReport:
-    """What the files of a sample contain.
-
-    Args:
-        size: (width, height) of the image; None if it cannot be read.
-        digest: hash of the image file.
-        values: stored mask value (or color as 0xRRGGBB if `colored`) -> number of pixels.
-        illegal: the error for mask values without a class; reported once for all masks, with the remedy.
-        errors: everything else that is wrong.
-    """
-
-    kind: str
-    sample: Sample
-    size: tuple[int, int] | None = None
-    digest: bytes = b""
-    values: Counter = field(default_factory=Counter)
-    colored: bool = False
-    illegal: UserError | None = None
-    errors: tuple[UserError, ...] = ()
-
-    @property
-    def is_good(self) -> bool:
-        return not self.errors and self.illegal is None
 
 
 def preflight(data: DataConfig, spec: DatasetSpec, lists: Lists) -> list[str]:
@@ -160,6 +123,8 @@ def check_samples(
         if data.on_bad_sample == "skip" and any(each.is_good for each in reports if each.kind == kind)
     ]
     report.extend(report_errors(reports, skip))
+    problems, warnings = find_contradictions(reports, spec)
+    report.extend(AuditReport(warnings=warnings, problems=problems))
     report.notes += describe_sizes(reports, data.crop_size)
     every = len(samples["labeled"]) == len(lists.labeled)
     report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
@@ -186,55 +151,6 @@ def find_missing(lists: Lists) -> tuple[list[str], dict[str, list[Sample]]]:
     return problems, present
 
 
-def inspect_sample(kind: str, sample: Sample, spec: DatasetSpec) -> SampleReport:
-    """Read image and mask as training does."""
-    size, digest, errors, illegal, values, colored = None, b"", [], None, Counter(), False
-    try:
-        height, width = read_image(sample.image).shape[:2]
-        size, digest = (width, height), hashlib.blake2b(sample.image.read_bytes(), digest_size=16).digest()
-        if kind == "val" and min(size) < MIN_SIDE:
-            needed = f"evaluation needs at least {MIN_SIDE} on each side"
-            errors.append(UserError(f"{sample.image}: {width} x {height} pixels; {needed}"))
-    except UserError as error:
-        errors.append(error)
-    if sample.mask is not None:
-        try:
-            values, colored, mask_size = count_values(sample.mask, spec)
-            illegal = find_illegal(sample.mask, values, colored, spec)
-            if size is not None and mask_size != size:
-                errors.append(size_mismatch(sample, size, mask_size))
-        except UserError as error:
-            errors.append(error)
-    return SampleReport(kind, sample, size, digest, values, colored, illegal, tuple(errors))
-
-
-def count_values(path: Path, spec: DatasetSpec) -> tuple[Counter, bool, tuple[int, int]]:
-    """Pixels of each stored value or color, whether these are colors, and the mask's (width, height)."""
-    with open_image(path) as image:
-        colored = spec.colors is not None or not (image.mode in ("1", "L", "P", "F") or image.mode.startswith("I"))
-        stored = packed_colors(image) if colored else stored_values(image, path)
-    values, counts = np.unique(stored, return_counts=True)
-    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True))), colored, stored.shape[::-1]
-
-
-def find_illegal(path: Path, values: Counter, colored: bool, spec: DatasetSpec) -> UserError | None:
-    """The error that training would raise for the mask's values."""
-    stored = np.array(list(values))
-    if spec.colors is not None:
-        legal = not spec.colors.decode(stored)[1].any()
-    elif colored:
-        legal = False
-    else:
-        indices = spec.decode_mask(stored.astype(np.uint8)[None])
-        legal = ((indices < spec.num_classes) | (indices == spec.ignore_index)).all()
-    if not legal:
-        try:
-            read_mask(path, spec)
-        except UserError as error:
-            return error
-    return None
-
-
 def report_errors(reports: Sequence[SampleReport], skip: Sequence[str]) -> AuditReport:
     """Files that cannot be used, by name; warnings in the lists (`skip`) where training replaces such samples."""
     result = AuditReport()
@@ -242,13 +158,21 @@ def report_errors(reports: Sequence[SampleReport], skip: Sequence[str]) -> Audit
         of_kind = [each for each in reports if each.kind == kind]
         errors = [error for each in of_kind for error in each.errors]
         replaced = [error for error in errors if kind in skip and isinstance(error, BadSample)]
-        lines = [f"{kind} sample that training will replace: {error}" for error in replaced]
+        lines = [f"{kind} sample that training will replace: {line}" for line in group(replaced)]
         result.warnings += limit_lines(lines, kind)
-        result.problems += limit_lines([str(error) for error in errors if error not in replaced], kind)
+        result.problems += limit_lines(group([error for error in errors if error not in replaced]), kind)
         bad = sum(not each.is_good for each in of_kind)
         if bad and kind in skip:
             result.warnings.append(f"{bad} of {len(of_kind)} {kind} samples cannot be used")
     return result
+
+
+def group(errors: Sequence[UserError]) -> list[str]:
+    """The first of the errors that differ in the file alone, and the number of the others."""
+    same: dict[str, list[UserError]] = defaultdict(list)
+    for error in errors:
+        same[str(error).partition(": ")[2] or str(error)].append(error)
+    return [f"{first}{f' (and {len(others)} more files)' if others else ''}" for first, *others in same.values()]
 
 
 def limit_lines(lines: list[str], kind: str) -> list[str]:
@@ -314,7 +238,7 @@ def report_illegal_values(
     if not illegal:
         return AuditReport()
     more = f" (and {len(illegal) - 1} more of {len(masks)} masks)" if len(illegal) > 1 else ""
-    alike = [each for each in masks if each.colored == illegal[0].colored]
+    alike = [each for each in masks if each.mask.colored == illegal[0].mask.colored]
     message = f"{illegal[0].illegal}{more}. {suggest_map(alike, spec, custom)}"
     if all(each.kind in skip for each in illegal):
         return AuditReport(warnings=[f"{len(illegal)} labeled samples that training will replace: {message}"])
@@ -326,7 +250,7 @@ def decode_counts(masks: Iterable[SampleReport], spec: DatasetSpec) -> Counter:
     counts: Counter = Counter()
     for mask in masks:
         stored = np.array(list(mask.values))
-        indices = spec.colors.decode(stored)[0] if spec.colors else spec.decode_mask(stored.astype(np.uint8)[None])[0]
+        indices = spec.colors.decode(stored)[0] if spec.colors else spec.decode_mask(stored)
         for index, count in zip(indices.tolist(), mask.values.values(), strict=True):
             counts[index] += count
     return counts
@@ -355,7 +279,7 @@ def format_class_table(spec: DatasetSpec, statistics: Mapping[str, list[tuple[in
 
 def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: CustomDataConfig | None) -> str:
     """A histogram of the masks' values, and the map that would make classes of them, if one can be guessed."""
-    values, colored = sum((mask.values for mask in masks), Counter()), masks[0].colored
+    values, colored = sum((mask.values for mask in masks), Counter()), masks[0].mask.colored
     name = format_color if colored else str
     pixels = sum(values.values())
     # Among many values the rare ones come from smoothed borders or JPEG noise

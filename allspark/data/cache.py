@@ -46,7 +46,7 @@ class SampleReader:
 
     def image(self, path: Path) -> np.ndarray:
         """As read_image."""
-        return self.images[path] if self.images and path in self.images else read_image(path)
+        return self.images[path] if self.images and path in self.images else read_image(path, self.spec.images)
 
     def pair(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """As read_pair."""
@@ -76,11 +76,12 @@ def open_reader(
     root = Path(os.path.expanduser(cache)).absolute()
     name = re.sub(r"\W", "_", spec.name)
     # Masks are stored decoded, so whatever decides about decoding is part of the cache's key
-    values = spec.decode_mask(np.arange(256, dtype=np.uint8)[None])
-    decoding = f"{spec.num_classes} {spec.ignore_index} {values.tobytes().hex()}{spec.colors or ''}"
+    values = spec.decode_mask(np.arange(spec.max_stored + 1))
+    decoding = f"{spec.num_classes} {spec.ignore_index} {values.tolist()}{spec.colors or ''} {spec.images.orientation}"
+    read = partial(read_image, reading=spec.images)
     return SampleReader(
         spec,
-        open_cache(root, f"{name}-images", images, read_image, 3, skip=skip),
+        open_cache(root, f"{name}-images", images, read, 3, str(spec.images), skip),
         open_cache(root, f"{name}-masks", masks, partial(read_mask, spec=spec), 1, decoding, skip),
     )
 

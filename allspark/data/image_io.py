@@ -1,25 +1,46 @@
-"""Reading images and masks from files of unknown origin: formats, size limits, errors that name the file."""
+"""Reading images and masks from files of unknown origin: formats, size limits, errors that name the file.
+
+load_image and load_mask are the only places where pixels are read. They take a value for what the file says it is
+(palette, bits, orientation, transparency), and raise BadSample where a file does not say it.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeVar
 
+import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from allspark.data.spec import ColorTable, DatasetSpec, Sample
+from allspark.data.spec import DEFAULT_READING, ColorTable, DatasetSpec, ImageReading, Sample
 from allspark.utils.errors import UserError, int_from_env, reason_of
+from allspark.utils.retry import TRANSIENT, retry_transient
 
 MIN_SIDE = 32  # pixels; the smallest image the models accept
 MAX_MEGAPIXELS = 250  # per image, unless ALLSPARK_MAX_MEGAPIXELS is set
+MAX_PAGES = 16  # of a TIFF: the image and smaller copies of it
+STRIP = 1 << 24  # pixels converted at a time
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not all of Pillow's: EPS runs a program
 RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the file's
+ORIENTATION, SUBFILE, PHOTOMETRIC = 274, 254, 262  # tags of EXIF and TIFF
+TURNS = {  # EXIF orientation -> how the image is turned for display
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNED_BACK = {6: 8, 8: 6}  # orientation -> the one that undoes it; the others undo themselves
+T = TypeVar("T")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about metadata; missing pixels are an error
 
@@ -28,13 +49,50 @@ class BadSample(UserError):
     """A file that is missing, damaged, not an image or not a valid mask; training may use another sample instead."""
 
 
+class ImageFile(NamedTuple):
+    """An image, and what its file says about it.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        peak: largest stored value of a file with more than 8 bits per channel, else 0.
+        orientation: the EXIF orientation, 1 if the image needs no turning.
+    """
+
+    pixels: np.ndarray
+    peak: int
+    orientation: int
+
+
+class MaskFile(NamedTuple):
+    """A mask, and what its file says about it.
+
+    Args:
+        values: (H, W) stored values, uint8 unless they need more; colors 0xRRGGBB, int32, if `colored`.
+        bits: bits per pixel of a gray mask, 8 for others.
+        palette: colors 0xRRGGBB of the palette whose indices `values` are; () without one.
+        orientation: the EXIF orientation.
+        transparent: whether some pixels are transparent.
+    """
+
+    values: np.ndarray
+    colored: bool = False
+    bits: int = 8
+    palette: tuple[int, ...] = ()
+    orientation: int = 1
+    transparent: bool = False
+
+
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image and read its header; errors inside the block, also while decoding, become a BadSample."""
+    """Open an image of one page and read its header; errors inside the block, also while decoding, become a BadSample.
+
+    Only an OSError that may pass is raised as it is, for retry_transient.
+    """
     try:
         if not path.is_file() and path.exists():  # opening a pipe would block
             raise BadSample(f"{path}: not a regular file; correct the list or data_root")
-        with open_limited(path) as image:
+        with path.open("rb") as file, open_limited(file) as image:
+            check_pages(image, path)
             yield image
     except UserError:
         raise
@@ -46,10 +104,19 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             f"environment variable ALLSPARK_MAX_MEGAPIXELS"
         ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in RESOURCE_ERRNOS:
+        code = getattr(error, "errno", None)
+        if code in TRANSIENT:
+            raise
+        if isinstance(error, MemoryError) or code in RESOURCE_ERRNOS:
             raise UserError(f"{path}: cannot be read, the machine is out of resources ({reason_of(error)})") from None
+        if layout := tiff_layout(path):
+            raise BadSample(
+                f"{path}: a TIFF of {layout}, which cannot be read; save images as RGB with 8 or 16 bits per channel, "
+                "masks as 8-bit PNG"
+            ) from None
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
         raise BadSample(
-            f"{path}: truncated or not an image ({reason_of(error)}); copy it again or remove it from the list"
+            f"{path}: truncated or not an image ({reason}); copy it again or remove it from the list"
         ) from None
 
 
@@ -62,6 +129,53 @@ def open_limited(file: Path | BinaryIO) -> Image.Image:
 def max_megapixels() -> int:
     """Largest allowed image."""
     return int_from_env("ALLSPARK_MAX_MEGAPIXELS", MAX_MEGAPIXELS, least=1)
+
+
+def check_pages(image: Image.Image, path: Path) -> None:
+    """Raise BadSample for a second page or frame. Smaller copies and masks inside a TIFF are none."""
+    if not getattr(image, "is_animated", False) or image.format == "MPO":  # a photo with a preview
+        return
+    if image.format == "TIFF":
+        for page in range(1, MAX_PAGES):
+            try:
+                image.seek(page)
+            except EOFError:
+                return image.seek(0)
+            if not image.tag_v2.get(SUBFILE, 0):
+                break
+    raise BadSample(f"{path}: has several pages or frames; save each one as a file of its own")
+
+
+def tiff_layout(path: Path) -> str:
+    """'5 bands of 8-bit integers' for a TIFF whose header can be read; '' for other files."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(8)
+            if header[:4] not in TiffImagePlugin.PREFIXES:
+                return ""
+            tags = TiffImagePlugin.ImageFileDirectory_v2(header + (file.read(8) if header[2] == 43 else b""))
+            file.seek(tags.next)
+            tags.load(file)
+        bands, (bits, *_), (kind, *_) = tags.get(277, 1), tags.get(258, (1,)), tags.get(339, (1,))
+        known = bands in (1, 3) and bits in (1, 2, 4, 8, 16) and kind == 1
+    except Exception:  # as many kinds as Pillow's decoders raise
+        return ""
+    kinds = {1: "unsigned integers", 2: "signed integers", 3: "floating-point values"}
+    return "" if known else f"{bands} band(s) of {bits}-bit {kinds.get(kind, 'values')}"
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How the file stores its pixels, in Pillow's terms, such as L;4 for 4-bit gray. Only before they are loaded."""
+    args = image.tile[0].args if image.tile else ""
+    return args if isinstance(args, str) else str(args[0])
+
+
+def turn(image: Image.Image, orientation: int, reading: ImageReading) -> Image.Image:
+    """Turn a decoded image of Pillow's as `reading` says. Pillow itself has turned TIFFs for display."""
+    shown, stored = image.format == "TIFF", reading.orientation == "stored"
+    if orientation not in TURNS or shown != stored:
+        return image
+    return image.transpose(TURNS[TURNED_BACK.get(orientation, orientation) if stored else orientation])
 
 
 def walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -77,56 +191,196 @@ def walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) in the file's header, before EXIF orientation is applied."""
-    with open_image(path) as image:
-        return image.size
+    """(width, height) in the file's header, before EXIF orientation is applied (in a TIFF: after)."""
+
+    def read() -> tuple[int, int]:
+        with open_image(path) as image:
+            return image.size
+
+    return retried(read, path)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 RGB with its EXIF orientation applied.
+def retried(read: Callable[[], T], path: Path) -> T:
+    """read(), repeated while the storage fails for a reason that may pass; then a BadSample."""
+    try:
+        return retry_transient(read)
+    except OSError as error:
+        raise BadSample(f"{path}: cannot be read ({error.strerror}), also not when tried again") from None
 
-    Gray is repeated, palettes are looked up, CMYK is converted, transparency is blended with white, and 16-bit values
-    are reduced to their high byte.
+
+def read_image(path: Path, reading: ImageReading = DEFAULT_READING) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8 RGB; see load_image."""
+    return load_image(path, reading).pixels
+
+
+def load_image(path: Path, reading: ImageReading) -> ImageFile:
+    """Read an image: gray is repeated, palettes are looked up, CMYK is converted, transparency is blended with white.
+
+    Raises:
+        BadSample: the file is damaged, or its values have no known meaning as colors.
     """
+    return retried(partial(decode_image, path, reading), path)
+
+
+def decode_image(path: Path, reading: ImageReading) -> ImageFile:
+    """load_image without further attempts."""
     with open_image(path) as image:
-        # Released: EXIF orientation is ignored. Applied here, as viewers and labeling tools do.
-        ImageOps.exif_transpose(image, in_place=True)
+        raw, orientation, peak = raw_mode(image), image.getexif().get(ORIENTATION, 1), 0
         if image.mode == "F":
             raise BadSample(f"{path}: floating-point values have no fixed range; save it with 8 bits per channel")
+        check_bands(image, path)
+        if ";16" in raw and not image.mode.startswith("I"):  # Pillow keeps the high byte alone
+            image, peak = read_16_bit_colors(image, path, reading)
+        # Released: EXIF orientation is ignored. Applied here, as viewers and labeling tools do.
+        image = turn(image, orientation, reading)
         if image.mode.startswith("I"):
-            values = np.asarray(image).astype(np.int64)
-            if values.max() >= 1 << 16:
-                raise BadSample(f"{path}: 32-bit values have no fixed range; save it with 8 or 16 bits per channel")
-            gray = values >> 8 if values.max() > 255 else values
-            return np.repeat(np.clip(gray, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
-        if image.has_transparency_data:  # transparent pixels may hide erased content; browsers show them on white
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # a copy costs a tenth of decoding
+            gray, peak = reduce_to_8_bits(strips(image), reading.image_max, path)
+            return ImageFile(cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), peak, orientation)
+        if image.has_transparency_data:
+            image = blend_with_white(image, path)
+        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # a copy costs a tenth of decoding
+        return ImageFile(pixels, peak, orientation)
 
 
-def stored_values(image: Image.Image, path: Path) -> np.ndarray:
-    """Mask values (H, W) uint8 as stored; a palette image gives its indices."""
-    if image.mode in ("L", "P", "1"):
-        return np.array(image, np.uint8)
-    if not image.mode.startswith("I"):
+def check_bands(image: Image.Image, path: Path) -> None:
+    """Raise BadSample for a TIFF with more bands than colors, unless it says that the fourth one is transparency.
+
+    Also for 16-bit gray in which 0 is white, which Pillow does not invert.
+    """
+    if image.format != "TIFF":
+        return
+    photometric, bands = image.tag_v2.get(PHOTOMETRIC), image.tag_v2.get(277, 1)
+    extra = bands - {0: 1, 1: 1, 2: 3}.get(photometric, bands)
+    if extra and image.tag_v2.get(338) not in ((1,), (2,)):
+        raise BadSample(f"{path}: {bands} bands, of which {extra} are neither color nor transparency; save it as RGB")
+    if photometric == 0 and image.mode.startswith("I"):
+        raise BadSample(f"{path}: a TIFF in which 0 is white (MinIsWhite) with 16 bits; save it with 0 as black")
+
+
+def strips(image: Image.Image) -> Iterator[np.ndarray]:
+    """Arrays of some rows each, so that converting a large image takes little memory beside it."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+
+
+def reduce_to_8_bits(parts: Iterable[np.ndarray], white: int | None, path: Path) -> tuple[np.ndarray, int]:
+    """Integers of more than 8 bits -> uint8, and the largest one.
+
+    Args:
+        parts: arrays of rows.
+        white: value that becomes 255; None: 65535.
+    """
+    reduced, peak, least = [], 0, 0
+    top = 65535 if white is None else white
+    table = np.minimum(np.arange(1 << 16) * 256 // (top + 1), 255).astype(np.uint8)
+    for part in parts:
+        peak, least = max(peak, int(part.max())), min(least, int(part.min()))
+        if part.dtype == np.uint16:
+            reduced.append(table[part])
+        else:
+            reduced.append(np.clip(part.astype(np.int64) * 256 // (top + 1), 0, 255).astype(np.uint8))
+    if least < 0 or (peak > 65535 and white is None):
         raise BadSample(
-            f"{path}: masks must hold class indices 0..K-1 in one channel, found {image.mode}; "
-            "list its colors in data.custom.color_map, or convert the masks to indices and save 8-bit PNG"
+            f"{path}: values {least} to {peak} have no fixed range; save it with 8 or 16 bits per channel, or say "
+            "which value is white in data.custom.image_max"
         )
-    values = np.asarray(image)
-    wrong = (values < 0) | (values > 255)
-    if wrong.any():
+    return np.concatenate(reduced), peak
+
+
+def read_16_bit_colors(image: Image.Image, path: Path, reading: ImageReading) -> tuple[Image.Image, int]:
+    """A color image with 16 bits per channel, reduced to 8, and its largest value. Transparency is kept."""
+    image.load()  # OpenCV returns part of a truncated file
+    size, image = image.size, None
+    values = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.ndim != 3 or values.shape[2] not in (3, 4):
         raise BadSample(
-            f"{path}: {image.mode} mask with values outside 0..255: {format_counts(values[wrong])}; "
-            "renumber the classes 0..K-1 and save 8-bit PNG"
+            f"{path}: a {size[0]} x {size[1]} image with 16 bits per channel, stored in a way that cannot "
+            "be read; save it as 16-bit RGB PNG"
         )
-    return values.astype(np.uint8)
+    colors, peak = reduce_to_8_bits([values[..., 2::-1]], reading.image_max, path)
+    if values.shape[2] == 4:
+        colors = np.dstack([colors, (values[..., 3] >> 8).astype(np.uint8)])
+    return Image.fromarray(colors), peak
+
+
+def blend_with_white(image: Image.Image, path: Path) -> Image.Image:
+    """The image on white, as in browsers: transparent pixels may hide erased content.
+
+    Raises:
+        BadSample: a tenth of the pixels is neither opaque nor transparent, as in a fourth band of other content.
+    """
+    image = image.convert("RGBA")
+    between = sum(image.getchannel("A").histogram()[1:255]) / (image.width * image.height)
+    if between > 0.1:
+        raise BadSample(
+            f"{path}: its fourth channel is taken for transparency, but {between:.0%} of the pixels are partly "
+            "transparent; if it is another band, such as near infrared, save the image as RGB"
+        )
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def load_mask(path: Path, spec: DatasetSpec) -> MaskFile:
+    """Read a mask's values as stored: colors if spec.colors is set or the file has colors, else values.
+
+    Of a palette, a gray entry counts as its gray value; the indices of other palettes are the values.
+
+    Raises:
+        BadSample: the file is damaged, or of a format that does not keep the values.
+    """
+    return retried(partial(decode_mask_file, path, spec), path)
+
+
+def decode_mask_file(path: Path, spec: DatasetSpec) -> MaskFile:
+    """load_mask without further attempts."""
+    with open_image(path) as image:
+        raw, form, tile = raw_mode(image), image.format, image.tile[:1]
+        compression = image.info.get("compression")
+        if form in ("JPEG", "MPO", "JPEG2000") or compression in ("jpeg", "tiff_jpeg", "webp"):
+            name = f"TIFF with {compression} compression" if form == "TIFF" else form
+            raise BadSample(f"{path}: a {name} mask; {name} changes values. Save masks as PNG, from the originals")
+        if form == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+            raise BadSample(f"{path}: a TIFF mask in which 0 is white (MinIsWhite); save it as 8-bit PNG")
+        if image.mode == "F":
+            raise BadSample(f"{path}: a mask of floating-point values; save the class indices as 8-bit PNG")
+        if form == "PPM" and image.mode != "1" and tile[0].codec_name != "raw" and tile[0].args[1] not in (255, 65535):
+            raise BadSample(f"{path}: a mask whose largest value is {tile[0].args[1]}; save it as 8-bit PNG")
+        orientation = image.getexif().get(ORIENTATION, 1)
+        image = turn(image, orientation, spec.images)
+        if spec.colors is not None or not (image.mode in ("1", "L", "P") or image.mode.startswith("I")):
+            if ";16" in raw:
+                raise BadSample(f"{path}: a mask with 16 bits per channel; save it with 8 bits per channel")
+            transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+            return MaskFile(packed_colors(image), True, 8, (), orientation, transparent)
+        if image.mode == "P":
+            return MaskFile(*look_up_gray(image), orientation=orientation)
+        bits = {"1": 1, "L": 8}.get(image.mode, 16)
+        values = np.array(image, np.uint8) if bits <= 8 else np.asarray(image)
+        if raw.startswith(("L;2", "L;4")):  # Pillow spreads them over 0..255
+            bits = int(raw[2])
+            values //= 255 // (2**bits - 1)
+        return MaskFile(values, bits=bits, orientation=orientation)
 
 
 def packed_colors(image: Image.Image) -> np.ndarray:
     """Color of each pixel as 0xRRGGBB, (H, W) int32, for images of any mode; alpha is dropped."""
-    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int32), 2, 0)
-    return red << 16 | green << 8 | blue
+    rgb = np.asarray(image.convert("RGB"))
+    packed = rgb[..., 0].astype(np.int32)
+    for channel in (1, 2):
+        packed <<= 8
+        packed |= rgb[..., channel]
+    return packed
+
+
+def look_up_gray(image: Image.Image) -> tuple[np.ndarray, bool, int, tuple[int, ...]]:
+    """The first four fields of a palette image's MaskFile: gray values if all its entries are gray, else indices."""
+    indices = np.array(image, np.uint8)
+    entries = np.array(image.getpalette("RGB"), np.int32).reshape(-1, 3)
+    if (entries == entries[:, :1]).all():
+        table = np.zeros(256, np.uint8)
+        table[: len(entries)] = entries[:, 0]
+        return table[indices], False, 8, ()
+    return indices, False, 8, tuple((entries @ (1 << 16, 1 << 8, 1)).tolist())
 
 
 def format_counts(values: np.ndarray) -> str:
@@ -143,31 +397,68 @@ def format_color(packed: int) -> str:
 
 def read_mask(path: Path, spec: DatasetSpec) -> np.ndarray:
     """(H, W) uint8 class indices 0..K-1 and spec.ignore_index; raises BadSample for any other value."""
-    with open_image(path) as image:
-        if spec.colors is not None:
-            return decode_colors(packed_colors(image), spec.colors, path)
-        stored = stored_values(image, path)
-    mask = spec.decode_mask(stored)
+    file = load_mask(path, spec)
+    mask = decode_mask(file, path, spec)
+    check_palette(file, path, spec)
+    return mask
+
+
+def decode_mask(file: MaskFile, path: Path, spec: DatasetSpec) -> np.ndarray:
+    """Class indices of a mask's stored values; see read_mask."""
+    values = file.values
+    if spec.colors is not None:
+        return decode_colors(values, spec.colors, path)
+    if file.colored:
+        raise BadSample(
+            f"{path}: masks must hold class indices 0..K-1 in one channel, found RGB; "
+            "list its colors in data.custom.color_map, or convert the masks to indices and save 8-bit PNG"
+        )
+    if values.dtype != np.uint8:
+        outside = (values < 0) | (values > spec.max_stored)
+        if outside.any():
+            raise illegal_values(values[outside], path, spec)
+    mask = spec.decode_mask(values).astype(np.uint8, copy=False)
     illegal = (mask >= spec.num_classes) & (mask != spec.ignore_index)
     if illegal.any():
-        hint = spec.mask_hint or (
-            f"Correct the mask (ignored pixels hold {spec.ignore_index}), or describe your own data in data.custom"
-        )
-        raise BadSample(
-            f"{path}: illegal mask values {format_counts(stored[illegal])}; "
-            f"{spec.name} has classes 0..{spec.num_classes - 1}. {hint}"
-        )
+        raise illegal_values(values[illegal], path, spec)
     return mask
+
+
+def illegal_values(values: np.ndarray, path: Path, spec: DatasetSpec) -> BadSample:
+    """The error for stored values (N,) that have no class."""
+    hint = spec.mask_hint or (
+        f"Correct the mask (ignored pixels hold {spec.ignore_index}), or describe your own data in data.custom"
+    )
+    return BadSample(
+        f"{path}: illegal mask values {format_counts(values)}; "
+        f"{spec.name} has classes 0..{spec.num_classes - 1}. {hint}"
+    )
+
+
+def check_palette(file: MaskFile, path: Path, spec: DatasetSpec) -> None:
+    """Raise BadSample if a pixel's color in the palette is that of another class than its index."""
+    colors = [red << 16 | green << 8 | blue for red, green, blue in spec.palette]
+    for index, color in enumerate(file.palette):
+        target = int(spec.decode_mask(np.array([index]))[0])
+        if target >= len(colors) or color == colors[target] or color not in colors or index not in file.values:
+            continue
+        raise BadSample(
+            f"{path}: index {index} of its palette has the color {format_color(color)} of class "
+            f"{spec.classes[colors.index(color)]}, but is the index of class {spec.classes[target]}. If colors count, "
+            "list them in data.custom.color_map; if indices count, give the classes' colors in data.custom.palette"
+        )
 
 
 def decode_colors(packed: np.ndarray, colors: ColorTable, path: Path) -> np.ndarray:
     """Colors 0xRRGGBB (H, W) -> class indices (H, W) uint8; raises BadSample for a color without a class."""
     mask, unknown = colors.decode(packed)
     if unknown.any():
-        values, counts = np.unique(packed[unknown], return_counts=True)
+        others = packed[unknown]
+        first = others.min()
+        count = int((others == first).sum())
         raise BadSample(
-            f"{path}: illegal mask colors {format_color(int(values[0]))} ({counts[0]} pixels)"
-            f"{f' and {len(values) - 1} more' if len(values) > 1 else ''}; data.custom.color_map lists "
+            f"{path}: illegal mask colors {format_color(int(first))} ({count} pixels)"
+            f"{' and more' if count < len(others) else ''}; data.custom.color_map lists "
             f"{', '.join(map(format_color, colors.colors))}. Add them there, or save the mask without smoothed borders"
         )
     return mask
@@ -176,7 +467,7 @@ def decode_colors(packed: np.ndarray, colors: ColorTable, path: Path) -> np.ndar
 def read_pair(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) uint8 and mask (H, W) uint8 of a labeled sample; raises BadSample if their sizes differ."""
     assert sample.mask is not None, f"{sample.image} is unlabeled"
-    image, mask = read_image(sample.image), read_mask(sample.mask, spec)
+    image, mask = read_image(sample.image, spec.images), read_mask(sample.mask, spec)
     check_same_size(sample, image, mask)
     return image, mask
 
@@ -191,8 +482,9 @@ def size_mismatch(sample: Sample, size: tuple[int, int], mask_size: tuple[int, i
     remedy = "create the mask again at the image's size; resize masks with nearest-neighbor only"
     if read_size(sample.image) == mask_size:
         remedy = (
-            "the image is rotated by its EXIF orientation and the mask is not: rotate the mask as well, and those of "
-            "images rotated by 180 degrees, which cannot be detected by their size"
+            "the image is rotated by its EXIF orientation and the mask is not: if masks were drawn on the pixels as "
+            "stored, set data.custom.orientation=stored; else rotate the mask as well, and those of images rotated by "
+            "180 degrees, which cannot be detected by their size"
         )
     return BadSample(
         f"image and mask differ in width x height: {sample.image} is {size[0]} x {size[1]}, "

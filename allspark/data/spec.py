@@ -27,7 +27,7 @@ class LookupTable:
     @classmethod
     def from_mapping(cls, mapping: Mapping[int, int], default: int) -> LookupTable:
         """Build the table from stored value -> class index; `default` for stored values that are not in the mapping."""
-        return cls(bytes(mapping.get(value, default) for value in range(256)))
+        return cls(bytes(mapping.get(value, default) for value in range(max(255, *mapping) + 1)))
 
     def __call__(self, mask: np.ndarray) -> np.ndarray:
         return np.frombuffer(self.values, np.uint8)[mask]
@@ -78,13 +78,30 @@ IMAGENET = Statistics()
 
 
 @dataclass(frozen=True)
+class ImageReading:
+    """How the image files of a data set are read.
+
+    Args:
+        image_max: stored value of white in files with more than 8 bits per channel; None: 65535.
+        orientation: 'stored' ignores EXIF orientation, of masks as well; 'shown' or None applies it.
+    """
+
+    image_max: int | None = None
+    orientation: str | None = None
+
+
+DEFAULT_READING = ImageReading()
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """Everything the code needs to know about a data set.
 
     Args:
         eval_mode: whole, center_crop or sliding_window.
-        decode_mask: stored mask (H, W) uint8 -> class indices (H, W) uint8 with `ignore_index`. It must not raise:
-            read_mask, which knows the file name, reports invalid values.
+        decode_mask: stored values 0..max_stored -> class indices with `ignore_index`, of the same shape. It must not
+            raise: read_mask, which knows the file name, reports invalid values.
+        max_stored: largest value that a mask may hold.
         prepare: creates the data set below its root; for data sets that need no download.
         split_folder: folder in splits/ if it is not the data set's name.
         mask_path: mask column of a list file -> path to read.
@@ -93,6 +110,8 @@ class DatasetSpec:
         background: index of the class for everything that belongs to no other class; None: there is no such class.
         colors: read masks as RGB colors, ignoring decode_mask; None: read masks as values.
         statistics: of the images, one value per channel.
+        images: how image files are read.
+        is_custom: whether data.custom describes it.
     """
 
     name: str
@@ -101,6 +120,7 @@ class DatasetSpec:
     ignore_index: int = IGNORE_INDEX
     eval_mode: str = "whole"
     decode_mask: Callable[[np.ndarray], np.ndarray] = identity
+    max_stored: int = 255
     prepare: Callable[[Path], None] | None = None
     split_folder: str | None = None
     mask_path: Callable[[str], str] = identity
@@ -109,6 +129,8 @@ class DatasetSpec:
     background: int | None = None
     colors: ColorTable | None = None
     statistics: Statistics = IMAGENET
+    images: ImageReading = DEFAULT_READING
+    is_custom: bool = False
 
     @property
     def channels(self) -> int:

@@ -193,7 +193,9 @@ DAMAGES = [
         ("masks/val/val1.png", "3 (1 pixel)", "Correct the mask"),
     ),
     Damage("RGB labels", lambda root: save(root / MASK, np.zeros((64, 80, 3))), (MASK, "found RGB", "8-bit")),
-    Damage("16-bit labels", lambda root: Image.new("I;16", (80, 64), 300).save(root / MASK), (MASK, "300", "8-bit")),
+    Damage(
+        "16-bit labels", lambda root: Image.new("I;16", (80, 64), 300).save(root / MASK), (MASK, "300", "value_map")
+    ),
     Damage("no class in any mask", no_class_in("labeled"), ("no pixel of the labeled masks", "255")),
     Damage("no class in any mask of val", no_class_in("val"), ("no pixel of the val masks", "255")),
     Damage("truncated image", lambda root: half(root / IMAGE), (IMAGE, "truncated", "copy it again")),
@@ -284,7 +286,7 @@ def test_val_samples_are_not_skipped(place, refused):
 def test_skipping_with_nothing_readable(place, refused):
     for path in (place.root / "images" / "unlabeled").iterdir():
         path.write_text("hello")
-    told = ("images/unlabeled/unlabeled", "and 5 more problems")
+    told = ("images/unlabeled/unlabeled", "and 5 more files")
     refused(train.main, place.train("data.on_bad_sample=skip"), *told)
 
 

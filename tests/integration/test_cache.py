@@ -33,7 +33,7 @@ def samples(tmp_path) -> list[Sample]:
         "rgb.png": Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)),
         "gray.png": Image.fromarray(rng.integers(0, 256, (11, 13), np.uint8)),
         "palette.png": Image.fromarray(rng.integers(0, 256, (9, 40, 3), np.uint8)).quantize(16),
-        "alpha.png": Image.fromarray(rng.integers(0, 256, (17, 5, 4), np.uint8)),
+        "alpha.png": Image.fromarray(rng.choice(np.array([0, 255], np.uint8), (17, 5, 4))),
         "deep.png": Image.fromarray(rng.integers(0, 2**16, (8, 8), np.uint16)),
         "turned.jpg": Image.fromarray(rng.integers(0, 256, (24, 36, 3), np.uint8)),
     }

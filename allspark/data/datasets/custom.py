@@ -5,8 +5,19 @@ from __future__ import annotations
 import re
 
 from allspark.config import CustomDataConfig
-from allspark.data.spec import IGNORE_INDEX, ColorTable, DatasetSpec, LookupTable, Statistics, identity, voc_palette
+from allspark.data.spec import (
+    IGNORE_INDEX,
+    ColorTable,
+    DatasetSpec,
+    ImageReading,
+    LookupTable,
+    Statistics,
+    identity,
+    voc_palette,
+)
 from allspark.utils.errors import UserError
+
+MAX_STORED = 2**16 - 1  # in a mask of 16 bits
 
 
 def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
@@ -35,9 +46,12 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
         palette=tuple((red, green, blue) for red, green, blue in palette),
         eval_mode=custom.eval_mode,
         decode_mask=identity if stored_decoded else LookupTable.from_mapping(value_table(custom), default=num_classes),
+        max_stored=max(255, custom.ignore_index, *(custom.value_map or ())),
         background=custom.background,
         colors=None if custom.color_map is None else ColorTable.from_mapping(color_table(custom)),
         statistics=Statistics.of(custom.channels, custom.mean, custom.std),
+        is_custom=True,
+        images=ImageReading(custom.image_max, custom.orientation),
         mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or define its values with "
         "data.custom.classes, ignore_index, value_map",
     )
@@ -69,8 +83,8 @@ def color_table(custom: CustomDataConfig) -> dict[tuple[int, int, int], int]:
 def value_table(custom: CustomDataConfig) -> dict[int, int]:
     """Stored value -> class index or IGNORE_INDEX. Values not in it are decoded as K, which read_mask reports."""
     num_classes = len(custom.classes)
-    if not 0 <= custom.ignore_index <= 255:
-        raise UserError(f"data.custom.ignore_index: {custom.ignore_index}; masks are 8-bit, give a value in 0..255")
+    if not 0 <= custom.ignore_index <= MAX_STORED:
+        raise UserError(f"data.custom.ignore_index: {custom.ignore_index}; give a value in 0..{MAX_STORED}")
     if num_classes == IGNORE_INDEX:
         raise UserError(
             f"data.custom.classes: {num_classes} classes leave no room for value_map or another ignore_index; "
@@ -85,8 +99,8 @@ def value_table(custom: CustomDataConfig) -> dict[int, int]:
         return {index: index for index in range(num_classes)} | {custom.ignore_index: IGNORE_INDEX}
     table = {custom.ignore_index: IGNORE_INDEX}  # unless the map defines that stored value
     for stored, target in custom.value_map.items():
-        if not 0 <= stored <= 255:
-            raise UserError(f"data.custom.value_map: stored value {stored}; masks are 8-bit, give values in 0..255")
+        if not 0 <= stored <= MAX_STORED:
+            raise UserError(f"data.custom.value_map: stored value {stored}; give values in 0..{MAX_STORED}")
         table[stored] = target_index(custom, f"value_map: {stored}", target)
     return table
 

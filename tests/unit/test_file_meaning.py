@@ -1,0 +1,268 @@
+"""What image and mask files say they mean: palettes, bits, bands, ranges, orientation, pages; values against numpy."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from allspark.config import CustomDataConfig
+from allspark.data.datasets.custom import make_spec
+from allspark.data.image_io import load_image, read_image, read_mask
+from allspark.data.spec import ImageReading, Sample
+from allspark.data.survey import find_contradictions, inspect_sample
+from allspark.utils.errors import UserError
+
+RNG = np.random.default_rng(3)
+TRUTH = RNG.integers(0, 4, (40, 48)).astype(np.uint8)
+PHOTO = RNG.integers(0, 256, (40, 48, 3)).astype(np.uint8)
+COLORS = np.array([[7, 0, 0], [250, 50, 50], [50, 250, 50], [9, 9, 250]], np.uint8)
+
+
+def spec(classes="abcd", **custom):
+    return make_spec("mine", CustomDataConfig(classes=tuple(classes), **custom))
+
+
+def gray_png(path: Path, values: np.ndarray, bits: int) -> Path:
+    """A gray PNG of few bits per pixel, which Pillow does not write."""
+    rows = (values[..., None] >> np.arange(bits)[::-1] & 1).reshape(len(values), -1).astype(np.uint8)
+    raw = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
+    parts = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+def tiff(path: Path, array: np.ndarray, photometric: int = 1, extra: int | None = None) -> Path:
+    """An uncompressed TIFF of any number of bands and type of values."""
+    height, width, *bands = array.shape
+    tags = {256: width, 257: height, 258: array.dtype.itemsize * 8, 259: 1, 262: photometric, 277: (bands or [1])[0]}
+    tags |= {278: height, 279: array.nbytes, 339: {"u": 1, "i": 2, "f": 3}[array.dtype.kind]}
+    tags |= {} if extra is None else {338: extra}
+    repeated = struct.pack(f"<{tags[277]}H", *[tags[258]] * tags[277])
+    tags[273] = 8 + 2 + 12 * (len(tags) + 1) + 4 + len(repeated)
+    entries = b""
+    for tag, value in sorted(tags.items()):
+        if tag == 258 and tags[277] > 2:
+            entries += struct.pack("<HHII", tag, 3, tags[277], tags[273] - len(repeated))
+        else:
+            entries += struct.pack("<HHII", tag, 4, 1, value)
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + repeated + array.tobytes())
+    return path
+
+
+def palette_png(path: Path, indices: np.ndarray, palette: np.ndarray) -> Path:
+    image = Image.fromarray(indices.astype(np.uint8)).convert("L")
+    image = Image.frombytes("P", image.size, image.tobytes())
+    image.putpalette(palette.astype(np.uint8).tobytes())
+    image.save(path)
+    return path
+
+
+def problems(spec, *pairs):
+    """What is wrong with samples of (image, mask) or (image,): of each, else of all together."""
+    reports = [inspect_sample("labeled", Sample(*pair), spec) for pair in pairs]
+    errors = [str(error) for each in reports for error in (*each.errors, each.illegal) if error]
+    return errors or find_contradictions(reports, spec)[0]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]])
+def test_gray_palette_counts_as_gray(tmp_path, order):
+    """As lossless optimizers and GIF writers number the values of each file anew."""
+    table = np.array(order, np.uint8)
+    indices = np.argsort(table)[TRUTH]
+    for path in (tmp_path / "mask.png", tmp_path / "mask.gif"):
+        palette_png(path, indices, np.repeat(table[:, None], 3, 1))
+        np.testing.assert_array_equal(read_mask(path, spec()), TRUTH)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_hold_stored_values(tmp_path, bits):
+    truth = TRUTH % 2**bits
+    np.testing.assert_array_equal(read_mask(gray_png(tmp_path / "mask.png", truth, bits), spec()), truth)
+    image = read_image(gray_png(tmp_path / "image.png", truth, bits))[..., 0]  # of a photo the largest value is white
+    np.testing.assert_array_equal(image, truth.astype(int) * 255 // (2**bits - 1))
+
+
+def test_masks_of_different_bits(tmp_path, photo):
+    one = gray_png(tmp_path / "one.png", TRUTH % 2, 1)
+    eight, empty = tmp_path / "eight.png", tmp_path / "empty.png"
+    Image.fromarray(TRUTH % 2 * 255).save(eight)
+    Image.fromarray(TRUTH * 0).save(empty)
+    (found,) = problems(spec("ab"), (photo, one), (photo, eight))
+    assert "different bit depths" in found and str(one) in found and str(eight) in found
+    assert not problems(spec("ab"), (photo, one), (photo, empty))
+    assert not problems(spec("ab", value_map={0: 0, 255: 1}), (photo, eight), (photo, empty))
+    four = gray_png(tmp_path / "four.png", TRUTH, 4)
+    assert problems(spec(), (photo, one), (photo, four))
+
+
+def test_colored_palettes(tmp_path, photo):
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    palette_png(one, TRUTH, np.vstack([COLORS, [[90, 80, 70]]]))  # an entry that this file does not use
+    palette_png(two, TRUTH % 3, COLORS[:3])
+    np.testing.assert_array_equal(read_mask(one, spec()), TRUTH)
+    assert not problems(spec(), (photo, one), (photo, two))
+    # Renumbered by a program that reduces colors
+    order = np.array([3, 1, 0, 2])
+    palette_png(two, np.argsort(order)[TRUTH], COLORS[order])
+    (found,) = problems(spec(), (photo, one), (photo, two))
+    assert "index 0 has the color 7,0,0 in the palette of" in found and str(one) in found and str(two) in found
+    (found,) = problems(spec(), (photo, two))
+    assert "does not have the classes' colors (0 is 9,9,250" in found
+    own = {"palette": tuple(map(tuple, COLORS.tolist()))}
+    (found,) = problems(spec(**own), (photo, two))
+    assert "index 0 of its palette has the color 9,9,250 of class d, but is the index of class a" in found
+    with pytest.raises(UserError, match="data.custom.color_map"):
+        read_mask(two, spec(**own))
+    by_color = spec(color_map={",".join(map(str, color)): index for index, color in enumerate(COLORS.tolist())})
+    for path in (one, two):
+        np.testing.assert_array_equal(read_mask(path, by_color), TRUTH)
+
+
+def test_palette_beside_gray(tmp_path, photo):
+    """As half of PASCAL's masks: good if the palette has the classes' colors."""
+    gray, colored = tmp_path / "gray.png", tmp_path / "colored.png"
+    Image.fromarray(TRUTH).save(gray)
+    palette_png(colored, TRUTH, np.array(spec().palette + ((1, 2, 3),)))
+    assert not problems(spec(), (photo, gray), (photo, colored))
+    palette_png(colored, TRUTH, np.vstack([COLORS, [[90, 80, 70]]]))
+    (found,) = problems(spec(), (photo, gray), (photo, colored))
+    assert str(gray) in found and str(colored) in found
+
+
+def test_refused_masks(tmp_path):
+    """Formats that change values, or do not say which of two meanings counts."""
+    Image.fromarray(TRUTH).save(tmp_path / "m.jpg")
+    Image.fromarray(TRUTH).save(tmp_path / "jpeg.tif", compression="jpeg")
+    Image.fromarray(TRUTH).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.fromarray(TRUTH)])
+    tiff(tmp_path / "white.tif", TRUTH, photometric=0)
+    tiff(tmp_path / "float.tif", TRUTH.astype(np.float32))
+    tiff(tmp_path / "long.tif", TRUTH.astype(np.int64))
+    cv2.imwrite(str(tmp_path / "deep.png"), COLORS[TRUTH].astype(np.uint16))
+    (tmp_path / "m.pgm").write_bytes(b"P5 48 40 15\n" + TRUTH.tobytes())
+    told = {
+        "m.jpg": "a JPEG mask; JPEG changes values",
+        "jpeg.tif": "TIFF with jpeg compression",
+        "pages.tif": "several pages",
+        "white.tif": "0 is white",
+        "float.tif": "floating-point values; save the class indices",
+        "long.tif": r"a TIFF of 1 band\(s\) of 64-bit signed integers",
+        "deep.png": "16 bits per channel",
+        "m.pgm": "largest value is 15",
+    }
+    for name, words in told.items():
+        for each in (spec(), spec(color_map={"0,0,0": 0, "250,50,50": 1})) if name != "m.pgm" else (spec(),):
+            if name == "deep.png" and each.colors is None:
+                continue
+            with pytest.raises(UserError, match=words) as error:
+                read_mask(tmp_path / name, each)
+            assert str(error.value).startswith(str(tmp_path / name)) and "copy it again" not in str(error.value)
+
+
+def test_large_ids(tmp_path, photo):
+    ids = np.array([0, 1000, 2000, 65535])
+    Image.fromarray(ids.astype(np.uint16)[TRUTH]).save(tmp_path / "m.png")
+    mapped = spec("abc", value_map={0: 0, 1000: 1, 2000: 2}, ignore_index=65535)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", mapped), np.where(TRUTH == 3, 255, TRUTH))
+    (found,) = problems(spec("abc", value_map={0: 0, 1000: 1}), (photo, tmp_path / "m.png"))
+    assert "illegal mask values 2000 (" in found and ", 65535 (" in found
+
+
+@pytest.mark.parametrize(("most", "channels"), [(4095, 1), (4095, 3), (1023, 3), (65535, 1), (65535, 3)])
+def test_range_of_16_bit_images(tmp_path, most, channels):
+    values = RNG.integers(0, most, (40, 48, channels), endpoint=True).astype(np.uint16)
+    values[0, 0] = most
+    for name in ("a.png", "a.tif"):
+        path = tmp_path / name
+        cv2.imwrite(str(path), values[..., ::-1])
+        found = load_image(path, ImageReading(image_max=most))
+        np.testing.assert_array_equal(
+            found.pixels, np.broadcast_to(values.astype(int) * 256 // (most + 1), (40, 48, 3))
+        )
+        np.testing.assert_array_equal(read_image(path), np.broadcast_to(values >> 8, (40, 48, 3)))
+        assert found.peak == most
+        told = problems(spec(), (path,))
+        assert bool(told) == (most < 2**15) and all(f"such as {most}" in line for line in told)
+        assert not problems(spec(image_max=most), (path,))
+        Image.fromarray(PHOTO).save(tmp_path / "8.png")
+        assert problems(spec(), (path,), (tmp_path / "8.png",))
+
+
+def test_bands(tmp_path):
+    """A fourth band is not taken for transparency, whatever the file says of it; true transparency is."""
+    five = RNG.integers(0, 256, (40, 48, 5)).astype(np.uint8)
+    for name, array, extra in (("4", five[..., :4], 0), ("4", five[..., :4], None), ("5", five, 0)):
+        with pytest.raises(UserError, match=f"{name} band") as error:
+            read_image(tiff(tmp_path / "bands.tif", np.ascontiguousarray(array), photometric=2, extra=extra))
+        assert "copy it again" not in str(error.value)
+    near_infrared = np.ascontiguousarray(five[..., :4])
+    Image.fromarray(near_infrared).save(tmp_path / "nir.png")
+    for path in (tmp_path / "nir.png", tiff(tmp_path / "nir.tif", near_infrared, photometric=2, extra=2)):
+        with pytest.raises(UserError, match="near infrared"):
+            read_image(path)
+    with pytest.raises(UserError, match="3 band.*32-bit floating"):
+        read_image(tiff(tmp_path / "float.tif", PHOTO.astype(np.float32), photometric=2))
+    clear = np.dstack([PHOTO, np.where(TRUTH == 0, 0, 255).astype(np.uint8)])
+    tiff(tmp_path / "clear.tif", clear, photometric=2, extra=2)
+    np.testing.assert_array_equal(read_image(tmp_path / "clear.tif"), np.where(TRUTH[..., None] == 0, 255, PHOTO))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_orientation(tmp_path, suffix):
+    """All eight orientations, against numpy; a TIFF is turned by Pillow itself."""
+    views = {1: PHOTO, 2: PHOTO[:, ::-1], 3: PHOTO[::-1, ::-1], 4: PHOTO[::-1], 5: PHOTO.swapaxes(0, 1)}
+    views |= {6: np.rot90(PHOTO, -1), 7: np.rot90(PHOTO, 2).swapaxes(0, 1), 8: np.rot90(PHOTO)}
+    for number, view in views.items():
+        path, exif = tmp_path / f"{number}.{suffix}", Image.Exif()
+        exif[0x0112] = number
+        Image.fromarray(PHOTO).save(path, exif=exif)
+        for orientation, truth in ((None, view), ("shown", view), ("stored", PHOTO)):
+            found = load_image(path, ImageReading(orientation=orientation))
+            assert found.orientation == number
+            np.testing.assert_array_equal(found.pixels, truth)
+
+
+def test_orientation_of_one_of_a_pair(tmp_path):
+    image, mask, exif = tmp_path / "i.jpg", tmp_path / "m.png", Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(PHOTO).save(image, exif=exif)
+    Image.fromarray(TRUTH).save(mask)
+    (found,) = problems(spec(), (image, mask))
+    assert str(image) in found and "data.custom.orientation=shown" in found
+    assert not problems(spec(orientation="shown"), (image, mask)) + problems(spec(orientation="stored"), (image, mask))
+    Image.fromarray(TRUTH).save(mask, exif=exif)  # on both: both are turned
+    assert not problems(spec(), (image, mask))
+    np.testing.assert_array_equal(read_mask(mask, spec()), TRUTH[::-1, ::-1])
+    np.testing.assert_array_equal(read_mask(mask, spec(orientation="stored")), TRUTH)
+
+
+def test_pages(tmp_path):
+    """Smaller copies inside a TIFF are no pages; of an animation no frame is chosen."""
+    frames = [Image.fromarray(PHOTO), Image.fromarray(PHOTO[::-1])]
+    for name in ("a.tif", "a.gif", "a.webp", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(UserError, match="several pages"):
+            read_image(tmp_path / name)
+    small = frames[0].resize((24, 20))
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    frames[0].save(tmp_path / "b.tif", save_all=True, append_images=[small])
+    np.testing.assert_array_equal(read_image(tmp_path / "b.tif"), PHOTO)
+
+
+def test_masks_of_many_colors(tmp_path, photo):
+    """Counting them takes no longer than the pixels do."""
+    Image.fromarray(RNG.integers(0, 256, (300, 300, 3)).astype(np.uint8)).save(tmp_path / "m.png")
+    (found,) = problems(spec(color_map={"0,0,0": 0}), (photo, tmp_path / "m.png"))
+    assert "more than 4096 different colors" in found
