@@ -68,6 +68,8 @@ class MaskFile(NamedTuple):
 
     Args:
         values: (H, W) stored values, uint8 unless they need more; colors 0xRRGGBB, int32, if `colored`.
+        mode: of the file, in Pillow's terms, such as RGB.
+        colored: whether the values are colors.
         bits: bits per pixel of a gray mask, 8 for others.
         palette: colors 0xRRGGBB of the palette whose indices `values` are; () without one.
         orientation: the EXIF orientation.
@@ -75,6 +77,7 @@ class MaskFile(NamedTuple):
     """
 
     values: np.ndarray
+    mode: str
     colored: bool = False
     bits: int = 8
     palette: tuple[int, ...] = ()
@@ -351,15 +354,18 @@ def decode_mask_file(path: Path, spec: DatasetSpec) -> MaskFile:
             if ";16" in raw:
                 raise BadSample(f"{path}: a mask with 16 bits per channel; save it with 8 bits per channel")
             transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-            return MaskFile(packed_colors(image), True, 8, (), orientation, transparent)
+            return MaskFile(
+                packed_colors(image), image.mode, colored=True, orientation=orientation, transparent=transparent
+            )
         if image.mode == "P":
-            return MaskFile(*look_up_gray(image), orientation=orientation)
+            values, palette = look_up_gray(image)
+            return MaskFile(values, "P", palette=palette, orientation=orientation)
         bits = {"1": 1, "L": 8}.get(image.mode, 16)
         values = np.array(image, np.uint8) if bits <= 8 else np.asarray(image)
         if raw.startswith(("L;2", "L;4")):  # Pillow spreads them over 0..255
             bits = int(raw[2])
             values //= 255 // (2**bits - 1)
-        return MaskFile(values, bits=bits, orientation=orientation)
+        return MaskFile(values, image.mode, bits=bits, orientation=orientation)
 
 
 def packed_colors(image: Image.Image) -> np.ndarray:
@@ -372,15 +378,15 @@ def packed_colors(image: Image.Image) -> np.ndarray:
     return packed
 
 
-def look_up_gray(image: Image.Image) -> tuple[np.ndarray, bool, int, tuple[int, ...]]:
-    """The first four fields of a palette image's MaskFile: gray values if all its entries are gray, else indices."""
+def look_up_gray(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Values of a palette image: gray values, and (), if all entries are gray; else the indices, and the colors."""
     indices = np.array(image, np.uint8)
     entries = np.array(image.getpalette("RGB"), np.int32).reshape(-1, 3)
     if (entries == entries[:, :1]).all():
         table = np.zeros(256, np.uint8)
         table[: len(entries)] = entries[:, 0]
-        return table[indices], False, 8, ()
-    return indices, False, 8, tuple((entries @ (1 << 16, 1 << 8, 1)).tolist())
+        return table[indices], ()
+    return indices, tuple((entries @ (1 << 16, 1 << 8, 1)).tolist())
 
 
 def format_counts(values: np.ndarray) -> str:
@@ -410,7 +416,7 @@ def decode_mask(file: MaskFile, path: Path, spec: DatasetSpec) -> np.ndarray:
         return decode_colors(values, spec.colors, path)
     if file.colored:
         raise BadSample(
-            f"{path}: masks must hold class indices 0..K-1 in one channel, found RGB; "
+            f"{path}: masks must hold class indices 0..K-1 in one channel, found {file.mode}; "
             "list its colors in data.custom.color_map, or convert the masks to indices and save 8-bit PNG"
         )
     if values.dtype != np.uint8:

@@ -129,8 +129,8 @@ def test_custom_illegal_value(tmp_path, options, stored, named):
         ({"palette": ((0, 0, 0),)}, "1 colors for 3"),
         ({"palette": ((0, 0, 0), (0, 0, 1), (0, 0, 256))}, r"\[0, 0, 256\]"),
         ({"ignore_index": 1}, "1 is also the index of class 'road'"),
-        ({"ignore_index": 300}, "ignore_index: 300"),
-        ({"value_map": {300: 0}}, "stored value 300"),
+        ({"ignore_index": 70000}, "ignore_index: 70000"),
+        ({"value_map": {70000: 0}}, "stored value 70000"),
         ({"value_map": {1: 3}}, "1: 3 is neither"),
     ],
 )
