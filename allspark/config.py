@@ -176,13 +176,26 @@ class BottleneckConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    encoder: str = option("mit_b5", "mit_b0 to mit_b5, resnet50, resnet101, resnet50s, resnet101s, or timm:<name>")
-    decoder: Literal["mlp", "mlp_bn", "deeplab"] = option(
+    encoder: str = option(
+        "mit_b5",
+        "mit_b0 to mit_b5, resnet50, resnet101, resnet50s, resnet101s, dinov2_small, _base, _large, _giant, or "
+        "timm:<name>",
+    )
+    decoder: Literal["mlp", "mlp_bn", "deeplab", "dpt"] = option(
         "mlp",
-        "mlp: SegFormer's; mlp_bn: mmsegmentation's, with a batch norm per level; deeplab: DeepLabV3+",
+        "mlp: SegFormer's; mlp_bn: mmsegmentation's, with a batch norm per level; deeplab: DeepLabV3+; dpt: of a plain "
+        "ViT alone, as in UniMatch V2",
     )
     decoder_channels: int | None = option(
-        None, "width of the decoder; null: 256, and 768 for mit_b2 to mit_b5 as in SegFormer", low=1, high=2**14
+        None,
+        "width of the decoder; null: 256, 768 for mit_b2 to mit_b5 as in SegFormer, and that of UniMatch V2 for dpt",
+        low=1,
+        high=2**14,
+    )
+    fit: Literal["pad", "resize"] = option(
+        "pad",
+        "how timm's and DINOv2's networks take an image whose sides are not multiples of their stride: padded, or "
+        "resized to the nearest multiples as in UniMatch V2",
     )
     drop_path: float = option(0.1, "stochastic depth rate of the encoder", low=0, high=0.99)
     dropout: float = option(0.1, "dropout rate before the classifier", low=0, high=0.99)

@@ -81,8 +81,8 @@ class UniMatchV2(TeacherMethod):
 class ComplementaryDropout:
     """Of each image, one view keeps a random half of the channels and the other view the other half.
 
-    m1 ~ 2 * Bernoulli(0.5) per image and channel, m2 = 2 - m1. Released (dpt.py:149-165): the four maps of a plain
-    transformer, equally wide, share one mask; here each map of the pyramid has its own.
+    m1 ~ 2 * Bernoulli(0.5) per image and channel, m2 = 2 - m1. The layers of a plain ViT share one mask, as released
+    (dpt.py:149-165); the maps of a pyramid, of different widths, have their own.
 
     Args:
         share: share of the images that are perturbed, rounded up. The others, chosen at random, are left unchanged in
@@ -104,10 +104,14 @@ class ComplementaryDropout:
         """
         batch = (len(features[0]) - num_labeled) // 2
         perturbed = torch.randperm(batch, device=features[0].device) < math.ceil(batch * self.share)
-        result = []
-        for feature in features:
-            mask = 2 * feature.new_empty(batch, feature.shape[1]).bernoulli_(0.5)
-            mask = torch.where(perturbed[:, None], mask, 1)
-            labeled = mask.new_ones(num_labeled, feature.shape[1])
-            result.append(feature * torch.cat((labeled, mask, 2 - mask))[..., None, None])
-        return result
+        if len({feature.shape for feature in features}) == 1:
+            mask = self.draw_mask(features[0], perturbed, num_labeled)
+            return [feature * mask for feature in features]
+        return [feature * self.draw_mask(feature, perturbed, num_labeled) for feature in features]
+
+    def draw_mask(self, feature: Tensor, perturbed: Tensor, num_labeled: int) -> Tensor:
+        """(num_labeled + 2 B, C, 1, 1), for the feature map (num_labeled + 2 B, C, h, w); perturbed: (B,) bool."""
+        mask = 2 * feature.new_empty(len(perturbed), feature.shape[1]).bernoulli_(0.5)
+        mask = torch.where(perturbed[:, None], mask, 1)
+        labeled = mask.new_ones(num_labeled, feature.shape[1])
+        return torch.cat((labeled, mask, 2 - mask))[..., None, None]

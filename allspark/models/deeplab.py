@@ -69,6 +69,8 @@ class DeepLabV3Plus(nn.Module):
     """
 
     align_corners = True  # as released by UniMatch and iMAS, inside the decoder and for its logits
+    takes_tokens = False
+    example = "resnet101"
 
     def __init__(
         self,

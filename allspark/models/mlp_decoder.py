@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from allspark.config import ModelConfig
 from allspark.models.deeplab import DeepLabV3Plus
+from allspark.models.dpt import DPT
 from allspark.models.resize import resize
 from allspark.utils.errors import UserError
 
@@ -29,6 +30,8 @@ class MLPDecoder(nn.Module):
     """
 
     align_corners = False
+    takes_tokens = False
+    example = "mit_b5"
 
     def __init__(
         self,
@@ -94,8 +97,9 @@ class MLPBNDecoder(MLPDecoder):
 
 
 # A decoder has the arguments of MLPDecoder. `unsupported(strides)` says why it cannot decode maps of these strides,
-# `align_corners` how its logits are resized to the image, `classifier` is its last layer.
-DECODERS = {"mlp": MLPDecoder, "mlp_bn": MLPBNDecoder, "deeplab": DeepLabV3Plus}
+# `example` is an encoder it can, `takes_tokens` whether a plain ViT gives it four of its layers in place of a pyramid.
+# `align_corners` says how its logits are resized to the image, `classifier` is its last layer.
+DECODERS = {"mlp": MLPDecoder, "mlp_bn": MLPBNDecoder, "deeplab": DeepLabV3Plus, "dpt": DPT}
 
 
 def build_decoder(cfg: ModelConfig, encoder: nn.Module, num_classes: int) -> nn.Module:
@@ -106,7 +110,7 @@ def build_decoder(cfg: ModelConfig, encoder: nn.Module, num_classes: int) -> nn.
         raise UserError(
             f"model.decoder={cfg.decoder} with model.encoder={cfg.encoder}: the decoder {reason}; this encoder's maps "
             f"have strides {'/'.join(map(str, encoder.strides))}. Set model.decoder={' or '.join(suitable)}, or a "
-            f"suitable encoder, such as model.encoder=resnet101"
+            f"suitable encoder, such as model.encoder={kind.example}"
         )
     width = cfg.decoder_channels or encoder.decoder_channels
     return kind(encoder.channels, num_classes, width, cfg.dropout, encoder.strides)

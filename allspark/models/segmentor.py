@@ -18,9 +18,9 @@ from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.input_channels import set_input_channels
 from allspark.models.memory import SemanticMemory
-from allspark.models.mlp_decoder import build_decoder
+from allspark.models.mlp_decoder import DECODERS, build_decoder
 from allspark.models.resize import pad_to_multiple, resize_to_image
-from allspark.models.timm_encoder import PREFIX, TimmEncoder
+from allspark.models.timm_encoder import DINOV2, PREFIX, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError
 
 # name -> function of the drop-path rate that makes an encoder: (B, 3, H, W) -> four feature maps, finest first. It has
@@ -165,10 +165,13 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: i
 
 
 def build_encoder(cfg: ModelConfig) -> nn.Module:
+    takes_tokens = DECODERS[cfg.decoder].takes_tokens
     if cfg.encoder.startswith(PREFIX):
-        return TimmEncoder(cfg.encoder.removeprefix(PREFIX), cfg.drop_path)
+        return TimmEncoder(cfg.encoder.removeprefix(PREFIX), cfg.drop_path, takes_tokens)
+    if cfg.encoder in DINOV2:
+        return DINOv2(cfg.encoder, cfg.drop_path, takes_tokens)
     if cfg.encoder not in ENCODERS:
-        known = ", ".join((*ENCODERS, f"{PREFIX}NAME"))
+        known = ", ".join((*ENCODERS, *DINOV2, f"{PREFIX}NAME"))
         raise UserError(f"model.encoder={cfg.encoder}: unknown encoder; choose one of {known} (a model of timm)")
     return ENCODERS[cfg.encoder](cfg.drop_path)
 

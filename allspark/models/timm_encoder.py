@@ -1,4 +1,4 @@
-"""Encoders from timm, `model.encoder=timm:NAME`: networks with a feature pyramid, and plain ViTs that are given one."""
+"""Encoders from timm, `model.encoder=timm:NAME`: networks with a feature pyramid, and plain ViTs; and DINOv2."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import difflib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allspark.models.dpt import dpt_sizes
 from allspark.models.resize import pad_to_multiple
 from allspark.utils.errors import UserError, reason_of
 
@@ -27,6 +30,7 @@ class TimmEncoder(nn.Module):
     Args:
         name: timm's name of the model.
         drop_path: rate, for networks that have it.
+        tokens: a plain ViT returns four of its layers, normalized and of one stride, instead of a pyramid.
 
     Attributes:
         body: timm's network, with timm's names in the state_dict.
@@ -36,19 +40,22 @@ class TimmEncoder(nn.Module):
 
     decoder_channels = 256
 
-    def __init__(self, name: str, drop_path: float = 0.0) -> None:
+    def __init__(self, name: str, drop_path: float = 0.0, tokens: bool = False) -> None:
         from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         super().__init__()
         self.name = name
-        self.body, self.options = create_body(name, drop_path)
+        self.body, self.options = create_body(name, drop_path, tokens)
         widths, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
         self.pyramid = None
-        if len(set(strides)) == 1:
+        is_vit = len(set(strides)) == 1
+        if is_vit and tokens:
+            self.decoder_channels = dpt_sizes(widths[-1])[0]
+        elif is_vit:
             self.pyramid = SimplePyramid(widths[-1])
             widths, strides = [PYRAMID_CHANNELS] * LEVELS, SimplePyramid.strides(strides[-1])
         self.channels, self.strides = tuple(widths[-LEVELS:]), tuple(strides[-LEVELS:])
-        if len(strides) < LEVELS or sorted({*self.strides}) != [*self.strides]:
+        if len(strides) < LEVELS or not (is_vit or sorted({*self.strides}) == [*self.strides]):
             raise unsuitable_error(
                 name, f"its maps have strides {'/'.join(map(str, strides))}, and {LEVELS} levels are needed"
             )
@@ -93,11 +100,12 @@ class TimmEncoder(nn.Module):
             )
         network.set_grad_checkpointing(True)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor, pyramid: bool = True) -> list[Tensor]:
+        """Four maps; pyramid=False: those of the body alone."""
         features = self.body(pad_to_multiple(image, self.multiple) * self.scale + self.shift)[-LEVELS:]
         if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             features = [feature.permute(0, 3, 1, 2) for feature in features]
-        return features if self.pyramid is None else self.pyramid(features[-1])
+        return self.pyramid(features[-1]) if self.pyramid is not None and pyramid else features
 
     def download_hint(self) -> str:
         """How to download timm's weights, which is never done automatically; empty if timm has none."""
@@ -168,8 +176,41 @@ def up(in_channels: int, channels: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(in_channels, channels, 2, stride=2)
 
 
-def create_body(name: str, drop_path: float) -> tuple[nn.Module, dict[str, object]]:
-    """timm's feature network with fresh weights, and those of our options that it accepts."""
+class DINOv2(TimmEncoder):
+    """DINOv2 without registers (arXiv 2304.07193): timm's ViT with the position embedding of DINOv2's own code.
+
+    Args:
+        name: dinov2_small, _base, _large or _giant.
+        drop_path, tokens: as for TimmEncoder.
+    """
+
+    def __init__(self, name: str, drop_path: float = 0.0, tokens: bool = False) -> None:
+        super().__init__(DINOV2[name], drop_path, tokens)
+        self.body.model._pos_embed = MethodType(embed_positions, self.body.model)
+
+
+DINOV2 = {f"dinov2_{size}": f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large", "giant")}
+
+
+def embed_positions(vit: nn.Module, patches: Tensor) -> Tensor:
+    """Patches (B, h, w, C) -> tokens (B, 1 + h * w, C) with class token and position embedding.
+
+    In place of timm's method of the ViT. DINOv2 resizes the position embedding without antialiasing, and by a scale
+    that is 0.1 cells too large; timm and newer versions of transformers use the exact scale.
+    """
+    height, width = patches.shape[1:3]
+    grid = vit.patch_embed.grid_size
+    cls, positions = vit.pos_embed.split((1, grid[0] * grid[1]), 1)
+    if (height, width) != grid:
+        scale = (height + 0.1) / grid[0], (width + 0.1) / grid[1]
+        positions = positions.transpose(1, 2).unflatten(2, grid)  # (1, C, *grid)
+        positions = F.interpolate(positions, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+    cls = (vit.cls_token + cls).expand(len(patches), -1, -1)
+    return vit.pos_drop(torch.cat((cls, patches.flatten(1, 2) + positions), 1))
+
+
+def create_body(name: str, drop_path: float, tokens: bool) -> tuple[nn.Module, dict[str, object]]:
+    """timm's feature network with fresh weights, and those of our options that it accepts; see TimmEncoder."""
     import timm  # takes as long to import as torch
 
     if not timm.is_model(name):  # also refuses hf-hub:... and local-dir:..., so nothing is downloaded
@@ -179,7 +220,12 @@ def create_body(name: str, drop_path: float) -> tuple[nn.Module, dict[str, objec
     options = {"drop_path_rate": drop_path, "dynamic_img_size": True}  # position embeddings for any image size
     while True:
         try:
-            return timm.create_model(name, features_only=True, **options), options
+            if not tokens:
+                return timm.create_model(name, features_only=True, **options), options
+            network = timm.create_model(name, num_classes=0, **options)
+            if hasattr(network, "patch_embed") and hasattr(network, "pos_embed") and hasattr(network, "blocks"):
+                return TokenLayers(network), options
+            tokens = False  # not a plain ViT
         except TypeError as error:
             accepted = {key: value for key, value in options.items() if key not in str(error)}  # it names the others
             if accepted == options:
@@ -187,6 +233,29 @@ def create_body(name: str, drop_path: float) -> tuple[nn.Module, dict[str, objec
             options = accepted
         except Exception as error:  # each network reports what it lacks in its own way
             raise unsuitable_error(name, f"timm gives no features of it ({reason_of(error)})") from error
+
+
+class TokenLayers(nn.Module):
+    """A plain ViT of timm as a feature network: image -> four of its layers (B, C, h, w), through the ViT's last norm.
+
+    Args:
+        network: the ViT.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        from timm.models import FeatureInfo
+
+        super().__init__()
+        depth = len(network.blocks)
+        layers = [(level + 1) * depth // LEVELS - 1 for level in range(LEVELS)]
+        if depth == 24:
+            layers[0] = 4  # in UniMatch V2 and Depth Anything, not 5
+        self.layers = network.prune_intermediate_layers(layers)
+        self.feature_info = FeatureInfo(network.feature_info, self.layers)
+        self.model, self.pretrained_cfg = network, network.pretrained_cfg
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.model.forward_intermediates(image, self.layers, norm=True, intermediates_only=True)
 
 
 def similar_names(name: str) -> str:

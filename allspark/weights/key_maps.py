@@ -12,7 +12,8 @@ from torch import Tensor
 
 # A row `theirs: ours` names a module or a tensor; the rest of the name (.weight, .bn.running_mean) is copied, and the
 # first matching row wins. {s}: stage or decoder level from 0, {S}: from 1, {b}: block.
-# Intermediate names: attn.k and attn.v are joined to attn.kv; attn.qkv is split into attn.q and attn.kv.
+# Intermediate names: MiT's attn.k and attn.v are joined to attn.kv, its attn.qkv is split into attn.q and attn.kv; the
+# attn.q, attn.k and attn.v of a ViT are joined to attn.qkv.
 FIELDS = {"{s}": r"(?P<s>[0-3])", "{S}": r"(?P<S>[1-4])", "{b}": r"(?P<b>[0-9]+)"}
 
 OURS_MIT = {
@@ -23,6 +24,7 @@ OURS_MIT = {
     "stages.{s}.blocks.{b}.ffn": "stages.{s}.blocks.{b}.ffn",
     "stages.{s}.norm": "stages.{s}.norm",
 }
+OURS_VIT = {"body": "body", "pyramid": "pyramid"}  # below body timm's names
 # As in timm and torchvision, hence also ours; inside a model: UniMatch, segmentation-models-pytorch ...
 RESNET = {name: name for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
 OURS_REST = {
@@ -34,6 +36,10 @@ OURS_REST = {
     "decoder.aspp.project": "decoder.aspp.project",
     "decoder.low": "decoder.low",
     "decoder.fuse": "decoder.fuse",
+    "decoder.projects": "decoder.projects",
+    "decoder.resizes": "decoder.resizes",
+    "decoder.levels": "decoder.levels",
+    "decoder.fusions": "decoder.fusions",
     "decoder.classifier": "decoder.classifier",
     "bottleneck": "bottleneck",
 }
@@ -141,6 +147,42 @@ MMSEGMENTATION_HEAD = {
     "decode_head.fusion_conv": "decoder.fuse",
     "decode_head.conv_seg": "decoder.classifier",
 }
+# github.com/facebookresearch/dinov2 (dinov2_vit{s,b,l,g}14_pretrain.pth), and timm; in the largest, SwiGLU's w12 and w3
+DINOV2 = {
+    "blocks.{b}.mlp.w12": "body.model.blocks.{b}.mlp.fc1",
+    "blocks.{b}.mlp.w3": "body.model.blocks.{b}.mlp.fc2",
+    "blocks.{b}": "body.model.blocks.{b}",
+    **{name: f"body.model.{name}" for name in ("cls_token", "pos_embed", "patch_embed", "norm")},
+}
+# github.com/LiheYoung/UniMatch-V2 (model/semseg/dpt.py)
+UNIMATCH_V2_REST = {
+    "head.projects": "decoder.projects",
+    "head.resize_layers": "decoder.resizes",
+    "head.scratch.layer{S}_rn": "decoder.levels.{s}",
+    "head.scratch.refinenet{S}.resConfUnit1": "decoder.fusions.{s}.skip",  # never used in the deepest level
+    "head.scratch.refinenet{S}.resConfUnit2": "decoder.fusions.{s}.refine",
+    "head.scratch.refinenet{S}.out_conv": "decoder.fusions.{s}.out",
+    "head.scratch.output_conv.0": "decoder.fuse.0",
+    "head.scratch.output_conv.2": "decoder.classifier",
+}
+# Files written by transformers, as on huggingface.co (facebook/dinov2-small ...)
+TRANSFORMERS_DINOV2 = {
+    "embeddings.cls_token": "body.model.cls_token",
+    "embeddings.position_embeddings": "body.model.pos_embed",
+    "embeddings.patch_embeddings.projection": "body.model.patch_embed.proj",
+    "encoder.layer.{b}.norm1": "body.model.blocks.{b}.norm1",
+    "encoder.layer.{b}.attention.attention.query": "body.model.blocks.{b}.attn.q",
+    "encoder.layer.{b}.attention.attention.key": "body.model.blocks.{b}.attn.k",
+    "encoder.layer.{b}.attention.attention.value": "body.model.blocks.{b}.attn.v",
+    "encoder.layer.{b}.attention.output.dense": "body.model.blocks.{b}.attn.proj",
+    "encoder.layer.{b}.layer_scale1.lambda1": "body.model.blocks.{b}.ls1.gamma",
+    "encoder.layer.{b}.norm2": "body.model.blocks.{b}.norm2",
+    "encoder.layer.{b}.mlp.weights_in": "body.model.blocks.{b}.mlp.fc1",
+    "encoder.layer.{b}.mlp.weights_out": "body.model.blocks.{b}.mlp.fc2",
+    "encoder.layer.{b}.mlp": "body.model.blocks.{b}.mlp",
+    "encoder.layer.{b}.layer_scale2.lambda1": "body.model.blocks.{b}.ls2.gamma",
+    "layernorm": "body.model.norm",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +228,7 @@ def compile_row(template: str) -> re.Pattern[str]:
     return re.compile(text + r"(?P<tail>(\..+)?)")
 
 
-OURS = KeyMap("AllSpark, this code", OURS_MIT, OURS_REST, ("encoder.", ""))
+OURS = KeyMap("AllSpark, this code", {**OURS_MIT, **OURS_VIT}, OURS_REST, ("encoder.", ""))
 MIT = KeyMap("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
 RELEASED = KeyMap("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
 KEY_MAPS = (  # if several know equally many names of a file, the first wins
@@ -199,12 +241,13 @@ KEY_MAPS = (  # if several know equally many names of a file, the first wins
     KeyMap("transformers", TRANSFORMERS_MIT, TRANSFORMERS_HEAD, ("segformer.encoder.", "encoder.", "")),
     KeyMap("transformers 5, in memory", TRANSFORMERS_5_MIT, TRANSFORMERS_HEAD, ("segformer.", "")),
     KeyMap("mmsegmentation", MMSEGMENTATION_MIT, MMSEGMENTATION_HEAD, ("backbone.", "")),
+    KeyMap("DINOv2 encoder, original or timm", DINOV2, {}, ("", "encoder.", "backbone.")),
+    KeyMap("UniMatch V2, DPT", DINOV2, UNIMATCH_V2_REST, ("backbone.",)),
+    KeyMap("DINOv2 encoder, transformers", TRANSFORMERS_DINOV2, {}, ("", "dinov2.", "backbone.")),
 )
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
-FIRST_LAYERS = {
-    "stages.0.patch_embed.proj.weight",
-    "bn1.weight",
-}  # one that every MiT has, and one that every ResNet has
+# One that every MiT has, every ResNet, and every plain ViT
+FIRST_LAYERS = {"stages.0.patch_embed.proj.weight", "bn1.weight", "body.model.patch_embed.proj.weight"}
 PARTS = ("encoder.", "decoder.", "bottleneck.")
 
 
@@ -251,16 +294,18 @@ def rename_weights(tensors: Mapping[str, Tensor], key_map: KeyMap) -> RenamedWei
         ours = f"encoder.{ours}" if ours and not ours.startswith(PARTS) else ours
         if not ours or ours in result.tensors:  # two tensors for one name: keep the first
             result.unknown.append(theirs)
-        elif ".attn.qkv." in ours and tensor.ndim:
+        elif ".attn.qkv." in ours and "stages." in ours and tensor.ndim:
             third = len(tensor) // 3
             put(ours.replace(".qkv.", ".q."), tensor[:third], theirs)
             put(ours.replace(".qkv.", ".kv."), tensor[third:], theirs)
         else:
             put(ours, tensor, theirs)
     for key in [name for name in result.tensors if name.startswith("encoder.") and ".attn.k." in name]:
-        value = key.replace(".attn.k.", ".attn.v.")
-        k, v = result.tensors[key], result.tensors.get(value)
-        if v is not None and k.shape == v.shape and k.ndim:
-            put(key.replace(".attn.k.", ".attn.kv."), torch.cat((k, v)), result.sources[key])
-            del result.tensors[key], result.tensors[value]
+        joined = "qkv" if key.startswith("encoder.body.") else "kv"
+        names = [key.replace(".attn.k.", f".attn.{part}.") for part in joined]
+        parts = [result.tensors.get(name) for name in names]
+        if all(part is not None and part.ndim and part.shape == parts[0].shape for part in parts):
+            put(key.replace(".attn.k.", f".attn.{joined}."), torch.cat(parts), result.sources[key])
+            for name in names:
+                del result.tensors[name]
     return result

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.models import mit, resnet
 from allspark.models.input_channels import adapt_filters
-from allspark.models.segmentor import ENCODERS, Segmentor, build_model
-from allspark.models.timm_encoder import TimmEncoder
+from allspark.models.segmentor import Segmentor, build_encoder, build_model
+from allspark.models.timm_encoder import DINOV2, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.safe_load import load_tensors
 from allspark.weights.key_maps import (
@@ -30,6 +30,8 @@ from allspark.weights.key_maps import (
 
 MIT_SIZES = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
 ENCODER_SIZES = {**MIT_SIZES, **resnet.SIZES}  # encoders that can be recognized by tensor shapes
+DINOV2_SIZES = dict(zip(DINOV2, ((384, 12), (768, 12), (1024, 24), (1536, 40)), strict=True))  # width, blocks
+TEACHERS = ("model_ema", "teacher_state")  # where UniMatch V2 and iMAS keep the network that they report
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
 # Classifier weights that come with an encoder, or that the original SegFormer head contains but never uses
 LEFTOVERS = re.compile(r"(head|fc|classifier|decode_head\.conv_seg)\.(weight|bias)")
@@ -43,15 +45,22 @@ class WeightFile:
     Args:
         tensors: by their names in the file, without a wrapper's prefix.
         content: other values in the file.
+        teacher: the tensors are those of an EMA teacher, which is in the file beside a student.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     content: Mapping[str, Any]
+    teacher: bool = False
 
 
-def read_weights(path: str | Path) -> WeightFile:
-    """Read a state_dict from a .pth, .pt, .bin (without running code in it) or .safetensors file."""
+def read_weights(path: str | Path, student: bool = False) -> WeightFile:
+    """Read a state_dict from a .pth, .pt, .bin (without running code in it) or .safetensors file.
+
+    Args:
+        path: of the file.
+        student: of a training checkpoint with student and EMA teacher, read the student.
+    """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the file in it, such as {path / 'model.safetensors'}")
@@ -74,15 +83,17 @@ def read_weights(path: str | Path) -> WeightFile:
             f"or, if it contains more than tensors, save only its state_dict with the program that wrote it"
         ) from error
     others: Mapping[str, Any] = {}
-    for key in ("model", "state_dict", "model_state_dict"):
+    teacher = False
+    for key in (*(() if student else TEACHERS), "model", "model_state", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            teacher |= key in TEACHERS
             others = {name: value for name, value in content.items() if name != key}
             content = content[key]
     items = content.items() if isinstance(content, Mapping) else ()
     tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: contains no named tensors; a weight file must contain a state_dict")
-    return WeightFile(path, strip_wrappers(tensors), others)
+    return WeightFile(path, strip_wrappers(tensors), others, teacher)
 
 
 def rename_released(name: str) -> str:
@@ -181,8 +192,10 @@ def load_encoder(model: Segmentor, path: str | Path) -> str:
 
 def encoder_tensors(encoder: nn.Module, file: WeightFile) -> RenamedWeights:
     """A file's encoder tensors under our names; for timm's encoders converted by timm."""
-    if not isinstance(encoder, TimmEncoder) or any(name.startswith("encoder.body.") for name in file.tensors):
-        return to_our_names(file)[1]
+    found = to_our_names(file)[1]
+    known = found.tensors if isinstance(encoder, DINOv2) else file.tensors
+    if not isinstance(encoder, TimmEncoder) or any(name.startswith("encoder.body.") for name in known):
+        return found
     try:
         tensors = encoder.translate(file.tensors)
     except Exception as error:  # timm's converters do not check what they look up
@@ -281,7 +294,7 @@ def recognize(file: WeightFile, encoder_only: bool = False) -> RecognizedModel:
     if key_map is None:
         known = "; ".join(dict.fromkeys(each.title for each in KEY_MAPS))
         raise UserError(
-            f"{file.path}: contains no MiT or ResNet encoder in a known format ({known}); "
+            f"{file.path}: contains no MiT, ResNet or DINOv2 encoder in a known format ({known}); "
             f"its first names are {abbreviate(list(file.tensors), 3)}"
         )
     is_model = any(name.startswith("decoder.") for name in found.tensors) and not encoder_only
@@ -291,7 +304,7 @@ def recognize(file: WeightFile, encoder_only: bool = False) -> RecognizedModel:
     if is_model:
         module: nn.Module = build_model(architecture.model, architecture.num_classes, architecture.crop_size)
     else:
-        module = ENCODERS[architecture.model.encoder](architecture.model.drop_path)
+        module = build_encoder(architecture.model)
     result = load_matching(module, found, "" if is_model else "encoder.")
     return RecognizedModel(file, key_map, architecture, module, result, found.sources)
 
@@ -310,12 +323,17 @@ def infer_architecture(tensors: Mapping[str, Tensor], path: Path, is_model: bool
     """Infer encoder, classes, decoder, heads and crop size from tensors under our names."""
     encoder = find_encoder(tensors, path)
     if not is_model:
-        return Architecture(ModelConfig(encoder=encoder), None, None)
+        # With dpt a ViT has all of its layers; a pyramid replaces the last norm
+        return Architecture(ModelConfig(encoder=encoder, decoder="dpt" if encoder in DINOV2 else "mlp"), None, None)
     num_classes, width = get_shape(tensors, "decoder.classifier.weight", 4, path)[:2]
-    marks = {"decoder.convs.": "mlp_bn", "decoder.aspp.": "deeplab"}
+    marks = {"decoder.convs.": "mlp_bn", "decoder.aspp.": "deeplab", "decoder.projects.": "dpt"}
     decoder = next((kind for mark, kind in marks.items() if any(name.startswith(mark) for name in tensors)), "mlp")
     bottleneck, crop = BottleneckConfig(name="none"), None
     if any(name.startswith("bottleneck.") for name in tensors):
+        if encoder in DINOV2:
+            raise UserError(
+                f"{path}: bare weights of a ViT with a bottleneck; import the checkpoint of the run instead"
+            )
         rows, columns = get_shape(tensors, "bottleneck.cross_branch.q.weight", 2, path)
         slots = get_shape(tensors, "bottleneck.memory.queue", 3, path)[2]
         side = math.isqrt(slots)
@@ -325,7 +343,8 @@ def infer_architecture(tensors: Mapping[str, Tensor], path: Path, is_model: bool
             )
         bottleneck = BottleneckConfig(name="allspark", num_heads=max(1, rows // max(1, columns)))
         crop = ENCODER_SIZES[encoder].strides[-1] * (side - 1) + 1  # the released code: side = crop // 32 + 1
-    model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=width, bottleneck=bottleneck)
+    fit = "resize" if decoder == "dpt" else "pad"  # as published
+    model = ModelConfig(encoder=encoder, decoder=decoder, decoder_channels=width, fit=fit, bottleneck=bottleneck)
     return Architecture(model, num_classes, crop)
 
 
@@ -339,6 +358,8 @@ def get_shape(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -
 
 def find_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
     """The name of the encoder with these widths, depths and (ResNet) stem."""
+    if PATCHES in tensors:
+        return find_dinov2(tensors, path)
     stem = first_dim(tensors, "encoder.bn1.weight")
     if stem:
         kinds = {name: size for name, size in resnet.SIZES.items() if size.stem == stem}
@@ -358,6 +379,25 @@ def find_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
     raise UserError(
         f"{path}: its stages are {join(widths)} wide and {join(depths)} blocks deep{after}, unlike any known encoder "
         f"({known or 'a ResNet has a stem of 64 or 128'}); is the file complete, and of one model?"
+    )
+
+
+PATCHES = "encoder.body.model.patch_embed.proj.weight"
+
+
+def find_dinov2(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """The name of the DINOv2 with this width and number of blocks."""
+    width, _, patch, _ = get_shape(tensors, PATCHES, 4, path)
+    blocks = [re.match(r"encoder\.body\.model\.blocks\.([0-9]+)\.", name) for name in tensors]
+    depth = 1 + max((int(match[1]) for match in blocks if match), default=-1)
+    scaled = "encoder.body.model.blocks.0.ls1.gamma" in tensors
+    for name, size in DINOV2_SIZES.items():
+        if (size, patch, scaled) == ((width, depth), 14, True):
+            return name
+    raise UserError(
+        f"{path}: a ViT {width} wide and {depth} blocks deep with patches of {patch} pixels is no DINOv2 (patches of "
+        f"14 pixels; {'; '.join(f'{name} {join(size)}' for name, size in DINOV2_SIZES.items())}); for a ViT of timm, set "
+        f"model.encoder=timm:NAME model.pretrained={path}"
     )
 
 
