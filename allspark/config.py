@@ -151,6 +151,11 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig:
     name: Literal["none", "allspark"] = option("none", "bottleneck between encoder and decoder")
+    place: Literal["pyramid", "tokens"] = option(
+        "pyramid",
+        "on a plain ViT: on the deepest map of its pyramid, or on its last tokens, from which the pyramid is made; "
+        "with decoder=dpt always on the tokens",
+    )
     warmup_epochs: int = option(
         5, "epoch from which the memory is read; every step after the burn-in writes to it", low=0
     )

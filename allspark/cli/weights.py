@@ -26,7 +26,6 @@ from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError
 from allspark.weights.key_maps import OURS
 from allspark.weights.loading import (
-    ENCODER_SIZES,
     RecognizedModel,
     WeightFile,
     abbreviate,
@@ -34,7 +33,7 @@ from allspark.weights.loading import (
     read_weights,
     recognize,
 )
-from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
+from allspark.weights.mirrors import MIT_LICENSE, PUBLISHED, license_of, mirrors
 
 TORCH = (".pth", ".pt")
 
@@ -45,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
 
 def import_weights(args: argparse.Namespace) -> None:
     check_target(args.out, args.force)
-    file = read_weights(args.source)
+    file = read_weights(args.source, args.student)
     if args.out.exists() and args.out.samefile(args.source):
         raise UserError(f"--out {args.out}: is the source file; choose another name")
     if file.content.get("format") == FORMAT:
@@ -93,7 +92,8 @@ def describe(found: RecognizedModel, source: str | None = None) -> list[str]:
         network += f", bottleneck with {model.bottleneck.num_heads} heads and a memory for crops of {crop}"
     result, classifier = found.result, found.leftovers
     others = [name for name in result.unexpected if name not in classifier]
-    lines = [f"{source or found.file.path}: {found.key_map.title}; {network}"]
+    teacher = ", its EMA teacher (--student imports the student)" if found.file.teacher else ""
+    lines = [f"{source or found.file.path}: {found.key_map.title}{teacher}; {network}"]
     lines.append(f"  keys: {len(result.loaded)} matched, {len(result.missing)} missing, {len(others)} unexpected")
     lines += [f"  missing: {abbreviate(result.missing)}"] * bool(result.missing)
     lines += [f"  left out: {abbreviate(others)}"] * bool(others)
@@ -138,7 +138,7 @@ def inspect_weights(args: argparse.Namespace) -> None:
         print(f"checkpoint of this code, {describe_origin(own, args.file)}")
     print(f"license: {describe_license(digest)}")
     encoder = "" if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model.encoder
-    if encoder and not encoder.startswith(("mit_", "resnet")):
+    if encoder and not encoder.startswith(("mit_", "resnet", "dinov2")):
         names = "timm's" if encoder.startswith(PREFIX) else "its own"
         print(f"encoder {encoder}, with {names} tensor names; eval.py, predict and model.init_from accept it as it is")
     else:
@@ -154,7 +154,7 @@ def describe_origin(content: Mapping[str, Any], path: Path) -> str:
 
 
 def describe_license(digest: str) -> str:
-    for name in ENCODER_SIZES:
+    for name in PUBLISHED:
         for mirror in mirrors(name):
             if mirror.digest is not None and f"sha256:{digest}".startswith(mirror.digest):
                 return f"{name} of {mirror.place}; {license_of(name)}"
@@ -162,8 +162,8 @@ def describe_license(digest: str) -> str:
 
 
 def fetch_weights(args: argparse.Namespace) -> None:
-    if args.name not in ENCODER_SIZES:
-        raise UserError(f"{args.name}: unknown encoder; known are {', '.join(ENCODER_SIZES)}")
+    if args.name not in PUBLISHED:
+        raise UserError(f"{args.name}: unknown encoder; known are {', '.join(PUBLISHED)}")
     out = args.out or Path("pretrained_weights") / f"{args.name}.pth"
     check_target(out, args.force)
     if args.sha256 and not args.sources:

@@ -14,6 +14,16 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tenso
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
+def resize_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Bilinear resizing of image (B, C, H, W) so that each side is the nearest multiple of `multiple`."""
+    return resize(image, [nearest_multiple(side, multiple) for side in image.shape[-2:]], align_corners=True)
+
+
+def nearest_multiple(side: int, multiple: int) -> int:
+    """At least `multiple`; a side in the middle between two becomes the larger one."""
+    return max((2 * side + multiple) // (2 * multiple), 1) * multiple
+
+
 def pad_to_multiple(maps: Tensor, multiple: int, mode: str = "constant") -> Tensor:
     """Pad maps (B, C, H, W) at the bottom and on the right until both sides are multiples of `multiple`."""
     rows, columns = (-side % multiple for side in maps.shape[-2:])

@@ -19,7 +19,7 @@ from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.input_channels import set_input_channels
 from allspark.models.memory import SemanticMemory
 from allspark.models.mlp_decoder import DECODERS, build_decoder
-from allspark.models.resize import pad_to_multiple, resize_to_image
+from allspark.models.resize import nearest_multiple, pad_to_multiple, resize, resize_to_image, resize_to_multiple
 from allspark.models.timm_encoder import DINOV2, PREFIX, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError
 
@@ -62,19 +62,31 @@ class Segmentor(nn.Module):
         encoder: images -> four feature maps, see ENCODERS.
         bottleneck: applied to the deepest map; None: no bottleneck.
         decoder: four feature maps -> logits, see DECODERS.
+        fit: "pad" or "resize": how sides become multiples of what TimmEncoder needs.
+        on_tokens: the bottleneck is applied to the last map of a plain ViT, from which the pyramid is made.
 
     Attributes:
         heads: modules that a method trains besides the decoder, added by Method.attach; they use SegOutput.features.
-        multiple: image sides are padded to a multiple of this (TimmEncoder); 1 disables padding.
+        multiple: image sides are padded to a multiple of this; 1 disables padding.
+        nearest: image sides are resized to the nearest multiple of this; 1 disables resizing.
     """
 
-    def __init__(self, encoder: nn.Module, bottleneck: AllSparkBottleneck | None, decoder: nn.Module) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        bottleneck: AllSparkBottleneck | None,
+        decoder: nn.Module,
+        fit: str = "pad",
+        on_tokens: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.bottleneck = bottleneck
         self.decoder = decoder
         self.heads = nn.ModuleDict()
-        self.multiple = getattr(encoder, "multiple", 1)
+        multiple = getattr(encoder, "multiple", 1)
+        self.multiple, self.nearest = (multiple, 1) if fit == "pad" else (1, multiple)
+        self.on_tokens = on_tokens
 
     def forward(
         self,
@@ -97,12 +109,17 @@ class Segmentor(nn.Module):
                 batch, so that batch norm sees both (UniMatch).
             clean: False: decode only the perturbed features and return their logits as `logits`.
         """
-        features = self.encoder(image)
-        if self.bottleneck is not None:
-            if cross is not None and cross.pseudo_logits is not None:  # cover the same area as the feature map
-                cross = replace(cross, pseudo_logits=pad_to_multiple(cross.pseudo_logits, self.multiple, "replicate"))
-            features = [*features[:-1], self.bottleneck(features[-1], cross, share_keys)]
-        size = image.shape[-2:]
+        size, image = image.shape[-2:], resize_to_multiple(image, self.nearest)
+        if cross is not None and cross.pseudo_logits is not None:  # cover the same area as the feature map
+            cross = replace(cross, pseudo_logits=pad_to_multiple(cross.pseudo_logits, self.multiple, "replicate"))
+        if self.bottleneck is None:
+            features = self.encoder(image)
+        elif self.on_tokens:
+            *_, tokens = self.encoder(image, pyramid=False)
+            features = self.encoder.pyramid(self.bottleneck(tokens, cross, share_keys))
+        else:
+            *others, deepest = self.encoder(image)
+            features = [*others, self.bottleneck(deepest, cross, share_keys)]
         if perturb is None:
             return SegOutput(self.decode(features, size), features=features)
         if not clean:
@@ -115,7 +132,9 @@ class Segmentor(nn.Module):
         logits = self.decoder(features)
         # Make them contiguous while they are small; losses would copy them later
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-        return resize_to_image(logits, size, self.multiple, self.decoder.align_corners)
+        align_corners = self.decoder.align_corners
+        fitted = [nearest_multiple(side, self.nearest) for side in size]
+        return resize(resize_to_image(logits, fitted, self.multiple, align_corners), size, align_corners)
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """torch.compile of encoder and decoder; the bottleneck's block-wise CPU kernel cannot be traced as a graph."""
@@ -145,10 +164,23 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: i
     set_input_channels(encoder, channels)
     encoder.set_grad_checkpointing(cfg.checkpointing)
     decoder = build_decoder(cfg, encoder, num_classes)
-    bottleneck = None
+    bottleneck, on_tokens = None, False
     if cfg.bottleneck.name == "allspark":
-        channels = encoder.channels[-1]
-        rows, columns = (math.ceil(side / encoder.strides[-1]) for side in height_width(crop_size))
+        channels, stride = encoder.channels[-1], encoder.strides[-1]
+        if cfg.bottleneck.place == "tokens":
+            if not getattr(encoder, "is_vit", False):
+                raise UserError(
+                    f"model.bottleneck.place=tokens with model.encoder={cfg.encoder}: only a plain ViT, such as "
+                    f"dinov2_small, has tokens before its pyramid; set model.bottleneck.place=pyramid"
+                )
+            channels, stride = encoder.token_channels, encoder.token_stride
+            on_tokens = encoder.pyramid is not None  # with decoder=dpt they are the deepest map
+        multiple = getattr(encoder, "multiple", 1)
+        fitted = [
+            nearest_multiple(side, multiple) if cfg.fit == "resize" else side + -side % multiple
+            for side in height_width(crop_size)
+        ]
+        rows, columns = (math.ceil(side / stride) for side in fitted)
         memory = SemanticMemory(num_classes, channels, (rows, columns), cfg.bottleneck.memory_policy)
         bottleneck = AllSparkBottleneck(
             channels,
@@ -161,7 +193,7 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: i
             skip=cfg.bottleneck.skip,
             attention=cfg.bottleneck.attention,
         )
-    return Segmentor(encoder, bottleneck, decoder)
+    return Segmentor(encoder, bottleneck, decoder, cfg.fit, on_tokens)
 
 
 def build_encoder(cfg: ModelConfig) -> nn.Module:

@@ -35,6 +35,7 @@ class TimmEncoder(nn.Module):
     Attributes:
         body: timm's network, with timm's names in the state_dict.
         pyramid: SimplePyramid for a plain ViT, never pretrained; else None.
+        is_vit: whether it is a plain ViT, whose last map has token_channels channels and the stride token_stride.
         multiple: padding of the image, in pixels.
     """
 
@@ -48,14 +49,15 @@ class TimmEncoder(nn.Module):
         self.body, self.options = create_body(name, drop_path, tokens)
         widths, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
         self.pyramid = None
-        is_vit = len(set(strides)) == 1
-        if is_vit and tokens:
+        self.is_vit = len(set(strides)) == 1
+        self.token_channels, self.token_stride = widths[-1], strides[-1]
+        if self.is_vit and tokens:
             self.decoder_channels = dpt_sizes(widths[-1])[0]
-        elif is_vit:
+        elif self.is_vit:
             self.pyramid = SimplePyramid(widths[-1])
             widths, strides = [PYRAMID_CHANNELS] * LEVELS, SimplePyramid.strides(strides[-1])
         self.channels, self.strides = tuple(widths[-LEVELS:]), tuple(strides[-LEVELS:])
-        if len(strides) < LEVELS or not (is_vit or sorted({*self.strides}) == [*self.strides]):
+        if len(strides) < LEVELS or not (self.is_vit or sorted({*self.strides}) == [*self.strides]):
             raise unsuitable_error(
                 name, f"its maps have strides {'/'.join(map(str, strides))}, and {LEVELS} levels are needed"
             )
@@ -186,7 +188,11 @@ class DINOv2(TimmEncoder):
 
     def __init__(self, name: str, drop_path: float = 0.0, tokens: bool = False) -> None:
         super().__init__(DINOV2[name], drop_path, tokens)
+        self.published = name
         self.body.model._pos_embed = MethodType(embed_positions, self.body.model)
+
+    def download_hint(self) -> str:
+        return f"get it by `python -m allspark weights fetch {self.published}`"
 
 
 DINOV2 = {f"dinov2_{size}": f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large", "giant")}

@@ -396,8 +396,8 @@ def find_dinov2(tensors: Mapping[str, Tensor], path: Path) -> str:
             return name
     raise UserError(
         f"{path}: a ViT {width} wide and {depth} blocks deep with patches of {patch} pixels is no DINOv2 (patches of "
-        f"14 pixels; {'; '.join(f'{name} {join(size)}' for name, size in DINOV2_SIZES.items())}); for a ViT of timm, set "
-        f"model.encoder=timm:NAME model.pretrained={path}"
+        f"14 pixels; {'; '.join(f'{name} {join(size)}' for name, size in DINOV2_SIZES.items())}); for a ViT of timm, "
+        f"set model.encoder=timm:NAME model.pretrained={path}"
     )
 
 

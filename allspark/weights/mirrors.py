@@ -1,4 +1,4 @@
-"""Where the ImageNet-1k weights of the encoders are published, and the license stated there.
+"""Where pretrained weights of the encoders are published, and the license stated there.
 
 All file names, revisions and hashes were read at the source named beside them.
 """
@@ -55,6 +55,12 @@ TIMM_HUB = {
     "resnet50s": ("resnet50s.gluon_in1k", None),
     "resnet101s": ("resnet101s.gluon_in1k", "sha256:71b3a168cb34fe67abf5e19d1f80f7f893675d7ef7006b6561f2e536cb07b924"),
 }
+# DINOv2, pretrained on LVD-142M: the official files and the license, read in models/vision_transformer.py of timm
+# 1.0.31.
+DINOV2 = {f"dinov2_{size}": size for size in ("small", "base", "large", "giant")}
+DINOV2_LICENSE = "Apache 2.0; https://github.com/facebookresearch/dinov2/blob/main/LICENSE"
+
+PUBLISHED = (*OPENMMLAB, *RESNET_FILES, *DINOV2)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,15 @@ class Mirror:
 
 def license_of(name: str) -> str:
     """License of an encoder's published weights."""
+    if name in DINOV2:
+        return DINOV2_LICENSE
     return RESNET_LICENSE[RESNET_FILES[name][0]] if name in RESNET_FILES else MIT_LICENSE
 
 
 def mirrors(name: str) -> list[Mirror]:
     """The places that have an encoder's weights, in the order to try them: those that can be verified first."""
+    if name in DINOV2:
+        return dinov2_mirrors(DINOV2[name])
     if name not in RESNET_FILES:
         return mit_mirrors(name)
     place, url = RESNET_FILES[name]
@@ -88,6 +98,19 @@ def mirrors(name: str) -> list[Mirror]:
     return [
         Mirror(place, url, digest, license_of(name)),
         Mirror("timm on Hugging Face", f"{page}/resolve/main/model.safetensors", hub_digest, license_of(name)),
+    ]
+
+
+def dinov2_mirrors(size: str) -> list[Mirror]:
+    model = f"dinov2_vit{size[0]}14"
+    hub, file = "https://huggingface.co", "resolve/main/model.safetensors"
+    return [
+        Mirror(place, url, None, DINOV2_LICENSE)
+        for place, url in (
+            ("Meta", f"https://dl.fbaipublicfiles.com/dinov2/{model}/{model}_pretrain.pth"),
+            ("Meta on Hugging Face", f"{hub}/facebook/dinov2-{size}/{file}"),
+            ("timm on Hugging Face", f"{hub}/timm/vit_{size}_patch14_dinov2.lvd142m/{file}"),
+        )
     ]
 
 

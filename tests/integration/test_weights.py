@@ -322,7 +322,7 @@ def test_invalid_sources(source, original, call, tmp_path):
     (tmp_path / "half.pth").write_bytes(source.read_bytes()[:100_000])
     torch.save({"model": original, "args": argparse.Namespace(lr=1)}, tmp_path / "code.pth")
     for name, told in (
-        ("resnet.pth", ("no MiT or ResNet encoder", "layer1.0.conv1.weight", "mmsegmentation")),
+        ("resnet.pth", ("no MiT, ResNet or DINOv2 encoder", "layer1.0.conv1.weight", "mmsegmentation")),
         ("pytorch_model-00001-of-00003.bin", ("one of several files", "max_shard_size")),
         ("model.safetensors.index.json", ("one of several files",)),
         ("half.pth", ("not a readable weight file",)),

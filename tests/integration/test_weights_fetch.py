@@ -12,7 +12,7 @@ import torch
 from allspark.config import ModelConfig
 from allspark.models.segmentor import build_model
 from allspark.weights.loading import MIT_SIZES, load_encoder
-from allspark.weights.mirrors import NVIDIA, mirrors
+from allspark.weights.mirrors import NVIDIA, PUBLISHED, mirrors
 from helpers.released import NAMES, formula
 
 
@@ -120,4 +120,5 @@ def test_mirrors():
             assert re.fullmatch(r"sha256:[0-9a-f]{8,64}", mirror.digest)
             assert mirror.digest.removeprefix("sha256:") in mirror.url
         assert any("nvidia/" in mirror.url for mirror in found) == (name in NVIDIA)
+    assert all(mirror.url.startswith("https://") for name in PUBLISHED for mirror in mirrors(name))
     assert len({mirror.url for name in MIT_SIZES for mirror in mirrors(name)}) == 3 * len(MIT_SIZES) + len(NVIDIA)

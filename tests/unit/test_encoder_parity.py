@@ -1,4 +1,4 @@
-"""The MiT encoders against those of transformers and segmentation-models-pytorch, with imported weights.
+"""The MiT encoders and DINOv2 against those of transformers and segmentation-models-pytorch, with imported weights.
 
 Epsilon of the layer norms. Original and segmentation-models-pytorch: 1e-5 in patch embeddings and after `sr`, 1e-6 in
 all others, as here. transformers: 1e-5 in all (its layer_norm_eps is not used); mmsegmentation: 1e-6 in all. With
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from allspark.models.timm_encoder import embed_positions
 from allspark.weights.loading import MIT_SIZES, WeightFile, read_weights, recognize
 from helpers.parity import filled, same_maps
 
@@ -49,6 +50,32 @@ def test_transformers(variant, image, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     if variant == "mit_b0":  # the names it has in memory, which since transformers 5 are others than those in its files
         same_maps(imported(model.state_dict(), variant)(image), theirs)
+
+
+@torch.no_grad()
+def test_dinov2(tmp_path):
+    """The file of transformers, and at 518 its tokens. At other sizes, where it resizes the position embedding without
+    DINOv2's offset of 0.1 cells, it is given ours; the offset is tested in golden/test_unimatch_v2.py."""
+    pytest.importorskip("transformers", reason="transformers is not installed (requirements.txt)")
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=518)
+    model = filled(Dinov2Model(config))
+    model.save_pretrained(tmp_path)
+    found = recognize(read_weights(tmp_path / "model.safetensors"))
+    (tmp_path / "model.safetensors").unlink()
+    assert found.architecture.model.encoder == "dinov2_small"
+    assert found.state() and found.result.unexpected == ["embeddings.mask_token"]
+    encoder = found.module.eval()
+    for side in (518, 70, 98):
+        image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side))
+        if side != 518:
+            vit = encoder.body.model
+            positions = embed_positions(vit, torch.zeros(1, side // 14, side // 14, 384))
+            positions[:, 0] -= vit.cls_token[:, 0]
+            model.embeddings.position_embeddings = torch.nn.Parameter(positions)
+        tokens = model(image).last_hidden_state[:, 1:]
+        same_maps([encoder(image)[-1].flatten(2).transpose(1, 2)], [tokens])
 
 
 @pytest.mark.parametrize("variant", MIT_SIZES)

@@ -11,7 +11,7 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "utils": set(),
     "config": set(),
     "config_io": {"config"},
-    "arguments": {"__version__", "config", "config_io", "split_lists.layouts"},
+    "arguments": {"__version__", "config", "config_io", "split_lists.layouts", "weights.mirrors"},
     "device": set(),
     "distributed": set(),
     "launch": {"device", "distributed"},

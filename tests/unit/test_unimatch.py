@@ -191,6 +191,12 @@ def test_complementary_dropout(batch, untouched):
     assert not torch.equal(masks[0][~same[0]], masks[1][~same[0], :48])  # each map its own
 
 
+def test_layers_of_a_vit_share_the_dropout_mask():
+    features = [torch.rand(10, 16, 2, 2) + 1 for _ in range(4)]
+    masks = [after / before for before, after in zip(features, ComplementaryDropout()(features), strict=True)]
+    assert all(torch.equal(mask.round(), masks[0].round()) for mask in masks) and (masks[0].round() == 0).any()
+
+
 def test_complementary_dropout_is_uniform():
     """Over many draws each channel is kept half of the time, and each image is left alone half of the time."""
     torch.manual_seed(0)
