@@ -75,15 +75,15 @@ COLUMNS: dict[str, Callable[[Values], str]] = {
     "peak": format_value("work", lambda work: f"{work['peak_bytes'] / 2**20:,.0f} MiB"),
     "peak ratio": format_value("peak_ratio", lambda ratio: f"{ratio:.2f}x"),
     "GFLOP": format_value("work", lambda work: f"{work['flops'] / 1e9:,.1f}"),
-    "at matrix rate": format_value("seconds_at_matrix_rate", duration),
-    "at copy rate": format_value("seconds_at_copy_rate", duration),
     "of matrix rate": format_value("share_of_matrix_rate", lambda share: f"{100 * share:.0f} %"),
 }
 
 
 def table(result: Values) -> list[list[str]]:
-    """The cells of a result, header first, without empty columns."""
+    """The cells of a result, header first, without empty columns and repeated names of cases."""
     columns = {title: [cell(row) for row in result["rows"]] for title, cell in COLUMNS.items()}
+    cases = columns["case"]
+    columns["case"] = [case if case != before else "" for before, case in zip(["", *cases], cases, strict=False)]
     columns = {title: cells for title, cells in columns.items() if any(cells)}
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
@@ -92,12 +92,10 @@ def remarks(result: Values) -> list[str]:
     """Lines about the machine, and the notes of the benchmark."""
     machine, rates = result["machine"], result["floor"]
     kind = machine.get("gpu") or f"{machine['cpu_capability']}, bf16 {'in hardware' if machine['bf16'] else 'emulated'}"
-    environment = " ".join(f"`{name}={value}`" for name, value in machine["environment"].items())
     speeds = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items() if name != "copy")
     return [
         f"{machine['cpu']} ({kind}), {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['ram_gb']:.0f} GB; torch {machine['torch']}; load average {machine['load']}",
-        f"environment: {environment or 'nothing set'}",
         f"matrix products: {speeds}; copy: {rates['copy'] / 1e9:,.1f} GB/s",
         *result["notes"],
     ]

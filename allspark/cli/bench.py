@@ -125,11 +125,15 @@ BENCHES: dict[str, Bench] = {"step": step, "loader": loader, "eval": evaluation,
 
 def render(result: dict[str, Any]) -> str:
     """A result as Markdown: table, machine, notes."""
-    return "\n".join([markdown_table(report.table(result)), *(f"- {line}" for line in report.remarks(result)), ""])
+    return f"{markdown_table(report.table(result))}\n{render_remarks(result)}"
+
+
+def render_remarks(result: dict[str, Any]) -> str:
+    return "".join(f"- {line}\n" for line in report.remarks(result))
 
 
 def write_document(path: Path) -> None:
-    """Update the tables of a document from the JSON files named in it, and draw the figures of bench scale."""
+    """Update a document from the JSON files named in it: their tables, or the figures of bench scale."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -144,7 +148,8 @@ def write_document(path: Path) -> None:
         result = read_result(source)
         pictures = report.plot_scale(result, path.parent)
         made.extend(pictures)
-        return render(result) + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
+        figures = "".join(f"![{picture.stem}]({picture.name})\n\n" for picture in pictures)
+        return figures + render_remarks(result) if pictures else render(result)
 
     write_text(path, report.fill_tables(text, render_table), "make room or give another document")
     print(f"written: {', '.join(map(str, [path, *made]))}")

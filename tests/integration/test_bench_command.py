@@ -1,6 +1,7 @@
 """The command `bench`: its measurements and its output."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -58,15 +59,16 @@ def test_document_is_filled_in(tmp_path, capsys):
     ]
     result = bench.report.make_result("scale", {}, rows, ["crop 65: left out"], CPU)
     (tmp_path / "scale.json").write_text(json.dumps(result))
+    table = {**result, "rows": [{**row, "point": None} for row in result["rows"]]}
+    (tmp_path / "step.json").write_text(json.dumps(table))
     document = tmp_path / "benchmarks.md"
-    document.write_text(
-        "# A\n<!-- bench: scale.json -->\nold\n<!-- end -->\n<!-- bench: no.json -->\nkept\n<!-- end -->\n"
-    )
+    names = ("scale.json", "step.json", "no.json")
+    document.write_text("".join(f"# A\n<!-- bench: {name} -->\nold {name}\n<!-- end -->\n" for name in names))
     main(["bench", "docs", str(document)])
     text = document.read_text()
-    assert "old" not in text and "kept" in text and "left out" in text
+    assert re.findall("old .*", text) == ["old no.json"] and text.count("left out") == 2
     assert "2,000 ms" in text and "1,000 ms to 3,000 ms" in text and "2.00x" in text and "1,024 MiB" in text
-    assert "](benchmarks_crop.png)" in text
+    assert "](benchmarks_crop.png)" in text and text.count("| plain") == 1
     assert (tmp_path / "benchmarks_crop.png").stat().st_size > 10_000
     main(["bench", "docs", str(document)])
     assert document.read_text() == text
