@@ -23,7 +23,7 @@ from torch import Tensor
 from allspark import distributed, launch
 from allspark import recipe_arguments as recipe_args
 from allspark.arguments import parse
-from allspark.build import build_method
+from allspark.build import build_method, check_schedule
 from allspark.config import Recipe
 from allspark.config_io import to_plain
 from allspark.data.datasets import spec_for
@@ -193,7 +193,7 @@ def default_path(recipe: Recipe, method: str) -> Path:
 def main(argv: Sequence[str]) -> None:
     args = parse("train", argv)
     recipe = recipe_args.recipe_of(args)
-    build_method(recipe, spec_for(recipe.data))  # refuse it before a file is touched
+    check_schedule(recipe, build_method(recipe, spec_for(recipe.data)))  # refuse them before a file is touched
     if args.print_config:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return

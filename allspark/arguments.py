@@ -13,7 +13,7 @@ from pathlib import Path
 
 from allspark import __version__
 from allspark.config import DEVICES, MODES, PRECISIONS, WINDOWS
-from allspark.config_io import INSTALLED
+from allspark.config_io import INSTALLED, closest_key
 from allspark.split_lists.layouts import LAYOUTS
 from allspark.weights.mirrors import PUBLISHED
 
@@ -47,8 +47,26 @@ def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.set_defaults(command=command)
     add_arguments(parser)
-    takes_overrides = command in ("train", "check")  # options may stand between the overrides
-    return parser.parse_intermixed_args(argv) if takes_overrides else parser.parse_args(argv)
+    if command not in ("train", "check"):
+        return parser.parse_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between the overrides
+    if unknown:
+        parser.error(advice(unknown[0], argv))
+    return args
+
+
+def advice(option: str, argv: Sequence[str]) -> str:
+    """An error message for an unknown option of a command with overrides: how to set the key that was meant."""
+    name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
+    if name.startswith("resume"):
+        return f"{option}: a run resumes by itself when its command is repeated; leave the option out"
+    key = closest_key(name)
+    if key is None:
+        return f"{option}: no such option; --help lists them, and keys of the recipe are set by key.path=value"
+    if not equals:
+        following = argv[argv.index(option) + 1 :] + ["VALUE"]
+        value = "VALUE" if following[0].startswith("-") or "=" in following[0] else following[0]
+    return f"{option}: not an option but a key of the recipe; write {key}={value}"
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:

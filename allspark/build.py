@@ -88,6 +88,28 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
     return method
 
 
+def check_schedule(recipe: Recipe, method: Method) -> None:
+    """UserError if the run is over before the method uses unlabeled images, or before the bottleneck's memory is read.
+
+    Not part of build_method: such a run of before can still be evaluated.
+    """
+    bottleneck = recipe.model.bottleneck
+    for key, value, effect, other in (
+        ("burn_in_epochs", recipe.burn_in_epochs, "no unlabeled image is ever used", "use --method supervised"),
+        (
+            "model.bottleneck.warmup_epochs",
+            (bottleneck.name != "none" and bottleneck.warmup_epochs) or 0,
+            "the memory is never read",
+            "to null to want that",
+        ),
+    ):
+        if method.views.unlabeled and value >= recipe.epochs:
+            raise UserError(
+                f"{key}={value} and epochs={recipe.epochs}: {effect} (numbers of epochs do not follow when epochs is "
+                f"changed); set {key} below {recipe.epochs}, or {other}"
+            )
+
+
 def check_class_weights(criterion: CriterionConfig, spec: DatasetSpec) -> None:
     """UserError unless there is one weight per class, and a loss that uses them."""
     weights = criterion.class_weights

@@ -156,8 +156,8 @@ class BottleneckConfig:
         "on a plain ViT: on the deepest map of its pyramid, or on its last tokens, from which the pyramid is made; "
         "with decoder=dpt always on the tokens",
     )
-    warmup_epochs: int = option(
-        5, "epoch from which the memory is read; every step after the burn-in writes to it", low=0
+    warmup_epochs: int | None = option(
+        5, "epoch from which the memory is read; every step after the burn-in writes to it; null: never read", low=0
     )
     num_heads: int = option(2, "attention heads", low=1, high=64)
     dropout: float = option(0.1, "dropout rate of the bottleneck", low=0, high=0.99)

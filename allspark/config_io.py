@@ -33,6 +33,16 @@ RENAMED: dict[str, str | Translation] = {
     "method.warmup_epochs": "model.bottleneck.warmup_epochs",
 }
 
+SYNONYMS = {  # what other programs call a key -> its path, for messages
+    "amp": "precision",
+    "backbone": "model.encoder",
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "learning_rate": "optim.lr",
+    "wd": "optim.weight_decay",
+    "workers": "data.num_workers",
+}
+
 
 def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a data set and a method, from configs/.
@@ -55,6 +65,9 @@ def load_recipe(dataset: str, method: str, overrides: Mapping[str, Any] | None =
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, method: str | None = None) -> Recipe:
     """A complete recipe from one file, such as the config.yaml of a run.
 
+    `method: NAME` in it may also name a recipe of configs/methods, such as allspark_revised, whose keys are then the
+    defaults of the file.
+
     Args:
         path: the YAML file.
         overrides: key path -> value, as parse_overrides returns them.
@@ -66,16 +79,15 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, me
     notes: list[str] = []
     content = _read(Path(path), notes)
     if method is not None:
-        data, model = content.get("data"), content.get("model")
+        model = content.get("model")
         content = {key: value for key, value in content.items() if key != "method"}
         if isinstance(model, Mapping):
             content["model"] = {key: value for key, value in model.items() if key != "bottleneck"}
             bottleneck = model.get("bottleneck")
             if isinstance(bottleneck, Mapping) and "warmup_epochs" in bottleneck:  # belongs to the data set
                 content["model"]["bottleneck"] = {"warmup_epochs": bottleneck["warmup_epochs"]}
-        dataset = str(data.get("dataset")) if isinstance(data, Mapping) else ""
-        content = _with_method(content, dataset, method, notes)
-    return build_recipe(content, overrides, str(path), notes)
+        content = _with_method(content, _dataset_name(content), method, notes)
+    return build_recipe(_with_named_recipe(content, notes), overrides, str(path), notes)
 
 
 def build_recipe(
@@ -184,6 +196,18 @@ def full_key(key: str) -> str:
     if len(paths) > 1:
         raise UserError(f"{key}: ambiguous; write one of {', '.join(paths)}")
     return paths[0]
+
+
+def closest_key(name: str, preferred: Mapping[str, str] | None = None) -> str | None:
+    """The path of the key that was probably meant by an unknown name.
+
+    Args:
+        name: such as `batch` or `epoch`.
+        preferred: name -> path of keys that win over others with the same last part.
+    """
+    places = {path.rpartition(".")[2]: path for path in _all_paths()} | SYNONYMS | dict(preferred or {})
+    close = difflib.get_close_matches(name, places, 1)
+    return places[close[0]] if close else None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -368,6 +392,23 @@ def _with_method(
     return merge(merge(content, own), special)
 
 
+def _with_named_recipe(content: Mapping[str, Any], notes: list[str]) -> Mapping[str, Any]:
+    """content over the recipe that its method names, if that is one of configs/methods and not a method itself."""
+    options = {"name": content.get("method")} if isinstance(content.get("method"), str) else content.get("method")
+    name = str(options.get("name")) if isinstance(options, Mapping) else ""
+    if not re.fullmatch(r"\w+", name) or not (CONFIG_ROOT / "methods" / f"{name}.yaml").is_file():
+        return content
+    recipe = _with_method({"method": {}}, _dataset_name(content), name, notes)
+    if recipe["method"]["name"] == name:
+        return content
+    return merge(recipe, {**content, "method": {key: value for key, value in options.items() if key != "name"}})
+
+
+def _dataset_name(content: Mapping[str, Any]) -> str:
+    data = content.get("data")
+    return str(data.get("dataset")) if isinstance(data, Mapping) else ""
+
+
 def _recipe_file(folder: str, name: str) -> Path:
     path = CONFIG_ROOT / folder / f"{name}.yaml"
     if not path.is_file():
@@ -440,9 +481,8 @@ def _convert_section(value: Any, kind: type, path: str, source: str) -> Any:
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in hints:
-            places = {p.rpartition(".")[2]: p for p in _all_paths()} | {name: prefix + name for name in hints}
-            close = difflib.get_close_matches(str(key), places, 1)
-            remedy = f"did you mean {places[close[0]]}?" if close else f"known here are {', '.join(hints)}"
+            meant = closest_key(str(key), {name: prefix + name for name in hints})
+            remedy = f"did you mean {meant}?" if meant else f"known here are {', '.join(hints)}"
             raise UserError(f"{source}: {prefix}{key}: unknown key; {remedy}")
     for entry in dataclasses.fields(kind):
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING

@@ -68,7 +68,8 @@ def train_step(
     seed_step(recipe.seed, position.step)
     set_lr(state.stepper.optimizer, lr)
     burn_in = position.epoch < recipe.burn_in_epochs
-    student = Student(state.network, read_memory=position.epoch >= recipe.model.bottleneck.warmup_epochs)
+    warmup = recipe.model.bottleneck.warmup_epochs
+    student = Student(state.network, read_memory=warmup is not None and position.epoch >= warmup)
 
     def update(labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, Tensor]:
         micro_batches = split_micro_batches(labeled, unlabeled, micro_batch_size(recipe, distributed.world_size()))

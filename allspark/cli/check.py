@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from allspark import recipe_arguments as recipe_args
-from allspark.build import build_loader, build_method
+from allspark.build import build_loader, build_method, check_schedule
 from allspark.config import Recipe
 from allspark.data.audit import AuditReport, audit, select_hidden
 from allspark.data.datasets import spec_for
@@ -40,6 +40,8 @@ def main(args: argparse.Namespace) -> None:
     if args.processes < 1 or recipe.batch_size % args.processes:
         raise UserError(f"--processes {args.processes}: give a number that divides batch_size={recipe.batch_size}")
     found = AuditReport(notes=[*recipe.notes])
+    with found.collect_errors():
+        check_schedule(recipe, method)
     with found.collect_errors():
         lists = resolve(recipe.data, problems=found.problems)
         found.extend(data_findings(recipe, spec, lists, args.quick))

@@ -220,7 +220,7 @@ def test_api_examples_run(place, tmp_path, monkeypatch, capsys):
     examples = [compile(block, "api.md", "exec") for block in texts]
     ((_, recipe),) = blocks(page, "yaml")
     place.edit(method=yaml.safe_load(recipe)["method"], model={"bottleneck": "none"})
-    code, name = place.train("epochs=1"), "mean_teacher:MeanTeacher"
+    code, name = place.train("epochs=1", "warmup_epochs=0"), "mean_teacher:MeanTeacher"
     assert run_main(train.main, code) == 2
     assert "mean_teacher cannot be imported" in capsys.readouterr().err
     (tmp_path / "modules").mkdir()

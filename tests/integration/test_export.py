@@ -30,7 +30,7 @@ def trained(tiny_root, tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("trained")
     place = Place(tiny_root, write_recipe(folder / "recipe.yaml", tiny_root), folder / "run")
     teacher = ("method.teacher=ema", "method.teacher_momentum=0.99")
-    train.main(place.train("epochs=1", "model.encoder=timm:test_resnet", *teacher))
+    train.main(place.train("epochs=1", "warmup_epochs=0", "model.encoder=timm:test_resnet", *teacher))
     yield place.run / "best.pth", load_for_inference(place.run / "best.pth", torch.device("cpu"))
     for file in folder.rglob("*.pth"):
         file.unlink()

@@ -364,7 +364,12 @@ def test_training_opens_no_unlabeled_mask(measured, known, tmp_path):
     assert measured[1] == 6 + 2 * 5  # all at the start, at each of two evaluations those that can be read
     (words, root), run = known, tmp_path / "run"
     OPENED.clear()
-    assert run_main(train.main, [*words, "--save-path", str(run), "evaluation.pseudo_labels=0", "epochs=1"]) == 0
+    assert (
+        run_main(
+            train.main, [*words, "--save-path", str(run), "evaluation.pseudo_labels=0", "epochs=1", "warmup_epochs=0"]
+        )
+        == 0
+    )
     assert opened_masks(root, "labeled") > 0 and opened_masks(root, "val") > 0
     assert opened_masks(root, "unlabeled") == 0
     assert "pseudo" not in (run / "metrics.jsonl").read_text(encoding="utf-8")

@@ -241,7 +241,24 @@ def test_recipe_completed_by_arguments(check, place):
     recipe = yaml.safe_load(place.config.read_text())
     del recipe["epochs"]
     place.config.write_text(yaml.safe_dump(recipe))
-    assert check("--data-only")[0] == 2 and check("--data-only", "epochs=1")[0] == 0
+    assert check("--data-only")[0] == 2 and check("--data-only", "epochs=1", "warmup_epochs=0")[0] == 0
+
+
+def test_schedule_that_swallows_the_run(check, place, capsys):
+    """Refused by check and by train, before a file is touched; supervised training has no such schedule."""
+    for words, told in (
+        (["method=fixmatch", "burn_in_epochs=2"], "burn_in_epochs=2 and epochs=2: no unlabeled image is ever used"),
+        (
+            ["method=allspark", "bottleneck=allspark", "warmup_epochs=1", "epochs=1"],
+            "model.bottleneck.warmup_epochs=1 and epochs=1: the memory is never read",
+        ),
+    ):
+        code, _, err = check("--data-only", *words)
+        assert code == 2 and told in err
+        assert run_main(train.main, place.train(*words)) == 2 and told in capsys.readouterr().err
+        assert not place.run.exists()
+    assert check("--data-only", "method=allspark", "bottleneck=allspark", "warmup_epochs=null")[0] == 0
+    assert check("--data-only", "burn_in_epochs=9")[0] == 0  # supervised
 
 
 def test_allspark_without_bottleneck_is_self_training(check):
@@ -276,7 +293,7 @@ def test_resume_with_value_map(place):
     custom = yaml.safe_load(place.config.read_text(encoding="utf-8"))["data"]["custom"]
     place.edit(data={"custom": {**custom, "value_map": {0: 0, 1: 1, 2: 2}}})
     for _ in range(2):
-        assert run_main(train.main, place.train("epochs=1")) == 0
+        assert run_main(train.main, place.train("epochs=1", "warmup_epochs=0")) == 0
 
 
 def blocks(kind):

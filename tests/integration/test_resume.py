@@ -116,7 +116,15 @@ def test_folder_in_use(finished, place, capsys, monkeypatch):
 
 
 def test_checkpoint_minutes(finished, place):
-    words = ["--config", str(finished.config), "--save-path", str(place.run), "checkpoint_minutes=1e-9", "epochs=1"]
+    words = [
+        "--config",
+        str(finished.config),
+        "--save-path",
+        str(place.run),
+        "checkpoint_minutes=1e-9",
+        "epochs=1",
+        "warmup_epochs=0",
+    ]
     saved, save = [], checkpointer.save_checkpoint
 
     def record(path, content, **options):
@@ -161,7 +169,7 @@ def test_changed_recipe_is_refused(finished, capsys):
 def test_fresh_moves_old_run(finished, place):
     shutil.copytree(finished.run, place.run)
     old = {path.name: path.read_bytes() for path in place.run.iterdir()}
-    assert run_main(train.main, place.train("--fresh", "epochs=1", "optim.lr=0.5")) == 0
+    assert run_main(train.main, place.train("--fresh", "epochs=1", "warmup_epochs=0", "optim.lr=0.5")) == 0
     assert load(place.run / "latest.pth")["step"] == 3
     (aside,) = place.run.parent.glob("run.*")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
@@ -175,7 +183,7 @@ def test_fresh_is_ignored_after_restart(finished, place, monkeypatch, capsys, na
     assert run_main(train.main, place.train("--fresh")) == 0
     assert "this run is finished" in capsys.readouterr().out and not list(place.run.parent.glob("run.*"))
     shutil.rmtree(place.run)  # nothing was begun: it says what becomes of the word
-    assert run_main(train.main, place.train("--fresh", "epochs=1")) == 0
+    assert run_main(train.main, place.train("--fresh", "epochs=1", "warmup_epochs=0")) == 0
     assert "--fresh ignored: the job was restarted" in (place.run / "train.log").read_text(encoding="utf-8")
 
 

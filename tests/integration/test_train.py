@@ -99,7 +99,7 @@ def test_picture_budget():
 
 
 def test_gradient_accumulation(place, read_metrics):
-    train.main(place.train("micro_batch=1", "epochs=1"))
+    train.main(place.train("micro_batch=1", "epochs=1", "warmup_epochs=0"))
     assert_finite_losses(read_metrics(place.run)[0])
     log = (place.run / "train.log").read_text(encoding="utf-8")
     assert "3 steps of 2 labeled images (2 micro-batches x 1 images)" in log and "one micro-batch at a time" in log
@@ -144,7 +144,7 @@ def test_every_method_trains(name, bottleneck, place, read_metrics):
 
 def test_crops_that_are_not_square(place, read_metrics):
     """Training, sliding windows, memory and checkpoint with crops of height 65 and width 97."""
-    words = ("epochs=1", "crop_size=[65, 97]", "vertical_flip=true", "rotate_90=true", "bottleneck.warmup_epochs=0")
+    words = ("epochs=1", "warmup_epochs=0", "crop_size=[65, 97]", "vertical_flip=true", "rotate_90=true")
     train.main(place.train(*words, "evaluation.mode=sliding_window"))
     steps, evaluations = read_metrics(place.run)
     assert_finite_losses(steps)
@@ -152,7 +152,7 @@ def test_crops_that_are_not_square(place, read_metrics):
     loaded = load_for_inference(place.run / "latest.pth", torch.device("cpu"))
     assert (loaded.crop_size, loaded.inference("sliding_window").window) == ((65, 97), (65, 97))
     assert loaded.model.bottleneck.memory.size == (3, 4)
-    assert run_main(train.main, place.train("epochs=1", "crop_size=[65]")) == 2
+    assert run_main(train.main, place.train("epochs=1", "warmup_epochs=0", "crop_size=[65]")) == 2
 
 
 def test_burn_in_logs_labeled_loss(place, read_metrics):
@@ -166,7 +166,7 @@ def test_default_save_path_and_data_root(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place.edit(data={"data_root": "/nowhere"})
     monkeypatch.setenv("ALLSPARK_DATA_TINY", str(place.root))
-    assert run_main(train.main, ["--config", str(place.config), "epochs=1"]) == 0
+    assert run_main(train.main, ["--config", str(place.config), "epochs=1", "warmup_epochs=0"]) == 0
     assert (tmp_path / "exp" / "tiny" / "allspark" / "own" / "latest.pth").is_file()
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from allspark import config_io
+from allspark.arguments import parse
 from allspark.build import complete
 from allspark.config_io import (
     build_recipe,
@@ -25,6 +26,25 @@ MINIMAL = {
     "method": "supervised",
     "epochs": 1,
 }
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--epochs", "5"], "write epochs=5"),
+        (["epochs=1", "--epochs=5"], "write epochs=5"),
+        (["--lr", "0.1", "seed=1"], "write optim.lr=0.1"),
+        (["--batch-size", "seed=1"], "write batch_size=VALUE"),
+        (["--num_workers"], "write data.num_workers=VALUE"),
+        (["--resume"], "resumes by itself"),
+        (["--resume-from", "a.pth"], "resumes by itself"),
+        (["--nonsense-of-mine"], "key.path=value"),
+    ],
+)
+def test_unknown_option_is_explained(words, told, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("train", words)
+    assert done.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_precedence():
@@ -117,6 +137,24 @@ def test_mapping_is_replaced_whole(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     custom = load_config(tmp_path / "mine.yaml", {"data.custom.value_map": {0: 0, 7: 1}}).data.custom
     assert custom.value_map == {0: 0, 7: 1} and custom.classes == ("a", "b")
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}])
+def test_own_recipe_names_a_recipe(tmp_path, options):
+    """As --method of that name, but for what the file says itself; a name of a method stays that method alone."""
+    recipe = {
+        "data": {"dataset": "mine", "data_root": "", "crop_size": 65},
+        "epochs": 7,
+        "model": {"encoder": "mit_b1"},
+    }
+    path, plain = tmp_path / "mine.yaml", tmp_path / "plain.yaml"
+    for name in ("allspark_revised", "fixmatch_r50"):
+        path.write_text(yaml.safe_dump({**recipe, "method": {"name": name, **options} if options else name}))
+        plain.write_text(yaml.safe_dump({**recipe, "method": "supervised"}))
+        other = {f"method.{key}": value for key, value in options.items()} | {"model.encoder": "mit_b1"}
+        assert complete(load_config(path)) == complete(load_config(plain, other, name))
+    path.write_text(yaml.safe_dump({**recipe, "method": "fixmatch", "optim": {"lr": 0.5}}))
+    assert load_config(path).optim == replace(build_recipe(MINIMAL, {}, "test").optim, lr=0.5)
 
 
 def test_own_recipe_with_other_method(tmp_path):

@@ -99,8 +99,14 @@ def test_burn_in_uses_labeled_images_only():
 
 
 def test_memory_is_read_after_its_warmup():
+    assert memory_reads(2) == {2, 3}
+    assert memory_reads(None) == set()
+
+
+def memory_reads(warmup):
+    """The epochs of four whose step reads the memory."""
     reads = []
-    state = make_state("allspark", **{"model.bottleneck.warmup_epochs": 2})
+    state = make_state("allspark", **{"model.bottleneck.warmup_epochs": warmup})
     read = state.model.bottleneck.memory.read
     state.model.bottleneck.memory.read = lambda *args, **options: (
         reads.append(position.epoch),
@@ -109,7 +115,7 @@ def test_memory_is_read_after_its_warmup():
     for epoch in range(4):
         position = Position(epoch=epoch, step=epoch)
         train_step(state, *batches(state), position, LR)
-    assert set(reads) == {2, 3}
+    return set(reads)
 
 
 def test_learning_rate_is_that_of_the_call():
