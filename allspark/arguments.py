@@ -40,6 +40,16 @@ def parse_command(argv: Sequence[str]) -> argparse.Namespace:
 
 def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; the process exits with code 2 if they are wrong."""
+    parser = make_parser(command)
+    if command not in ("train", "check"):
+        return parser.parse_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between the overrides
+    if unknown:
+        parser.error(advice(unknown[0], argv))
+    return args
+
+
+def make_parser(command: str) -> argparse.ArgumentParser:
     description, add_arguments = COMMANDS[command]
     script = command in ("train", "eval") and not INSTALLED
     parser = argparse.ArgumentParser(
@@ -47,12 +57,7 @@ def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.set_defaults(command=command)
     add_arguments(parser)
-    if command not in ("train", "check"):
-        return parser.parse_args(argv)
-    args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between the overrides
-    if unknown:
-        parser.error(advice(unknown[0], argv))
-    return args
+    return parser
 
 
 def advice(option: str, argv: Sequence[str]) -> str:

@@ -105,7 +105,8 @@ class TeacherMethod(Method):
     """A method whose pseudo-labels come from an EMA teacher, which is also evaluated and saved as the result.
 
     Args:
-        criterion, threshold: as for Method.
+        criterion: the labeled loss.
+        threshold: as for Method.
         teacher_momentum: of the moving average; None: no teacher, the student labels for itself.
     """
 

@@ -94,7 +94,9 @@ class Student:
         """`joint` with features and perturbed logits; in all of them the labeled images come first.
 
         Args:
-            labeled, unlabeled, pseudo: as for `joint`.
+            labeled: as for `joint`.
+            unlabeled: as for `joint`.
+            pseudo: as for `joint`.
             perturb: features -> features, see Segmentor.forward.
             clean: False: decode the perturbed features only.
         """

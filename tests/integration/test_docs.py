@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -99,7 +100,7 @@ def test_help_names_this_project(script, capsys):
 
 
 PAGES = sorted(
-    [REPO / "README.md", *(REPO / "docs").glob("*.md"), *(REPO / folder / "README.md" for folder in BESIDE)],
+    [*(REPO / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *(REPO / "docs").glob("*.md"), *(REPO / folder / "README.md" for folder in BESIDE)],
     key=str,
 )
 
@@ -288,3 +289,16 @@ def test_method_options_are_documented():
         if "those of" not in options:
             told = set(re.findall(r"`(\w+)`", options))
             assert told == set(bind_options(kind, {}, "method")), name
+
+
+def test_site_builds(tmp_path):
+    """Without a warning: each link and anchor leads somewhere, each name of the API reference exists."""
+    pytest.importorskip("mkdocs", reason="the documentation site needs mkdocs-material")
+    for name in ("material", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(name, reason="the documentation site needs mkdocs-material")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "site" / "methods.html").read_text(encoding="utf-8")
+    assert text.count("<math") > 15 and "$`" not in text
+    assert "--save-path" in (tmp_path / "site" / "commands.html").read_text(encoding="utf-8")
