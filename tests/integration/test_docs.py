@@ -100,7 +100,11 @@ def test_help_names_this_project(script, capsys):
 
 
 PAGES = sorted(
-    [*(REPO / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *(REPO / "docs").glob("*.md"), *(REPO / folder / "README.md" for folder in BESIDE)],
+    [
+        *(REPO / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+        *(REPO / "docs").glob("*.md"),
+        *(REPO / folder / "README.md" for folder in BESIDE),
+    ],
     key=str,
 )
 
