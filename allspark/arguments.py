@@ -414,7 +414,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import|inspect|fetch")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import|export|inspect|fetch")
     formats = "The format is recognized by the names of the tensors; pretrained_weights/README.md lists known formats."
     what = "convert a file of any public format to encoder weights or a checkpoint of this code"
     convert = verbs.add_parser("import", help=what, description=f"{what}. {formats}")
@@ -428,6 +428,10 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         help="of a checkpoint with a student and its EMA teacher, import the student; default: the teacher, which "
         "UniMatch V2 and iMAS report",
     )
+    what = "write the network of a checkpoint to a small file to hand on: no optimizer, no absolute paths"
+    slim = verbs.add_parser("export", help=what, description=f"{what}.")
+    slim.add_argument("checkpoint", type=path, metavar="SRC", help="best.pth or latest.pth of a run")
+    slim.add_argument("--out", type=path, required=True, metavar="DST", help=".pth")
     what = "show what a file contains: format, network, classes, missing tensors, hash, license"
     inspect = verbs.add_parser("inspect", help=what, description=f"{what}. {formats}")
     inspect.add_argument("file", type=path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
@@ -443,7 +447,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         help="use this instead of the mirrors; may be repeated, the first that works is used",
     )
     fetch.add_argument("--sha256", metavar="HEX", help="hash of the file of --from, at least its first 8 digits")
-    for verb in (convert, fetch):
+    for verb in (convert, slim, fetch):
         verb.add_argument("--force", action="store_true", help="overwrite DST")
 
 

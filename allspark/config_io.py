@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from allspark.config import MethodConfig, Recipe
@@ -260,6 +260,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif a != b and not is_runtime(path):
             changed.append((path, a, b))
     return changed
+
+
+def without_absolute_paths(plain: Any) -> Any:
+    """Plain values, in which a string that is an absolute path (or below ~) is replaced by its last part."""
+    if isinstance(plain, Mapping):
+        return {key: without_absolute_paths(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [without_absolute_paths(value) for value in plain]
+    absolute = isinstance(plain, str) and (plain.startswith(("/", "~")) or PureWindowsPath(plain).is_absolute())
+    return PureWindowsPath(plain).name if absolute else plain  # which knows / and \
 
 
 def is_runtime(path: str) -> bool:

@@ -87,19 +87,29 @@ def load_for_inference(path: str | Path, device: torch.device, dataset: str | No
 
 
 def load_trained(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> InferenceModel:
-    """The network that the method of the run evaluates: the model, or a teacher from the method's state."""
+    """The network that the method of the run evaluates: the model, or a teacher from the method's state.
+
+    A file of `weights export` holds this network alone, and None as its method.
+    """
+    network_only = content["method"] is None
     with prefix_errors(path):
-        recipe = complete(build_recipe(content["recipe"], None, "its recipe"))
+        recipe = build_recipe(content["recipe"], None, "its recipe")
+        recipe = recipe if network_only else complete(recipe)
         spec = spec_for(recipe.data)
         model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels)
-        method = build_method(recipe, spec)
+        method = None if network_only else build_method(recipe, spec)
     if dataset not in (None, recipe.data.dataset):
         raise UserError(f"--dataset {dataset}: {path} was trained on {recipe.data.dataset}; omit --dataset")
-    method.attach(model)
-    load_state(model, content["model"], path)
-    load_state(method, content["method"], path)
+    if method is None:
+        network = model.inference_copy()
+        load_state(network, content["model"], path)
+    else:
+        method.attach(model)
+        load_state(model, content["model"], path)
+        load_state(method, content["method"], path)
+        network = method.predictor(model)
     meta = {"step": content["step"], "epoch": content["epoch"], "split": string_section(content, "split", path)}
-    return InferenceModel(method.predictor(model), spec, recipe, recipe.data.crop_size, meta)
+    return InferenceModel(network, spec, recipe, recipe.data.crop_size, meta)
 
 
 def load_imported(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> InferenceModel:

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from allspark import inference as loading
 from allspark.config import Size, height_width
-from allspark.config_io import to_plain
+from allspark.config_io import to_plain, without_absolute_paths
 from allspark.data.batch import normalize
 from allspark.data.spec import IMAGENET, Statistics
 from allspark.evaluation.sliding_window import Inference, predict_sliding
@@ -113,6 +113,9 @@ def trace(network: Exported) -> ExportedProgram:
     # shows, but newer versions of torch would reject images for which a side happens to be a multiple of the stride.
     if hasattr(program, "_guards_code"):
         program._guards_code = []
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # with the paths of this machine's files
     return program
 
 
@@ -130,7 +133,7 @@ def metadata(loaded: loading.InferenceModel) -> dict[str, Any]:
         "min_side": MIN_SIDE,
         "evaluated": inference,
         "dataset": loaded.spec.name,
-        "model": to_plain(loaded.recipe.model) if loaded.recipe is not None else None,
+        "model": without_absolute_paths(to_plain(loaded.recipe.model)) if loaded.recipe is not None else None,
         "checkpoint_sha256": loaded.meta["sha256"],
     }
 

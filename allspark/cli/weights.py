@@ -1,4 +1,4 @@
-"""allspark weights import | inspect | fetch: encoders and complete models of public formats."""
+"""allspark weights import | export | inspect | fetch: encoders and complete models of public formats."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allspark.config_io import build_recipe, to_plain
+from allspark.config_io import build_recipe, to_plain, without_absolute_paths
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
 from allspark.inference import load_for_inference, string_section
+from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import PREFIX
 from allspark.utils.atomic import atomic_file, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
@@ -39,7 +40,8 @@ TORCH = (".pth", ".pt")
 
 
 def main(args: argparse.Namespace) -> None:
-    {"import": import_weights, "inspect": inspect_weights, "fetch": fetch_weights}[args.verb](args)
+    verbs = {"import": import_weights, "export": export_weights, "inspect": inspect_weights, "fetch": fetch_weights}
+    verbs[args.verb](args)
 
 
 def import_weights(args: argparse.Namespace) -> None:
@@ -75,6 +77,20 @@ def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
     check_finite(state, file.path)
     print(f"{file.path}: {OURS.title}, {architecture['model']['encoder']}, {len(state)} tensors")
     return {"model": state, "architecture": architecture, "source": source_of(file, OURS.title)}
+
+
+def export_weights(args: argparse.Namespace) -> None:
+    """Write the network that a run evaluates and what is needed to use it, and nothing of the machine it is from."""
+    check_target(args.out, args.force)
+    loaded = load_for_inference(args.checkpoint, torch.device("cpu"))
+    content = load_checkpoint(args.checkpoint)
+    if not is_imported(content):
+        network = build_model(loaded.recipe.model, loaded.spec.num_classes, loaded.crop_size, loaded.spec.channels)
+        names = network.inference_copy().state_dict()  # without memory, and heads that only training uses
+        state = {name: value for name, value in loaded.model.state_dict().items() if name in names}
+        about = {key: content[key] for key in ("recipe", "split", "epoch", "step")}
+        content = {"model": state, "method": None, **without_absolute_paths(about)}
+    write_checkpoint(args.out, content)
 
 
 def source_of(file: WeightFile, title: str) -> dict[str, str]:
@@ -114,7 +130,8 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, content)
-    print(f"{path}: a checkpoint for predict, eval.py and model.init_from")
+    size = path.stat().st_size / 2**20
+    print(f"{path}: {size:.1f} MiB, a checkpoint for predict, eval.py and model.init_from")
 
 
 def write_encoder(path: Path, state: Mapping[str, Tensor], found: RecognizedModel) -> None:

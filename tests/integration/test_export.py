@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as eval_script
 import train
 from allspark.__main__ import main
 from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, verify
 from allspark.config import ModelConfig
 from allspark.data.batch import normalize
+from allspark.engine.checkpoint import TO_RESUME, load_checkpoint
 from allspark.inference import load_for_inference
 from allspark.models.segmentor import build_model
 from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import init_from
 from helpers import REPO
 from helpers.tiny_dataset import Place, write_recipe
 
@@ -67,6 +71,17 @@ def run_script_of_docs(mark, folder, monkeypatch, classes):
     return np.asarray(mask), np.array(Image.open(folder / "photo.jpg")), names
 
 
+def assert_no_paths(file, *folders):
+    """Neither this machine's folders nor the traces of an exporter, in the file or in a member of the archive."""
+    contents = [file.read_bytes()]
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            contents = [name.encode() + archive.read(name) for name in archive.namelist()]
+    for content in contents:
+        for folder in (REPO, "site-packages", *folders):
+            assert str(folder).encode() not in content
+
+
 def agrees(mask, photo, model):
     """The share of pixels in which the mask is the network's."""
     with torch.no_grad():
@@ -79,6 +94,7 @@ def test_torch_program(trained, tmp_path, monkeypatch, capsys):
     (checkpoint, loaded), file = trained, tmp_path / "model.pt2"
     assert export(checkpoint, "torch", file) == 0
     assert re.search(r"checked: logits differ by at most \d.\de[-+]\d\d", capsys.readouterr().out)
+    assert_no_paths(file, checkpoint.parent)
     mask, photo, names = run_script_of_docs("torch.export", tmp_path, monkeypatch, 3)
     assert agrees(mask, photo, loaded.model) > 0.999
     run = names["network"]  # to load the file takes seconds
@@ -99,6 +115,7 @@ def test_onnx(trained, tmp_path, monkeypatch):
     assert export(checkpoint, "onnx", file, "--force") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert max(differences(open_onnx(file), loaded.model)) < 1e-4
+    assert_no_paths(file, checkpoint.parent)
     proto = onnx.load(file)
     (value,) = proto.graph.input
     sides = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -108,6 +125,38 @@ def test_onnx(trained, tmp_path, monkeypatch):
     assert json.loads(about["evaluated"]) == {"mode": "whole", "window": 65}
     mask, photo, _ = run_script_of_docs("onnxruntime", tmp_path, monkeypatch, 3)
     assert agrees(mask, photo, loaded.model) > 0.999
+
+
+def test_weights_to_hand_on(trained, tmp_path, tiny_root):
+    """The teacher alone, in a small file without absolute paths, for every use of a checkpoint but resuming."""
+    (checkpoint, loaded), file = trained, tmp_path / "model.pth"
+    content = torch.load(checkpoint, weights_only=True)
+    content["recipe"]["model"]["pretrained"] = "/home/me/mit.pth"
+    content["split"]["name"] = str(tmp_path / "lists" / "labeled.txt")
+    torch.save(content, tmp_path / "best.pth")
+    assert run_main(main, ["weights", "export", str(tmp_path / "best.pth"), "--out", str(file)]) == 0
+    assert_no_paths(file, checkpoint.parent, tiny_root, tmp_path, "/home/me")
+    network_bytes = sum(value.nbytes for value in loaded.model.state_dict().values())
+    assert file.stat().st_size < 1.5 * network_bytes + 100_000 < checkpoint.stat().st_size / 2
+    again = load_for_inference(file, torch.device("cpu"))
+    image = torch.rand(1, 3, 70, 90)
+    with torch.no_grad():
+        assert torch.equal(again.model(image).logits, loaded.model(image).logits)
+    assert again.spec == loaded.spec and again.inference() == loaded.inference()
+    assert again.meta["split"]["name"] == "labeled.txt" and again.recipe.data.data_root == "data"
+
+    for name, options in (("own", ()), ("handed", ("--data-root", tiny_root))):
+        source = checkpoint if name == "own" else file
+        evaluate = ["--checkpoint", source, "--json", tmp_path / f"{name}.json", "--device", "cpu", *options]
+        assert run_main(eval_script.main, [*map(str, evaluate)]) == 0
+    own, handed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("own", "handed"))
+    assert own["iou"] == handed["iou"]
+    model = build_model(loaded.recipe.model, 3, 65)
+    assert "loaded" in init_from(model, file)
+    for name, value in again.model.state_dict().items():
+        assert name.startswith("decoder.classifier.") or torch.equal(model.state_dict()[name], value), name
+    with pytest.raises(UserError, match="has no 'optimizer'"):
+        load_checkpoint(file, TO_RESUME)
 
 
 @pytest.fixture(scope="module")
