@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from allspark.data.image_io import walk
-from allspark.data.splits import IMAGE_SUFFIXES
+from allspark.data.splits import image_files
 from allspark.prepare.jobs import show_progress, write_file
 from allspark.prepare.masks import FORMATS, Labels, make_mask
 from allspark.utils.errors import UserError, short_repr
@@ -20,7 +19,7 @@ def main(args: argparse.Namespace) -> None:
         if not path.exists():
             raise UserError(f"{path}: does not exist; give the annotations, and the folder of the images")
     labels = Labels(classes, classes.index(background), args.ignore_unknown)
-    images = sorted(path for path in walk(args.images) if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = image_files(args.images)[0]
     drawn = FORMATS[args.format](args.source, images, labels)
     if not drawn:
         raise UserError(f"{args.source}: has annotations of none of the {len(images)} images in {args.images}")

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from allspark import inference as loading
-from allspark.data.image_io import read_image, walk
-from allspark.data.spec import Sample
-from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, read_entries
+from allspark.data.image_io import load_image
+from allspark.data.spec import DEFAULT_READING, ImageReading, Sample
+from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, describe_others, image_files, read_entries
 from allspark.data.transforms import to_tensor
 from allspark.device import choose_device
 from allspark.evaluation.dataset import group_by_size
@@ -52,10 +52,10 @@ def main(args: argparse.Namespace) -> None:
     check_new([*clips.values(), *([args.shares] if args.shares is not None else [])])
     unreadable: dict[Path, UserError] = {}
     shares: list[list[object]] = []  # a row for each prediction: its name, percent of each class
-    check = memory_check(loaded.model, inference, device)
+    check, reading = memory_check(loaded.model, inference, device), loaded.spec.images
 
     def predictions(files: Mapping[Path, str]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        for batch, names in batches(files, args.batch_size, unreadable, args.every, check):
+        for batch, names in batches(files, args.batch_size, unreadable, args.every, check, reading):
             with loading.precision_context(args, device):
                 masks, prob = predict_with_confidence(loaded.model, batch, loaded.spec, device, inference, names)
             for name, image, mask, confidence in zip(names, batch, masks.cpu(), prob.cpu(), strict=True):
@@ -96,6 +96,7 @@ def batches(
     unreadable: dict[Path, UserError],
     every: int = 1,
     check: Check = lambda image, path: None,
+    reading: ImageReading = DEFAULT_READING,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Read images in batches of equal size.
 
@@ -105,12 +106,13 @@ def batches(
         unreadable: receives file -> reason for files that cannot be predicted; they are left out.
         every: of a video, each N-th frame is read.
         check: raises UserError for an image that cannot be predicted.
+        reading: how image files are read.
 
     Yields:
         (B, 3, H, W) uint8, and B names.
     """
     expected = sum(-(-frame_count(path) // every) if is_video(path) else 1 for path in named)
-    items = read_each(named, unreadable, every, check)
+    items = read_each(named, unreadable, every, check, reading)
     with tqdm(total=expected, desc="predict", unit="image", leave=False, disable=None) as bar:
         while chunk := list(itertools.islice(items, size)):
             for (image,), names in group_by_size(chunk):
@@ -119,16 +121,25 @@ def batches(
 
 
 def read_each(
-    named: Mapping[Path, str], unreadable: dict[Path, UserError], every: int, check: Check
+    named: Mapping[Path, str], unreadable: dict[Path, UserError], every: int, check: Check, reading: ImageReading
 ) -> Iterator[tuple[Tensor, str]]:
     """Yield (3, H, W) uint8 and the name of its prediction, for each image and each frame of a video."""
+    dark = False
     for path, name in named.items():
         try:
             if is_video(path):
                 for number, frame in read_frames(path, every):
                     yield to_checked_tensor(frame, path, check), f"{name}/{number:06d}"
             else:
-                yield to_checked_tensor(read_image(path), path, check), name
+                image = load_image(path, reading)
+                if reading.image_max is None and 0 < image.peak < 2**15 and not dark:
+                    dark = True
+                    print(
+                        f"WARNING: {path}: 16 bits per channel but no value above {image.peak}; the checkpoint's "
+                        "recipe does not say which value is white (data.custom.image_max), so 65535 is",
+                        file=sys.stderr,
+                    )
+                yield to_checked_tensor(image.pixels, path, check), name
         except UserError as error:
             unreadable[path] = error
 
@@ -192,7 +203,9 @@ def expand(argument: str, out: Path, data_root: Path | None) -> list[Path]:
         return read_list(path, data_root) if path.suffix.lower() == ".txt" else [path]
     suffixes = IMAGE_SUFFIXES
     if path.is_dir():  # without videos, which folders of photos often contain unnoticed
-        files = (file for file in walk(path) if not is_hidden(file.relative_to(path)))
+        files, others = image_files(path)
+        if others := [file for file in others if out not in real_path(file).parents]:
+            print(f"WARNING: {describe_others(path, others)}", file=sys.stderr)
     elif any(character in argument for character in "*?["):
         files = (Path(match) for match in glob.glob(str(path), recursive=True))
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
@@ -207,10 +220,6 @@ def expand(argument: str, out: Path, data_root: Path | None) -> list[Path]:
             "itself"
         )
     return sorted(images)
-
-
-def is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def read_list(path: Path, data_root: Path | None) -> list[Path]:

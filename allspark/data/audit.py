@@ -14,7 +14,7 @@ from tqdm import tqdm
 from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
 from allspark.data.image_io import BadSample, format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
-from allspark.data.splits import Lists, make_exists_check, suggest_mask
+from allspark.data.splits import Lists, make_exists_check, suggest_file
 from allspark.data.survey import SampleReport, find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors
@@ -128,7 +128,7 @@ def check_samples(
     report.notes += describe_sizes(reports, data.crop_size)
     every = len(samples["labeled"]) == len(lists.labeled)
     report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
-    report.warnings += find_repeats(lists)
+    report.warnings += [*lists.left_out, *find_repeats(lists)]
     return report, reports
 
 
@@ -141,9 +141,11 @@ def find_missing(lists: Lists) -> tuple[list[str], dict[str, list[Sample]]]:
             paths = {getattr(sample, name) for sample in samples} - {None}
             absent = sorted(path for path in paths if not exists(path))
             remedy = "correct the list, data.custom or data_root"
-            lines = [f"{path}: does not exist ({kind}); {remedy}" for path in absent]
+            likely = suggest_file(absent[0], is_mask=name == "mask") if absent else ""
+            lines = [
+                f"{path}: does not exist ({kind}){likely if path == absent[0] else ''}; {remedy}" for path in absent
+            ]
             if len(lines) > 1 and len(absent) == len(paths):  # all of them: one cause
-                likely = suggest_mask(absent[0]) if name == "mask" else ""
                 others = f"nor does any other {kind} {name} ({len(absent)})"
                 lines = [f"{absent[0]}: does not exist, {others}{likely}; {remedy}"]
             problems += limit_lines(lines, kind)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from allspark import distributed
@@ -18,7 +20,8 @@ from allspark.utils.errors import UserError
 
 MAX_LIST = 256 << 20  # bytes; the longest published list has 6 MB
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")  # lossless formats; the first is the default
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"}
+IMAGE_SUFFIXES |= {".ppm", ".pgm"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Lists:
         name: of the split, or the list file that was given.
         hashes: labeled, unlabeled, val -> list_hash of the list.
         hidden: unlabeled images with a known mask; used only to measure pseudo-labels.
+        left_out: what the folders of data.custom hold beside the samples, a line each.
     """
 
     labeled: tuple[Sample, ...]
@@ -39,6 +43,7 @@ class Lists:
     name: str
     hashes: Mapping[str, str] = field(default_factory=dict)
     hidden: tuple[Sample, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def split(self) -> dict[str, str]:
@@ -117,12 +122,39 @@ def split_columns(line: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files below a folder, sorted: images by their suffix, and all others; hidden ones are in neither."""
+    images, others = [], []
+    for path in sorted(walk(folder)):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                images.append(path)
+            elif not path.is_dir():
+                others.append(path)
+    return images, others
+
+
+def check_name(path: Path) -> Path:
+    """The path; UserError if it is not UTF-8, because no list, log or checkpoint could hold it."""
+    if printable(path) != str(path):
+        raise UserError(f"{printable(path)}: the name is not UTF-8; rename it")
+    return path
+
+
+def printable(path: Path) -> str:
+    """The path, with backslashes for bytes that are not UTF-8."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
 def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entry]:
-    """All images below a folder, sorted. A mask has the same relative path below `masks`, by default as .png."""
+    """All images below a folder, sorted. A mask has the same relative path below `masks`, by default as .png.
+
+    If images and masks are in one folder, files that are masks are no images.
+    """
     folder = data_root / images
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; correct data.custom or data_root")
-    paths = sorted(p for p in walk(folder) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    paths, _ = image_files(folder)
     if not paths:
         raise UserError(
             f"{folder}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))}); correct data.custom or data_root"
@@ -136,7 +168,14 @@ def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entr
         return next(filter(exists, options), usual)
 
     exists = make_exists_check()
-    return [Entry(Sample(image, mask_of(image)), f"{folder}") for image in paths]
+    samples = [Sample(check_name(image), mask_of(image)) for image in paths]
+    entries = [Entry(sample, f"{folder}") for sample in samples if sample.mask != sample.image]
+    if not entries:
+        raise UserError(
+            f"{folder}: holds images and masks, but {paths[0]} is both; save masks as PNG under the names of their "
+            "images, and images in another format or folder"
+        )
+    return entries
 
 
 def hash_samples(samples: Sequence[Sample], data_root: Path) -> str:
@@ -172,9 +211,10 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
             f"no labeled images: set data.split (--split NAME; splits of {spec.name}: {names}), "
             "data.labeled_id_path or data.custom.labeled_images"
         )
-    unlabeled = train_entries(data, "unlabeled", spec, root, splits_root)
+    unlabeled, from_folder = train_entries(data, "unlabeled", spec, root, splits_root), False
     if unlabeled is None and custom.unlabeled_images is not None:
         unlabeled = folder_entries(root, custom.unlabeled_images, None)
+        from_folder = True
     val: list[Entry] = []
     try:
         val = val_entries(data, spec, root, splits_root)
@@ -184,8 +224,12 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
         if problems is None:
             raise
         problems.append(str(error))
+    if from_folder:  # which may hold the masks as well
+        masks = {entry.sample.mask for entry in (*labeled, *val)}
+        unlabeled = [entry for entry in unlabeled if entry.sample.image not in masks]
     name = data.labeled_id_path or data.split or "folders"
-    return build_lists(labeled, unlabeled or [], val, name, root, check=problems is None)
+    lists = build_lists(labeled, unlabeled or [], val, name, root, check=problems is None)
+    return replace(lists, left_out=tuple(find_left_out(custom, root, lists)))
 
 
 def train_entries(data: DataConfig, kind: str, spec: DatasetSpec, root: Path, splits_root: Path) -> list[Entry] | None:
@@ -226,6 +270,10 @@ def build_lists(
     for entry in (*labeled, *val):
         if entry.sample.mask is None:
             raise UserError(f"{entry.source}: {entry.sample.image} has no mask; add it to the list or to data.custom")
+    masks = {entry.sample.mask for entry in (*labeled, *val)}
+    for entry in (*labeled, *unlabeled, *val):
+        if entry.sample.image in masks:
+            raise UserError(f"{entry.source}: {entry.sample.image} is listed as an image and as a mask; correct one")
     hidden = find_hidden(labeled, unlabeled)
     unlabeled = [Entry(Sample(entry.sample.image), entry.source) for entry in unlabeled]
     if check:
@@ -234,6 +282,38 @@ def build_lists(
     parts = {kind: tuple(entry.sample for entry in entries) for kind, entries in lists.items()}
     hashes = {kind: hash_samples(part, root) for kind, part in parts.items()}
     return Lists(**parts, hash=list_hash(hashes.values()), name=name, hashes=hashes, hidden=hidden)
+
+
+def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterator[str]:
+    """What the folders of data.custom hold that is no sample: other suffixes, images of no list, masks of no image."""
+    samples = (*lists.labeled, *lists.unlabeled, *lists.val, *lists.hidden)
+    used = {path for sample in samples for path in (sample.image, sample.mask)}
+    folders = (custom.labeled_images, custom.unlabeled_images, custom.val_images)
+    found = {name: image_files(root / name) for name in dict.fromkeys(filter(None, folders)) if (root / name).is_dir()}
+    for name, (images, others) in found.items():
+        if others:
+            yield describe_others(root / name, others)
+        if unused := [path for path in images if path not in used]:
+            yield f"{root / name}: {len(unused)} of {len(images)} images are in no list, such as {printable(unused[0])}"
+    for masks in dict.fromkeys((custom.labeled_masks, custom.val_masks)):
+        pairs = ((custom.labeled_images, custom.labeled_masks), (custom.val_images, custom.val_masks))
+        images = [name for name, folder in pairs if folder == masks and name in found]
+        if masks is None or masks in images or not images or not (root / masks).is_dir():
+            continue
+        stems = {path.relative_to(root / name).with_suffix("") for name in images for path in found[name][0]}
+        alone = [
+            path for path in image_files(root / masks)[0] if path.relative_to(root / masks).with_suffix("") not in stems
+        ]
+        if alone:
+            yield f"{root / masks}: {len(alone)} masks have no image, such as {printable(alone[0])}"
+
+
+def describe_others(folder: Path, others: Sequence[Path]) -> str:
+    """'images: 3 files are no images by their suffix (.heic: 2, none: 1), such as images/a.heic'."""
+    kinds = Counter(path.suffix or "none" for path in others)
+    text = ", ".join(f"{printable(Path(suffix))}: {count}" for suffix, count in kinds.most_common(5))
+    example = printable(others[0])
+    return f"{folder}: {len(others)} files are left out, no images by their suffix ({text}), such as {example}"
 
 
 def find_hidden(labeled: list[Entry], unlabeled: list[Entry]) -> tuple[Sample, ...]:
@@ -258,13 +338,17 @@ def describe_lists(lists: Lists, spec: DatasetSpec) -> list[str]:
 
 def find_data(data: DataConfig, spec: DatasetSpec) -> Path:
     """The data root; a data set that needs no download is created there first."""
-    root = Path(os.path.expanduser(data.data_root))
+    root = check_name(Path(os.path.expanduser(data.data_root)))
     if spec.prepare is not None:
         if distributed.rank() == 0:
             spec.prepare(root)
         distributed.barrier()
     if not root.is_dir():
-        raise UserError(f"data.data_root: {root} is not a folder; correct it or set {root_variable(spec.name)}=DIR")
+        prepare = f"python -m allspark prepare {spec.splits} --download"
+        other = "" if spec.is_custom else f". `{prepare}` creates it, or says which archives it needs"
+        raise UserError(
+            f"data.data_root: {root} is not a folder; correct it or set {root_variable(spec.name)}=DIR{other}"
+        )
     return root
 
 
@@ -320,12 +404,18 @@ def make_exists_check() -> Callable[[Path], bool]:
     return exists
 
 
-def suggest_mask(path: Path) -> str:
-    """For a missing mask: a similarly named file that may be meant, as the end of a message."""
+def suggest_file(path: Path, is_mask: bool) -> str:
+    """For a missing file: one that may be meant, or what is wrong with the name, as the end of a message."""
+    if "\\" in str(path) and os.sep == "/":
+        return "; write / instead of \\ between folders"
     try:
-        similar = sorted(name for name in os.listdir(path.parent) if Path(name).stem.startswith(path.stem))
+        names = sorted(os.listdir(path.parent))
     except (OSError, ValueError):
         return ""
+    for name in names:  # macOS writes an accent as a character of its own (NFD), others do not (NFC)
+        if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name) != "":
+            return f"; found {name}, which looks the same in other Unicode characters (NFC and NFD): rename one"
+    similar = [name for name in names if Path(name).stem.startswith(path.stem)] if is_mask else []
     if not similar:
         return ""
     same = [name for name in similar if Path(name).stem == path.stem]
@@ -343,5 +433,5 @@ def check_files(entries: Sequence[Entry]) -> None:
         path, entry = missing[0]
         raise UserError(
             f"{entry.source}: {path} does not exist ({len(missing)} of {len(paths)} files are missing)"
-            f"{suggest_mask(path) if path == entry.sample.mask else ''}; correct the list, data.custom or data_root"
+            f"{suggest_file(path, is_mask=path == entry.sample.mask)}; correct the list, data.custom or data_root"
         )

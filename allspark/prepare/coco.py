@@ -53,7 +53,9 @@ def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample
         if lost := instances.keys() - images.keys():
             raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {REMEDY}")
         return [make_sample(split, image, instances[key], where) for key, image in images.items()]
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:  # also numbers of 10,000 digits
         raise UserError(f"{where}: not COCO's instance annotations ({error!r}); {REMEDY}") from None
 
 

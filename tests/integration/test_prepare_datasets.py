@@ -330,6 +330,7 @@ def test_coco_bad_json(coco, tmp_path):
     for text, reason in (
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
+        ("9" * 10_000, "ValueError"),
         ('{"categories": []}', "category number 1 is 'none'"),
     ):
         mini.write_zip(source / "annotations_trainval2017.zip", {"annotations/instances_train2017.json": text})

@@ -289,7 +289,7 @@ def test_check_refuses_damaged_files(data, tmp_path, name):
 def test_check_counts_failures(data, tmp_path):
     for index in (1, 3):
         (tmp_path / "data" / "train" / f"{index:03}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"001.jpg: truncated.*1 more problems"):
+    with pytest.raises(UserError, match=r"001.jpg: truncated.*1 more files"):
         check(data, tmp_path)
 
 

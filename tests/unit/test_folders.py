@@ -1,0 +1,102 @@
+"""Folders and lists of one's own: which files become samples, and that what is left out is counted and named."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from allspark.__main__ import main
+from allspark.config import CustomDataConfig, DataConfig
+from allspark.data.datasets import spec_for
+from allspark.data.splits import check_files, find_data, read_entries, resolve
+from allspark.utils.errors import UserError, run_main
+
+
+@pytest.fixture
+def make(tmp_path):
+    """(names) writes small images with these names below the data root."""
+
+    def write(*names):
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+
+    return write
+
+
+def found(root: Path, labeled="images", masks="masks", unlabeled=None, **data):
+    """The lists of folders, with the labeled images for evaluation, too."""
+    folders = dict(labeled_images=labeled, labeled_masks=masks, val_images=labeled, val_masks=masks)
+    custom = CustomDataConfig(classes=("a", "b"), unlabeled_images=unlabeled, **folders)
+    return resolve(DataConfig(dataset="mine", data_root=str(root), crop_size=(64, 64), custom=custom, **data))
+
+
+def names(samples):
+    return [sample.image.name for sample in samples]
+
+
+def test_images_and_masks_in_one_folder(make, tmp_path):
+    make("a.jpg", "a.png", "b.JPG", "b.png", "c.tif", "c.png")
+    lists = found(tmp_path, ".", ".", ".")
+    for samples in (lists.labeled, lists.unlabeled, lists.val):
+        assert names(samples) == ["a.jpg", "b.JPG", "c.tif"]
+    assert [sample.mask.name for sample in lists.labeled] == ["a.png", "b.png", "c.png"] and not lists.left_out
+    make("d.png")
+    assert "1 of 7 images are in no list, such as" in found(tmp_path, ".", ".").left_out[0]
+    make("only/a.png")
+    with pytest.raises(UserError, match="a.png is both"):
+        found(tmp_path, "only", "only")
+
+
+@pytest.mark.parametrize("line", ["images/a.png images/a.png", "images/a.png masks/a.png\nmasks/a.png masks/b.png"])
+def test_list_with_a_mask_as_image(make, tmp_path, line):
+    make("images/a.png", "masks/a.png", "masks/b.png")
+    (tmp_path / "list.txt").write_text(line)
+    with pytest.raises(UserError, match="listed as an image and as a mask"):
+        found(tmp_path, labeled_id_path=str(tmp_path / "list.txt"))
+
+
+def test_left_out_files_are_named(make, tmp_path):
+    make("images/a.jpg", "images/b.jfif", "images/c.JPE", "masks/a.png", "masks/b.png", "masks/c.png")
+    assert names(found(tmp_path).labeled) == ["a.jpg", "b.jfif", "c.JPE"] and not found(tmp_path).left_out
+    make("images/d", "images/e.heic", "images/f.heic", "images/.hidden", "masks/g.png", "more/h.jpg", "more/.x/i.jpg")
+    others, masks = found(tmp_path, unlabeled="more").left_out
+    assert "3 files are left out, no images by their suffix (.heic: 2, none: 1), such as" in others
+    assert masks.startswith(f"{tmp_path}/masks: 1 masks have no image, such as {tmp_path}/masks/g.png")
+    (tmp_path / "list.txt").write_text("images/a.jpg masks/a.png\n")
+    by_list = {f"{kind}_id_path": str(tmp_path / "list.txt") for kind in ("labeled", "unlabeled")}
+    unused = [line for line in found(tmp_path, unlabeled="more", **by_list).left_out if "in no list" in line]
+    assert unused == [f"{tmp_path}/more: 1 of 1 images are in no list, such as {tmp_path}/more/h.jpg"]
+
+
+def test_names_that_are_not_utf8(make, tmp_path, capsys):
+    make("images/a.jpg", "masks/a.png")
+    name = os.fsdecode(b"images/\xe4.jpg")
+    make(name)
+    recipe = (
+        f"data: {{dataset: mine, data_root: '{tmp_path}', crop_size: 64, custom: {{classes: [a, b], "
+        "labeled_images: images, labeled_masks: masks, val_images: images, val_masks: masks}}\n"
+        "model: {encoder: mit_b0}\nmethod: supervised\nepochs: 1\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    config = ["--config", str(tmp_path / "recipe.yaml")]
+    make_splits = ["splits", "make", *config, "--train", "images", "--masks", "masks", "--sizes", "1"]
+    for words in (["check", *config, "--data-only"], make_splits):
+        assert run_main(main, words) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path}/images/\\udce4.jpg: the name is not UTF-8; rename it\n"
+
+
+@pytest.mark.parametrize("line", ["images\\a.jpg", unicodedata.normalize("NFD", "images/\xe4.jpg")])
+def test_names_that_look_right(make, tmp_path, line):
+    make("images/a.jpg", "images/\xe4.jpg")
+    (tmp_path / "list.txt").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="write / instead of" if "\\" in line else "in other Unicode characters"):
+        check_files(read_entries(tmp_path / "list.txt", tmp_path))
+
+
+def test_missing_data_set_names_the_command(tmp_path):
+    data = DataConfig(dataset="pascal", data_root=str(tmp_path / "gone"), crop_size=(64, 64))
+    with pytest.raises(UserError, match="python -m allspark prepare pascal --download"):
+        find_data(data, spec_for(data))
