@@ -42,7 +42,7 @@ from allspark.visualization.prediction_writer import PredictionWriter, unique_na
 def main(argv: Sequence[str]) -> None:
     args = parse("eval", argv)
     with launch.process_group(args.device) as device:
-        loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
+        loaded = loading.load_for_inference(args.checkpoint, device, args.dataset, args.best)
         recipe, spec = recipe_for(loaded, args), loaded.spec
         inference = loaded.inference(args.mode, windows=args.windows, scales=args.scales, flip=args.flip)
         root = splits.find_data(recipe.data, spec)

@@ -8,11 +8,12 @@ if __name__ == "__main__":  # before anything large is imported: handle signals,
     from allspark.utils.signals import exit_on_signals
 
     exit_on_signals()
-    from allspark.arguments import parse
+    from allspark.arguments import PROG, parse
 
     parse("train", sys.argv[1:])
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,18 +23,18 @@ from torch import Tensor
 
 from allspark import distributed, launch
 from allspark import recipe_arguments as recipe_args
-from allspark.arguments import parse
+from allspark.arguments import PROG, parse
 from allspark.build import build_method, check_schedule
 from allspark.config import Recipe
 from allspark.config_io import to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.worker_pool import worker_count
-from allspark.engine.checkpoint import Position
+from allspark.engine.checkpoint import BEST, LATEST, Position, is_finished
 from allspark.engine.optim import poly_lr
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import autocast, micro_batch_size
 from allspark.evaluation.evaluate import evaluate
-from allspark.evaluation.metrics import EvalResult
+from allspark.evaluation.metrics import EvalResult, format_table
 from allspark.evaluation.pseudo_label_quality import PseudoLabelQuality, measure_pseudo_labels
 from allspark.models.student import Student
 from allspark.run import Run, build_run
@@ -69,9 +70,10 @@ def train(
             return
         run, position = started
         stop.defer()  # from here on a signal waits for the end of the step
-        for epoch in range(position.epoch, recipe.epochs):
+        while not is_finished(recipe, position):
             position = train_epoch(run, position)
-            last, improved = epoch + 1 == recipe.epochs, False
+            epoch, improved = position.epoch, False
+            last = is_finished(recipe, position.next_epoch())
             if last or (epoch + 1) % recipe.evaluation.interval == 0:
                 run.checkpointer.after_epoch(position)
                 snapshots = Snapshots(run.spec.palette, pictures_after(epoch, recipe))
@@ -79,13 +81,12 @@ def train(
                     scores, quality = validate(run, snapshots)
                 position = position.with_score(scores.miou)
                 improved = position.best["epoch"] == epoch
+                last = is_finished(recipe, position.next_epoch())  # an improvement postpones early stopping
                 log_evaluation(run, position, scores, quality, snapshots)
             position = position.next_epoch()
             run.checkpointer.after_epoch(position, improved, last)
-        best = position.best
-        run.log.info(
-            f"last epoch {scores.miou:.2f}, best {best['miou']:.2f} in epoch {best['epoch']} (selected on val)"
-        )
+        for line in describe_end(recipe, save_path, position, scores, run.spec.classes):
+            run.log.info(line)
 
 
 def train_epoch(run: Run, position: Position) -> Position:
@@ -172,9 +173,26 @@ def log_evaluation(
         **(quality.metrics() if quality else {}),
     )
     best, more = position.best, f", {quality}" if quality else ""
-    run.log.info(
-        f"epoch {position.epoch}: mIoU {scores.miou:.2f} (best {best['miou']:.2f} in epoch {best['epoch']}){more}"
-    )
+    best_text = f"best {best['miou']:.2f} in epoch {best['epoch'] + 1}"
+    run.log.info(f"epoch {position.epoch + 1}: mIoU {scores.miou:.2f} ({best_text}){more}")
+
+
+def describe_end(
+    recipe: Recipe, save_path: Path, position: Position, scores: EvalResult, classes: Sequence[str]
+) -> list[str]:
+    """Scores of the finished run, where it is, and what to do with it."""
+    best, folder = position.best, shlex.quote(str(save_path))
+    early = "" if position.epoch == recipe.epochs else f" of {recipe.epochs}, by early stopping"
+    return [
+        format_table(scores, classes),
+        f"last epoch ({position.epoch}{early}) {scores.miou:.2f}, best {best['miou']:.2f} in epoch {best['epoch'] + 1} "
+        f"(selected on val)",
+        f"{save_path}: {LATEST} is the last epoch, {BEST} the best one",
+        "next, with --best for the best epoch:",
+        f"  {PROG} eval --checkpoint {folder}",
+        f"  {PROG} predict --checkpoint {folder} --out predictions IMAGES",
+        f"  {PROG} report {folder} --out report.html",
+    ]
 
 
 def pictures_after(epoch: int, recipe: Recipe) -> int:

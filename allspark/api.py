@@ -28,7 +28,7 @@ def load_checkpoint(path: str | Path, device: str = "auto", dataset: str | None 
     """A trained model in evaluation mode, with the classes and the recipe of its training.
 
     Args:
-        path: a checkpoint of train.py or of `allspark weights import`.
+        path: folder of a run, whose last epoch is used, or a checkpoint of train.py or of `allspark weights import`.
         device: auto, cuda, mps or cpu.
         dataset: data set of imported weights, which do not know it.
 

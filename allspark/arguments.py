@@ -120,8 +120,13 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", type=path, required=True, metavar="FILE", help="written by train.py or `weights import`"
+        "--checkpoint",
+        type=path,
+        required=True,
+        metavar="RUN|FILE",
+        help="folder of a run, whose last epoch is used, or a file of train.py or `weights import`",
     )
+    parser.add_argument("--best", action="store_true", help="of a run, use the epoch with the best mIoU on val")
     parser.add_argument(
         "--dataset", help="data set of imported weights; for a checkpoint of train.py it must be the training data set"
     )
@@ -356,7 +361,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-images", action="store_true", help="use the logs alone; needs neither data nor checkpoints"
     )
-    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="which one is evaluated")
+    parser.add_argument("--best", action="store_true", help="evaluate the epoch with the best mIoU, not the last one")
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data set; default: that of the recipes")
     add_device(parser)
 

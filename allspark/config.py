@@ -261,6 +261,9 @@ class EvaluationConfig:
         "the last sliding windows; inside: shifted so that all have full size; released: cut off at the border",
     )
     interval: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1, runtime=True)
+    patience: int | None = option(
+        None, "epochs without a better mIoU on val after which the run ends (early stopping); null: never", low=1
+    )
     pictures: int = option(
         4,
         "validation and unlabeled images shown by the log writers, with predictions and pseudo-labels",

@@ -18,7 +18,7 @@ from allspark.config import Recipe, Size, height_width
 from allspark.config_io import build_recipe, load_recipe, to_plain
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
-from allspark.engine.checkpoint import is_imported, load_checkpoint, load_state
+from allspark.engine.checkpoint import checkpoint_in, is_imported, load_checkpoint, load_state
 from allspark.engine.stepper import autocast, set_precision
 from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.models.segmentor import build_model
@@ -68,17 +68,21 @@ def precision_context(args: argparse.Namespace, device: torch.device) -> Abstrac
     return autocast(args.precision, device)
 
 
-def load_for_inference(path: str | Path, device: torch.device, dataset: str | None = None) -> InferenceModel:
+def load_for_inference(
+    path: str | Path, device: torch.device, dataset: str | None = None, best: bool = False
+) -> InferenceModel:
     """Load the network of a checkpoint.
 
     Args:
-        path: a checkpoint of train.py or `weights import`.
+        path: folder of a run, or a checkpoint of train.py or `weights import`.
         device: of the network.
         dataset: data set whose classes imported weights predict; a checkpoint of train.py only accepts its own.
+        best: of a run, the epoch with the best mIoU on val instead of the last one.
 
     Raises:
         UserError: the file is missing, damaged, of another program, or does not match.
     """
+    path = checkpoint_in(path, best)
     content = load_checkpoint(path)
     loaded = (load_imported if is_imported(content) else load_trained)(content, path, dataset)
     if not all(tensor.isfinite().all() for tensor in loaded.model.state_dict().values()):

@@ -37,6 +37,7 @@ from allspark.engine.checkpoint import (
     explain_mismatch,
     find_checkpoint,
     has_checkpoint,
+    is_finished,
     load_buffers_of_rank,
     load_checkpoint,
     load_state,
@@ -120,8 +121,10 @@ def build_run(
     check_same_start(recipe, lists)
     optim = scale_lr(recipe.optim, recipe.batch_size)
     micro_batch_size(recipe, distributed.world_size())  # refuses one that does not fit, before a file is touched
+    method = build_method(recipe, spec).to(device)
     data_notes = [*describe_lists(lists, spec), *preflight(recipe.data, spec, lists)]
-    hidden, hidden_notes = select_hidden(lists, spec, recipe.evaluation.pseudo_labels)
+    measured = recipe.evaluation.pseudo_labels if method.views.unlabeled else 0
+    hidden, hidden_notes = select_hidden(lists, spec, measured)
     data_notes += hidden_notes
 
     lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
@@ -132,7 +135,6 @@ def build_run(
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)
     if fresh or not has_checkpoint(save_path):
         data_notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)
-    method = build_method(recipe, spec).to(device)
     method.attach(model)
     stepper = Stepper(model, build_optimizer(optim, model), recipe.precision, optim.clip_norm)
     loader = build_loader(recipe, lists, spec, method.views)
@@ -140,7 +142,7 @@ def build_run(
     inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation)
 
     position, unlogged, resume_notes = resume(save_path, recipe, lists, model, method, stepper, loader.steps_per_epoch)
-    if position.epoch == recipe.epochs:
+    if is_finished(recipe, position):
         if distributed.is_main():
             print(
                 f"{save_path}: this run is finished, best mIoU {position.best['miou']:.2f}; use --fresh to start over"
@@ -167,7 +169,7 @@ def build_run(
     stack.enter_context(log)
     log.load_state_dict(unlogged, device)
     start_notes = describe_run(recipe, model, method, device, total_steps, position)
-    for note in (*start_notes, *notes, *resume_notes, *data_notes):
+    for note in (f"run folder: {save_path}", *start_notes, *notes, *resume_notes, *data_notes):
         log.info(note)
     checkpointer = Checkpointer(
         save_path,
@@ -358,7 +360,7 @@ def describe_run(
         lines.append(f"steps are launched eagerly: {reason}" if reason else "steps are replayed as CUDA graphs")
     if position.step:
         between_epochs = position.step * recipe.epochs == position.epoch * total_steps
-        where = f"after epoch {position.epoch - 1}" if between_epochs else f"in epoch {position.epoch}"
+        where = f"after epoch {position.epoch}" if between_epochs else f"in epoch {position.epoch + 1}"
         lines.append(f"resumed {where} (step {position.step})")
         if position.world_size != world_size:
             lines.append(f"world size changed from {position.world_size} to {world_size}")

@@ -18,7 +18,7 @@ from allspark.config import DataConfig, Recipe
 from allspark.config_io import build_recipe, load_config
 from allspark.data.spec import DatasetSpec
 from allspark.data.splits import check_files, find_data, val_entries
-from allspark.engine.checkpoint import LATEST
+from allspark.engine.checkpoint import LATEST, Position, is_finished
 from allspark.engine.provenance import is_provenance, read_provenance
 from allspark.engine.writers import METRICS, is_line, is_number, read_metrics
 from allspark.evaluation.dataset import SegmentationDataset
@@ -59,6 +59,11 @@ class Run:
     @property
     def last_miou(self) -> float:
         return self.evaluations[-1]["miou"]
+
+    @property
+    def is_finished(self) -> bool:
+        best = max(self.evaluations, key=lambda line: line["miou"])
+        return is_finished(self.recipe, Position(epoch=self.evaluations[-1]["epoch"] + 1, best=best))
 
     def points(self, key: str) -> Points:
         """(step, value) of the lines with a finite number under the key."""

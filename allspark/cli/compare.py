@@ -121,10 +121,11 @@ def check_seeds(name: str, one: Run, other: Run) -> None:
 def unfinished(rows: Sequence[Row]) -> list[str]:
     """Warnings about runs that did not evaluate their last epoch."""
     return [
-        f"{row.name} seed {seed} is not finished: {done} of {run.recipe.epochs} epochs are evaluated"
+        f"{row.name} seed {seed} is not finished: {run.evaluations[-1]['epoch'] + 1} of {run.recipe.epochs} epochs are "
+        "evaluated"
         for row in rows
         for seed, run in row.by_seed.items()
-        if (done := run.evaluations[-1]["epoch"] + 1) < run.recipe.epochs
+        if not run.is_finished
     ]
 
 

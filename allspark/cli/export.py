@@ -46,7 +46,7 @@ TOLERANCE = 1e-4  # relative to the largest logit, at least to 1
 
 def main(args: argparse.Namespace) -> None:
     check_arguments(args.format, args.out, args.force)
-    loaded = loading.load_for_inference(args.checkpoint, torch.device("cpu"), args.dataset)
+    loaded = loading.load_for_inference(args.checkpoint, torch.device("cpu"), args.dataset, args.best)
     network = Exported(loaded.model, loaded.spec.statistics).eval()
     with quiet():
         program = trace(network)

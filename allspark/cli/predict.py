@@ -40,7 +40,7 @@ Check = Callable[[Tensor, Path], None]  # (3, H, W) and its file; UserError if i
 def main(args: argparse.Namespace) -> None:
     found = find_images(args.paths, args.out, args.data_root)
     device = choose_device(args.device)
-    loaded = loading.load_for_inference(args.checkpoint, device, args.dataset)
+    loaded = loading.load_for_inference(args.checkpoint, device, args.dataset, args.best)
     inference = loaded.inference(args.mode, windows=args.windows, scales=args.scales, flip=args.flip)
     palette = loaded.spec.palette
     folder = PredictionWriter(args.out, palette, kinds=args.what)

@@ -23,6 +23,7 @@ from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
 from allspark.data.worker_pool import worker_count
 from allspark.device import choose_device
+from allspark.engine.checkpoint import BEST, LATEST
 from allspark.engine.writers import is_number
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import EvalResult, nan_to_none
@@ -53,11 +54,12 @@ class Evaluated:
 
 @dataclass
 class Entry:
-    """A run on the page; evaluated is None with --no-images."""
+    """A run on the page; evaluated is None with --no-images, show_best is --best."""
 
     name: str
     run: Run
     evaluated: Evaluated | None = None
+    show_best: bool = False
 
     @property
     def split(self) -> Mapping[str, str]:
@@ -74,8 +76,10 @@ def main(args: argparse.Namespace) -> None:
     if args.images > MAX_IMAGES:
         raise UserError(f"--images {args.images}: give at most {MAX_IMAGES}, a page holds {MAX_BYTES / 1e6:.0f} MB")
     entries = read_entries(args.runs)
-    for place, entry in enumerate(() if args.no_images else entries):
-        entry.evaluated = evaluate_run(entry, args, 0 if place else args.images)
+    for place, entry in enumerate(entries):
+        entry.show_best = args.best
+        if not args.no_images:
+            entry.evaluated = evaluate_run(entry, args, 0 if place else args.images)
     notes = [*differing_lists({entry.name: entry.split for entry in entries}), *score_notes(entries)]
     text, left_out = page_within(MAX_BYTES, entries, notes)
     write_text(args.out, text, "make room or choose another --out")
@@ -112,7 +116,7 @@ def read_entries(arguments: Sequence[str]) -> list[Entry]:
 
 def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluated:
     """Evaluate the checkpoint of a run on val in the mode of its recipe, collecting `count` best and worst images."""
-    path = entry.run.folder / f"{args.checkpoint}.pth"
+    path = entry.run.folder / (BEST if args.best else LATEST)
     try:
         device = choose_device(args.device)
         loaded = load_for_inference(path, device)
@@ -140,8 +144,8 @@ def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluate
 def score_notes(entries: Sequence[Entry]) -> Iterator[str]:
     """Warnings: a run is not finished, or its checkpoint now evaluates to another score than in its log."""
     for entry in entries:
-        done, epochs = entry.run.evaluations[-1]["epoch"] + 1, entry.run.recipe.epochs
-        if done < epochs:
+        if not entry.run.is_finished:
+            done, epochs = entry.run.evaluations[-1]["epoch"] + 1, entry.run.recipe.epochs
             yield f"{entry.name} is not finished: {done} of {epochs} epochs are evaluated"
         if entry.evaluated is None:
             continue
@@ -202,7 +206,7 @@ def content_of(entries: Sequence[Entry], notes: Sequence[str]) -> dict[str, Any]
 
 
 def run_content(entry: Entry, spec: DatasetSpec) -> dict[str, Any]:
-    evaluated, logged = entry.evaluated, entry.best["iou"]
+    evaluated, logged = entry.evaluated, (entry.best if entry.show_best else entry.run.evaluations[-1])["iou"]
     iou = [logged.get(name) for name in spec.classes]
     if evaluated is not None:
         iou = [nan_to_none(value) for value in evaluated.scores.iou]
@@ -220,7 +224,7 @@ def facts(entry: Entry) -> dict[str, str]:
     """The rows of the table of runs: name -> value."""
     run, recipe, best = entry.run, entry.run.recipe, entry.best
     last, model = run.evaluations[-1], recipe.model
-    evaluated = "no; the IoU per class is that of the best epoch in the log"
+    evaluated = f"no; the IoU per class is that of the {'best' if entry.show_best else 'last'} epoch in the log"
     if entry.evaluated is not None:
         meta, scores = entry.evaluated.meta, entry.evaluated.scores
         evaluated = (
@@ -237,11 +241,15 @@ def facts(entry: Entry) -> dict[str, str]:
         "steps": f"{run.lines[-1]['step']} of {recipe.batch_size} labeled images",
         "crop, optimizer": f"{size_text(recipe.data.crop_size)}, {recipe.optim.name} with lr {recipe.optim.lr:g}",
         "mIoU, last epoch": f"{last['miou']:.2f}",
-        "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch']}; selected on val)",
+        "mIoU, best epoch": f"{best['miou']:.2f} (epoch {best['epoch'] + 1}; selected on val)",
         "device": device_text(run.provenance),
-        "time": f"{timedelta(seconds=round(60 * run.training_minutes()))} by its logged speed, without evaluations",
+        "time": f"{duration(run.training_minutes())} by its logged speed, without evaluations",
         "evaluated now": evaluated,
     }
+
+
+def duration(minutes: float) -> str:
+    return str(timedelta(seconds=round(60 * minutes))) if minutes < 1e9 else "unknown"
 
 
 def split_text(data: DataConfig, split: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from allspark import distributed
+from allspark.config import Recipe
 from allspark.utils.atomic import durable_write
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.safe_load import load_tensors
@@ -61,6 +62,24 @@ class Position:
         """After an evaluation of this epoch."""
         improved = miou > self.best["miou"]
         return dataclasses.replace(self, best={"miou": miou, "epoch": self.epoch}) if improved else self
+
+
+def is_finished(recipe: Recipe, position: Position) -> bool:
+    """Whether the run ends before the epoch of this position: after the last one, or by early stopping."""
+    patience, waited = recipe.evaluation.patience, position.epoch - 1 - position.best["epoch"]
+    return position.epoch >= recipe.epochs or (patience is not None and waited >= patience)
+
+
+def checkpoint_in(path: str | Path, best: bool = False) -> Path:
+    """The checkpoint of a run's folder: of the last epoch, or of the best one. The path of a file is returned as it is.
+
+    Raises:
+        UserError: best is asked for, but the path is that of a file.
+    """
+    path = Path(path)
+    if best and path.is_file():
+        raise UserError(f"--best with {path}: it chooses in the folder of a run; give that, or leave --best out")
+    return path / (BEST if best else LATEST) if path.is_dir() else path
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
@@ -106,7 +125,7 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give the path of a best.pth or latest.pth")
+        raise UserError(f"{path}: no such checkpoint; give the folder of a run, or the path of a checkpoint")
     try:
         content = load_tensors(path)
         if zipfile.is_zipfile(path):  # else torch's legacy format, which has no checksums

@@ -21,6 +21,7 @@ from allspark.utils.atomic import wrap_write_errors
 from allspark.utils.errors import Stopped, UserError
 
 TEXT = "train.log"
+MINUTE = 60.0  # seconds between progress lines where there is no progress bar
 STOPS = (Stopped, KeyboardInterrupt)  # end a run that can be resumed without a change
 
 
@@ -34,7 +35,7 @@ class RunLog:
         active: whether this process writes: True on rank 0.
         interval: steps between log lines.
         start_step, start_epoch: position from which the run continues; what was logged after it is discarded.
-        total_steps: of the whole run, for the progress bar.
+        total_steps: of the whole run, for the progress.
         stepper: counts the skipped steps.
         writers: where metrics go in addition to metrics.jsonl (log.writers).
         config: the recipe as plain values, for the writers.
@@ -65,6 +66,8 @@ class RunLog:
         with wrap_write_errors(self.path):
             end_line(self.text)
             self.writers = open_writers(writers, folder, start_step, start_epoch, config, self.info)
+        self.total_steps, self.started_at, self.told_at = total_steps, (start_step, time.perf_counter()), -math.inf
+        self.miou = math.nan  # of the last evaluation
         self.bar = tqdm(total=total_steps, initial=start_step, disable=None, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
@@ -129,8 +132,24 @@ class RunLog:
             )
         line = {"step": self.last_step, "epoch": self.last_epoch, "lr": self.last_lr, **values}
         line |= {"skipped": self.skipped} if self.skipped else {}
-        self.bar.set_postfix(loss=values["loss"] and f"{values['loss']:.3f}", refresh=False)
         self._write({**line, "images_per_s": round(speed, 2)})
+        self.show_progress(values, speed)
+
+    def show_progress(self, losses: Mapping[str, float | None], speed: float) -> None:
+        """On a terminal beside the progress bar, elsewhere as a line a minute."""
+        shown = {name: f"{losses[name]:.3f}" for name in ("loss", "loss_u") if losses.get(name) is not None}
+        shown = {"epoch": self.last_epoch + 1, **shown, "lr": f"{self.last_lr:.2e}"}
+        shown |= {} if math.isnan(self.miou) else {"mIoU": f"{self.miou:.2f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        now, (first, started) = time.perf_counter(), self.started_at
+        if self.bar.disable and now - self.told_at >= MINUTE:
+            self.told_at = now
+            left = (now - started) / max(self.last_step - first, 1) * (self.total_steps - self.last_step)
+            numbers = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.info(
+                f"step {self.last_step}/{self.total_steps}, {numbers}, {speed:.1f} images/s, "
+                f"{tqdm.format_interval(left)} left"
+            )
 
     def evaluation(
         self,
@@ -155,6 +174,7 @@ class RunLog:
             others: more numbers, such as the quality of the pseudo-labels; None if there is no value.
         """
         if self.active:
+            self.miou = miou
             line = {"step": step, "epoch": epoch, "miou": miou, **others, "iou": dict(iou)}
             line |= {} if memory is None else {"memory": dict(memory)}
             self._write(line, pictures)

@@ -36,7 +36,7 @@ def second(finished, tmp_path):
     """Another run: the finished one's checkpoint, a recipe that differs in two keys, and a log of its own."""
     folder = tmp_path / "second"
     shutil.copytree(finished.run, folder, ignore=shutil.ignore_patterns("*.pth"))
-    (folder / "best.pth").symlink_to(finished.run / "best.pth")
+    (folder / "latest.pth").symlink_to(finished.run / "latest.pth")
     recipe = yaml.safe_load((folder / "config.yaml").read_text())
     recipe = merge(recipe, {"seed": 7, "optim": {"lr": 0.5}, "log": {"interval": 99}})  # the last changes no result
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
@@ -49,7 +49,7 @@ def page(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(finished.run, folder / "other")
     out = folder / "deep" / "page.html"
-    main(["report", f"mine={finished.run}", str(folder / "other"), "--out", str(out), "--device", "cpu"])
+    main(["report", f"mine={finished.run}", str(folder / "other"), "--out", str(out), "--device", "cpu", "--best"])
     for file in folder.rglob("*.pth"):
         file.unlink()
     return out
@@ -62,7 +62,7 @@ def test_page_contents(page, finished, read_metrics):
     assert (mine["name"], other["name"], found["classes"], found["notes"]) == ("mine", "other", CLASSES, [])
     assert mine["iou"] == pytest.approx(list(best["iou"].values()), abs=1e-3)  # evaluated again: the same
     assert mine["facts"]["mIoU, last epoch"] == f"{evaluations[-1]['miou']:.2f}"
-    assert mine["facts"]["mIoU, best epoch"].startswith(f"{best['miou']:.2f} (epoch {best['epoch']};")
+    assert mine["facts"]["mIoU, best epoch"].startswith(f"{best['miou']:.2f} (epoch {best['epoch'] + 1};")
     assert re.match(r"folders of the recipe|own|.* sha256 [0-9a-f]{12}", mine["facts"]["split"])
     batch = yaml.safe_load((finished.run / "config.yaml").read_text())["batch_size"]
     spent, before = 0.0, 0
@@ -96,12 +96,13 @@ def test_recipe_differences(finished, second, tmp_path):
     assert found["differences"] == [["optim.lr", ["0.001", "0.5"]], ["seed", ["0", "7"]]]
     assert [run["name"] for run in found["runs"]] == ["run", "second"]
     assert [run["confusion"] for run in found["runs"]] == [None, None]
-    assert found["runs"][0]["iou"][1] is not None  # from the log
+    last = json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])["iou"]
+    assert found["runs"][0]["iou"] == pytest.approx(list(last.values()), abs=1e-3)
     assert found["examples"] == {"worst": [], "best": []}
 
 
 def test_page_without_data_or_checkpoint(second, tmp_path):
-    (second / "best.pth").unlink()
+    (second / "latest.pth").unlink()
     recipe = yaml.safe_load((second / "config.yaml").read_text())
     recipe["data"]["data_root"] = str(tmp_path / "gone")
     (second / "config.yaml").write_text(yaml.safe_dump(recipe))
@@ -156,7 +157,7 @@ def test_inconsistent_numbers_are_reported(second, tmp_path, capsys):
 def ruin(folder: Path, what: str) -> None:
     """Damage a run in the way that `what` names."""
     if what == "no checkpoint":
-        (folder / "best.pth").unlink()
+        (folder / "latest.pth").unlink()
     elif what == "no config":
         (folder / "config.yaml").unlink()
     elif what == "no data":
@@ -175,7 +176,7 @@ EVALUATION = '{"step": 3, "epoch": 0, "miou": 20.0, "iou": {"left": %s}}'
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("no checkpoint", r"best\.pth: no such checkpoint.*--no-images"),
+        ("no checkpoint", r"latest\.pth: no such checkpoint.*--no-images"),
         ("no config", r"config\.yaml.*cannot be read"),
         ("bytes", r"metrics\.jsonl: not a text file"),
         ("", r"no evaluation yet"),

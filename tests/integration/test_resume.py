@@ -9,10 +9,14 @@ import torch
 
 import train
 from allspark import train_step
+from allspark.config_io import build_recipe
 from allspark.engine import checkpointer
+from allspark.engine.checkpoint import Position, is_finished
 from allspark.engine.run_lock import RunLock
 from allspark.utils.errors import run_main
 from helpers.runs import At, assert_same_run, assert_same_tensors, load, sending, without_speed
+
+MINIMAL = {"data": {"dataset": "x", "data_root": "x", "crop_size": 65}, "model": {}, "method": "supervised"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +46,7 @@ def test_killed_run_resumes_bit_identical(resumed, finished):
     assert_same_tensors(straight["model"], again["model"])
     assert (straight["epoch"], straight["step"], straight["best"]) == (again["epoch"], again["step"], again["best"])
     log = (resumed / "train.log").read_text(encoding="utf-8")
-    assert "resumed in epoch 0 (step 3)" in log or "resumed after epoch 0 (step 3)" in log
+    assert "resumed in epoch 1 (step 3)" in log or "resumed after epoch 1 (step 3)" in log
 
 
 def test_kill_between_checkpoints_keeps_best(resumed, finished):
@@ -194,6 +198,34 @@ def test_skipped_steps_without_log_lines(place, capsys):
     )
     assert "step 2: the last 1 steps had non-finite gradients" in capsys.readouterr().err
     assert load(place.run / "stopped.pth")["step"] == 2
+
+
+def test_early_stopping(place, capsys, monkeypatch):
+    """Weights that hardly change soon have no better score; an interrupted run ends where the other does."""
+    words = ["method=supervised", "bottleneck=none", "optim.lr=1e-30", "epochs=9", "evaluation.patience=1"]
+    words += ["model.encoder=tiny", "log.writers=[]"]
+    assert run_main(train.main, place.train(*words)) == 0
+    content = load(place.run / "latest.pth")
+    assert content["epoch"] == content["best"]["epoch"] + 2 < 9
+    assert f"({content['epoch']} of 9, by early stopping)" in capsys.readouterr().out
+    assert run_main(train.main, place.train(*words)) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    other = [*words, "--save-path", str(place.run.with_name("other"))]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", At(train.validate, 2, sending(signal.SIGTERM)))
+        assert run_main(train.main, place.train(*other)) == 75
+    assert run_main(train.main, place.train(*other)) == 0
+    assert_same_run(place.run.with_name("other"), place.run)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "best", "patience", "finished"),
+    [(0, -1, 1, False), (2, 1, 1, False), (3, 1, 1, True), (3, 1, 2, False), (8, 7, None, False), (9, 8, None, True)],
+)
+def test_end_of_a_run(epoch, best, patience, finished):
+    """A function of the position alone, so that a resumed run ends where the other does."""
+    recipe = build_recipe({**MINIMAL, "epochs": 9, "evaluation": {"patience": patience}}, None, "test")
+    assert is_finished(recipe, Position(epoch=epoch, best={"miou": 1.0, "epoch": best})) == finished
 
 
 def test_run_without_steps_is_no_result(place, capsys):

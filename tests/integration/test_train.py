@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import time
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import yaml
 
 import train
 from allspark.config_io import load_recipe
+from allspark.engine.log import RunLog
 from allspark.inference import load_for_inference
 from allspark.utils.errors import run_main
 from allspark.weights.loading import rename_released
@@ -48,6 +51,31 @@ def test_log_contents(finished):
     log = (finished.run / "train.log").read_text(encoding="utf-8")
     for words in ("tiny", "4 labeled, 6 unlabeled, 2 val images", "mit_b0", "6 steps", "epoch 1: mIoU"):
         assert words in log
+
+
+def test_a_run_says_where_it_is_and_how_to_go_on(finished):
+    log = (finished.run / "train.log").read_text(encoding="utf-8")
+    assert log.splitlines()[0].endswith(f"run folder: {finished.run}")
+    assert re.search(r"step 2/6, epoch 1, loss [\d.]+, loss_u [\d.]+, lr \S+e-\d+, [\d.]+ images/s, \S+ left\n", log)
+    assert log.count("images/s") == 1  # the next one only after a minute
+    end = log[log.index("class ") :]
+    assert all(re.search(rf"^{name} +[\d.]+", end, re.MULTILINE) for name in ("ground", "left", "right"))
+    for command in (f"eval --checkpoint {finished.run}\n", f"predict --checkpoint {finished.run}", "report"):
+        assert f"allspark {command}" in end
+
+
+def test_progress_line_every_minute(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with RunLog(tmp_path, active=True, interval=1, start_step=10, total_steps=100) as log:
+        for step in range(11, 31):
+            now[0] += 10
+            log.add({"loss": torch.tensor(0.5)}, step=step, epoch=1, lr=0.1, images=4)
+            if step == 15:
+                log.evaluation(step=15, epoch=1, miou=42.0, iou={})
+    lines = [line.partition("  ")[2] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert [line.split(",")[0] for line in lines] == ["step 11/100", "step 17/100", "step 23/100", "step 29/100"]
+    assert lines[1] == "step 17/100, epoch 2, loss 0.500, lr 1.00e-01, mIoU 42.00, 0.4 images/s, 13:50 left"
 
 
 def test_checkpoints_hold_plain_values(finished):

@@ -83,7 +83,7 @@ def test_old_run_resumes_and_predicts(place, method):
     (place.run / "config.yaml").write_text(yaml.safe_dump(config))
     train.main(["--config", str(place.run / "config.yaml"), "--save-path", str(place.run)])
     assert load(place.run / "latest.pth")["step"] == 3
-    assert "resumed in epoch 0 (step 2)" in (place.run / "train.log").read_text()
+    assert "resumed in epoch 1 (step 2)" in (place.run / "train.log").read_text()
 
 
 def test_recorded_runs_load():
