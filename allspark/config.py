@@ -217,6 +217,17 @@ class OptimConfig:
     name: Literal["sgd", "adamw"] = option("sgd", "optimizer")
     lr: float = option(0.001, "learning rate of the encoder", above=0)
     lr_multi: float = option(10.0, "factor on the learning rate of everything but the encoder", low=0, high=1e6)
+    freeze: Literal["none", "encoder"] | int = option(
+        "none",
+        "what is not trained: nothing, the encoder, or its first N blocks with everything before them; frozen batch "
+        "norm uses its running statistics",
+    )
+    layer_decay: float = option(
+        1.0,
+        "factor on the encoder's learning rate from each block to the one before it, 0.65 to 0.9 for ViTs; 1: none",
+        above=0,
+        high=1,
+    )
     momentum: float = option(0.9, "momentum of SGD", low=0, high=0.9999)
     weight_decay: float = option(1e-4, "weight decay of all parameters", low=0, high=1e3)
     power: float = option(0.9, "exponent of the poly schedule lr * (1 - step / total) ** power", low=0, high=100)

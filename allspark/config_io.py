@@ -455,6 +455,7 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
         if value is None and type(None) in args:
             return None
         kinds = [arg for arg in args if arg is not type(None)]
+        kinds = [arg for arg in kinds if (typing.get_origin(arg) is Literal) == isinstance(value, str)] or kinds
         listed = [arg for arg in kinds if (typing.get_origin(arg) is tuple) == isinstance(value, list | tuple)]
         return _convert(value, (listed or kinds)[0], path, source)
     if origin is Literal and value in args:

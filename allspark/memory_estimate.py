@@ -87,7 +87,7 @@ class TrainingStep:
 
     def init_optimizer(self) -> None:
         """Create the optimizer's state, as the first step does."""
-        for weight in self.state.model.parameters():
+        for weight in self.state.stepper.parameters:
             weight.grad = torch.empty_like(weight)
         self.state.stepper.optimizer.step()
         self.state.stepper.optimizer.zero_grad()
@@ -139,7 +139,9 @@ def predict_step(
         for module in (model, method):
             module.to_empty(device="cpu")
         step = TrainingStep(recipe_per_process(recipe, world_size), spec, method, model)
-        buckets = [torch.empty_like(weight) for weight in model.parameters()] if world_size > 1 else []  # of DDP
+        buckets = (
+            [torch.empty_like(weight) for weight in step.state.stepper.parameters] if world_size > 1 else []
+        )  # DDP
         step.init_optimizer()
         step.run(1)
         persistent = step.persistent() | {"DDP's buckets": total_bytes(buckets)}

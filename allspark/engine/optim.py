@@ -1,28 +1,75 @@
-"""The optimizer with its two parameter groups, and the learning rate as a function of the step."""
+"""The optimizer with its parameter groups, frozen parameters, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from allspark.config import OptimConfig
+from allspark.utils.errors import UserError
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Two parameter groups: the encoder with lr, everything else with lr * lr_multi. All parameters are decayed."""
-    named = [(is_encoder(name), p) for name, p in model.named_parameters()]
-    encoder, others = [p for inside, p in named if inside], [p for inside, p in named if not inside]
-    groups = [{"params": encoder, "scale": 1.0}, {"params": others, "scale": cfg.lr_multi}]
+    """Freeze what optim.freeze says, and make the optimizer of all other parameters. All of them are decayed.
+
+    The encoder has lr, times layer_decay for each block from a parameter to the decoder; everything else has
+    lr * lr_multi.
+
+    Raises:
+        UserError: layer_decay or freeze needs the encoder's blocks, and it has no list of them, or too few.
+    """
+    encoder = [parameter for name, parameter in model.named_parameters() if is_encoder(name)]
+    blocks = getattr(getattr(model, "encoder", None), "blocks", [])
+    distance = dict.fromkeys(encoder, 0)
+    if cfg.layer_decay != 1 or isinstance(cfg.freeze, int):
+        distance = distance_to_decoder(cfg, blocks, encoder)
+    if cfg.freeze != "none":
+        for parameter in encoder:
+            if cfg.freeze == "encoder" or distance[parameter] > len(blocks) - cfg.freeze:
+                parameter.requires_grad_(False)
+        model.train(model.training)  # frozen modules are in evaluation mode
+    members: dict[float, list[nn.Parameter]] = {}
+    for parameter in encoder:
+        if parameter.requires_grad:
+            members.setdefault(cfg.layer_decay ** distance[parameter], []).append(parameter)
+    groups = [{"params": parameters, "scale": scale} for scale, parameters in members.items()]
+    others = [parameter for name, parameter in model.named_parameters() if not is_encoder(name)]
+    groups.append({"params": others, "scale": cfg.lr_multi})
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
     if cfg.name == "adamw":
         return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
     optimizer = torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
     # The same as torch's lazy initialization, but defined even if the first step is skipped on the device.
-    for parameter in (*encoder, *others):
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def distance_to_decoder(
+    cfg: OptimConfig, blocks: Sequence[nn.Module], encoder: Sequence[nn.Parameter]
+) -> dict[nn.Parameter, int]:
+    """Number of blocks from each parameter of the encoder to the decoder, its own included.
+
+    Before the first of n blocks it is n + 1, in the last block 1, after it 0. Parameters between two blocks, such as
+    MiT's patch embeddings, count with the block before them.
+    """
+    count, frozen = len(blocks), cfg.freeze if isinstance(cfg.freeze, int) else 1
+    if not 1 <= frozen <= count:
+        key = f"freeze={cfg.freeze}" if isinstance(cfg.freeze, int) else f"layer_decay={cfg.layer_decay:g}"
+        has = f"it has {count} blocks" if count else "MiT, ResNet and plain ViTs have a list of blocks, and it has none"
+        raise UserError(
+            f"optim.{key} does not suit this encoder: {has}; use optim.freeze=none or encoder and no optim.layer_decay"
+        )
+    number = {parameter: i for i, block in enumerate(blocks, start=1) for parameter in block.parameters()}
+    distance, layer = {}, 0
+    for parameter in encoder:
+        layer = number.get(parameter, layer if layer < count else count + 1)
+        distance[parameter] = count + 1 - layer
+    return distance
 
 
 def is_encoder(name: str) -> bool:
@@ -50,7 +97,7 @@ def poly_lr(cfg: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Before a step: the encoder's group gets lr, the other group its multiple."""
+    """Before a step: each group gets its multiple of lr."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # a CUDA graph reads it
             group["lr"].fill_(lr * group["scale"])

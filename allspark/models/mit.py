@@ -134,6 +134,10 @@ class MiT(nn.Module):
         )
         self.apply(init_weights)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.blocks]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of the blocks in the backward pass (the name is timm's)."""
         for stage in self.stages:

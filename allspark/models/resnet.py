@@ -62,6 +62,10 @@ class ResNet(nn.Module):
         self.channels, self.strides = size.channels, size.strides
         self.decoder_channels = size.decoder_channels
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for name, stage in self.named_children() if name.startswith("layer") for block in stage]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         # Not compiled: dynamo does not support context_fn
         self.run_block = torch.compiler.disable(checkpoint_block) if enable else None

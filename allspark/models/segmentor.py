@@ -25,7 +25,7 @@ from allspark.utils.errors import UserError
 
 # name -> function of the drop-path rate that makes an encoder: (B, 3, H, W) -> four feature maps, finest first. It has
 # the attributes `channels` and `strides` of its maps and `decoder_channels`, the default width of the decoder, and the
-# method `set_grad_checkpointing`.
+# method `set_grad_checkpointing`; with a list `blocks`, it can be frozen in part and have a layer-wise learning rate.
 ENCODERS: dict[str, Callable[[float], nn.Module]] = {
     "mit_b0": partial(mit.MiT, mit.B0),
     "mit_b1": partial(mit.MiT, mit.B1),
@@ -135,6 +135,15 @@ class Segmentor(nn.Module):
         align_corners = self.decoder.align_corners
         fitted = [nearest_multiple(side, self.nearest) for side in size]
         return resize(resize_to_image(logits, fitted, self.multiple, align_corners), size, align_corners)
+
+    def train(self, mode: bool = True) -> Segmentor:
+        """Modules of the encoder whose parameters are all frozen stay in evaluation mode."""
+        super().train(mode)
+        for module in self.encoder.modules() if mode else ():
+            trainable = [parameter.requires_grad for parameter in module.parameters()]
+            if trainable and not any(trainable):
+                module.eval()
+        return self
 
     def compile_parts(self, backend: str = "inductor") -> None:
         """torch.compile of encoder and decoder; the bottleneck's block-wise CPU kernel cannot be traced as a graph."""

@@ -69,6 +69,11 @@ class TimmEncoder(nn.Module):
         self.register_buffer("shift", (our_mean - mean) / std, persistent=False)
         self.check_maps()
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Those of a plain ViT; empty for other networks, each of which has its own structure."""
+        return [*self.body.model.blocks] if self.is_vit else []
+
     @torch.no_grad()
     def check_maps(self) -> None:
         """UserError for a network with a fixed image size or unexpected maps, by a pass of a small image."""
