@@ -48,9 +48,9 @@ def recipe_of(dataset: str, method: str, precision: str = "fp32") -> Recipe:
 
 
 def methods() -> list[str]:
-    """The names of all method files, those on a ResNet last."""
+    """The names of all method files, those on a ResNet and then those on DINOv2 last."""
     names = sorted(path.stem for path in (CONFIG_ROOT / "methods").glob("*.yaml"))
-    return sorted(names, key=lambda name: re.search(r"_r\d+$", name) is not None)
+    return sorted(names, key=lambda name: ("dinov2" in name, re.search(r"_r\d+$", name) is not None))
 
 
 def steps(recipe: Recipe, dataset: str) -> int:
@@ -63,7 +63,8 @@ def settings(dataset: str, method: str) -> tuple[str, ...]:
     """The cells of a recipe's row after the first."""
     recipe = recipe_of(dataset, method)
     optim, model = recipe.optim, recipe.model
-    network = "ResNet" if model.encoder.startswith("resnet") else model.encoder
+    families = {"resnet": "ResNet", "dinov2_": "DINOv2"}
+    network = next((family for start, family in families.items() if model.encoder.startswith(start)), model.encoder)
     network += f", {model.decoder}" + (", bottleneck" if model.bottleneck.name != "none" else "")
     second = "" if recipe.method.name == "supervised" else f" + {recipe.batch_size}"
     rate = f"{optim.name} {optim.lr:g}, head x {optim.lr_multi:g}"

@@ -81,9 +81,8 @@ def test_published_results(capsys):
             options = ["--dataset", choice["dataset"], "--method", choice["method"], "--split", split]
             assert run_main(train.main, [*options, "--print-config", *overrides]) == 0
             recipe = yaml.safe_load(capsys.readouterr().out)
-            found = (
-                recipe["model"]["encoder"].replace("_", "").removesuffix("s")
-            )  # s: a ResNet with a stem of three layers
+            found = recipe["model"]["encoder"].removesuffix("s")  # s: a ResNet with a stem of three layers
+            found = re.sub(r"(dinov2)_(\w).*", r"\1\2", found).replace("_", "")
             assert found == encoder.lower().replace("-", ""), words
             assert recipe["data"]["crop_size"] == int(crop), words
             commands += 1
@@ -257,7 +256,7 @@ def test_api_examples_run(place, tmp_path, monkeypatch, capsys):
 def test_every_method_has_section_and_picture():
     page = REPO / "docs" / "methods.md"
     for file in (REPO / "configs" / "methods").glob("*.yaml"):
-        if not re.search(r"_r\d+$", file.stem):
+        if not re.search(r"_(r\d+|dinov2_\w)$", file.stem):
             assert file.stem in anchors(page), file.stem
             assert f"](method_{file.stem}.png)" in text_of(page)
 

@@ -10,6 +10,7 @@ from allspark.build import build_method, complete
 from allspark.config_io import CONFIG_ROOT, load_config, load_recipe, to_plain
 from allspark.data.datasets import spec_for
 from allspark.methods import METHODS
+from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("printing")  # it works beside the tests
@@ -175,6 +176,51 @@ def test_hyper_parameters(dataset, method):
     assert {key: found[key] for key in expected} == expected
     assert recipe.method.options == of(OPTIONS[method], dataset)
     assert recipe.model.bottleneck.name == ("allspark" if method.startswith("allspark") else "none")
+
+
+DINOV2 = {  # UniMatch V2 (configs/*.yaml and main() of its scripts)
+    "data.crop_size": (518, 798, 518, 252, 98, 518),
+    "epochs": (60, 180, 20, 20, 24, 60),
+    "batch_size": (16, 8, 16, 4, 8, 8),
+    "model.decoder": "dpt",
+    "model.fit": "resize",
+    "model.drop_path": 0.0,
+    "model.dropout": 0.0,
+    "criterion.name": ("ce", "ohem", "ce", "ce", "ce", "ce"),
+    "optim.name": "adamw",
+    "optim.lr": 5e-6,
+    "optim.lr_multi": 40.0,
+    "optim.weight_decay": 0.01,
+    "optim.power": 0.9,
+    "optim.lr_one_step_late": True,
+    "optim.freeze": "none",
+    "method.threshold": 0.95,
+}
+# Epochs and steps of each of the supervised script, and the list that has as many unlabeled images
+SUPERVISED = {
+    "pascal": (60, 3000 // 32, "183"),
+    "cityscapes": (180, 3000 // 16, "1_8"),
+    "coco": (20, 30000 // 32, "1_128"),
+    "ade20k": (60, 6000 // 16, "1_8"),
+}
+
+
+@pytest.mark.parametrize("method", [name for name in FILES if "_dinov2_" in name])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_unimatch_v2_as_published(dataset, method):
+    recipe = complete(load_recipe(dataset, method))
+    found, expected = dict(flat(to_plain(recipe))), of(DINOV2, dataset)
+    if recipe.method.name == "supervised":  # twice the batch, and as many steps
+        usual = [expected.pop(key) for key in ("batch_size", "epochs", "method.threshold")]
+        if dataset in SUPERVISED:
+            epochs, steps, split = SUPERVISED[dataset]
+            _, _, facts = load_manifest().find(f"{dataset}/{split}/{recipe.epoch_of}")
+            assert recipe.batch_size == 2 * usual[0]
+            assert abs(recipe.epochs * (facts.count // recipe.batch_size) / (epochs * steps) - 1) < 0.03
+        assert recipe.method.options["labeled_view"] == "weak"
+    assert {key: found[key] for key in expected} == expected
+    size = {"s": "small", "b": "base"}[method[-1]]
+    assert recipe.model.encoder == f"dinov2_{size}" and recipe.model.pretrained.endswith(f"/dinov2_{size}.pth")
 
 
 PUBLISHED = {(method, "cityscapes") for method in ("selftrain", "fixmatch", "unimatch", "imas")}
