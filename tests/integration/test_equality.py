@@ -1,7 +1,7 @@
 """P processes with batches of B / P equal one process with batches of B, in training and evaluation.
 
 The footing: plain cross-entropy without ignored pixels, batch norm in evaluation mode, nothing drawn within a step,
-keys of an image's own, a memory that gathers. docs/distributed.md says what differs beyond it, and why.
+keys of an image's own, a memory that gathers. docs/cluster.md says what differs beyond it, and why.
 """
 
 from dataclasses import fields as fields_of
