@@ -40,6 +40,7 @@ setup(
     install_requires=names(needed),
     extras_require={
         "coco": [name for name in tools if name.startswith("pycocotools")],  # prepare coco
+        "bands": [name for name in tools if name.startswith(("tifffile", "imagecodecs"))],  # data.custom.channels
         "export": [name for name in tools if name.startswith("onnx")],  # export --format onnx
         "dev": tools,
     },

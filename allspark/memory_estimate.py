@@ -68,22 +68,22 @@ class TrainingStep:
         stepper = Stepper(model, build_optimizer(recipe.optim, model), recipe.precision, recipe.optim.clip_norm)
         self.state = TrainState(recipe, model, method, stepper, total_steps=STEPS, graphs=None)
         self.size = (recipe.batch_size, *height_width(recipe.data.crop_size))
-        self.channels, self.num_classes = spec.channels, spec.num_classes
+        self.spec = spec
 
     def batches(self) -> tuple[LabeledBatch, UnlabeledBatch | None]:
         views, device = self.state.method.views, self.state.device
 
         def image() -> Tensor:
             batch, height, width = self.size
-            return torch.randint(256, (batch, self.channels, height, width), dtype=torch.uint8, device=device)
+            return torch.randint(256, (batch, self.spec.channels, height, width), dtype=torch.uint8, device=device)
 
-        mask = torch.randint(self.num_classes, self.size, device=device)
-        labeled = LabeledBatch(image(), mask).to(device)
+        mask = torch.randint(self.spec.num_classes, self.size, device=device)
+        labeled = LabeledBatch(image(), mask).to(device, self.spec.statistics)
         if not views.unlabeled:
             return labeled, None
         box = torch.zeros(self.size, dtype=torch.bool, device=device)
         strong, boxes = tuple(image() for _ in views.strong), tuple(box.clone() for _ in views.strong)
-        return labeled, UnlabeledBatch(image(), strong, ~box, boxes).to(device)
+        return labeled, UnlabeledBatch(image(), strong, ~box, boxes).to(device, self.spec.statistics)
 
     def init_optimizer(self) -> None:
         """Create the optimizer's state, as the first step does."""

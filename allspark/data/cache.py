@@ -52,7 +52,7 @@ class SampleReader:
         """As read_pair."""
         image = self.image(sample.image)
         cached = self.masks and sample.mask in self.masks
-        mask = self.masks[sample.mask] if cached else read_mask(sample.mask, self.spec)
+        mask = self.masks[sample.mask][..., 0] if cached else read_mask(sample.mask, self.spec)
         check_same_size(sample, image, mask)
         return image, mask
 
@@ -81,13 +81,13 @@ def open_reader(
     read = partial(read_image, reading=spec.images)
     return SampleReader(
         spec,
-        open_cache(root, f"{name}-images", images, read, 3, str(spec.images), skip),
+        open_cache(root, f"{name}-images", images, read, spec.channels, str(spec.images), skip),
         open_cache(root, f"{name}-masks", masks, partial(read_mask, spec=spec), 1, decoding, skip),
     )
 
 
 class DecodedCache:
-    """The decoded files of a cache folder by path, read-only: (H, W, 3) uint8, or (H, W) with one channel."""
+    """The decoded files of a cache folder by path, read-only: (H, W, C) uint8; masks have one channel."""
 
     def __init__(self, folder: Path, channels: int, places: dict[str, tuple[int, int, int]]) -> None:
         self.folder, self.channels = folder, channels
@@ -99,8 +99,8 @@ class DecodedCache:
 
     def __getitem__(self, path: Path) -> np.ndarray:
         offset, height, width = self.places[str(path)]
-        shape = (height, width, 3) if self.channels == 3 else (height, width)
-        return self.pixels[offset : offset + height * width * self.channels].reshape(shape)
+        end = offset + height * width * self.channels
+        return self.pixels[offset:end].reshape(height, width, self.channels)
 
     def __reduce__(self) -> tuple:
         """Workers that are not forked map the file themselves, instead of receiving gigabytes."""

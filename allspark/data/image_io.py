@@ -7,13 +7,15 @@ load_image and load_mask are the only places where pixels are read. They take a 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -53,7 +55,7 @@ class ImageFile(NamedTuple):
     """An image, and what its file says about it.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB.
+        pixels: (H, W, C) uint8, RGB if C is 3.
         peak: largest stored value of a file with more than 8 bits per channel, else 0.
         orientation: the EXIF orientation, 1 if the image needs no turning.
     """
@@ -149,22 +151,31 @@ def check_pages(image: Image.Image, path: Path) -> None:
     raise BadSample(f"{path}: has several pages or frames; save each one as a file of its own")
 
 
-def tiff_layout(path: Path) -> str:
-    """'5 bands of 8-bit integers' for a TIFF whose header can be read; '' for other files."""
+def tiff_tags(path: Path) -> Mapping[int, Any]:
+    """The tags of a TIFF whose header can be read, even if Pillow cannot decode it; empty for other files."""
     try:
         with path.open("rb") as file:
             header = file.read(8)
             if header[:4] not in TiffImagePlugin.PREFIXES:
-                return ""
+                return {}
             tags = TiffImagePlugin.ImageFileDirectory_v2(header + (file.read(8) if header[2] == 43 else b""))
             file.seek(tags.next)
             tags.load(file)
+            return dict(tags)
+    except Exception:  # as many kinds as Pillow's decoders raise
+        return {}
+
+
+def tiff_layout(path: Path) -> str:
+    """'5 bands of 8-bit integers' for a TIFF that Pillow does not support; '' for other files."""
+    tags = tiff_tags(path)
+    try:
         bands, (bits, *_), (kind, *_) = tags.get(277, 1), tags.get(258, (1,)), tags.get(339, (1,))
         known = bands in (1, 3) and bits in (1, 2, 4, 8, 16) and kind == 1
-    except Exception:  # as many kinds as Pillow's decoders raise
+    except (TypeError, ValueError):
         return ""
     kinds = {1: "unsigned integers", 2: "signed integers", 3: "floating-point values"}
-    return "" if known else f"{bands} band(s) of {bits}-bit {kinds.get(kind, 'values')}"
+    return "" if known or not tags else f"{bands} band(s) of {bits}-bit {kinds.get(kind, 'values')}"
 
 
 def raw_mode(image: Image.Image) -> str:
@@ -197,6 +208,9 @@ def read_size(path: Path) -> tuple[int, int]:
     """(width, height) in the file's header, before EXIF orientation is applied (in a TIFF: after)."""
 
     def read() -> tuple[int, int]:
+        tags = tiff_tags(path) if path.suffix.lower() in (".tif", ".tiff") else {}
+        if len(tags.get(258, ())) not in (0, 1, 3):  # Pillow reads few of these; so does read_bands
+            return int(tags[256]), int(tags[257])
         with open_image(path) as image:
             return image.size
 
@@ -212,12 +226,15 @@ def retried(read: Callable[[], T], path: Path) -> T:
 
 
 def read_image(path: Path, reading: ImageReading = DEFAULT_READING) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 RGB; see load_image."""
+    """Read an image as (H, W, C) uint8; see load_image."""
     return load_image(path, reading).pixels
 
 
 def load_image(path: Path, reading: ImageReading) -> ImageFile:
-    """Read an image: gray is repeated, palettes are looked up, CMYK is converted, transparency is blended with white.
+    """Read an image as reading.channels says.
+
+    Three channels: gray is repeated, palettes are looked up, CMYK is converted, transparency is blended with white. One
+    channel: the same in gray. Others: the bands as stored.
 
     Raises:
         BadSample: the file is damaged, or its values have no known meaning as colors.
@@ -227,6 +244,17 @@ def load_image(path: Path, reading: ImageReading) -> ImageFile:
 
 def decode_image(path: Path, reading: ImageReading) -> ImageFile:
     """load_image without further attempts."""
+    if reading.channels == 1:
+        file = decode_image(path, replace(reading, channels=3))
+        return file._replace(pixels=cv2.cvtColor(file.pixels, cv2.COLOR_RGB2GRAY)[..., None])
+    if reading.channels != 3:
+        values = read_bands(path)
+        if values.shape[2] != reading.channels:
+            raise BadSample(f"{path}: has {values.shape[2]} channels, data.custom.channels={reading.channels}")
+        peak = 0
+        if values.dtype != np.uint8:
+            values, peak = reduce_to_8_bits([values], reading.image_max, path)
+        return ImageFile(values, peak, 1)
     with open_image(path) as image:
         raw, orientation, peak = raw_mode(image), image.getexif().get(ORIENTATION, 1), 0
         if image.mode == "F":
@@ -245,6 +273,36 @@ def decode_image(path: Path, reading: ImageReading) -> ImageFile:
         return ImageFile(pixels, peak, orientation)
 
 
+def read_bands(path: Path) -> np.ndarray:
+    """All channels of an image as they are stored, (H, W, C) of integers; an alpha channel is one of them."""
+    if not tiff_tags(path):
+        with open_image(path) as image:
+            if ";16" not in raw_mode(image):
+                return np.atleast_3d(np.asarray(image))
+            image.load()  # OpenCV returns part of a truncated file
+        values = np.atleast_3d(cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED))
+        return values[..., [2, 1, 0, 3][: values.shape[2]]] if values.shape[2] >= 3 else values
+    try:
+        import tifffile
+    except ImportError:
+        raise UserError(f"{path}: TIFFs of other than three channels need: pip install tifffile imagecodecs") from None
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]
+            if math.prod(page.shape) > max_megapixels() * 10**6 * 4:
+                raise BadSample(f"{path}: {page.shape}: too large; cut it into tiles")
+            if (len(file.pages) > 1 and not file.pages[1].is_reduced) or page.tags.valueof(ORIENTATION, default=1) != 1:
+                raise BadSample(
+                    f"{path}: has several pages or a tag that turns it; save each page upright in a file of its own"
+                )
+            values = page.asarray()
+    except UserError:
+        raise
+    except Exception as error:  # of as many kinds as there are damaged files
+        raise BadSample(f"{path}: a TIFF that cannot be read ({reason_of(error)})") from None
+    return np.atleast_3d(values if page.planarconfig == 1 or values.ndim < 3 else values.transpose(1, 2, 0))
+
+
 def check_bands(image: Image.Image, path: Path) -> None:
     """Raise BadSample for a TIFF with more bands than colors, unless it says that the fourth one is transparency.
 
@@ -255,7 +313,10 @@ def check_bands(image: Image.Image, path: Path) -> None:
     photometric, bands = image.tag_v2.get(PHOTOMETRIC), image.tag_v2.get(277, 1)
     extra = bands - {0: 1, 1: 1, 2: 3}.get(photometric, bands)
     if extra and image.tag_v2.get(338) not in ((1,), (2,)):
-        raise BadSample(f"{path}: {bands} bands, of which {extra} are neither color nor transparency; save it as RGB")
+        raise BadSample(
+            f"{path}: {bands} bands, of which {extra} are neither color nor transparency; save it as RGB, or set "
+            f"data.custom.channels={bands}"
+        )
     if photometric == 0 and image.mode.startswith("I"):
         raise BadSample(f"{path}: a TIFF in which 0 is white (MinIsWhite) with 16 bits; save it with 0 as black")
 
@@ -318,7 +379,7 @@ def blend_with_white(image: Image.Image, path: Path) -> Image.Image:
     if between > 0.1:
         raise BadSample(
             f"{path}: its fourth channel is taken for transparency, but {between:.0%} of the pixels are partly "
-            "transparent; if it is another band, such as near infrared, save the image as RGB"
+            "transparent; if it is another band, such as near infrared, set data.custom.channels=4 or save it as RGB"
         )
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 

@@ -84,10 +84,12 @@ class ImageReading:
     Args:
         image_max: stored value of white in files with more than 8 bits per channel; None: 65535.
         orientation: 'stored' ignores EXIF orientation, of masks as well; 'shown' or None applies it.
+        channels: 3 for RGB, 1 for gray; with other numbers the bands are taken as stored.
     """
 
     image_max: int | None = None
     orientation: str | None = None
+    channels: int = 3
 
 
 DEFAULT_READING = ImageReading()
@@ -135,7 +137,7 @@ class DatasetSpec:
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return len(self.statistics.mean)
+        return self.images.channels
 
     @property
     def num_classes(self) -> int:

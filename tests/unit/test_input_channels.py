@@ -1,12 +1,16 @@
 """Images with other than three channels: filters, normalization, color operations, encoders."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from allspark.config import CustomDataConfig, ModelConfig
 from allspark.data.batch import normalize
 from allspark.data.datasets.custom import make_spec
+from allspark.data.image_io import BadSample, read_image, read_size
+from allspark.data.spec import ImageReading
 from allspark.data.transforms import CV2, PHOTOMETRIC, PILLOW, draw_geometry, to_tensor
 from allspark.models.input_channels import adapt_filters
 from allspark.models.segmentor import build_model
@@ -84,3 +88,57 @@ def test_crops_of_other_channels(channels):
         each = [geometry.image(np.repeat(image[..., [c]], 3, 2))[..., 0] for c in range(channels)]
         assert np.abs(crop.astype(int) - np.stack(each, 2)).max() <= 1
         assert np.array_equal(to_tensor(crop).permute(1, 2, 0), crop)
+
+
+def write_bands(path, pixels, planar="contig"):
+    tifffile = pytest.importorskip("tifffile")
+    stored = pixels if planar == "contig" else pixels.transpose(2, 0, 1)
+    photometric = "rgb" if pixels.shape[2] > 2 else "minisblack"
+    tifffile.imwrite(path, stored, photometric=photometric, planarconfig=planar)
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("channels", [2, 4, 5])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_bands_are_read_as_stored(tmp_path, channels, planar, bits):
+    high = 4096 if bits == 16 else 256
+    pixels = np.random.default_rng(3).integers(0, high, (41, 37, channels)).astype(f"uint{bits}")
+    write_bands(tmp_path / "a.tif", pixels, planar)
+    got = read_image(tmp_path / "a.tif", ImageReading(4095 if bits == 16 else None, channels=channels))
+    assert np.array_equal(got, pixels >> 4 if bits == 16 else pixels) and got.dtype == np.uint8
+    assert read_size(tmp_path / "a.tif") == (37, 41)
+
+
+def test_alpha_is_a_channel_when_four_are_asked_for(tmp_path):
+    pixels = np.random.default_rng(4).integers(0, 256, (20, 30, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png", ImageReading(channels=4)), pixels)
+    Image.fromarray(pixels[..., :2], "LA").save(tmp_path / "b.png")
+    assert np.array_equal(read_image(tmp_path / "b.png", ImageReading(channels=2)), pixels[..., :2])
+    cv2.imwrite(str(tmp_path / "c.png"), (pixels.astype(np.uint16) * 257)[..., [2, 1, 0, 3]])
+    assert np.array_equal(read_image(tmp_path / "c.png", ImageReading(channels=4)), pixels)
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "d.png")
+    with pytest.raises(BadSample, match=r"d\.png: has 3 channels, data\.custom\.channels=4"):
+        read_image(tmp_path / "d.png", ImageReading(channels=4))
+
+
+def test_gray_images(tmp_path):
+    gray = np.random.default_rng(5).integers(0, 256, (20, 30), np.uint8)
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    Image.fromarray(np.repeat(gray[..., None], 3, 2)).save(tmp_path / "b.png")
+    Image.fromarray(gray.astype(np.uint16) * 16).save(tmp_path / "c.tif")
+    for name, reading in {
+        "a.png": ImageReading(channels=1),
+        "b.png": ImageReading(channels=1),
+        "c.tif": ImageReading(4095, channels=1),
+    }.items():
+        assert np.array_equal(read_image(tmp_path / name, reading), gray[..., None]), name
+
+
+def test_damaged_bands(tmp_path):
+    write_bands(tmp_path / "a.tif", np.zeros((64, 64, 5), np.uint8))
+    whole = (tmp_path / "a.tif").read_bytes()
+    for end in (8, 60, len(whole) // 2):
+        (tmp_path / "a.tif").write_bytes(whole[:end])
+        with pytest.raises(BadSample, match=r"a\.tif"):
+            read_image(tmp_path / "a.tif", ImageReading(channels=5))
