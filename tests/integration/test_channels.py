@@ -1,4 +1,4 @@
-"""A data set of RGB + near infrared, from its files to a trained, evaluated, predicted, exported and reported model."""
+"""A data set of RGB + near infrared, from its files to a trained, evaluated, predicted and reported model."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_four_bands(place, tmp_path, capsys):
         image.unlink()
         if mask.exists():
             Image.fromarray(truth).save(mask)
-    place.edit(model={"bottleneck": "none"})
+    place.edit(model={"bottleneck": "none", "encoder": "tiny"})
     recipe = yaml.safe_load(place.config.read_text())
     recipe["data"]["custom"]["channels"] = 4
     place.config.write_text(yaml.safe_dump(recipe))
@@ -35,8 +35,7 @@ def test_four_bands(place, tmp_path, capsys):
         return capsys.readouterr().out
 
     words = place.train("method=fixmatch", "crop_size=[64, 80]", "vertical_flip=true", f"cache={tmp_path / 'cache'}")
-    assert "no problems found" in run("check", *words[:2], *words[4:])
-    run("train", *words, "epochs=30", "lr=2e-3", "evaluation.interval=30", "log.interval=30", "checkpoint_minutes=0")
+    run("train", *words, "epochs=24", "lr=6e-3", "evaluation.interval=24", "log.interval=24", "checkpoint_minutes=0")
     checkpoint = place.run / "latest.pth"
     run("eval", "--checkpoint", checkpoint, "--json", tmp_path / "scores.json")
     scores = yaml.safe_load((tmp_path / "scores.json").read_text())
@@ -46,6 +45,5 @@ def test_four_bands(place, tmp_path, capsys):
     val = sorted((place.root / "masks" / "val").glob("*.png"))
     predicted = [np.asarray(Image.open(next(out.rglob(mask.name)))) for mask in val]
     assert np.mean([np.mean(a == np.asarray(Image.open(b))) for a, b in zip(predicted, val, strict=True)]) > 0.7
-    run("export", "--checkpoint", checkpoint, "--out", tmp_path / "model.pt2")
     run("report", place.run, "--out", tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000
