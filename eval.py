@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         loaded = loading.load_for_inference(args.checkpoint, device, args.dataset, args.best)
         recipe, spec = recipe_for(loaded, args), loaded.spec
         inference = loaded.inference(args.mode, windows=args.windows, scales=args.scales, flip=args.flip)
-        root = splits.find_data(recipe.data, spec)
+        root = splits.find_data(recipe.data, spec, create=args.data_root is not None)
         dataset = NamedImages(val_samples(recipe, spec, root, args), spec)
         val = {"name": val_name(recipe, args), "sha256": splits.hash_samples(dataset.samples, root)}
         folder = prepare_outputs(args, dataset)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
                 device,
                 inference,
                 batch_size=args.batch_size,
-                num_workers=worker_count(recipe.data.num_workers),
+                num_workers=min(worker_count(recipe.data.num_workers), worker_count(None)),
                 timeout=recipe.data.timeout,
                 progress=True,
                 save=folder and (lambda name, image, mask, prediction: folder.write(name, image, prediction)),

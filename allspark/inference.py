@@ -24,6 +24,7 @@ from allspark.evaluation.sliding_window import Inference, inference_for
 from allspark.models.segmentor import build_model
 from allspark.utils.download import file_digest
 from allspark.utils.errors import UserError
+from allspark.utils.safe_load import has_valid_values
 
 ANY_CROP = 64  # used if the crop size is unknown; it affects only the memory's shape
 
@@ -85,8 +86,8 @@ def load_for_inference(
     path = checkpoint_in(path, best)
     content = load_checkpoint(path)
     loaded = (load_imported if is_imported(content) else load_trained)(content, path, dataset)
-    if not all(tensor.isfinite().all() for tensor in loaded.model.state_dict().values()):
-        raise UserError(f"{path}: contains weights that are NaN or infinite; use another checkpoint")
+    if not all(map(has_valid_values, loaded.model.state_dict().values())):
+        raise UserError(f"{path}: contains weights that are NaN, infinite or huge; use another checkpoint")
     return replace(loaded, model=loaded.model.to(device).eval(), meta={**loaded.meta, "sha256": file_digest(path)})
 
 

@@ -193,7 +193,7 @@ def list_name(sha256: str) -> str:
 
 def val_dataset(data: DataConfig, spec: DatasetSpec) -> SegmentationDataset:
     """The validation images with their masks; UserError if a file is missing."""
-    entries = val_entries(data, spec, find_data(data, spec))
+    entries = val_entries(data, spec, find_data(data, spec, create=False))
     for entry in entries:
         if entry.sample.mask is None:
             raise UserError(f"{entry.source}: {entry.sample.image} has no mask; write `image mask`")

@@ -336,10 +336,10 @@ def describe_lists(lists: Lists, spec: DatasetSpec) -> list[str]:
     return [*lines, f"WARNING: {warning}"] if warning else lines
 
 
-def find_data(data: DataConfig, spec: DatasetSpec) -> Path:
-    """The data root; a data set that needs no download is created there first."""
+def find_data(data: DataConfig, spec: DatasetSpec, create: bool = True) -> Path:
+    """The data root; a data set that needs no download is created there first, unless a stranger may have named it."""
     root = check_name(Path(os.path.expanduser(data.data_root)))
-    if spec.prepare is not None:
+    if spec.prepare is not None and create:
         if distributed.rank() == 0:
             spec.prepare(root)
         distributed.barrier()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from allspark import distributed
 from allspark.config import Recipe
 from allspark.utils.atomic import durable_write
 from allspark.utils.errors import UserError, reason_of
-from allspark.utils.safe_load import load_tensors
+from allspark.utils.retry import retry_transient
+from allspark.utils.safe_load import load_tensors, same_kind
 
 LATEST, PREVIOUS = "latest.pth", "previous.pth"  # to resume from, and the one before it
 BEST = "best.pth"  # after the epoch with the best mIoU on val
@@ -106,6 +107,8 @@ def verify_checksums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
+    except OSError:
+        raise
     except Exception as error:  # zipfile raises many kinds on a damaged directory
         raise OSError(f"damaged: {reason_of(error)}") from error
     if wrong is not None:
@@ -121,18 +124,16 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
 
     Raises:
         UserError: the file is damaged or no checkpoint of this program.
-        OSError: the system does not allow to read it.
+        OSError: the system does not allow to read it, which is no statement about its content.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give the folder of a run, or the path of a checkpoint")
     try:
-        content = load_tensors(path)
-        if zipfile.is_zipfile(path):  # else torch's legacy format, which has no checksums
-            verify_checksums(path)
+        content = retry_transient(partial(read_verified, path))
     except Exception as error:  # truncated, damaged, foreign or with code in it: torch raises many types
-        if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
-            raise  # permissions, an unavailable server: not a statement about the content
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise UserError(
             f"{path}: not a readable checkpoint, truncated or of another program ({reason_of(error)}); "
             f"copy it again, or use another one: best.pth, latest.pth and previous.pth of a run are each complete"
@@ -148,6 +149,15 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
 
 def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in IN_ORDER)
+
+
+def read_verified(path: Path) -> Any:
+    content = load_tensors(path)
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"  # else torch's legacy format, which has no checksums
+    if is_zip:
+        verify_checksums(path)
+    return content
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -271,15 +281,22 @@ def load_state(module: torch.nn.Module, state: Mapping[str, Any], path: str | Pa
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: does not hold tensors by name; use another checkpoint")
     own = module.state_dict()
-    matching = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    matching = {
+        name: value
+        for name, value in state.items()
+        if name in own and value.shape == own[name].shape and same_kind(value, own[name])
+    }
     missing = module.load_state_dict(matching, strict=False).missing_keys
     wrong = list(dict.fromkeys([*missing, *(name for name in state if name not in matching)]))
     if wrong:
         name = wrong[0]
-        in_file = tuple(state[name].shape) if name in state else "absent"
-        in_model = tuple(own[name].shape) if name in own else "absent"
+        in_file, in_model = (describe_tensor(tensors.get(name)) for tensors in (state, own))
         raise UserError(
             f"{path}: does not match the model of this recipe: {len(wrong)} tensors differ, first {name}: {in_file} in "
             f"the file, {in_model} in the model; it was trained with other classes, crop_size or model.* "
             f"(to fine-tune from it: model.init_from)"
         )
+
+
+def describe_tensor(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -127,7 +127,7 @@ class MiT(nn.Module):
         super().__init__()
         self.channels, self.strides = size.channels, size.strides
         self.decoder_channels = size.decoder_channels
-        rates = torch.linspace(0, drop_path, sum(size.depths)).split(size.depths)
+        rates = torch.linspace(0, drop_path, sum(size.depths), device="cpu").split(size.depths)
         inputs = (3, *size.channels[:-1])
         self.stages = nn.ModuleList(
             Stage(inputs[i], size.channels[i], i, rates[i].tolist()) for i in range(len(size.channels))

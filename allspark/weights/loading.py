@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from allspark.models.input_channels import adapt_filters
 from allspark.models.segmentor import Segmentor, build_encoder, build_model
 from allspark.models.timm_encoder import DINOV2, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError, reason_of
-from allspark.utils.safe_load import load_tensors
+from allspark.utils.retry import retry_transient
+from allspark.utils.safe_load import has_valid_values, load_tensors, same_kind
 from allspark.weights.key_maps import (
     KEY_MAPS,
     RELEASED,
@@ -76,7 +78,7 @@ def read_weights(path: str | Path, student: bool = False) -> WeightFile:
             f"in transformers with save_pretrained(..., max_shard_size='100GB')"
         )
     try:
-        content = load_tensors(path)
+        content = retry_transient(partial(load_tensors, path))
     except Exception as error:  # torch raises many kinds for truncated, foreign or malicious files
         raise UserError(
             f"{path}: not a readable weight file ({reason_of(error)}); fetch or copy it again, "
@@ -147,7 +149,7 @@ def load_matching(module: nn.Module, found: RenamedWeights, prefix: str = "") ->
             tensor = adapt_filters(tensor, want.shape[1])
         if tensor.shape != want.shape:
             result.wrong[short] = f"has shape {tuple(tensor.shape)}, must be {tuple(want.shape)}"
-        elif tensor.is_floating_point() != want.is_floating_point():
+        elif not same_kind(tensor, want):
             result.wrong[short] = f"has type {tensor.dtype}, must be {want.dtype}"
         else:
             result.loaded[short] = tensor
@@ -158,10 +160,10 @@ def load_matching(module: nn.Module, found: RenamedWeights, prefix: str = "") ->
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path, sources: Mapping[str, str] | None = None) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not has_valid_values(tensor):
             source = (sources or {}).get(name, name)
             label = name if source == name else f"{source} (here {name})"
-            raise UserError(f"{path}: {label} contains NaN or infinite values; use another copy of the file")
+            raise UserError(f"{path}: {label} contains NaN, infinite or huge values; use another copy of the file")
 
 
 def abbreviate(names: Sequence[str], limit: int = 4) -> str:
