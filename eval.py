@@ -26,7 +26,7 @@ from allspark.data import splits
 from allspark.data.image_io import read_image
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.transforms import to_tensor
-from allspark.data.worker_pool import worker_count
+from allspark.data.worker_pool import evaluation_workers
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import EvalResult, format_table, nan_to_none
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
                 device,
                 inference,
                 batch_size=args.batch_size,
-                num_workers=min(worker_count(recipe.data.num_workers), worker_count(None)),
+                num_workers=evaluation_workers(recipe.data.num_workers),
                 timeout=recipe.data.timeout,
                 progress=True,
                 save=folder and (lambda name, image, mask, prediction: folder.write(name, image, prediction)),

@@ -21,7 +21,8 @@ from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
 from allspark.engine.checkpoint import checkpoint_in, is_imported, load_checkpoint, load_state
 from allspark.engine.stepper import autocast, set_precision
 from allspark.evaluation.sliding_window import Inference, inference_for
-from allspark.models.segmentor import build_model
+from allspark.models.segmentor import Segmentor, build_model
+from allspark.models.shapes_only import shapes_only
 from allspark.utils.download import file_digest
 from allspark.utils.errors import UserError
 from allspark.utils.safe_load import has_valid_values
@@ -97,24 +98,30 @@ def load_trained(content: Mapping[str, Any], path: str | Path, dataset: str | No
     A file of `weights export` holds this network alone, and None as its method.
     """
     network_only = content["method"] is None
+
+    def load() -> nn.Module:
+        with prefix_errors(path):
+            model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels)
+            method = None if network_only else build_method(recipe, spec)
+        if method is None:
+            network = model.inference_copy()
+            load_state(network, content["model"], path)
+            return network
+        method.attach(model)
+        load_state(model, content["model"], path)
+        load_state(method, content["method"], path)
+        return method.predictor(model)
+
     with prefix_errors(path):
         recipe = build_recipe(content["recipe"], None, "its recipe")
         recipe = recipe if network_only else complete(recipe)
         spec = spec_for(recipe.data)
-        model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels)
-        method = None if network_only else build_method(recipe, spec)
     if dataset not in (None, recipe.data.dataset):
         raise UserError(f"--dataset {dataset}: {path} was trained on {recipe.data.dataset}; omit --dataset")
-    if method is None:
-        network = model.inference_copy()
-        load_state(network, content["model"], path)
-    else:
-        method.attach(model)
-        load_state(model, content["model"], path)
-        load_state(method, content["method"], path)
-        network = method.predictor(model)
+    with shapes_only():
+        load()
     meta = {"step": content["step"], "epoch": content["epoch"], "split": string_section(content, "split", path)}
-    return InferenceModel(network, spec, recipe, recipe.data.crop_size, meta)
+    return InferenceModel(load(), spec, recipe, recipe.data.crop_size, meta)
 
 
 def load_imported(content: Mapping[str, Any], path: str | Path, dataset: str | None) -> InferenceModel:
@@ -129,10 +136,17 @@ def load_imported(content: Mapping[str, Any], path: str | Path, dataset: str | N
         base = to_plain(load_recipe(spec.splits, "supervised", {"data.dataset": dataset}))
         recipe_crop = base["data"]["crop_size"]
     base["data"]["crop_size"] = stated or recipe_crop
+
+    def load() -> Segmentor:
+        model = build_model(recipe.model, num_classes, recipe.data.crop_size)
+        load_state(model, content["model"], path)
+        return model
+
     with prefix_errors(path):
         recipe = build_recipe({**base, "model": architecture}, None, "architecture")  # refuses unknown keys and values
-        model = build_model(recipe.model, num_classes, recipe.data.crop_size)
-    load_state(model, content["model"], path)
+        with shapes_only():
+            load()
+    model = load()
     meta = {"source": string_section(content, "source", path)}
     if dataset is None:
         return InferenceModel(model, spec, None, stated, meta)

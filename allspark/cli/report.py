@@ -21,7 +21,7 @@ from allspark.config import DataConfig, size_text
 from allspark.config_io import is_runtime, to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
-from allspark.data.worker_pool import worker_count
+from allspark.data.worker_pool import evaluation_workers
 from allspark.device import choose_device
 from allspark.engine.checkpoint import BEST, LATEST
 from allspark.engine.writers import is_number
@@ -131,7 +131,7 @@ def evaluate_run(entry: Entry, args: argparse.Namespace, count: int) -> Evaluate
             device,
             inference,
             batch_size=args.batch_size,
-            num_workers=worker_count(data.num_workers),
+            num_workers=evaluation_workers(data.num_workers),
             timeout=data.timeout,
             progress=True,
             save=extremes,

@@ -346,8 +346,9 @@ def find_data(data: DataConfig, spec: DatasetSpec, create: bool = True) -> Path:
     if not root.is_dir():
         prepare = f"python -m allspark prepare {spec.splits} --download"
         other = "" if spec.is_custom else f". `{prepare}` creates it, or says which archives it needs"
+        remedy = "correct it" if create else "give --data-root"
         raise UserError(
-            f"data.data_root: {root} is not a folder; correct it or set {root_variable(spec.name)}=DIR{other}"
+            f"data.data_root: {root} is not a folder; {remedy} or set {root_variable(spec.name)}=DIR{other}"
         )
     return root
 

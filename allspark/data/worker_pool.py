@@ -49,6 +49,11 @@ def worker_count(requested: int | None) -> int:
     return max(1, min(MAX_WORKERS, usable_cores() // int_from_env("LOCAL_WORLD_SIZE", 1, least=1)))
 
 
+def evaluation_workers(requested: int | None) -> int:
+    """At most the default number, because the recipe of a checkpoint may be a stranger's."""
+    return min(worker_count(requested), worker_count(None))
+
+
 def make_loader(dataset: Dataset, num_workers: int, *, timeout: float = TIMEOUT, **options: Any) -> DataLoader:
     """A DataLoader whose workers use one thread and leave signals to the main process; use with `iterate`."""
     return DataLoader(

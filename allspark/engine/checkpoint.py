@@ -23,7 +23,7 @@ from allspark import distributed
 from allspark.config import Recipe
 from allspark.utils.atomic import durable_write
 from allspark.utils.errors import UserError, reason_of
-from allspark.utils.retry import retry_transient
+from allspark.utils.retry import retry_transient, system_error
 from allspark.utils.safe_load import load_tensors, same_kind
 
 LATEST, PREVIOUS = "latest.pth", "previous.pth"  # to resume from, and the one before it
@@ -107,8 +107,6 @@ def verify_checksums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
-    except OSError:
-        raise
     except Exception as error:  # zipfile raises many kinds on a damaged directory
         raise OSError(f"damaged: {reason_of(error)}") from error
     if wrong is not None:
@@ -132,8 +130,8 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
     try:
         content = retry_transient(partial(read_verified, path))
     except Exception as error:  # truncated, damaged, foreign or with code in it: torch raises many types
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        if (cause := system_error(error)) is not None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise UserError(
             f"{path}: not a readable checkpoint, truncated or of another program ({reason_of(error)}); "
             f"copy it again, or use another one: best.pth, latest.pth and previous.pth of a run are each complete"

@@ -56,7 +56,7 @@ class SemanticMemory(nn.Module):
         super().__init__()
         self.size = height_width(size)
         self.policy = policy
-        self.register_buffer("queue", torch.randn(num_classes, channels, math.prod(self.size)))
+        self.register_buffer("queue", torch.empty(num_classes, channels, math.prod(self.size)).normal_())
         self.register_buffer("pointer", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("filled", torch.zeros(num_classes, dtype=torch.long))
 

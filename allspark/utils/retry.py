@@ -13,7 +13,7 @@ WAITS = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth attempt
 
 
 def retry_transient(read: Callable[[], T], waits: Sequence[float] = WAITS) -> T:
-    """read(), repeated after each of `waits` while it raises an OSError with an errno of TRANSIENT.
+    """read(), repeated after each of `waits` while it fails because of an OSError with an errno of TRANSIENT.
 
     Returns:
         What `read` returns. The last attempt's error is raised as it is.
@@ -21,8 +21,15 @@ def retry_transient(read: Callable[[], T], waits: Sequence[float] = WAITS) -> T:
     for seconds in waits:
         try:
             return read()
-        except OSError as error:
-            if error.errno not in TRANSIENT:
+        except Exception as error:
+            if getattr(system_error(error), "errno", None) not in TRANSIENT:
                 raise
         time.sleep(seconds)
     return read()
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The system's error that an exception is or was raised for; None if there is none. zipfile hides some."""
+    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
+        error = error.__context__
+    return error

@@ -50,7 +50,7 @@ def load_tensors(path: Path) -> Any:
     return content
 
 
-def rebuild_scalar(dtype: Any, data: Any) -> np.generic:
+def rebuild_scalar(dtype: Any, data: Any = None) -> np.generic:
     """A NumPy number; other scalars, such as void, may have any size."""
     if not (isinstance(dtype, np.dtype) and dtype.kind in "biuf" and isinstance(data, bytes)):
         raise ValueError("it contains NumPy values that are not numbers")

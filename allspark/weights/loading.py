@@ -16,6 +16,7 @@ from allspark.config import BottleneckConfig, ModelConfig
 from allspark.models import mit, resnet
 from allspark.models.input_channels import adapt_filters
 from allspark.models.segmentor import Segmentor, build_encoder, build_model
+from allspark.models.shapes_only import shapes_only
 from allspark.models.timm_encoder import DINOV2, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.retry import retry_transient
@@ -303,11 +304,18 @@ def recognize(file: WeightFile, encoder_only: bool = False) -> RecognizedModel:
     if not encoder_only:
         reject_published(file)
     architecture = infer_architecture(found.tensors, file.path, is_model)
-    if is_model:
-        module: nn.Module = build_model(architecture.model, architecture.num_classes, architecture.crop_size)
-    else:
-        module = build_encoder(architecture.model)
-    result = load_matching(module, found, "" if is_model else "encoder.")
+
+    def load() -> tuple[nn.Module, LoadResult]:
+        if is_model:
+            module: nn.Module = build_model(architecture.model, architecture.num_classes, architecture.crop_size)
+        else:
+            module = build_encoder(architecture.model)
+        return module, load_matching(module, found, "" if is_model else "encoder.")
+
+    with shapes_only():
+        module, result = load()
+    if not result.bad:
+        module, result = load()
     return RecognizedModel(file, key_map, architecture, module, result, found.sources)
 
 

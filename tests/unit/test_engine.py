@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -30,7 +31,8 @@ from allspark.engine.stepper import Stepper
 from allspark.engine.writers import drop_lines_after
 from allspark.models.memory import SemanticMemory
 from allspark.models.segmentor import build_model
-from allspark.utils.errors import Stopped, UserError
+from allspark.utils.errors import Stopped, UserError, user_error_message
+from allspark.utils.retry import retry_transient
 
 
 def test_poly_schedule():
@@ -80,7 +82,9 @@ def test_failed_write_keeps_old_checkpoint(tmp_path):
 
 
 def test_mismatched_state(tmp_path):
-    with pytest.raises(UserError, match=r"here\.pth.*weight: \(3, 2\) in the file, \(4, 2\) in the model"):
+    with pytest.raises(
+        UserError, match=r"here\.pth.*weight: \(3, 2\) float32 in the file, \(4, 2\) float32 in the model"
+    ):
         load_state(nn.Linear(2, 4), nn.Linear(2, 3).state_dict(), "here.pth")
 
 
@@ -279,6 +283,27 @@ def test_unopenable_checkpoint_is_not_damaged(saved):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert find_checkpoint(saved)[0].name == "latest.pth"
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_transient_read_error_is_retried(saved, monkeypatch, number):
+    """At every read of a network file system, also those by torch; an error that stays is no damage either."""
+    monkeypatch.setattr(retry_transient, "__defaults__", ((0.0, 0.0),))
+    left = [2]
+
+    class Unreliable(io.FileIO):
+        def readinto(self, buffer):
+            if left[0] and self.tell() > 1000:
+                left[0] -= 1
+                raise OSError(number, os.strerror(number))
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: io.BufferedReader(Unreliable(path)))
+    assert find_checkpoint(saved)[0].name == "latest.pth" and left == [0]
+    left[0] = -1
+    with pytest.raises(OSError, match=r"latest\.pth") as caught:
+        find_checkpoint(saved)
+    assert user_error_message(caught.value).startswith(f"error: {saved / 'latest.pth'}: {os.strerror(number)}")
 
 
 def test_no_hard_links(saved, monkeypatch):

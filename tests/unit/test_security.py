@@ -16,21 +16,27 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import eval as eval_script
 from allspark.__main__ import main
-from allspark.config_io import load_config, parse_overrides
+from allspark.config import BottleneckConfig, ModelConfig
+from allspark.config_io import load_config, load_recipe, parse_overrides, to_plain
 from allspark.data.image_io import BadSample, read_image
-from allspark.engine.checkpoint import load_checkpoint
+from allspark.data.worker_pool import evaluation_workers, worker_count
+from allspark.engine.checkpoint import load_checkpoint, save_checkpoint
+from allspark.inference import load_for_inference
+from allspark.models.segmentor import build_model
 from allspark.prepare.archives import iter_entries
 from allspark.utils import download
 from allspark.utils.download import fetch
 from allspark.utils.errors import UserError
 from allspark.utils.safe_load import check_tensors, load_tensors
 from allspark.utils.safe_yaml import parse_yaml
-from allspark.weights.loading import read_weights
+from allspark.weights.loading import WeightFile, read_weights, recognize
 from helpers import archives as mini
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -121,6 +127,125 @@ def test_malformed_tensors(content, told, tmp_path):
     for read in READERS:
         with pytest.raises(UserError, match=told):
             read(tmp_path / "x.pth")
+
+
+def pickled(path, *instructions):
+    """A checkpoint whose pickle has these instructions."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"".join((b"\x80\x02}q\0X\1\0\0\0w", *instructions, b"s.")))
+        archive.writestr("x/version", b"3\n")
+    return path
+
+
+def text(content):
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+HUGE = b"\x8a\x05" + struct.pack("<Q", 5_600_000_000)[:5]  # as LONG1
+
+
+DEMANDS = {
+    "bytearray": [b"c__builtin__\nbytearray\n", HUGE, b"\x85R"],
+    "storage": [b"ctorch\nUntypedStorage\n", HUGE, b"\x85R"],
+    "new_storage": [b"ctorch\nUntypedStorage\n", HUGE, b"\x85\x81"],
+    "tensor": [b"ctorch\nTensor\n", HUGE, b"\x85R"],
+    "float_tensor": [b"ctorch\nFloatTensor\n", HUGE, b"\x85R"],
+    "void": [b"cnumpy.core.multiarray\nscalar\n", b"cnumpy\ndtype\n", text(b"V2000000000"), b"\x89\x88\x87R", b"\x85R"],
+    "hex_chain": [b"c_codecs\nencode\nq\1", text(b"x" * 64), text(b"hex"), b"q\2\x86R", *[b"q\3h\1h\3h\2\x86R"] * 26],
+    "long_bytes": [b"c_codecs\nencode\nq\1", text(b"x" * 50_000), b"q\2", b"0h\1h\2X\6\0\0\0latin1\x86Rq\3"],
+    "copied_dict": [b"(", b"ccollections\nOrderedDict\n", b"h\0\x85R", b"l"],
+    "expand": [b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n", b")R"],
+}
+
+
+@pytest.mark.parametrize("name", DEMANDS)
+def test_checkpoint_asks_for_memory(name, tmp_path):
+    """torch's safe functions include some that allocate what a number says; 386 bytes took 5.6 GB."""
+    file = pickled(tmp_path / "x.pth", *DEMANDS[name])
+    with pytest.raises(
+        ValueError, match="only tensors and plain values|a call that torch.save does not write|NumPy values"
+    ):
+        load_tensors(file)
+
+
+def test_legacy_storage_claims_too_much(tmp_path):
+    file = tmp_path / "x.pth"
+    torch.save({"w": torch.zeros(8)}, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_tensors(file)["w"], torch.zeros(8))
+    file.write_bytes(file.read_bytes().replace(b"cpuq\x06K\x08", b"cpuq\x06J" + struct.pack("<i", 10**9)))
+    with pytest.raises(ValueError, match="more memory than a file of its size needs"):
+        load_tensors(file)
+
+
+def test_two_directories(tmp_path):
+    """zipfile reads the directory before its end record, torch the one that the record gives the position of."""
+    file = tmp_path / "x.pth"
+    torch.save({"w": torch.zeros(8)}, file)
+    with zipfile.ZipFile(file) as archive:
+        start = archive.start_dir
+    content = file.read_bytes()
+    for end in (len(content) - 22, content.rindex(b"PK\6\6")):
+        file.write_bytes(content[:end] + content[start:end] + content[end:])
+        with pytest.raises(ValueError, match="more than one directory"):
+            load_tensors(file)
+    file.write_bytes(content[:-2] + struct.pack("<H", 22) + content[-22:])  # as a comment
+    with pytest.raises(ValueError, match="more than one directory"):
+        load_tensors(file)
+
+
+@pytest.mark.parametrize("value", [1j, torch.zeros(2, dtype=torch.float8_e4m3fn), torch.zeros(2, dtype=torch.cfloat)])
+def test_types_that_no_weights_have(value, tmp_path):
+    torch.save({"w": value}, tmp_path / "x.pth")
+    for read in READERS:
+        with pytest.raises(UserError, match="not a readable"):
+            read(tmp_path / "x.pth")
+
+
+def test_numpy_numbers_are_read(tmp_path):
+    """Which the released code saves."""
+    content = {"best": np.float64(3.5), "zero": np.float32(0), "count": np.int64(7), "w": torch.ones(2)}
+    torch.save(content, tmp_path / "x.pth")
+    found = load_tensors(tmp_path / "x.pth")
+    assert {name: found[name] for name in ("best", "zero", "count")} == {"best": 3.5, "zero": 0, "count": 7}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.crop_size", 2**14),
+        ("model.decoder_channels", 2**14),
+        ("model.encoder", "timm:eva_giant_patch14_560"),
+    ],
+)
+def test_recipe_asks_for_memory(key, value, tmp_path):
+    """6 KB whose network would take 68 GB: shapes are compared before it is built."""
+    recipe = load_recipe("shapes", "allspark", {"model.encoder": "mit_b0", "data.crop_size": 64, key: value})
+    small = build_model(ModelConfig(encoder="mit_b0", decoder_channels=8), 5, 64).state_dict()
+    content = {"model": small, "method": {}, "epoch": 0, "step": 0, "recipe": to_plain(recipe), "split": {}}
+    save_checkpoint(tmp_path / "x.pth", content)
+    with pytest.raises(UserError, match=r"x\.pth: does not match the model of this recipe"):
+        load_for_inference(tmp_path / "x.pth", torch.device("cpu"))
+
+
+def test_eval_follows_no_stranger(tmp_path):
+    """The recipe in a checkpoint names a folder, which is not filled, and a number of processes."""
+    recipe = load_recipe("shapes", "supervised", {"model.encoder": "mit_b0", "data.data_root": str(tmp_path / "home")})
+    model = build_model(recipe.model, 7, recipe.data.crop_size).state_dict()
+    content = {"model": model, "method": {}, "epoch": 0, "step": 0, "recipe": to_plain(recipe), "split": {}}
+    save_checkpoint(tmp_path / "x.pth", content)
+    with pytest.raises(UserError, match=f"{tmp_path / 'home'} is not a folder; give --data-root"):
+        eval_script.main(["--checkpoint", str(tmp_path / "x.pth"), "--device", "cpu"])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+    assert evaluation_workers(1024) == worker_count(None) and evaluation_workers(0) == 0
+
+
+def test_shapes_ask_for_memory(tmp_path):
+    """The classes of one tensor, the slots of another: together a memory of terabytes."""
+    model = build_model(ModelConfig(encoder="mit_b0", bottleneck=BottleneckConfig(name="allspark")), 21, 64)
+    state = {**model.state_dict(), "bottleneck.memory.queue": torch.zeros(1, 1, 1000**2)}
+    state["decoder.classifier.weight"] = torch.zeros(255, 4000, 1, 1)
+    with pytest.raises(UserError, match="tensors do not fit"):
+        recognize(WeightFile(tmp_path / "x.pth", state, {})).state()
 
 
 def test_storages_are_counted_once():
