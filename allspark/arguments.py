@@ -406,13 +406,29 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
         "--data-root", metavar="DIR", help="default: the recipe's, else ALLSPARK_DATA_<DATASET>, else data/<dataset>"
     )
     make.add_argument(
-        "--train", required=True, metavar="LIST", help="list of `image mask` lines or, with --masks, a folder of images"
+        "--train",
+        metavar="LIST",
+        help="list of `image mask` lines or, with --masks, a folder of images; default: data.custom.labeled_images and "
+        "labeled_masks of --config. Images of data.custom.unlabeled_images are unlabeled in every split",
     )
     make.add_argument(
         "--masks", metavar="DIR", help="folder of masks with the images' names; both folders are below the data root"
     )
-    make.add_argument("--sizes", required=True, help="fractions or counts of labeled images: 1_4,1_8,1_16 or 16,32")
+    make.add_argument(
+        "--sizes",
+        default="1_1",
+        help="fractions or counts of labeled images: 1_4,1_8,1_16 or 16,32; default: 1_1, all images with a mask",
+    )
     make.add_argument("--val", metavar="SIZE", help="first move so many images to <out>/val.txt, such as 1_5")
+    make.add_argument(
+        "--group",
+        metavar="REGEX",
+        help="with --val: images in whose path it finds the same text (or the same in its parentheses) stay together, "
+        "such as the frames of a video: '^(.*)_[0-9]+'",
+    )
+    make.add_argument(
+        "--write-recipe", action="store_true", help="write the lists (of several sizes the first) into --config FILE"
+    )
     make.add_argument("--seed", type=partial(integer, 0, 2**31 - 1), default=0, help="default: 0")
     make.add_argument("--out", type=path, metavar="DIR", help="default: splits/<dataset>")
     make.add_argument("--force", action="store_true", help="overwrite existing lists")

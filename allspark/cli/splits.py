@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from allspark.config import DataConfig
 from allspark.config_io import load_config, root_variable
 from allspark.data.datasets import DATASETS, spec_for
-from allspark.data.spec import Sample
+from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import (
     Entry,
     drop_repeats,
@@ -25,9 +29,11 @@ from allspark.data.splits import (
 )
 from allspark.split_lists import published
 from allspark.split_lists.layouts import get_layout
-from allspark.split_lists.make_splits import hold_out, make_splits, parse_sizes, write_splits
+from allspark.split_lists.make_splits import group_by_name, hold_out, make_splits, parse_sizes, write_splits
 from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, name_clash, split_roots
+from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
+from allspark.utils.safe_yaml import parse_yaml
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,17 +59,22 @@ def make(args: argparse.Namespace) -> None:
     data = data_config(args)
     spec = spec_for(data)
     root = find_data(data, spec)
-    no_mask: list[Entry] = []
-    if args.masks is None:
-        entries = drop_repeats(read_entries(require_file(Path(args.train), "--train"), root, spec.mask_path))
-    else:
-        entries, no_mask = split_by_mask(folder_entries(root, args.train, args.masks))
+    entries, no_mask = train_images(args, data, spec, root)
     val = None
     if args.val is not None:
         count, *others = parse_sizes(args.val, len(entries), "--val").values()
         if others:
             raise UserError(f"--val {args.val}: give one size, such as 1_5")
-        val, entries = hold_out(entries, count, args.seed)
+        group = args.group and group_by_name(args.group, root)
+        val, entries = hold_out(entries, count, args.seed, group)
+        if group:
+            groups = {group(entry) for entry in val}
+            kept = [entry for entry in no_mask if group(entry) not in groups]
+            print(f"{len(groups)} groups to evaluate on, such as {min(groups)}", end="; ")
+            print(f"{len(no_mask) - len(kept)} images of them have no mask and are left out")
+            no_mask = kept
+    elif args.group is not None:
+        raise UserError("--group: keeps groups together when images are drawn to evaluate on; add --val, such as 1_5")
     splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed, no_mask)
     out = args.out or SPLITS_ROOT / spec.splits
     write_splits(splits, root, out, args.force, val)
@@ -75,6 +86,66 @@ def make(args: argparse.Namespace) -> None:
     for name, (labeled, unlabeled) in splits.items():
         digest = hash_samples([entry.sample for entry in labeled], root)
         print(f"{out / name}: {len(labeled)} labeled, {len(unlabeled)} unlabeled, sha256 {digest[:12]}")
+    use_lists(args, data, out, next(iter(splits)), val is not None)
+
+
+def train_images(
+    args: argparse.Namespace, data: DataConfig, spec: DatasetSpec, root: Path
+) -> tuple[list[Entry], list[Entry]]:
+    """The images to draw from, and those without a mask; also those of data.custom.unlabeled_images."""
+    custom = data.custom
+    train, masks = args.train, args.masks
+    if train is None:
+        if custom is None or custom.labeled_images is None:
+            raise UserError("--train: give a list or a folder; only with data.custom.labeled_images it may be omitted")
+        train, masks = custom.labeled_images, custom.labeled_masks
+    if masks is None:
+        entries, no_mask = drop_repeats(read_entries(require_file(Path(train), "--train"), root, spec.mask_path)), []
+    else:
+        entries, no_mask = split_by_mask(folder_entries(root, train, masks))
+    if custom is not None and custom.unlabeled_images is not None:
+        known = {path for entry in (*entries, *no_mask) for path in (entry.sample.image, entry.sample.mask)}
+        others = folder_entries(root, custom.unlabeled_images, None)
+        no_mask += [entry for entry in others if entry.sample.image not in known]
+    return entries, no_mask
+
+
+def use_lists(args: argparse.Namespace, data: DataConfig, out: Path, split: str, val: bool) -> None:
+    """Say what makes a run use the lists, and with --write-recipe put it into the recipe."""
+    usual = out == SPLITS_ROOT / spec_for(data).splits and data.labeled_id_path is data.unlabeled_id_path is None
+    lists = {f"{kind}_id_path": str(out / split / f"{kind}.txt") for kind in ("labeled", "unlabeled")}
+    keys = {"split": split} if usual else lists
+    if val and not (usual and data.val_id_path is None and (data.custom is None or data.custom.val_images is None)):
+        keys["val_id_path"] = str(out / "val.txt")
+    if args.write_recipe:
+        if args.config is None:
+            raise UserError("--write-recipe: needs --config FILE; with --dataset train with --split NAME")
+        set_data_keys(Path(args.config), keys)
+        print(f"{args.config}: now uses these lists")
+        return
+    lines = yaml.safe_dump({"data": keys}, sort_keys=False, allow_unicode=True)
+    print(f"To use them, put this into the recipe{', or add --write-recipe' if args.config else ''}:\n{lines}", end="")
+
+
+def set_data_keys(path: Path, keys: Mapping[str, str]) -> None:
+    """Set keys of the section `data` in a YAML file, all else, comments included, as it is.
+
+    Raises:
+        UserError: the file is not laid out so that this is possible, or cannot be written.
+    """
+    text = path.read_text(encoding="utf-8")
+    before = parse_yaml(text)
+    head = re.search(r"^data:[ ]*(#.*)?\n(?:[ ]*(#.*)?\n)*?([ ]+)\S", text, re.MULTILINE)
+    new = text
+    if head is not None:
+        start, indent = text.index("\n", head.start()) + 1, head[3]
+        own = re.compile(rf"^{indent}({'|'.join(keys)}):.*\n", re.MULTILINE)
+        added = yaml.safe_dump(dict(keys), sort_keys=False, allow_unicode=True, width=10**6)
+        new = text[:start] + "".join(indent + line for line in added.splitlines(True)) + own.sub("", text[start:])
+    if parse_yaml(new) != {**before, "data": {**before["data"], **keys}}:
+        lines = "; ".join(f"{key}: '{value}'" for key, value in keys.items())
+        raise UserError(f"--write-recipe: {path} cannot be edited; write below data: {lines}")
+    write_text(path, new, "make it writable")
 
 
 def split_by_mask(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -58,13 +60,52 @@ def make_splits(
     return splits
 
 
-def hold_out(entries: Sequence[Entry], count: int, seed: int) -> tuple[list[Entry], list[Entry]]:
-    """Split off `count` random entries for evaluation -> (val, rest), both in the order of the list."""
+def hold_out(
+    entries: Sequence[Entry], count: int, seed: int, group: Callable[[Entry], str] | None = None
+) -> tuple[list[Entry], list[Entry]]:
+    """Split off `count` random entries for evaluation -> (val, rest), both in the order of the list.
+
+    Args:
+        group: entries with the same group stay together: whole groups are drawn while that comes nearer to `count`.
+    """
     if not 0 < count < len(entries):
         raise UserError(f"--val: {count} of {len(entries)} images; give 1..{len(entries) - 1}")
-    chosen = set(np.random.default_rng(seed).permutation(len(entries))[:count].tolist())
+    random = np.random.default_rng(seed)
+    if group is None:
+        chosen = set(random.permutation(len(entries))[:count].tolist())
+    else:
+        members = defaultdict(list)
+        for index, entry in enumerate(entries):
+            members[group(entry)].append(index)
+        if len(members) < 2:
+            raise UserError(f"--group: all {len(entries)} images are one group ({next(iter(members))}); none is left")
+        first, *others = random.permutation(sorted(members)).tolist()[:-1]  # one group is left
+        chosen = set(members[first])
+        for name in others:
+            if abs(len(chosen) + len(members[name]) - count) < abs(len(chosen) - count):
+                chosen.update(members[name])
     val = [entry for index, entry in enumerate(entries) if index in chosen]
     return val, [entry for index, entry in enumerate(entries) if index not in chosen]
+
+
+def group_by_name(pattern: str, root: Path) -> Callable[[Entry], str]:
+    """The group of an entry: what `pattern` finds in its image's path below the root, or what its parentheses match.
+
+    Raises:
+        UserError: the pattern is no regular expression; of the function, it finds nothing.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--group '{pattern}': not a regular expression ({error})") from None
+
+    def group(entry: Entry) -> str:
+        found = expression.search(os.path.relpath(entry.sample.image, root))
+        if found is None:
+            raise UserError(f"--group '{pattern}': does not match {entry.sample.image}")
+        return "/".join(part or "" for part in found.groups()) if expression.groups else found[0]
+
+    return group
 
 
 def class_shares(sample: Sample, spec: DatasetSpec) -> np.ndarray:

@@ -9,6 +9,16 @@ import yaml
 
 MAX_YAML = 1 << 20  # characters
 MAX_NODES = 100_000  # with aliases expanded
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)$")
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader, for which 1_8, the name of a split, is text and not the number 18."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, INTEGER if tag == "tag:yaml.org,2002:int" else pattern) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def parse_yaml(text: str) -> Any:
@@ -20,7 +30,7 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MAX_YAML:
         raise ValueError(f"{len(text)} characters are too many; at most {MAX_YAML} are read")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         try:
             node = loader.get_single_node()
             if node is not None and count_expanded(node, {}) > MAX_NODES:

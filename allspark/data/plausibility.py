@@ -1,0 +1,147 @@
+"""Doubts about lists that are valid: val frames beside training frames, masks of other images, too few steps."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from allspark.data.image_io import read_image, read_pair
+from allspark.data.spec import DatasetSpec, Sample
+from allspark.data.splits import Lists
+from allspark.utils.errors import UserError
+
+FRAMES = 30  # frames of a video that lie nearer show nearly the same
+OPENED = 24  # images that are compared
+SIDE = 128  # pixels that images are scaled to, to find their edges
+FEW_STEPS = 100
+
+
+def doubts(lists: Lists, spec: DatasetSpec) -> list[str]:
+    """Warnings about the lists of a run; images that cannot be read are left out."""
+    return [*neighboring_frames(lists, spec), *mismatched_masks(lists.labeled, spec)]
+
+
+def few_steps(lists: Lists, epoch_of: str, epochs: int, steps: int, batch_size: int) -> list[str]:
+    """A warning if a run of so many steps per epoch has few steps in all, or never uses some labeled images."""
+    total, unused = steps * epochs, len(lists.labeled) - steps * epochs * batch_size
+    if total >= FEW_STEPS and unused <= 0:
+        return []
+    length = len(getattr(lists, epoch_of)) or len(lists.labeled)
+    never = f"; {unused} of {len(lists.labeled)} labeled images are never used" if unused > 0 else ""
+    other = " or set epoch_of=labeled" if epoch_of == "unlabeled" and len(lists.labeled) > length else ""
+    return [f"only {total} steps in all, {epochs} passes over {length} {epoch_of} images{never}: raise epochs{other}"]
+
+
+def neighboring_frames(lists: Lists, spec: DatasetSpec) -> list[str]:
+    """A warning if val images are frames of videos of which training images are frames, too.
+
+    They are if their numbers are near, and if images with near numbers look more alike than others do.
+    """
+    train: dict[tuple[Path, str, str], dict[int, Sample]] = defaultdict(dict)
+    for sample in (*lists.labeled, *lists.unlabeled):
+        if (place := frame_number(sample.image)) is not None:
+            train[place[0]][place[1]] = sample
+    pairs = []
+    for sample in lists.val:
+        if (place := frame_number(sample.image)) is None or not train[place[0]]:
+            continue
+        nearest = min(train[place[0]], key=lambda number: abs(number - place[1]))
+        if abs(nearest - place[1]) <= FRAMES:
+            pairs.append((sample, train[place[0]][nearest]))
+    if len(pairs) < max(3, len(lists.val) / 10):
+        return []
+    some = pairs[:: -(-len(pairs) // OPENED)]
+    read = [small for pair in some if len(small := read_each(pair, lambda s: tiny_image(s, spec))) == 2]
+    if len(read) < 3:
+        return []
+    val, near = map(np.array, zip(*read, strict=True))
+    others = [np.abs(val - np.roll(near, shift, axis=0)).mean() for shift in range(1, len(near))]
+    if np.abs(val - near).mean() > 0.75 * np.median(others):
+        return []
+    sample, neighbor = pairs[0]
+    return [
+        f"{len(pairs)} of {len(lists.val)} val images seem to be frames within {FRAMES} frames of a training image, "
+        f"such as {sample.image} and {neighbor.image}: the score is too good. Draw whole videos for evaluation: splits "
+        "make --val SIZE --group REGEX"
+    ]
+
+
+def frame_number(image: Path) -> tuple[tuple[Path, str, str], int] | None:
+    """The video of a frame (folder, name before and after the last number) and its number; None without a number."""
+    found = re.fullmatch(r"(.*?)(\d{1,18})(\D*)", image.stem)
+    return found and ((image.parent, found[1], found[3]), int(found[2]))
+
+
+def tiny_image(sample: Sample, spec: DatasetSpec) -> np.ndarray:
+    """16 x 16 pixels, float."""
+    return cv2.resize(read_image(sample.image, spec.images), (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
+
+
+def mismatched_masks(labeled: Sequence[Sample], spec: DatasetSpec) -> list[str]:
+    """A warning if the borders of masks lie on edges of their images no more than on those of other images."""
+    samples = sorted(labeled, key=lambda sample: sample.image)[:OPENED]  # neighbors: a list may be shifted by one
+    read = read_each(samples, lambda sample: edges_and_borders(sample, spec))
+    if len(read) < 8:
+        return []
+    edges, borders = zip(*read, strict=True)
+    table = np.array([[edge[border].mean() for edge in edges] for border in borders])  # (mask, image)
+    own = table.diagonal()
+    first, last = samples[0].image, samples[-1].image
+    for shift in (1, -1):
+        other = np.diagonal(table, shift)
+        if t_value(other - (own[:-1] if shift == 1 else own[1:])) > 3:
+            place = "next" if shift == 1 else "previous"
+            return [
+                f"masks of {first} to {last} fit the edges of the {place} image better than those of their own: is "
+                "the list of masks shifted by one?"
+            ]
+    rest = (table.sum(1) - own) / (len(own) - 1)
+    if t_value(own - rest) > 2:
+        return []
+    return [
+        f"the borders in the masks of {first} to {last} lie on edges of their images no more than on edges of the "
+        f"other images ({own.mean():.2f} and {rest.mean():.2f} of the mean gradient): do masks belong to their images?"
+    ]
+
+
+def edges_and_borders(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Of a sample at SIDE x SIDE: gradient of the image relative to its mean, and where the mask changes (bool).
+
+    Raises:
+        UserError: unreadable, or the image or the mask has one value everywhere.
+    """
+    image, mask = read_pair(sample, spec)
+    image = cv2.GaussianBlur(cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32), (0, 0), 1)
+    gradient = np.hypot(cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1))
+    gradient = gradient.reshape(SIDE, SIDE, -1).sum(2)
+    mask = cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
+    inner = (slice(1, -1), slice(1, -1))  # of the frame, where padding makes edges
+    border = np.zeros(mask.shape, bool)
+    for axis in (0, 1):
+        for step in (1, -1):
+            border[inner] |= (mask != np.roll(mask, step, axis))[inner]
+    if not border.any() or not gradient.any():
+        raise UserError(f"{sample.image}: nothing to compare")
+    return gradient / gradient.mean(), border
+
+
+def t_value(differences: np.ndarray) -> float:
+    """Mean of the differences in units of its standard error."""
+    return float(differences.mean() / max(differences.std(ddof=1) / np.sqrt(len(differences)), 1e-9))
+
+
+def read_each(samples: Sequence[Sample], read: Callable[[Sample], Any]) -> list[Any]:
+    """What `read` makes of the samples that can be read."""
+    results = []
+    for sample in samples:
+        try:
+            results.append(read(sample))
+        except UserError:
+            pass  # reported with all unreadable files
+    return results
