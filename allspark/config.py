@@ -107,6 +107,7 @@ class DataConfig:
     labeled_id_path: str | None = option(None, "list of labeled images, instead of a split")
     unlabeled_id_path: str | None = option(None, "list of unlabeled images, instead of a split")
     val_id_path: str | None = option(None, "list of validation images; null: splits/<dataset>/val.txt")
+    allow_overlap: bool = option(False, "train although some labeled images are validation images, too", runtime=True)
     scale_range: tuple[float, float] = option(
         (0.5, 2.0), "smallest and largest factor of the random resize", low=0.01, high=100
     )

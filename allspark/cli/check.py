@@ -15,6 +15,7 @@ from allspark.build import build_loader, build_method, check_schedule
 from allspark.config import Recipe
 from allspark.data.audit import AuditReport, audit, select_hidden
 from allspark.data.datasets import spec_for
+from allspark.data.plausibility import doubts, few_steps
 from allspark.data.spec import DatasetSpec
 from allspark.data.splits import Lists, describe_lists, resolve
 from allspark.device import choose_device
@@ -48,6 +49,9 @@ def main(args: argparse.Namespace) -> None:
         if not found.problems or recipe.data.cache == "none":  # building a cache would report the same problems
             loader = build_loader(recipe, lists, spec, method.views)
             found.notes += batch_notes(recipe, recipe_without_overrides(args), loader.steps_per_epoch, args.processes)
+            found.warnings += few_steps(
+                lists, recipe.epoch_of, recipe.epochs, loader.steps_per_epoch, recipe.batch_size
+            )
             found.notes += recipe_args.changes(args, recipe)
     if args.data_only:
         return print_findings(found)
@@ -79,6 +83,7 @@ def print_findings(found: AuditReport) -> None:
 def data_findings(recipe: Recipe, spec: DatasetSpec, lists: Lists, quick: bool) -> AuditReport:
     """Origin of the lists and content of their files."""
     found = audit(recipe.data, spec, lists, QUICK_FILES if quick else None)
+    found.warnings += doubts(lists, spec)
     for line in (*describe_lists(lists, spec), *select_hidden(lists, spec, recipe.evaluation.pseudo_labels)[1]):
         warning = line.removeprefix("WARNING: ")
         (found.notes if warning == line else found.warnings).append(warning)

@@ -56,6 +56,8 @@ def build(args: argparse.Namespace) -> None:
 
 
 def make(args: argparse.Namespace) -> None:
+    if args.write_recipe and args.config is None:
+        raise UserError("--write-recipe: needs --config FILE; with --dataset train with --split NAME")
     data = data_config(args)
     spec = spec_for(data)
     root = find_data(data, spec)
@@ -118,8 +120,6 @@ def use_lists(args: argparse.Namespace, data: DataConfig, out: Path, split: str,
     if val and not (usual and data.val_id_path is None and (data.custom is None or data.custom.val_images is None)):
         keys["val_id_path"] = str(out / "val.txt")
     if args.write_recipe:
-        if args.config is None:
-            raise UserError("--write-recipe: needs --config FILE; with --dataset train with --split NAME")
         set_data_keys(Path(args.config), keys)
         print(f"{args.config}: now uses these lists")
         return

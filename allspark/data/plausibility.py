@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -54,11 +55,11 @@ def neighboring_frames(lists: Lists, spec: DatasetSpec) -> list[str]:
         nearest = min(train[place[0]], key=lambda number: abs(number - place[1]))
         if abs(nearest - place[1]) <= FRAMES:
             pairs.append((sample, train[place[0]][nearest]))
-    if len(pairs) < max(3, len(lists.val) / 10):
+    if len(pairs) < max(6, len(lists.val) / 10):
         return []
     some = pairs[:: -(-len(pairs) // OPENED)]
     read = [small for pair in some if len(small := read_each(pair, lambda s: tiny_image(s, spec))) == 2]
-    if len(read) < 3:
+    if len(read) < 6:
         return []
     val, near = map(np.array, zip(*read, strict=True))
     others = [np.abs(val - np.roll(near, shift, axis=0)).mean() for shift in range(1, len(near))]
@@ -117,7 +118,9 @@ def edges_and_borders(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np
         UserError: unreadable, or the image or the mask has one value everywhere.
     """
     image, mask = read_pair(sample, spec)
-    image = cv2.GaussianBlur(cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32), (0, 0), 1)
+    image = cv2.GaussianBlur(
+        cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32), (0, 0), 1
+    )
     gradient = np.hypot(cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1))
     gradient = gradient.reshape(SIDE, SIDE, -1).sum(2)
     mask = cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
@@ -140,8 +143,6 @@ def read_each(samples: Sequence[Sample], read: Callable[[Sample], Any]) -> list[
     """What `read` makes of the samples that can be read."""
     results = []
     for sample in samples:
-        try:
+        with contextlib.suppress(UserError):  # reported with all unreadable files
             results.append(read(sample))
-        except UserError:
-            pass  # reported with all unreadable files
     return results

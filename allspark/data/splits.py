@@ -224,12 +224,30 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
         if problems is None:
             raise
         problems.append(str(error))
+    if not data.allow_overlap and (overlap := describe_overlap(labeled, val)):
+        if problems is None:
+            raise UserError(overlap)
+        problems.append(overlap)
     if from_folder:  # which may hold the masks as well
         masks = {entry.sample.mask for entry in (*labeled, *val)}
         unlabeled = [entry for entry in unlabeled if entry.sample.image not in masks]
     name = data.labeled_id_path or data.split or "folders"
     lists = build_lists(labeled, unlabeled or [], val, name, root, check=problems is None)
     return replace(lists, left_out=tuple(find_left_out(custom, root, lists)))
+
+
+def describe_overlap(labeled: Sequence[Entry], val: Sequence[Entry]) -> str | None:
+    """What is wrong if images are both labeled and val; None if no image is."""
+    train = {entry.sample.image: entry.source for entry in labeled}
+    both = [entry for entry in val if entry.sample.image in train]
+    if not both:
+        return None
+    image = both[0].sample.image
+    return (
+        f"{len(both)} of {len(val)} val images are also labeled images, such as {image} ({both[0].source} and "
+        f"{train[image]}): the score would be that of training images. Use lists that belong together (was --split "
+        "NAME or data.split forgotten?), or set data.allow_overlap=true"
+    )
 
 
 def train_entries(data: DataConfig, kind: str, spec: DatasetSpec, root: Path, splits_root: Path) -> list[Entry] | None:
@@ -254,11 +272,9 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
     remedy = fetch_hint(spec.splits, None, "val") if data.val_id_path is None else ""
     if custom is not None and data.val_id_path is None:
-        make = (
-            f"--train {custom.labeled_images or 'LIST'} --masks {custom.labeled_masks or 'DIR'} --val 1_5 --sizes 1_8"
-        )
+        train = "" if custom.labeled_images else "--train LIST "
         remedy = "Set data.custom.val_images and val_masks, or create it from your images, together with a split: "
-        remedy += f"python -m allspark splits make --config FILE {make}"
+        remedy += f"python -m allspark splits make --config FILE {train}--val 1_5 --write-recipe"
     return read_entries(require_file(path, key, remedy), root, spec.mask_path)
 
 

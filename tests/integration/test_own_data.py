@@ -326,9 +326,88 @@ def words(command, option):
     return command[command.index(option) + 1]
 
 
+def test_labeled_and_unlabeled_folder(place, capsys, tmp_path):
+    """The commonest layout, one folder of each and nothing to evaluate on: one command, and the recipe is complete."""
+    recipe = yaml.safe_load(place.config.read_text(encoding="utf-8"))
+    custom = recipe["data"]["custom"]
+    del custom["val_images"], custom["val_masks"]
+    text = yaml.safe_dump(recipe, sort_keys=False).replace("data:\n", "data:  # ours\n\n  # all photos\n")
+    place.config.write_text(f"{text}# the end\n", encoding="utf-8")
+    assert run_main(main, ["check", "--config", str(place.config), "--data-only"]) == 2
+    assert "splits make --config FILE --val 1_5 --write-recipe" in capsys.readouterr().err
+    make = ["splits", "make", "--config", str(place.config), "--val", "1_4", "--out", str(tmp_path / "lists")]
+    main(make)
+    shown = yaml.safe_load(capsys.readouterr().out.partition("add --write-recipe:\n")[2])
+    main([*make, "--force", "--write-recipe"])
+    main([*make, "--force", "--write-recipe"])  # again: the keys are replaced
+    written = place.config.read_text(encoding="utf-8")
+    assert yaml.safe_load(written) == {**recipe, "data": {**recipe["data"], **shown["data"]}}
+    assert written.replace(yaml.safe_dump(shown).partition("\n")[2], "") == f"{text}# the end\n"
+    lists = resolve(load_config(place.config).data)
+    assert [len(lists.labeled), len(lists.unlabeled), len(lists.val)] == [3, 6, 1]
+    assert not {sample.image for sample in lists.val} & {sample.image for sample in (*lists.labeled, *lists.unlabeled)}
+    place.config.write_text(text.replace("data:  # ours", "'data':"), encoding="utf-8")
+    assert run_main(main, [*make, "--force", "--write-recipe"]) == 2
+    assert "cannot be edited; write below data: labeled_id_path: " in capsys.readouterr().err
+
+
+def test_doubtful_lists(check, place):
+    """Few steps, masks of the next image, frames of a video on both sides; and none of that for what is in order."""
+    rng, root = np.random.default_rng(0), place.root
+    custom = {"classes": ["out", "in"], "labeled_images": "b", "labeled_masks": "m", "unlabeled_images": "u"}
+    custom |= {"val_images": "c", "val_masks": "m"}
+    recipe = yaml.safe_load(place.config.read_text())
+    recipe["data"] |= {"custom": custom, "dataset": "doubts"}
+    place.config.write_text(yaml.safe_dump(recipe))
+    for folder in "bcmusv":
+        (root / folder).mkdir()
+    for index in range(24):
+        mask = np.zeros((64, 80), np.uint8)
+        y, x = rng.integers(0, 40, 2)
+        mask[y : y + 20, x : x + 24] = 1
+        image = rng.integers(0, 60, (64, 80, 3)) + 120 * mask[..., None] + rng.integers(0, 60)
+        for folder, pixels in (("b", image), ("m", mask), ("u", image), *[("c", image)] * (index < 4)):
+            Image.fromarray(pixels.astype(np.uint8)).save(root / folder / f"{index:02}.png")
+    warnings = [line for line in check("--data-only", "epochs=40")[1] if line.startswith("WARNING")]
+    assert not any(word in line for line in warnings for word in ("edges", "frames", "steps in all"))
+
+    out = check("--data-only", "epochs=2")[1]
+    assert any("only 24 steps in all, 2 passes over 24 unlabeled images: raise epochs" in line for line in out)
+    for path in sorted((root / "u").iterdir())[3:]:
+        path.unlink()
+    out = check("--data-only", "epochs=10")[1]
+    told = "only 10 steps in all, 10 passes over 3 unlabeled images; 4 of 24 labeled images are never used: raise"
+    assert any(told in line and line.endswith("or set epoch_of=labeled") for line in out)
+
+    pairs = [f"b/{index:02}.png m/{(index + 1) % 24:02}.png\n" for index in range(24)]
+    (root / "shifted.txt").write_text("".join(pairs))
+    shifted = f"data.labeled_id_path={root}/shifted.txt"
+    assert any("is the list of masks shifted by one?" in line for line in check("--data-only", shifted)[1])
+    (root / "shuffled.txt").write_text("".join(f"b/{i:02}.png m/{(7 * i + 5) % 24:02}.png\n" for i in range(24)))
+    shuffled = f"data.labeled_id_path={root}/shuffled.txt"
+    assert any("do masks belong to their images?" in line for line in check("--data-only", shuffled)[1])
+
+    scene = np.cumsum(rng.integers(-9, 10, (64, 400, 3)), axis=1) + 128  # a camera that turns
+    for frame in range(60):
+        view = scene[:, 4 * frame : 4 * frame + 80].clip(0, 255).astype(np.uint8)
+        Image.fromarray(view).save(root / f"s/f{frame}.png")
+        shutil.copy(root / "m/00.png", root / f"v/f{frame}.png")
+    for kind, val, labeled in (("near", range(0, 60, 5), range(1, 60, 5)), ("far", range(45, 60), range(0, 12))):
+        lists = {"val": val, "labeled": labeled}
+        for name, chosen in lists.items():
+            (root / f"{name}.txt").write_text("".join(f"s/f{f}.png v/f{f}.png\n" for f in chosen))
+        options = [f"data.{name}_id_path={root}/{name}.txt" for name in lists]
+        found = [line for line in check("--data-only", *options)[1] if "frames within 30 frames" in line]
+        assert len(found) == (kind == "near")
+        assert kind == "far" or ("12 of 12 val images" in found[0] and "--group" in found[0])
+
+
 def test_images_without_mask_are_unlabeled(place, capsys, tmp_path):
     """One folder of images, one of masks for some of them: then all of these may be labeled."""
     (place.root / "masks/labeled/labeled1.png").unlink()
+    recipe = yaml.safe_load(place.config.read_text(encoding="utf-8"))
+    del recipe["data"]["custom"]["unlabeled_images"]
+    place.config.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     make = ["splits", "make", "--config", place.config, "--train", "images/labeled", "--masks", "masks/labeled"]
     main([*map(str, make), "--sizes", "3,1", "--out", str(tmp_path / "lists")])
     assert "1 images have no mask, such as " in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -131,7 +132,13 @@ def test_resolve_split(data, tmp_path):
 def test_lists_by_path_override_split(data, tmp_path):
     (tmp_path / "own.txt").write_text("train/001.jpg train_masks/001.png\n")
     own = str(tmp_path / "own.txt")
-    lists = resolve(replace(data, labeled_id_path=own, val_id_path=own), tmp_path / "splits")
+    twice = replace(data, labeled_id_path=own, val_id_path=own)
+    with pytest.raises(UserError, match="1 of 1 val images are also labeled images, such as .*allow_overlap"):
+        resolve(twice, tmp_path / "splits")
+    problems = []
+    resolve(twice, tmp_path / "splits", problems)
+    assert len(problems) == 1 and "also labeled images" in problems[0]
+    lists = resolve(replace(twice, allow_overlap=True), tmp_path / "splits")
     assert (len(lists.labeled), len(lists.unlabeled), len(lists.val), lists.name) == (1, 9, 1, own)
     lists = resolve(replace(data, split="gone", labeled_id_path=own, unlabeled_id_path=own), tmp_path / "splits")
     assert len(lists.unlabeled) == 1 and lists.unlabeled[0].mask is None
@@ -397,7 +404,35 @@ def test_make_draws_images_not_lines(make, tmp_path, capsys):
         run_verb(*make, str(tmp_path / "twice.txt"), "--force")
 
 
+def test_make_holds_out_whole_groups(tmp_path, capsys):
+    """Frames of five videos; of the drawn ones no frame is left to train on, with or without a mask."""
+    root = tmp_path / "voc"
+    write_images(tmp_path / "made", "JPEGImages", 12, "SegmentationClass")
+    for folder, suffix, count in (("JPEGImages", "jpg", 12), ("SegmentationClass", "png", 8)):
+        (root / folder).mkdir(parents=True)
+        for video, frame in itertools.product("abcde", range(count)):
+            made = tmp_path / "made" / folder / f"{frame:03}.{suffix}"
+            shutil.copy(made, root / folder / f"{video}_{frame}.{suffix}")
+    words = ["make", "--dataset", "pascal", "--data-root", str(root), "--train", "JPEGImages", "--masks"]
+    words += ["SegmentationClass", "--val", "1_3", "--sizes", "4", "--group", "([a-z])_[0-9]+", "--out"]
+    run_verb(*words, str(tmp_path / "out"))
+    assert "2 groups to evaluate on" in capsys.readouterr().out
+    read = {x: read_list(tmp_path / "out" / f"{x}.txt", root) for x in ("val", "4/labeled", "4/unlabeled")}
+    videos = {kind: {sample.image.name[0] for sample in samples} for kind, samples in read.items()}
+    assert len(read["val"]) == 16 and len(videos["val"]) == 2  # of 40, a third is 14
+    assert not videos["val"] & (videos["4/labeled"] | videos["4/unlabeled"])
+    assert len(read["4/labeled"]) + len(read["4/unlabeled"]) == 3 * 12
+    for pattern, told in (("(", "not a regular"), ("x", "does not match"), ("[.]jpg", "are one group")):
+        with pytest.raises(UserError, match=told):
+            run_verb(*words, str(tmp_path / "other"), "--group", pattern)
+    assert not (tmp_path / "other").exists()
+
+
 def test_make_errors(make, tmp_path):
+    with pytest.raises(UserError, match="--write-recipe: needs --config"):
+        run_verb(*make, "x", "--write-recipe")
+    with pytest.raises(UserError, match="--group: .* add --val"):
+        run_verb(*make, str(tmp_path / "train.txt"), "--group", "x")
     with pytest.raises(UserError, match="nope.txt: this list does not exist.*--train"):
         run_verb(*make, "nope.txt")
     with pytest.raises(UserError, match="'nope'"):
