@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import train
@@ -13,18 +14,20 @@ from allspark.data.batch import normalize
 from allspark.engine.optim import build_optimizer
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student
 from allspark.models.timm_encoder import TimmEncoder
 from allspark.utils.errors import UserError, run_main
 from allspark.weights.loading import load_pretrained
+from helpers.networks import CASES, CLASSES, CROP, FIRST, assert_numbers, make_method, random_batches
 
-CLASSES, CROP = 3, 65
 PYRAMIDS = ("test_convnext", "test_resnet", "test_mambaout")  # maps of 4 levels, of 5 levels, channels last
 VITS = ("test_vit", "test_vit3")
 
 
 def make_model(name, bottleneck="none", **options):
     torch.manual_seed(0)
-    config = ModelConfig(encoder=f"timm:{name}", bottleneck=BottleneckConfig(name=bottleneck), decoder_channels=16)
+    bottleneck = BottleneckConfig(name=bottleneck) if isinstance(bottleneck, str) else bottleneck
+    config = ModelConfig(encoder=f"timm:{name}", bottleneck=bottleneck, decoder_channels=16)
     return build_model(ModelConfig(**{**vars(config), **options}), CLASSES, CROP)
 
 
@@ -73,6 +76,52 @@ def test_patch_size_14():
     assert [tuple(feature.shape[-2:]) for feature in encoder(torch.randn(1, 3, 57, 84))] == [
         (24, 24), (12, 12), (6, 6), (3, 3)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "bottleneck"), CASES)
+def test_every_method_trains_a_vit_with_dpt(method, bottleneck):
+    model = make_model("test_vit", bottleneck, decoder="dpt", dropout=0.0)
+    method = make_method(method)
+    method.attach(model)
+    losses = method.losses(Student(model.train(), read_memory=True), *random_batches(method), FIRST)
+    losses["loss"].backward()
+    assert_numbers(losses, model)
+
+
+@pytest.mark.parametrize(("decoder", "fit"), [("mlp", "pad"), ("mlp", "resize"), ("dpt", "pad")])
+def test_bottleneck_on_the_tokens(decoder, fit):
+    """Of a crop of 65 in patches of 16: padded to 96 = 6 patches for a pyramid, to 80 for DPT, resized to 64."""
+    model = make_model("test_vit", BottleneckConfig(name="allspark", place="tokens"), decoder=decoder, fit=fit)
+    cells = {("mlp", "pad"): 6, ("mlp", "resize"): 4, ("dpt", "pad"): 5}[decoder, fit]
+    seen = []
+    model.bottleneck.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = torch.randn(4, 3, CROP, CROP)
+    output = model.train()(images, cross=CrossBatch(2, torch.randn(2, CLASSES, CROP, CROP), True))
+    output.logits.square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert seen[0].shape == (4, 64, cells, cells) and output.logits.shape == (4, CLASSES, CROP, CROP)
+    model.eval()
+    with torch.no_grad():  # no image depends on another
+        torch.testing.assert_close(model(images).logits[1:2], model(images[1:2]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_bottleneck_on_the_tokens_needs_a_vit():
+    with pytest.raises(UserError, match="place=tokens with model.encoder=timm:test_resnet: only a plain ViT"):
+        make_model("test_resnet", BottleneckConfig(name="allspark", place="tokens"))
+
+
+@torch.no_grad()
+def test_fit_resizes_to_the_nearest_multiple():
+    model = make_model("test_vit", fit="resize").eval()
+    image = torch.randn(1, 3, 70, 113)
+    small = F.interpolate(image, (64, 128), mode="bilinear", align_corners=True)
+    expected = F.interpolate(model(small).logits, (70, 113), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(model(image).logits, expected)
+
+
+def test_dpt_needs_a_vit():
+    with pytest.raises(UserError, match="needs four layers of a plain ViT.*such as model.encoder=dinov2_small"):
+        make_model("test_convnext", decoder="dpt")
 
 
 @torch.no_grad()
