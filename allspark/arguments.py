@@ -459,7 +459,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     what = "download pretrained weights of an encoder from the first public mirror that has them, and convert them"
     fetch = verbs.add_parser("fetch", help=what, description=f"{what}.")
     fetch.add_argument("name", metavar="NAME", help=f"one of {', '.join(PUBLISHED)}")
-    fetch.add_argument("--out", type=path, metavar="DST", help="default: pretrained_weights/NAME.pth")
+    fetch.add_argument(
+        "--out",
+        type=path,
+        metavar="DST",
+        help="default: pretrained_weights/NAME.pth, with timm's name of the network if it is one of timm",
+    )
     fetch.add_argument(
         "--from",
         dest="sources",

