@@ -1,8 +1,9 @@
 """Decoded images and masks in memory-mapped files, written once and shared by workers, processes and runs.
 
 The folder data.cache holds one folder for the images and one for the masks of a data set, each with the file `pixels`
-(the decoded values, one file after the other) and index.json (path, size and time of change of each file). When a file
-changes, another folder is written, so that processes which have the old one open can go on.
+(the decoded values, one file after the other) and index.json (path, size and time of change of each file, and a
+checksum of its values). When a file changes, another folder is written, so that processes which have the old one open
+can go on.
 Where bad samples may be skipped, files that cannot be decoded are left out of the cache.
 """
 
@@ -14,12 +15,15 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -46,13 +50,14 @@ class SampleReader:
 
     def image(self, path: Path) -> np.ndarray:
         """As read_image."""
-        return self.images[path] if self.images and path in self.images else read_image(path, self.spec.images)
+        cached = self.images.get(path) if self.images else None
+        return read_image(path, self.spec.images) if cached is None else cached
 
     def pair(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """As read_pair."""
         image = self.image(sample.image)
-        cached = self.masks and sample.mask in self.masks
-        mask = self.masks[sample.mask][..., 0] if cached else read_mask(sample.mask, self.spec)
+        cached = self.masks.get(sample.mask) if self.masks else None
+        mask = read_mask(sample.mask, self.spec) if cached is None else cached[..., 0]
         check_same_size(sample, image, mask)
         return image, mask
 
@@ -86,21 +91,39 @@ def open_reader(
     )
 
 
+class Place(NamedTuple):
+    """Where the values of a file lie in `pixels`, and their CRC-32."""
+
+    offset: int
+    height: int
+    width: int
+    crc: int
+
+
 class DecodedCache:
     """The decoded files of a cache folder by path, read-only: (H, W, C) uint8; masks have one channel."""
 
-    def __init__(self, folder: Path, channels: int, places: dict[str, tuple[int, int, int]]) -> None:
-        self.folder, self.channels = folder, channels
-        self.places = places  # path -> offset, height, width
+    def __init__(self, folder: Path, channels: int, places: dict[str, Place]) -> None:
+        self.folder, self.channels, self.places = folder, channels, places
         self.pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r"))
+        self.intact: dict[str, bool] = {}  # path -> whether its values have their checksum, computed at first use
 
-    def __contains__(self, path: Path) -> bool:
-        return str(path) in self.places
-
-    def __getitem__(self, path: Path) -> np.ndarray:
-        offset, height, width = self.places[str(path)]
-        end = offset + height * width * self.channels
-        return self.pixels[offset:end].reshape(height, width, self.channels)
+    def get(self, path: Path) -> np.ndarray | None:
+        """The values of a file; None if they are not in the cache, or damaged."""
+        name = str(path)
+        if name not in self.places:
+            return None
+        offset, height, width, crc = self.places[name]
+        values = self.pixels[offset : offset + height * width * self.channels]
+        if name not in self.intact:
+            self.intact[name] = zlib.crc32(values) == crc
+            if not self.intact[name]:
+                print(
+                    f"WARNING: {self.folder}: the values of {path} are damaged, the file itself is read; delete the "
+                    "folder to have it written again",
+                    file=sys.stderr,
+                )
+        return values.reshape(height, width, self.channels) if self.intact[name] else None
 
     def __reduce__(self) -> tuple:
         """Workers that are not forked map the file themselves, instead of receiving gigabytes."""
@@ -131,7 +154,8 @@ def open_cache(
                     shutil.rmtree(folder, ignore_errors=True)
                     index = build_cache(folder, paths, files, read, channels, skip)
         offsets = np.cumsum([0] + [height * width * channels for height, width in index.shapes]).tolist()
-        places = {str(path): (offset, *shape) for path, offset, shape in zip(paths, offsets, index.shapes)}
+        rows = zip(paths, offsets, index.shapes, index.crcs)
+        places = {str(path): Place(offset, *shape, crc) for path, offset, shape, crc in rows}
         for number in index.bad:
             del places[str(paths[number])]
         return DecodedCache(folder, channels, places)
@@ -141,9 +165,10 @@ def open_cache(
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """(height, width) of each file, and the indices of files that could not be decoded, whose place is empty."""
+    """(height, width) and CRC-32 of each file; indices of files that could not be decoded, whose place is empty."""
 
     shapes: list[tuple[int, int]]
+    crcs: list[int]
     bad: list[int]
 
 
@@ -177,12 +202,15 @@ def read_index(folder: Path, files: list[list], channels: int) -> CacheIndex | N
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         shapes = [(int(height), int(width)) for height, width in index["shapes"]]
+        crcs = [int(crc) for crc in index["crcs"]]
         bad = [range(len(shapes))[number] for number in index.get("bad", [])]
         size = (folder / "pixels").stat().st_size
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    complete = len(shapes) == len(files) and size == sum(height * width * channels for height, width in shapes)
-    return CacheIndex(shapes, bad) if complete and index.get("files") == files else None
+    complete = len(shapes) == len(crcs) == len(files) and size == sum(
+        height * width * channels for height, width in shapes
+    )
+    return CacheIndex(shapes, crcs, bad) if complete and index.get("files") == files else None
 
 
 def build_cache(
@@ -209,7 +237,7 @@ def build_cache(
             os.truncate(pixels.fileno(), needed)  # full size even if the last files leave their places empty
             index = decode_all(pixels.fileno(), paths, shapes, read, channels, skip)
             os.fsync(pixels.fileno())
-        text = json.dumps({"files": files, "shapes": index.shapes, "bad": index.bad})
+        text = json.dumps({"files": files, **vars(index)})
         (temporary / "index.json").write_text(text, encoding="utf-8")
         temporary.rename(folder)
     except BaseException:
@@ -234,7 +262,7 @@ def decode_all(
 ) -> CacheIndex:
     """Decode in threads and write each file to its place."""
 
-    def decode(path: Path, shape: tuple[int, int], offset: int) -> tuple[int, int] | None:
+    def decode(path: Path, shape: tuple[int, int], offset: int) -> tuple[tuple[int, int], int] | None:
         try:
             array = read(path)
         except BadSample:
@@ -243,8 +271,9 @@ def decode_all(
             raise
         if array.size != shape[0] * shape[1] * channels:
             raise UserError(f"{path}: changed while it was read; start again when nothing writes to it")
-        write_at(file, memoryview(np.ascontiguousarray(array)).cast("B"), offset)
-        return array.shape[:2]
+        array = np.ascontiguousarray(array)
+        write_at(file, memoryview(array).cast("B"), offset)
+        return array.shape[:2], zlib.crc32(array)
 
     offsets = np.cumsum([0, *(height * width for height, width in shapes[:-1])]) * channels
     with ThreadPoolExecutor(THREADS) as pool:
@@ -257,8 +286,9 @@ def decode_all(
             pool.shutdown(cancel_futures=True)
             raise
     decoded = [task.result() for task in tasks]
-    bad = [number for number, shape in enumerate(decoded) if shape is None]
-    return CacheIndex([new or old for new, old in zip(decoded, shapes, strict=True)], bad)
+    bad = [number for number, each in enumerate(decoded) if each is None]
+    new_shapes, crcs = zip(*(each or (old, 0) for each, old in zip(decoded, shapes, strict=True)), strict=True)
+    return CacheIndex(list(new_shapes), list(crcs), bad)
 
 
 def write_at(file: int, data: memoryview, offset: int) -> None:

@@ -114,6 +114,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             raise
         if isinstance(error, MemoryError) or code in RESOURCE_ERRNOS:
             raise UserError(f"{path}: cannot be read, the machine is out of resources ({reason_of(error)})") from None
+        if code is not None:
+            raise BadSample(f"{path}: cannot be read ({error.strerror}); fix that or remove it from the list") from None
         if layout := tiff_layout(path):
             raise BadSample(
                 f"{path}: a TIFF of {layout}, which cannot be read; save images as RGB with 8 or 16 bits per channel, "
@@ -362,7 +364,9 @@ def read_16_bit_colors(image: Image.Image, path: Path, reading: ImageReading) ->
             f"{path}: a {size[0]} x {size[1]} image with 16 bits per channel, stored in a way that cannot "
             "be read; save it as 16-bit RGB PNG"
         )
-    colors, peak = reduce_to_8_bits([values[..., 2::-1]], reading.image_max, path)
+    parts = np.array_split(values, -(-values.size // STRIP))
+    colors, peak = reduce_to_8_bits((part[..., :3] for part in parts), reading.image_max, path)
+    colors = cv2.cvtColor(colors, cv2.COLOR_BGR2RGB)
     if values.shape[2] == 4:
         colors = np.dstack([colors, (values[..., 3] >> 8).astype(np.uint8)])
     return Image.fromarray(colors), peak

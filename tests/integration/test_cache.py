@@ -130,6 +130,20 @@ def test_damaged_cache_is_rebuilt(samples, tmp_path, harm):
     assert equal(opened(samples, tmp_path / "cache"), samples)
 
 
+def test_damaged_values_are_not_used(samples, tmp_path, capsys):
+    """The file itself is read in place of values without their checksum, and the folder named once."""
+    opened(samples, tmp_path / "cache")
+    for number, path in enumerate(sorted((tmp_path / "cache").glob("*/pixels"))):
+        data = bytearray(path.read_bytes())
+        data[20 + number : 300] = bytes(280 - number)
+        path.write_bytes(data)
+    capsys.readouterr()
+    files = opened(samples, tmp_path / "cache")
+    assert equal(files, samples) and equal(files, samples)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len(set(warnings)) >= 2 and all("delete the folder" in line for line in warnings)
+
+
 def test_spawned_workers_find_cache(samples, tmp_path):
     files = opened(samples, tmp_path / "cache")
     Image.fromarray(np.zeros((500, 500, 3), np.uint8)).save(tmp_path / "large.png")

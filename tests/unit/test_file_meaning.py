@@ -1,6 +1,8 @@
 """What image and mask files say they mean: palettes, bits, bands, ranges, orientation, pages; values against numpy."""
 
+import errno
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from allspark.data.image_io import load_image, read_image, read_mask
 from allspark.data.spec import ImageReading, Sample
 from allspark.data.survey import find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
+from allspark.utils.retry import retry_transient
 
 RNG = np.random.default_rng(3)
 TRUTH = RNG.integers(0, 4, (40, 48)).astype(np.uint8)
@@ -266,3 +269,53 @@ def test_masks_of_many_colors(tmp_path, photo):
     Image.fromarray(RNG.integers(0, 256, (300, 300, 3)).astype(np.uint8)).save(tmp_path / "m.png")
     (found,) = problems(spec(color_map={"0,0,0": 0}), (photo, tmp_path / "m.png"))
     assert "more than 4096 different colors" in found
+
+
+class UnreliablePath(type(Path())):
+    """A file on a storage whose first reads fail."""
+
+    failures: list[int] = []
+
+    def open(self, *args, **options):
+        if self.failures:
+            raise OSError(self.failures.pop(), "storage fails", str(self))
+        return super().open(*args, **options)
+
+
+def test_transient_errors_are_retried(photo):
+    path = UnreliablePath(photo)
+    path.failures[:] = [errno.ESTALE]
+    np.testing.assert_array_equal(read_image(path), PHOTO)
+    path.failures[:] = [errno.EACCES]
+    with pytest.raises(UserError, match=r"cannot be read \(storage fails\)"):
+        read_image(path)
+
+
+def test_retry():
+    errors, waits = [errno.EIO, errno.ETIMEDOUT, errno.ESTALE], (0, 0)
+
+    def read():
+        if errors:
+            raise OSError(errors.pop(), "")
+        return "content"
+
+    with pytest.raises(OSError):
+        retry_transient(read, waits)
+    errors[:] = [errno.EIO, errno.EIO]
+    assert retry_transient(read, waits) == "content"
+    errors[:] = [errno.ENOENT]
+    with pytest.raises(FileNotFoundError):
+        retry_transient(read, waits)
+    assert not errors
+
+
+def test_memory_of_large_16_bit_images(tmp_path):
+    """Little beside the image and the result: a file of half a megabyte may hold 250 megapixels."""
+    path = tmp_path / "large.png"
+    Image.fromarray(np.zeros((4100, 4100), np.uint16)).save(path)
+    tracemalloc.start()
+    try:
+        read_image(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 4100**2
+    finally:
+        tracemalloc.stop()
