@@ -132,7 +132,7 @@ def read_each(
                     yield to_checked_tensor(frame, path, check), f"{name}/{number:06d}"
             else:
                 image = load_image(path, reading)
-                if reading.image_max is None and 0 < image.peak < 2**15 and not dark:
+                if reading.image_max is None and 0 < (image.peak or 0) < 2**15 and not dark:
                     dark = True
                     print(
                         f"WARNING: {path}: 16 bits per channel but no value above {image.peak}; the checkpoint's "

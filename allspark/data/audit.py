@@ -15,7 +15,7 @@ from allspark.config import CustomDataConfig, DataConfig, Size, height_width, si
 from allspark.data.image_io import BadSample, format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from allspark.data.splits import Lists, make_exists_check, suggest_file
-from allspark.data.survey import SampleReport, find_contradictions, inspect_sample
+from allspark.data.survey import SampleReport, compare_bits, find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors
 from allspark.utils.progress import disable_bar
@@ -241,7 +241,9 @@ def report_illegal_values(
         return AuditReport()
     more = f" (and {len(illegal) - 1} more of {len(masks)} masks)" if len(illegal) > 1 else ""
     alike = [each for each in masks if each.mask.colored == illegal[0].mask.colored]
-    message = f"{illegal[0].illegal}{more}. {suggest_map(alike, spec, custom)}"
+    message = f"{illegal[0].illegal}{more}"
+    if not any(compare_bits(masks)):  # no map could be right for all
+        message += f". {suggest_map(alike, spec, custom)}"
     if all(each.kind in skip for each in illegal):
         return AuditReport(warnings=[f"{len(illegal)} labeled samples that training will replace: {message}"])
     return AuditReport(problems=[message])

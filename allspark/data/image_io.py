@@ -56,12 +56,12 @@ class ImageFile(NamedTuple):
 
     Args:
         pixels: (H, W, C) uint8, RGB if C is 3.
-        peak: largest stored value of a file with more than 8 bits per channel, else 0.
+        peak: largest stored value of a file with more than 8 bits per channel, else None.
         orientation: the EXIF orientation, 1 if the image needs no turning.
     """
 
     pixels: np.ndarray
-    peak: int
+    peak: int | None
     orientation: int
 
 
@@ -253,12 +253,12 @@ def decode_image(path: Path, reading: ImageReading) -> ImageFile:
         values = read_bands(path)
         if values.shape[2] != reading.channels:
             raise BadSample(f"{path}: has {values.shape[2]} channels, data.custom.channels={reading.channels}")
-        peak = 0
+        peak = None
         if values.dtype != np.uint8:
             values, peak = reduce_to_8_bits([values], reading.image_max, path)
         return ImageFile(values, peak, 1)
     with open_image(path) as image:
-        raw, orientation, peak = raw_mode(image), image.getexif().get(ORIENTATION, 1), 0
+        raw, orientation, peak = raw_mode(image), image.getexif().get(ORIENTATION, 1), None
         if image.mode == "F":
             raise BadSample(f"{path}: floating-point values have no fixed range; save it with 8 bits per channel")
         check_bands(image, path)

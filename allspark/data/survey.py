@@ -117,17 +117,20 @@ def count_values(mask: MaskFile, sample: Sample) -> Counter:
 
 def find_contradictions(reports: Sequence[SampleReport], spec: DatasetSpec) -> tuple[list[str], list[str]]:
     """What files that are good one by one leave open, or say differently from others -> problems, warnings."""
-    masks = [each for each in reports if each.values]
+    # A file of several lists counts once
+    masks = list({each.sample.mask: each for each in reports if each.values}.values())
+    images = list({each.sample.image: each for each in reports if each.image}.values())
     problems = [*compare_bits(masks), *compare_palettes(masks, spec)]
-    questions = [*check_ranges(reports, spec), *check_orientations(reports, spec)]
+    questions = [*check_ranges(images, spec), *check_orientations(masks, spec)]
     warnings = []
     if not spec.is_custom:  # the answers are keys of data.custom
         problems, warnings, questions = [], [*problems, *questions], []
-    brighter = [each for each in reports if each.image and each.image.peak > (spec.images.image_max or 65535)]
+    white = spec.images.image_max or 65535
+    brighter = [each for each in images if (each.image.peak or 0) > white]
     if brighter:
         most = max(brighter, key=lambda each: each.image.peak)
         warnings.append(
-            f"{len(brighter)} images have values above data.custom.image_max={spec.images.image_max}, which become "
+            f"{len(brighter)} images have values above data.custom.image_max={white}, which become "
             f"white, such as {most.image.peak} in {most.sample.image}"
         )
     transparent = [each for each in masks if each.mask.transparent]
@@ -190,30 +193,34 @@ def compare_palettes(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterat
         )
 
 
-def check_ranges(reports: Sequence[SampleReport], spec: DatasetSpec) -> Iterator[str]:
+def check_ranges(images: Sequence[SampleReport], spec: DatasetSpec) -> Iterator[str]:
     """Whether white is known of images with more than 8 bits per channel."""
-    images = [each for each in reports if each.image]
-    deep = [each for each in images if each.image.peak]
+    deep = sorted((each for each in images if each.image.peak is not None), key=lambda each: each.image.peak)
     if not deep or spec.images.image_max is not None:
         return
-    most = max(deep, key=lambda each: each.image.peak)
-    likely = next((value for value in RANGES if value >= most.image.peak), 65535)
-    remedy = f"set data.custom.image_max to the value of white, such as {likely}"
-    if most.image.peak <= 65535 // 2:
+    most, least = deep[-1], next((each for each in deep if each.image.peak), deep[-1])  # not an all black one
+    peak = most.image.peak
+    remedy = f"set data.custom.image_max to the value of white, such as {next((x for x in RANGES if x >= peak), 65535)}"
+    if peak <= 65535 // 2:
         yield (
-            f"{len(deep)} of {len(images)} images have 16 bits per channel but no value above {most.image.peak} "
+            f"{len(deep)} of {len(images)} images have 16 bits per channel but no value above {peak} "
             f"({most.sample.image}); {remedy}"
         )
-    elif shallow := [each for each in images if not each.image.peak]:
+    elif least.image.peak <= peak // 8:
+        yield (
+            f"images with 16 bits per channel differ in their range: values up to {least.image.peak} in "
+            f"{least.sample.image}, up to {peak} in {most.sample.image}; {remedy}"
+        )
+    elif shallow := [each for each in images if each.image.peak is None]:
         yield (
             f"{len(deep)} images have 16 bits per channel, such as {deep[0].sample.image}, the others 8, such as "
             f"{shallow[0].sample.image}; {remedy}"
         )
 
 
-def check_orientations(reports: Sequence[SampleReport], spec: DatasetSpec) -> Iterator[str]:
+def check_orientations(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterator[str]:
     """Whether it is known if masks are turned like photos with an EXIF orientation; sizes tell for quarter turns."""
-    pairs = [each for each in reports if each.image and each.mask]
+    pairs = [each for each in masks if each.image]
     turned = [each for each in pairs if turn_of(each.image) != turn_of(each.mask)]
     if not turned or spec.images.orientation is not None:
         return

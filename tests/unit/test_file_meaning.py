@@ -201,6 +201,9 @@ def test_range_of_16_bit_images(tmp_path, most, channels):
         assert not problems(spec(image_max=most), (path,))
         Image.fromarray(PHOTO).save(tmp_path / "8.png")
         assert problems(spec(), (path,), (tmp_path / "8.png",))
+        cv2.imwrite(str(tmp_path / "full.png"), np.full((40, 48), 65535, np.uint16))
+        (found,) = problems(spec(), (path,), (tmp_path / "full.png",)) or [""]
+        assert ("differ in their range" in found) == (most < 65535)
 
 
 def test_bands(tmp_path):
