@@ -12,7 +12,7 @@
 # One task per GPU. A task uses the GPU with the number of its SLURM_LOCALID, or the only one it sees
 # (--gpus-per-task=1). Two nodes of eight GPUs:
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm_train.sh batch_size=16
-# Another recipe: change the three lines below, or set them: method=fixmatch split=1_4 sbatch scripts/slurm_train.sh
+# Another recipe: change the three lines below, or set them: method=imas split=1_4 sbatch scripts/slurm_train.sh
 # Your own recipe: sbatch scripts/slurm_train.sh --config my.yaml. Parallel runs need different folders:
 #   for seed in 0 1 2; do save_path=exp/voc/seed_$seed sbatch scripts/slurm_train.sh seed=$seed; done
 # Two minutes before the time limit, Slurm sends SIGUSR1: training finishes its step, saves and exits with code 75, and
@@ -21,7 +21,7 @@
 # Compute nodes often have no network: run scripts/setup.sh once on the login node.
 set -euo pipefail
 dataset=${dataset:-pascal}
-method=${method:-allspark}
+method=${method:-fixmatch} # which method: docs/methods.md
 split=${split:-1_8}
 recipe=(--dataset "$dataset" --method "$method" --split "$split" --save-path "${save_path:-exp/$dataset/$method/$split}")
 [[ " $* " != *" --config"[\ =]* ]] || recipe=(${save_path:+--save-path "$save_path"})

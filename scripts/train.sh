@@ -1,13 +1,13 @@
 #!/bin/sh
 # sh scripts/train.sh <num_gpu> <port> [train.py options and key.path=value ...]
-# Another recipe: change the three lines below, or set them: method=fixmatch split=1_4 sh scripts/train.sh 4 29500
+# Another recipe: change the three lines below, or set them: method=imas split=1_4 sh scripts/train.sh 4 29500
 # Your own recipe: sh scripts/train.sh 4 29500 --config my.yaml
 # 0 GPUs: one process on the CPU. Several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
 # A run stopped by Ctrl-C or kill has saved its state; the same command resumes it. With max_restarts=3 set, several
 # processes are restarted up to three times if one of them dies, and resume from the last checkpoint.
 set -eu
 dataset=${dataset:-pascal}
-method=${method:-allspark}
+method=${method:-fixmatch} # which method: docs/methods.md
 split=${split:-1_8}
 
 case ${1:-x}${2:-x} in *[!0-9]*)
@@ -31,6 +31,6 @@ case " $* " in
 esac
 case $num_gpu in
     0 | 1) exec python "$@" ;;
-    *) exec python -m torch.distributed.run --nproc_per_node="$num_gpu" --master_port="$port" \
+    *) exec python -m allspark.torchrun --nproc_per_node="$num_gpu" --master_port="$port" \
         --max-restarts="${max_restarts:-0}" "$@" ;;
 esac

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from allspark.config import ModelConfig
 from allspark.config_io import build_recipe, to_plain, without_absolute_paths
 from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
 from allspark.inference import load_for_inference, string_section
@@ -154,8 +155,9 @@ def inspect_weights(args: argparse.Namespace) -> None:
     own = load_checkpoint(args.file) if file.content.get("format") == FORMAT else None
     if own is not None:
         print(f"checkpoint of this code, {describe_origin(own, args.file)}")
-    print(f"license: {describe_license(digest)}")
-    encoder = "" if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model.encoder
+    model = None if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model
+    encoder = "" if model is None else model.encoder
+    print(f"license: {describe_license(digest) if model is None else license_of_trained(model)}")
     if encoder and not encoder.startswith(("mit_", "resnet", "dinov2")):
         names = "timm's" if encoder.startswith(PREFIX) else "its own"
         print(f"encoder {encoder}, with {names} tensor names; eval.py, predict and model.init_from accept it as it is")
@@ -203,6 +205,15 @@ def describe_license(digest: str) -> str:
             if mirror.digest is not None and f"sha256:{digest}".startswith(mirror.digest):
                 return f"{name} of {mirror.place}; {license_of(name)}"
     return f"unknown. For published MiT weights and everything trained from them: {MIT_LICENSE}"
+
+
+def license_of_trained(model: ModelConfig) -> str:
+    """License of the weights of a run of this code."""
+    started_from = [path for path in (model.init_from, model.pretrained) if path != "none"]
+    if not started_from:
+        return "yours to choose, as far as the training data allows: trained from random weights"
+    known = f"; published {model.encoder}: {license_of(model.encoder)}" if model.encoder in PUBLISHED else ""
+    return f"that of the weights it started from ({started_from[0]}){known}"
 
 
 def fetch_weights(args: argparse.Namespace) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import train
-from allspark.engine.checkpoint import check_position
+from allspark.engine.checkpoint import check_position, checkpoint_in
 from allspark.engine.run_lock import RunLock
 from allspark.engine.writers import read_metrics
+from allspark.inference import load_for_inference
 from allspark.run import prepare_folder
 from allspark.utils.errors import UserError, run_main
 from helpers.runs import load, without_speed
@@ -68,6 +69,18 @@ def test_best_checkpoint_without_latest(copy, finished):
         (run / name).unlink()
     assert run_main(train.main, words) == 0
     assert (run / "best.pth").read_bytes() == best and without_speed(run) == without_speed(finished.run)
+
+
+def test_checkpoint_of_a_run(finished, tmp_path):
+    """The folder stands for its last epoch, with best for the best one; a file for itself."""
+    steps = {name: load(finished.run / name)["step"] for name in ("latest.pth", "best.pth")}
+    for path, best, name in ((finished.run, False, "latest.pth"), (finished.run, True, "best.pth")):
+        assert load_for_inference(path, torch.device("cpu"), best=best).meta["step"] == steps[name]
+        assert checkpoint_in(finished.run / name) == finished.run / name
+    with pytest.raises(UserError, match="--best with .*best.pth: it chooses in the folder of a run"):
+        checkpoint_in(finished.run / "best.pth", best=True)
+    with pytest.raises(UserError, match=r"latest\.pth: no such checkpoint; give the folder of a run"):
+        load_for_inference(tmp_path, torch.device("cpu"))
 
 
 def test_results_without_checkpoints_stay(copy, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from allspark.cli.weights import license_of_trained
 from allspark.config import ModelConfig
 from allspark.config_io import build_recipe
 from allspark.data.datasets import spec_for
@@ -386,6 +387,10 @@ def test_inspect(source, call, tmp_path):
 def test_inspect_own(finished, call, tmp_path):
     said = call("inspect", finished.run / "best.pth")
     assert "checkpoint of this code" in said and "tiny" in said and "3 classes, decoder mlp with 32 channels" in said
+    assert "license: yours to choose" in said and "trained from random weights" in said and "NVIDIA" not in said
+    assert "(mine.pth); published mit_b0: NVIDIA" in license_of_trained(
+        ModelConfig(encoder="mit_b0", pretrained="mine.pth")
+    )
     call("import", finished.run / "best.pth", "--out", tmp_path / "ours.pth")
     assert "imported: format AllSpark, this code, file best.pth, sha256" in call("inspect", tmp_path / "ours.pth")
     torch.save({"format": "allspark-1", "model": {"encoder.norm": torch.zeros(1)}}, tmp_path / "stub.pth")

@@ -15,6 +15,7 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "device": set(),
     "distributed": set(),
     "launch": {"device", "distributed"},
+    "torchrun": set(),
     "losses": set(),
     "pseudo_labels": set(),
     "data": {"config", "config_io", "distributed", "split_lists.manifest"},

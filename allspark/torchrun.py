@@ -1,0 +1,32 @@
+"""torchrun that ends with the message and the exit code of the process that failed first, without a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from allspark.utils.errors import STOPPED
+
+
+def main() -> int:
+    logging.disable(logging.ERROR)  # of this process: torchrun tells of each process in several lines
+    try:
+        run.main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message = failure.message  # of a process that was killed torchrun says so itself, else it is in the error file
+        print(
+            f"rank {rank} failed first: {message['message'] if isinstance(message, dict) else message}", file=sys.stderr
+        )
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException:  # passed on to the processes, which have saved
+        return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
