@@ -41,6 +41,7 @@ setup(
     extras_require={
         "coco": [name for name in tools if name.startswith("pycocotools")],  # prepare coco
         "bands": [name for name in tools if name.startswith(("tifffile", "imagecodecs"))],  # data.custom.channels
+        "hub": [name for name in tools if name.startswith("huggingface_hub")],  # weights push, hf:// addresses
         "export": [name for name in tools if name.startswith("onnx")],  # export --format onnx
         "dev": tools,
     },

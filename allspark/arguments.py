@@ -121,10 +121,11 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
-        type=path,
+        type=lambda text: text if text.startswith("hf://") else path(text),
         required=True,
         metavar="RUN|FILE",
-        help="folder of a run, whose last epoch is used, or a file of train.py or `weights import`",
+        help="folder of a run, whose last epoch is used, a file of train.py or `weights import`, or a folder or "
+        "hf://USER/NAME of `weights push`",
     )
     parser.add_argument("--best", action="store_true", help="of a run, use the epoch with the best mIoU on val")
     parser.add_argument(
@@ -451,8 +452,15 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
     what = "write the network of a checkpoint to a small file to hand on: no optimizer, no absolute paths"
     slim = verbs.add_parser("export", help=what, description=f"{what}.")
-    slim.add_argument("checkpoint", type=path, metavar="SRC", help="best.pth or latest.pth of a run")
+    slim.add_argument("checkpoint", type=path, metavar="RUN|SRC", help="folder of a run, or its best.pth")
     slim.add_argument("--out", type=path, required=True, metavar="DST", help=".pth")
+    what = "write a model folder, or upload it to the Hugging Face Hub; --checkpoint of every command takes both"
+    push = verbs.add_parser("push", help=what, description=f"{what}.")
+    push.add_argument("checkpoint", type=path, metavar="RUN|SRC", help="folder of a run, or a checkpoint of this code")
+    push.add_argument("target", metavar="DIR|hf://USER/NAME", help="gets model.safetensors, config.yaml, a model card")
+    push.add_argument("--best", action="store_true", help="of a run, the epoch with the best mIoU on val")
+    push.add_argument("--private", action="store_true", help="create a private repository")
+    push.add_argument("--license", metavar="TEXT", help="license of the weights, for the model card")
     what = "show what a file contains: format, network, classes, missing tensors, hash, license"
     inspect = verbs.add_parser("inspect", help=what, description=f"{what}. {formats}")
     inspect.add_argument("file", type=path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")

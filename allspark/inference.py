@@ -21,6 +21,7 @@ from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
 from allspark.engine.checkpoint import checkpoint_in, is_imported, load_checkpoint, load_state
 from allspark.engine.stepper import autocast, set_precision
 from allspark.evaluation.sliding_window import Inference, inference_for
+from allspark.hub import is_model, read_model
 from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.shapes_only import shapes_only
 from allspark.utils.download import file_digest
@@ -76,7 +77,8 @@ def load_for_inference(
     """Load the network of a checkpoint.
 
     Args:
-        path: folder of a run, or a checkpoint of train.py or `weights import`.
+        path: folder of a run, a checkpoint of train.py or `weights import`, or a folder or hf:// address of
+            `weights push`.
         device: of the network.
         dataset: data set whose classes imported weights predict; a checkpoint of train.py only accepts its own.
         best: of a run, the epoch with the best mIoU on val instead of the last one.
@@ -84,8 +86,11 @@ def load_for_inference(
     Raises:
         UserError: the file is missing, damaged, of another program, or does not match.
     """
-    path = checkpoint_in(path, best)
-    content = load_checkpoint(path)
+    if is_model(path):
+        path, content = read_model(path)
+    else:
+        path = checkpoint_in(path, best)
+        content = load_checkpoint(path)
     loaded = (load_imported if is_imported(content) else load_trained)(content, path, dataset)
     if not all(map(has_valid_values, loaded.model.state_dict().values())):
         raise UserError(f"{path}: contains weights that are NaN, infinite or huge; use another checkpoint")

@@ -1,4 +1,4 @@
-"""allspark weights import | export | inspect | fetch: encoders and complete models of public formats."""
+"""allspark weights import | export | push | inspect | fetch: encoders and complete models of public formats."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from torch import Tensor
 
 from allspark.config import ModelConfig
 from allspark.config_io import build_recipe, to_plain, without_absolute_paths
-from allspark.engine.checkpoint import FORMAT, is_imported, load_checkpoint, save_checkpoint
+from allspark.engine.checkpoint import FORMAT, checkpoint_in, is_imported, load_checkpoint, save_checkpoint
+from allspark.hub import PREFIX as HUB
+from allspark.hub import model_card, repository, upload, write_model_folder
 from allspark.inference import load_for_inference, string_section
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import PREFIX
+from allspark.runs import read_run
 from allspark.utils.atomic import atomic_file, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError
@@ -43,7 +46,8 @@ TORCH = (".pth", ".pt")
 
 
 def main(args: argparse.Namespace) -> None:
-    verbs = {"import": import_weights, "export": export_weights, "inspect": inspect_weights, "fetch": fetch_weights}
+    verbs = {"import": import_weights, "export": export_weights, "push": push_weights}
+    verbs |= {"inspect": inspect_weights, "fetch": fetch_weights}
     verbs[args.verb](args)
 
 
@@ -83,17 +87,47 @@ def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
 
 
 def export_weights(args: argparse.Namespace) -> None:
-    """Write the network that a run evaluates and what is needed to use it, and nothing of the machine it is from."""
     check_target(args.out, args.force)
-    loaded = load_for_inference(args.checkpoint, torch.device("cpu"))
-    content = load_checkpoint(args.checkpoint)
+    write_checkpoint(args.out, slim_content(checkpoint_in(args.checkpoint)))
+
+
+def slim_content(path: Path) -> dict[str, Any]:
+    """The network that a run evaluates and what is needed to use it, and nothing of the machine it is from."""
+    loaded = load_for_inference(path, torch.device("cpu"))
+    content = load_checkpoint(path)
     if not is_imported(content):
         network = build_model(loaded.recipe.model, loaded.spec.num_classes, loaded.crop_size, loaded.spec.channels)
         names = network.inference_copy().state_dict()  # without memory, and heads that only training uses
         state = {name: value for name, value in loaded.model.state_dict().items() if name in names}
         about = {key: content[key] for key in ("recipe", "split", "epoch", "step")}
         content = {"model": state, "method": None, **without_absolute_paths(about)}
-    write_checkpoint(args.out, content)
+    return content
+
+
+def push_weights(args: argparse.Namespace) -> None:
+    """Write a model folder, and upload it if the target is on the Hub."""
+    content = slim_content(checkpoint_in(args.checkpoint, args.best))
+    scores = read_run(args.checkpoint).evaluations if args.checkpoint.is_dir() else []
+    scores = max(scores, key=lambda line: line["miou"]) if args.best and scores else scores[-1] if scores else None
+    card = model_card(content, args.target, scores, args.license or license_of_model(content))
+    if not args.target.startswith(HUB):
+        write_model_folder(Path(args.target), content, card)
+        print(f"{args.target}: a model for --checkpoint")
+        return
+    repository(args.target)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_folder(Path(folder), content, card)
+        print(f"{upload(Path(folder), args.target, args.private)}: a model for --checkpoint {args.target}")
+
+
+def license_of_model(content: Mapping[str, Any]) -> str:
+    """What is known about the license of a model from the pretrained weights it started from."""
+    model = content["recipe"]["model"] if "recipe" in content else content["architecture"]["model"]
+    if "recipe" in content and {model["pretrained"], model["init_from"]} == {"none"}:
+        return "not stated; trained from random weights"
+    name = model["encoder"]
+    known = f", {license_of(name)}" if name in PUBLISHED else ""
+    return f"not stated; the pretrained weights of {name} have terms of their own{known}"
 
 
 def source_of(file: WeightFile, title: str) -> dict[str, str]:

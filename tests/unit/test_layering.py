@@ -33,7 +33,8 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "run": {"build", "config", "config_io", "cuda_graph", "data", "distributed", "engine", "evaluation", "launch"}
     | {"methods", "models", "train_step", "weights"},
     "recipe_arguments": {"build", "config", "config_io", "engine.optim"},
-    "inference": {"build", "config", "config_io", "data", "engine", "evaluation", "models"},
+    "hub": {"engine"},
+    "inference": {"build", "config", "config_io", "data", "engine", "evaluation", "hub", "models"},
     "memory_estimate": {"config", "data", "engine", "methods", "models", "train_step"},
     "runs": {"build", "config", "config_io", "data", "engine", "evaluation", "inference", "split_lists"}
     | {"visualization"},
