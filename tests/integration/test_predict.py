@@ -17,6 +17,7 @@ from allspark.cli import predict as verb
 from allspark.cli.predict import batches, find_images
 from allspark.data.batch import normalize
 from allspark.data.image_io import read_image
+from allspark.data.spec import ImageReading
 from allspark.data.transforms import to_tensor
 from allspark.evaluation.sliding_window import Inference, average_views
 from allspark.inference import load_for_inference
@@ -118,7 +119,16 @@ def test_memory_is_bounded_by_batch(photos):
     assert list(stream) == [] and list(unreadable) == [photos / "c.png"]
 
 
-def test_paths_to_images(photos, tmp_path):
+def test_16_bit_images_are_read_as_in_training(tmp_path, capsys):
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # 12 bits
+    Image.fromarray(values).save(tmp_path / "a.png")
+    for image_max, shift in ((None, 8), (4095, 4)):
+        (image,), _ = next(batches({tmp_path / "a.png": "a"}, 1, {}, reading=ImageReading(image_max)))
+        np.testing.assert_array_equal(image[0], values >> shift)
+        assert ("no value above 4095" in capsys.readouterr().err) == (image_max is None)
+
+
+def test_paths_to_images(photos, tmp_path, capsys):
     (photos / "notes.md").write_text("no image")
     (photos / ".thumbs").mkdir()
     shutil.copy(photos / "a.png", photos / ".thumbs" / "hidden.png")
@@ -130,6 +140,7 @@ def test_paths_to_images(photos, tmp_path):
 
     assert found("b.png") == ["b"]
     assert found("") == ["CAPITAL", "a", "b", "c", "d", "e"]
+    assert "2 files are left out, no images by their suffix (.txt: 1, .md: 1)" in capsys.readouterr().err
     assert found("*.png") == ["a", "b", "c"] and found("**/*.png") == ["a", "b", "c", "d", "e"]
     assert found("list.txt") == ["d", "b"]
     assert found("c.png", "more", "list.txt", "*") == ["c", "d", "e", "b", "CAPITAL", "a"]  # each once
