@@ -361,7 +361,8 @@ def test_measuring_does_not_change_run(measured, finished, read_metrics):
 
 
 def test_training_opens_no_unlabeled_mask(measured, known, tmp_path):
-    assert measured[1] == 7 + 2 * 5  # all at the start, the broken one twice; at each of two evaluations those that can be read
+    # All at the start, the broken one twice; at each of two evaluations those that can be read
+    assert measured[1] == 7 + 2 * 5
     (words, root), run = known, tmp_path / "run"
     OPENED.clear()
     supervised = ("method=supervised", "bottleneck=none", "epochs=1")  # which makes no pseudo-labels to measure
