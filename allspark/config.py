@@ -83,8 +83,11 @@ class CustomDataConfig:
     background: int | None = option(None, "index of the background class, if the data set has one")
     eval_mode: Mode = option("whole", "how images are evaluated unless evaluation.mode is set")
     labeled_images: str | None = option(None, "folder of labeled images, relative to data.data_root")
-    labeled_masks: str | None = option(None, "folder of their masks, with the images' file names and the suffix .png")
-    unlabeled_images: str | None = option(None, "folder of unlabeled images")
+    labeled_masks: str | None = option(None, "folder of their masks, with the images' file names and mask_suffix")
+    mask_suffix: str = option(
+        ".png", "what replaces the suffix of an image in the name of its mask, e.g. _mask.png for a.jpg and a_mask.png"
+    )
+    unlabeled_images: str | tuple[str, ...] | None = option(None, "folder of unlabeled images, or a list of folders")
     val_images: str | None = option(None, "folder of validation images")
     val_masks: str | None = option(None, "folder of their masks")
 

@@ -104,7 +104,8 @@ def train_images(
     if masks is None:
         entries, no_mask = drop_repeats(read_entries(require_file(Path(train), "--train"), root, spec.mask_path)), []
     else:
-        entries, no_mask = split_by_mask(folder_entries(root, train, masks))
+        suffix = ".png" if custom is None else custom.mask_suffix
+        entries, no_mask = split_by_mask(folder_entries(root, train, masks, suffix))
     if custom is not None and custom.unlabeled_images is not None:
         known = {path for entry in (*entries, *no_mask) for path in (entry.sample.image, entry.sample.mask)}
         others = folder_entries(root, custom.unlabeled_images, None)

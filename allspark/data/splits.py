@@ -134,6 +134,11 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return images, others
 
 
+def mask_tail(mask_suffix: str) -> str:
+    """_mask of _mask.png: what a mask's name has beyond that of its image, without the format."""
+    return mask_suffix.rpartition(".")[0] if "." in mask_suffix else mask_suffix
+
+
 def check_name(path: Path) -> Path:
     """The path; UserError if it is not UTF-8, because no list, log or checkpoint could hold it."""
     if printable(path) != str(path):
@@ -146,11 +151,16 @@ def printable(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entry]:
-    """All images below a folder, sorted. A mask has the same relative path below `masks`, by default as .png.
+def folder_entries(
+    data_root: Path, images: str | Sequence[str], masks: str | None, mask_suffix: str = MASK_SUFFIXES[0]
+) -> list[Entry]:
+    """All images below a folder or several, sorted in each.
 
-    If images and masks are in one folder, files that are masks are no images.
+    A mask has the same relative path below `masks`, with `mask_suffix` or another lossless format. If images and masks
+    are in one folder, files that are masks are no images.
     """
+    if not isinstance(images, str):
+        return drop_repeats([entry for one in images for entry in folder_entries(data_root, one, masks, mask_suffix)])
     folder = data_root / images
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; correct data.custom or data_root")
@@ -163,13 +173,15 @@ def folder_entries(data_root: Path, images: str, masks: str | None) -> list[Entr
     def mask_of(image: Path) -> Path | None:
         if masks is None:
             return None
-        usual = data_root / masks / image.relative_to(folder).with_suffix(MASK_SUFFIXES[0])
-        options = (usual.with_suffix(suffix) for each in MASK_SUFFIXES for suffix in (each, each.upper()))
+        place, stem = data_root / masks / image.relative_to(folder).parent, image.stem + mask_tail(mask_suffix)
+        usual = place / (image.stem + mask_suffix)
+        options = (place / (stem + suffix) for each in MASK_SUFFIXES for suffix in (each, each.upper()))
         return next(filter(exists, options), usual)
 
     exists = make_exists_check()
     samples = [Sample(check_name(image), mask_of(image)) for image in paths]
-    entries = [Entry(sample, f"{folder}") for sample in samples if sample.mask != sample.image]
+    masks_here = {sample.mask for sample in samples}
+    entries = [Entry(sample, f"{folder}") for sample in samples if sample.image not in masks_here]
     if not entries:
         raise UserError(
             f"{folder}: holds images and masks, but {paths[0]} is both; save masks as PNG under the names of their "
@@ -204,7 +216,7 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
     custom = data.custom or CustomDataConfig(classes=spec.classes)
     labeled = train_entries(data, "labeled", spec, root, splits_root)
     if labeled is None and custom.labeled_images is not None:
-        labeled = folder_entries(root, custom.labeled_images, custom.labeled_masks)
+        labeled = folder_entries(root, custom.labeled_images, custom.labeled_masks, custom.mask_suffix)
     if labeled is None:
         names = split_names(spec, splits_root)
         raise UserError(
@@ -266,7 +278,7 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     """The evaluation images: data.val_id_path, else data.custom.val_images, else splits/<dataset>/val.txt."""
     custom = data.custom
     if data.val_id_path is None and custom is not None and custom.val_images is not None:
-        return folder_entries(root, custom.val_images, custom.val_masks)
+        return folder_entries(root, custom.val_images, custom.val_masks, custom.mask_suffix)
     key = "the default of data.val_id_path" if data.val_id_path is None else "data.val_id_path"
     places = [root / spec.splits / "val.txt" for root in split_roots(splits_root)]
     path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
@@ -304,7 +316,12 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
     """What the folders of data.custom hold that is no sample: other suffixes, images of no list, masks of no image."""
     samples = (*lists.labeled, *lists.unlabeled, *lists.val, *lists.hidden)
     used = {path for sample in samples for path in (sample.image, sample.mask)}
-    folders = (custom.labeled_images, custom.unlabeled_images, custom.val_images)
+    unlabeled = custom.unlabeled_images
+    folders = (
+        custom.labeled_images,
+        *([unlabeled] if isinstance(unlabeled, str) else unlabeled or ()),
+        custom.val_images,
+    )
     found = {name: image_files(root / name) for name in dict.fromkeys(filter(None, folders)) if (root / name).is_dir()}
     for name, (images, others) in found.items():
         if others:
@@ -316,10 +333,10 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
         images = [name for name, folder in pairs if folder == masks and name in found]
         if masks is None or masks in images or not images or not (root / masks).is_dir():
             continue
-        stems = {path.relative_to(root / name).with_suffix("") for name in images for path in found[name][0]}
-        alone = [
-            path for path in image_files(root / masks)[0] if path.relative_to(root / masks).with_suffix("") not in stems
-        ]
+        tail = mask_tail(custom.mask_suffix)
+        stems = {f"{path.relative_to(root / name).with_suffix('')}{tail}" for name in images for path in found[name][0]}
+        files = image_files(root / masks)[0]
+        alone = [path for path in files if str(path.relative_to(root / masks).with_suffix("")) not in stems]
         if alone:
             yield f"{root / masks}: {len(alone)} masks have no image, such as {printable(alone[0])}"
 

@@ -26,11 +26,13 @@ def make(tmp_path):
     return write
 
 
-def found(root: Path, labeled="images", masks="masks", unlabeled=None, **data):
+def found(root: Path, labeled="images", masks="masks", unlabeled=None, mask_suffix=".png", **data):
     """The lists of folders, with the labeled images for evaluation, too."""
     folders = dict(labeled_images=labeled, labeled_masks=masks, val_images=labeled, val_masks=masks)
-    custom = CustomDataConfig(classes=("a", "b"), unlabeled_images=unlabeled, **folders)
-    return resolve(DataConfig(dataset="mine", data_root=str(root), crop_size=(64, 64), custom=custom, **data))
+    custom = CustomDataConfig(classes=("a", "b"), unlabeled_images=unlabeled, mask_suffix=mask_suffix, **folders)
+    return resolve(
+        DataConfig(dataset="mine", data_root=str(root), crop_size=(64, 64), allow_overlap=True, custom=custom, **data)
+    )
 
 
 def names(samples):
@@ -48,6 +50,27 @@ def test_images_and_masks_in_one_folder(make, tmp_path):
     make("only/a.png")
     with pytest.raises(UserError, match="a.png is both"):
         found(tmp_path, "only", "only")
+
+
+@pytest.mark.parametrize("masks", ["images", "masks"])
+def test_mask_suffix(make, tmp_path, masks):
+    make("images/a.jpg", "images/x/b.v1.png", f"{masks}/a_mask.png", f"{masks}/x/b.v1_mask.tif")
+    lists = found(tmp_path, masks=masks, mask_suffix="_mask.png")
+    assert names(lists.labeled) == ["a.jpg", "b.v1.png"]
+    assert [sample.mask.name for sample in lists.labeled] == ["a_mask.png", "b.v1_mask.tif"] and not lists.left_out
+    make(f"{masks}/c_mask.png")
+    if masks == "images":  # an image without a mask
+        with pytest.raises(UserError, match=r"c_mask_mask\.png"):
+            found(tmp_path, masks=masks, mask_suffix="_mask.png")
+    else:
+        assert "c_mask.png" in found(tmp_path, masks=masks, mask_suffix="_mask.png").left_out[0]
+
+
+def test_several_unlabeled_folders(make, tmp_path):
+    make("images/a.png", "masks/a.png", "u1/b.png", "u1/notes.txt", "u2/x/c.png", "u2/b.png")
+    lists = found(tmp_path, unlabeled=("u1", "u2", "u1"))
+    assert names(lists.unlabeled) == ["b.png", "b.png", "c.png"]
+    assert len(lists.left_out) == 1 and "u1: 1 files" in lists.left_out[0]
 
 
 @pytest.mark.parametrize("line", ["images/a.png images/a.png", "images/a.png masks/a.png\nmasks/a.png masks/b.png"])
