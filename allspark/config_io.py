@@ -360,9 +360,9 @@ def type_text(hint: Any) -> str:
 
 
 def is_usable(value: int | bool | str) -> bool:
-    """Whether a file, and a file name, can hold the value: no surrogate, no NUL, at most 64 bits."""
+    """Whether files, file names and terminals can take the value: no surrogate or control character, 64 bits."""
     if isinstance(value, str):
-        return "\0" not in value and not re.search("[\ud800-\udfff]", value)
+        return not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
     return abs(value) < 2**63
 
 

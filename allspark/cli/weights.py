@@ -29,7 +29,7 @@ from allspark.models.timm_encoder import PREFIX
 from allspark.runs import read_run
 from allspark.utils.atomic import atomic_file, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, printable
 from allspark.weights.key_maps import OURS
 from allspark.weights.loading import (
     RecognizedModel,
@@ -60,7 +60,7 @@ def import_weights(args: argparse.Namespace) -> None:
         write_checkpoint(args.out, inference_checkpoint(file))
         return
     found = recognize(file)
-    print("\n".join(describe(found)))
+    print(printable("\n".join(describe(found))))
     state = found.state()
     if found.architecture.num_classes is None:
         write_encoder(args.out, state, found.architecture.model.encoder)
@@ -188,7 +188,7 @@ def inspect_weights(args: argparse.Namespace) -> None:
     print(f"sha256 {digest}, {len(file.tensors)} tensors, {args.file.stat().st_size} bytes")
     own = load_checkpoint(args.file) if file.content.get("format") == FORMAT else None
     if own is not None:
-        print(f"checkpoint of this code, {describe_origin(own, args.file)}")
+        print(printable(f"checkpoint of this code, {describe_origin(own, args.file)}"))
     model = None if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model
     encoder = "" if model is None else model.encoder
     print(f"license: {describe_license(digest) if model is None else license_of_trained(model)}")
@@ -197,7 +197,7 @@ def inspect_weights(args: argparse.Namespace) -> None:
         print(f"encoder {encoder}, with {names} tensor names; eval.py, predict and model.init_from accept it as it is")
         return
     try:
-        print("\n".join(describe(recognize(file))))
+        print(printable("\n".join(describe(recognize(file)))))
     except UserError as error:
         description = describe_timm(file)
         if description is None:

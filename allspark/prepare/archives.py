@@ -21,7 +21,10 @@ from allspark.utils.errors import UserError
 
 MAX_ARCHIVE = 64 << 30  # bytes, all files of an archive together; the largest official archive has 19 GB
 MAX_FILE = 32 << 20  # bytes per needed file, unless its kind sets another limit
+MAX_FILES = 10**6  # in an archive
 MAX_HEADER = 1 << 20  # bytes of a long name or attributes in a tar
+MAX_HEADERS = 256 << 20  # bytes of all of them
+MAX_END = 64 << 20  # bytes after the last file of a tar
 HEADER_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -99,6 +102,8 @@ def find_sources(paths: Sequence[Path], archives: Sequence[str]) -> list[Path]:
             raise UserError(f"{path}: no such file or folder; correct --from")
         if path.is_dir():
             sources += [path / name for name in archives if (path / name).is_file()]
+        elif not path.is_file():
+            raise UserError(f"{path}: is neither a folder nor a regular file; correct --from")
         sources.append(path)
     return sources
 
@@ -165,7 +170,7 @@ def folder_entries(root: Path) -> Iterator[Entry]:
 def zip_entries(source: Path) -> Iterator[Entry]:
     with archive_errors(source), zipfile.ZipFile(source) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
-        check_total(source, sum(info.file_size for info in infos))
+        check_total(source, sum(info.file_size for info in infos), len(infos))
         for info in infos:
             check_path(source, info.filename)
             kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the zip was not written on Unix
@@ -182,8 +187,10 @@ class PlainHeader(tarfile.TarInfo):
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError("a sparse file")
-        if self.type in HEADER_TYPES and self.size > MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        if self.type in HEADER_TYPES:
+            archive.header_bytes = getattr(archive, "header_bytes", 0) + self.size
+            if self.size > MAX_HEADER or archive.header_bytes > MAX_HEADERS:
+                raise tarfile.ReadError(f"a header of {self.size} bytes")
         return super()._proc_member(archive)
 
     def _proc_gnusparse_10(self, *_: object) -> None:
@@ -194,9 +201,10 @@ def tar_entries(source: Path) -> Iterator[Entry]:
     """Read forward only: seeking back in a compressed tar means decompressing it from the start."""
     total = 0
     with archive_errors(source), tarfile.open(source, "r:*", tarinfo=PlainHeader) as archive:
-        for member in archive:
+        for count, member in enumerate(archive, start=1):
+            archive.members.clear()  # otherwise kept to the end
             total += member.size
-            check_total(source, total)
+            check_total(source, total, count)
             check_path(source, member.name)
             if not member.isdir():
                 read = partial(read_member, source, member.name, member.size, partial(archive.extractfile, member))
@@ -211,8 +219,11 @@ def check_end(archive: tarfile.TarFile) -> None:
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise EOFError("it is truncated")
     else:
-        while archive.fileobj.read(1 << 20):
-            pass
+        left = MAX_END
+        while data := archive.fileobj.read(1 << 20):
+            left -= len(data)
+            if left < 0:
+                raise tarfile.ReadError(f"more than {MAX_END} bytes after its last file")
 
 
 def read_member(source: Path, name: str, size: int, open_member: Callable) -> bytes:
@@ -238,9 +249,11 @@ def archive_errors(source: Path) -> Iterator[None]:
         ) from None
 
 
-def check_total(source: Path, size: int) -> None:
-    if size > MAX_ARCHIVE:
-        raise UserError(f"{source}: unpacks to more than {MAX_ARCHIVE >> 30} GiB; {NOT_OFFICIAL}")
+def check_total(source: Path, size: int, files: int) -> None:
+    if size > MAX_ARCHIVE or files > MAX_FILES:
+        raise UserError(
+            f"{source}: unpacks to more than {MAX_ARCHIVE >> 30} GiB or {MAX_FILES:,} files; {NOT_OFFICIAL}"
+        )
 
 
 def check_path(source: Path, name: str) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import email.message
 import hashlib
 import http.client
+import io
 import ipaddress
 import json
 import os
 import re
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -25,6 +28,7 @@ from allspark.utils.errors import UserError
 
 MAX_BYTES = 64 << 30  # default size limit; the largest file that is fetched has 19 GB
 BLOCK = 1 << 18  # bytes per read
+MAX_HEADER = 1 << 20  # bytes that a server may send besides the content: headers, redirects, trailers
 ATTEMPTS = 4  # per url, without PROGRESS bytes in between
 PROGRESS = 1 << 20
 SLOWEST = 1 << 10  # bytes per timeout period; a slower server counts as stalled
@@ -173,7 +177,10 @@ def fetch_one(url: str, part: Path, terms: Requirements) -> None:
 
 def refusal(url: str, digest: str | None) -> str | None:
     """Why a source is not allowed, or None."""
-    scheme = url.partition("://")[0].lower() if "://" in url else "file"
+    try:
+        scheme = urlsplit(url).scheme.lower() if "://" in url else "file"
+    except ValueError as error:
+        return f"not a url ({error})"
     if scheme not in ("https", "http", "file"):
         return f"{scheme}:// is not supported; use https://, file:// or a path"
     strong = digest is not None and len(digest.partition(":")[2]) >= STRONG_DIGITS
@@ -244,9 +251,11 @@ def remove_part(part: Path) -> None:
 
 def read_info(part: Path) -> PartialFile:
     try:
-        return PartialFile(**json.loads(info_file(part).read_text(encoding="utf-8")))
+        info = PartialFile(**json.loads(info_file(part).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return PartialFile()
+    valid = isinstance(info.url, str) and isinstance(info.size, int | None) and isinstance(info.validator, str)
+    return info if valid and info.validator.isprintable() else PartialFile()
 
 
 def download(url: str, part: Path, terms: Requirements) -> None:
@@ -295,14 +304,61 @@ class CheckedRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, new_url)
 
 
-def open_url(url: str, start: int, known: PartialFile, terms: Requirements) -> http.client.HTTPResponse:
+class BoundedReader(io.RawIOBase):
+    """What arrives from a server; `allow` says how much of it, and for how long, before TimeoutError or HTTPException.
+
+    A socket's own timeout ends only a server that is silent, not one whose headers never end.
+    """
+
+    def __init__(self, raw: io.RawIOBase, timeout: float) -> None:
+        self.raw, self.timeout = raw, timeout
+        self.allow(MAX_HEADER)
+
+    def allow(self, size: int) -> None:
+        self.left, self.deadline = size, time.monotonic() + self.timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int | None:
+        count = self.raw.readinto(buffer)
+        self.left -= count or 0
+        if self.left < 0:
+            raise http.client.HTTPException(f"more than {MAX_HEADER} bytes besides the content")
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class BoundedResponse(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.reader = BoundedReader(self.fp.detach(), sock.gettimeout())
+        self.fp = io.BufferedReader(self.reader)
+
+
+class BoundedHTTP(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def do_open(self, kind: Callable, request: urllib.request.Request, **options: Any) -> http.client.HTTPResponse:
+        def connect(host: str, **more: Any) -> http.client.HTTPConnection:
+            connection = kind(host, **more)
+            connection.response_class = BoundedResponse
+            return connection
+
+        return super().do_open(connect, request, **options)
+
+
+def open_url(url: str, start: int, known: PartialFile, terms: Requirements) -> BoundedResponse:
     """Request everything from byte `start` on; raises Unavailable for any other answer."""
     headers = {"User-Agent": "allspark", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
         if known.validator:
             headers["If-Range"] = known.validator  # if the file has changed, all of it is sent
-    handlers: list[urllib.request.BaseHandler] = [CheckedRedirects(terms.digest)]
+    handlers: list[urllib.request.BaseHandler] = [CheckedRedirects(terms.digest), BoundedHTTP()]
     if is_loopback(url):
         handlers.append(urllib.request.ProxyHandler({}))
     try:
@@ -337,9 +393,7 @@ def get_validator(headers: email.message.Message) -> str:
     return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
 
-def write_body(
-    response: http.client.HTTPResponse, part: Path, start: int, size: int | None, terms: Requirements
-) -> None:
+def write_body(response: BoundedResponse, part: Path, start: int, size: int | None, terms: Requirements) -> None:
     """Write the response from byte `start` on; raises Unavailable if it ends early, stalls or exceeds the limit."""
     bar = dict(desc=part.stem, unit="B", unit_scale=True, unit_divisor=1024, disable=None)  # on a terminal only
     with open(part, "r+b" if start else "wb") as file, tqdm(initial=start, total=size, **bar) as progress:
@@ -362,8 +416,9 @@ def write_body(
         raise Unavailable(f"the connection ended after {done} of {size} bytes", retry=True)
 
 
-def read_block(response: http.client.HTTPResponse, terms: Requirements) -> bytes:
+def read_block(response: BoundedResponse, terms: Requirements) -> bytes:
     try:
+        response.reader.allow(BLOCK + MAX_HEADER)
         return response.read1(BLOCK)  # returns what has arrived, so that a slow transfer is noticed
     except (OSError, http.client.HTTPException) as error:
         raise Unavailable(network_reason(error, terms), retry=True) from None

@@ -91,7 +91,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
 def user_error_message(error: BaseException) -> str | None:
     """The message for an error the user can fix; None if it is a bug."""
     if isinstance(error, UserError):
-        return f"error: {error}"
+        return printable(f"error: {error}")
     if is_out_of_memory(error):
         return (
             f"error: out of memory ({reason_of(error)}); for training, use micro_batch=1, model.checkpointing=true, "
@@ -99,8 +99,13 @@ def user_error_message(error: BaseException) -> str | None:
             "predict, use --mode sliding_window or a smaller --batch-size"
         )
     if isinstance(error, OSError) and error.errno in USER_ERRNOS and error.filename:
-        return f"error: {error.filename}: {error.strerror}; fix it or choose another path"
+        return printable(f"error: {error.filename}: {error.strerror}; fix it or choose another path")
     return None
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, because file names and servers' messages may command a terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

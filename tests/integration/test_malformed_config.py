@@ -147,6 +147,7 @@ CUSTOM = [
     ("val_images=masks", "does not exist"),
     ("unlabeled_images=lists", "contains no images"),
     ('labeled_images="a\\0b"', "plain text"),
+    ('classes=["a", "\\e[2J", "c"]', "plain text"),
     ("labeled_images=null", "no labeled images"),
     ("labeled_masks=null", "has no mask"),
 ]

@@ -377,9 +377,10 @@ def test_inspect(source, call, tmp_path):
     assert hashlib.sha256(source.read_bytes()).hexdigest() in said
     assert "mit_b0" in said and "2 unexpected" not in said and "head.weight" in said and "research" in said
     state = released("b0_pascal_crop65")
-    del state["decoder.allspark.map_in.0.bias"]
+    state["decoder.\x1b[2J"] = state.pop("decoder.allspark.map_in.0.bias")
     save_released(state, tmp_path / "best.pth")
     said = call("inspect", tmp_path / "best.pth")
+    assert "\x1b" not in said and r"decoder.\x1b[2J" in said
     assert "21 classes, decoder mlp with 256 channels, bottleneck with 2 heads and a memory for crops of 65" in said
     assert "1 missing" in said and "missing: bottleneck.map_in.bias" in said
 

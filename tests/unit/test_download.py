@@ -1,5 +1,6 @@
 """Downloads from a local server that drops, stalls or corrupts, and from the disk."""
 
+import errno
 import hashlib
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from allspark.utils import download
 from allspark.utils.download import fetch, file_digest, is_loopback, refusal
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, user_error_message
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)
@@ -118,6 +119,29 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(stop=0)
         while not self.server.stop.wait(0.05):
             self.wfile.write(b"x")
+
+    def headers_forever(self):
+        self.forever(b"HTTP/1.1 100 Continue\r\nX: %d\r\n\r\n")
+
+    def slow_headers(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        self.forever(b"x", wait=0.05)
+
+    def redirect_forever(self):
+        self.wfile.write(b"HTTP/1.1 302 Found\r\nLocation: /good\r\n\r\n")
+        self.forever(b"body" * 1000)
+
+    def trailers_forever(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n")
+        self.forever(b"X: y\r\n" * 1000)
+
+    def escapes(self):
+        self.wfile.write(b"HTTP/1.1 404 \x1b]0;title\x07\x9b2J\r\nContent-Length: 0\r\n\r\n")
+
+    def forever(self, content, wait=0.0):
+        self.close_connection = True
+        while not self.server.stop.wait(wait):
+            self.wfile.write(content)
 
     def leads(self):
         """To the address behind /leads/."""
@@ -250,6 +274,33 @@ def test_stalled_server_times_out(get, path):
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize("path", ["headers_forever", "slow_headers", "redirect_forever", "trailers_forever"])
+def test_endless_besides_content(get, path):
+    begin = time.monotonic()
+    with pytest.raises(
+        UserError, match=f"{path}: (no response within 0.2 s|more than 1048576 bytes besides the conte)"
+    ):
+        get(path, digest=SHA, timeout=0.2)
+    assert time.monotonic() - begin < 5
+
+
+def test_terminal_escapes_are_not_printed(get):
+    with pytest.raises(UserError) as caught:
+        get("escapes")
+    message = user_error_message(caught.value)
+    assert r"HTTP status 404 \x1b]0;title\x07\x9b2J" in message and not {"\x1b", "\x07", "\x9b"} & set(message)
+    missing = FileNotFoundError(errno.EACCES, "Permission denied", "caf\udce9\x1b[2J")
+    assert user_error_message(missing).startswith(r"error: caf\udce9\x1b[2J: Permission")
+
+
+@pytest.mark.parametrize("info", [b"[" * 10**5, b'{"size": ' + b"9" * 5000 + b"}", b'{"url": 1}', b"\xff", b"[]", b""])
+def test_damaged_notes_about_a_partial_file(get, server, tmp_path, info):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file.bin.part").write_bytes(CONTENT[:1000])
+    (tmp_path / "out" / "file.bin.part.json").write_bytes(info)
+    assert get("good") == CONTENT and ranges(server) == [None]
+
+
 @pytest.mark.parametrize("start", ["http://example.invalid", "file:///etc/hostname", "ftp://example.invalid"])
 def test_redirects(get, server, start):
     with pytest.raises(UserError, match=f"{start}/file(, which is refused|' is not allowed)"):
@@ -261,6 +312,7 @@ def test_unencrypted_source_needs_full_hash():
     assert refusal("http://example.org/f", None) and refusal("http://example.org/f", SHA[:20])
     assert not refusal("http://example.org/f", SHA) and not refusal("http://example.org/f", MD5)
     assert not refusal("https://example.org/f", None) and not refusal("http://localhost:1/f", None)
+    assert "not a url" in refusal("http://[", SHA) and "not a url" in refusal("file://[", None)
     assert refusal("ftp://example.org/f", SHA) and not refusal("some/path", None)
     assert is_loopback("http://[::1]:80/f") and not is_loopback("http://localhost.example.org/f")
 

@@ -30,6 +30,7 @@ from allspark.data.worker_pool import evaluation_workers, worker_count
 from allspark.engine.checkpoint import load_checkpoint, save_checkpoint
 from allspark.inference import load_for_inference
 from allspark.models.segmentor import build_model
+from allspark.prepare import archives
 from allspark.prepare.archives import iter_entries
 from allspark.utils import download
 from allspark.utils.download import fetch
@@ -411,6 +412,36 @@ def test_tar_header_bomb(tmp_path):
             list(iter_entries(path))
         assert tracemalloc.get_traced_memory()[1] < 50 << 20
         tracemalloc.stop()
+
+
+def tar_blocks(*parts):
+    """Members of a tar: (type, size, content)."""
+    for kind, size, content in parts:
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, size
+        yield info.tobuf() + content.ljust(-len(content) % 512 + len(content), b"\0")
+
+
+@pytest.mark.parametrize(
+    ("limit", "parts", "told"),
+    [
+        ("MAX_FILES", [(tarfile.REGTYPE, 0, b"")] * 30, "or 20 files"),
+        ("MAX_HEADERS", [(tarfile.XGLTYPE, 9, b"9 %02d=xy\n" % number) for number in range(30)], "a header of 9"),
+        ("MAX_END", [], "more than 20 bytes after its last file"),
+    ],
+)
+def test_endless_tar(limit, parts, told, tmp_path, monkeypatch):
+    """A megabyte of gzip holds two million files, or gigabytes of attributes of the whole archive."""
+    monkeypatch.setattr(archives, limit, 20)
+    (tmp_path / "x.tgz").write_bytes(gzip.compress(b"".join(tar_blocks(*parts)) + bytes(10240)))
+    with pytest.raises(UserError, match=told):
+        list(iter_entries(tmp_path / "x.tgz"))
+
+
+def test_pipe_as_archive(tmp_path):
+    os.mkfifo(tmp_path / "x.zip")
+    with pytest.raises(UserError, match=r"x\.zip: is neither a folder nor a regular file"):
+        main(["prepare", "voc", "--from", str(tmp_path / "x.zip"), "--out", str(tmp_path / "out")])
 
 
 def test_sparse_tar_member(tmp_path):
