@@ -279,7 +279,10 @@ def read_bands(path: Path) -> np.ndarray:
     """All channels of an image as they are stored, (H, W, C) of integers; an alpha channel is one of them."""
     if not tiff_tags(path):
         with open_image(path) as image:
-            if ";16" not in raw_mode(image):
+            raw = raw_mode(image)
+            if image.getexif().get(ORIENTATION, 1) in TURNS:
+                raise BadSample(f"{path}: has a tag that turns it; save it upright")
+            if ";16" not in raw:
                 return np.atleast_3d(np.asarray(image))
             image.load()  # OpenCV returns part of a truncated file
         values = np.atleast_3d(cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED))
@@ -402,35 +405,41 @@ def load_mask(path: Path, spec: DatasetSpec) -> MaskFile:
 def decode_mask_file(path: Path, spec: DatasetSpec) -> MaskFile:
     """load_mask without further attempts."""
     with open_image(path) as image:
-        raw, form, tile = raw_mode(image), image.format, image.tile[:1]
-        compression = image.info.get("compression")
-        if form in ("JPEG", "MPO", "JPEG2000") or compression in ("jpeg", "tiff_jpeg", "webp"):
-            name = f"TIFF with {compression} compression" if form == "TIFF" else form
-            raise BadSample(f"{path}: a {name} mask; {name} changes values. Save masks as PNG, from the originals")
-        if form == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
-            raise BadSample(f"{path}: a TIFF mask in which 0 is white (MinIsWhite); save it as 8-bit PNG")
-        if image.mode == "F":
-            raise BadSample(f"{path}: a mask of floating-point values; save the class indices as 8-bit PNG")
-        if form == "PPM" and image.mode != "1" and tile[0].codec_name != "raw" and tile[0].args[1] not in (255, 65535):
-            raise BadSample(f"{path}: a mask whose largest value is {tile[0].args[1]}; save it as 8-bit PNG")
-        orientation = image.getexif().get(ORIENTATION, 1)
+        check_mask_format(image, path)
+        raw, orientation = raw_mode(image), image.getexif().get(ORIENTATION, 1)
         image = turn(image, orientation, spec.images)
-        if spec.colors is not None or not (image.mode in ("1", "L", "P") or image.mode.startswith("I")):
+        mode, is_gray = image.mode, image.mode in ("1", "L") or image.mode.startswith("I")
+        if spec.colors is not None or not (is_gray or mode == "P"):
             if ";16" in raw:
                 raise BadSample(f"{path}: a mask with 16 bits per channel; save it with 8 bits per channel")
             transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-            return MaskFile(
-                packed_colors(image), image.mode, colored=True, orientation=orientation, transparent=transparent
-            )
-        if image.mode == "P":
+            values = packed_colors(image)
+            return MaskFile(values, mode, colored=True, orientation=orientation, transparent=transparent)
+        if mode == "P":
             values, palette = look_up_gray(image)
-            return MaskFile(values, "P", palette=palette, orientation=orientation)
-        bits = {"1": 1, "L": 8}.get(image.mode, 16)
+            return MaskFile(values, mode, palette=palette, orientation=orientation)
+        bits = {"1": 1, "L": 8}.get(mode, 16)
         values = np.array(image, np.uint8) if bits <= 8 else np.asarray(image)
         if raw.startswith(("L;2", "L;4")):  # Pillow spreads them over 0..255
             bits = int(raw[2])
             values //= 255 // (2**bits - 1)
-        return MaskFile(values, image.mode, bits=bits, orientation=orientation)
+        return MaskFile(values, mode, bits=bits, orientation=orientation)
+
+
+def check_mask_format(image: Image.Image, path: Path) -> None:
+    """Raise BadSample if the file does not keep a mask's values, or Pillow changes them; before they are loaded."""
+    compression = image.info.get("compression")
+    if image.format in ("JPEG", "MPO", "JPEG2000") or compression in ("jpeg", "tiff_jpeg", "webp"):
+        name = f"TIFF with {compression} compression" if image.format == "TIFF" else image.format
+        raise BadSample(f"{path}: a {name} mask; {name} changes values. Save masks as PNG, from the originals")
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+        raise BadSample(f"{path}: a TIFF mask in which 0 is white (MinIsWhite); save it as 8-bit PNG")
+    if image.mode == "F":
+        raise BadSample(f"{path}: a mask of floating-point values; save the class indices as 8-bit PNG")
+    if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm") and image.mode != "1":
+        most = image.tile[0].args[1]
+        if most not in (255, 65535):
+            raise BadSample(f"{path}: a mask whose largest value is {most}; save it as 8-bit PNG")
 
 
 def packed_colors(image: Image.Image) -> np.ndarray:
@@ -509,8 +518,8 @@ def illegal_values(values: np.ndarray, path: Path, spec: DatasetSpec) -> BadSamp
 def check_palette(file: MaskFile, path: Path, spec: DatasetSpec) -> None:
     """Raise BadSample if a pixel's color in the palette is that of another class than its index."""
     colors = [red << 16 | green << 8 | blue for red, green, blue in spec.palette]
-    for index, color in enumerate(file.palette):
-        target = int(spec.decode_mask(np.array([index]))[0])
+    targets = spec.decode_mask(np.arange(len(file.palette))).tolist()
+    for index, (color, target) in enumerate(zip(file.palette, targets, strict=True)):
         if target >= len(colors) or color == colors[target] or color not in colors or index not in file.values:
             continue
         raise BadSample(

@@ -64,7 +64,9 @@ def test_check_reports_everything_at_once(check, place):
     rewrite(root / "masks/val/val0.png", lambda mask: mask[:, 1:])
     (root / "images/unlabeled/unlabeled3.png").write_text("hello")
     shutil.copy(root / "images/labeled/labeled3.png", root / "images/val/val1.png")
+    (root / "images/labeled/photo.heic").write_bytes(b"")
     code, out, err = check("model.pretrained=/no/weights.pth")
+    assert any(line.startswith("WARNING: ") and "1 files are left out" in line for line in out)
     assert code == 2 and err.startswith("error: 6 problems, listed above; the first is: ")
     problems = [line for line in out if line.startswith("PROBLEM: ")]
     told = [
