@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
-from allspark.data.image_io import BadSample, format_color
+from allspark.data.image_io import TURNS, BadSample, format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
-from allspark.data.splits import Lists, make_exists_check, suggest_file
+from allspark.data.splits import Lists, make_exists_check, prepare_hint, suggest_file
 from allspark.data.survey import SampleReport, compare_bits, find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors
@@ -68,7 +68,7 @@ def preflight(data: DataConfig, spec: DatasetSpec, lists: Lists) -> list[str]:
 
 def audit(data: DataConfig, spec: DatasetSpec, lists: Lists, limit: int | None = None) -> AuditReport:
     """Open all files of the lists, or at most `limit` of each list, and report everything that is wrong."""
-    missing, present = find_missing(lists)
+    missing, present = find_missing(lists, spec)
     samples = {kind: spread(present[kind], limit) for kind in KINDS}
     report, files = check_samples(data, spec, lists, samples, progress=True)
     report.problems[:0] = missing
@@ -125,14 +125,14 @@ def check_samples(
     report.extend(report_errors(reports, skip))
     problems, warnings = find_contradictions(reports, spec)
     report.extend(AuditReport(warnings=warnings, problems=problems))
-    report.notes += describe_sizes(reports, data.crop_size)
+    report.notes += [*describe_sizes(reports, data.crop_size), *describe_orientations(reports, spec)]
     every = len(samples["labeled"]) == len(lists.labeled)
     report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
     report.warnings += [*lists.left_out, *find_repeats(lists)]
     return report, reports
 
 
-def find_missing(lists: Lists) -> tuple[list[str], dict[str, list[Sample]]]:
+def find_missing(lists: Lists, spec: DatasetSpec) -> tuple[list[str], dict[str, list[Sample]]]:
     """Problems with files that do not exist, and the samples of each list whose files all exist."""
     exists, problems, present = make_exists_check(), [], {}
     for kind in KINDS:
@@ -140,14 +140,15 @@ def find_missing(lists: Lists) -> tuple[list[str], dict[str, list[Sample]]]:
         for name in ("image", "mask"):
             paths = {getattr(sample, name) for sample in samples} - {None}
             absent = sorted(path for path in paths if not exists(path))
+            if not absent:
+                continue
             remedy = "correct the list, data.custom or data_root"
-            likely = suggest_file(absent[0], is_mask=name == "mask") if absent else ""
-            lines = [
-                f"{path}: does not exist ({kind}){likely if path == absent[0] else ''}; {remedy}" for path in absent
-            ]
+            likely = suggest_file(absent[0], is_mask=name == "mask")
+            lines = [f"{path}: does not exist ({kind}); {remedy}" for path in absent]
+            lines[0] = f"{absent[0]}: does not exist ({kind}){likely}; {remedy}"
             if len(lines) > 1 and len(absent) == len(paths):  # all of them: one cause
                 others = f"nor does any other {kind} {name} ({len(absent)})"
-                lines = [f"{absent[0]}: does not exist, {others}{likely}; {remedy}"]
+                lines = [f"{absent[0]}: does not exist, {others}{likely}; {remedy}{prepare_hint(spec)}"]
             problems += limit_lines(lines, kind)
         present[kind] = [s for s in samples if exists(s.image) and (s.mask is None or exists(s.mask))]
     return problems, present
@@ -200,6 +201,16 @@ def describe_sizes(reports: Sequence[SampleReport], crop: Size) -> list[str]:
         )
         notes.append(f"{kind} images: {text} pixels{padded}")
     return notes
+
+
+def describe_orientations(reports: Sequence[SampleReport], spec: DatasetSpec) -> list[str]:
+    """How many images have an EXIF orientation, and what is done about it."""
+    images = {each.sample.image: each.image.orientation for each in reports if each.image}
+    turned = [path for path, orientation in images.items() if orientation in TURNS]
+    if not turned:
+        return []
+    done = "ignored (data.custom.orientation)" if spec.images.orientation == "stored" else "applied"
+    return [f"{len(turned)} of {len(images)} images have an EXIF orientation, which is {done}, such as {turned[0]}"]
 
 
 def report_masks(

@@ -244,7 +244,7 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
         masks = {entry.sample.mask for entry in (*labeled, *val)}
         unlabeled = [entry for entry in unlabeled if entry.sample.image not in masks]
     name = data.labeled_id_path or data.split or "folders"
-    lists = build_lists(labeled, unlabeled or [], val, name, root, check=problems is None)
+    lists = build_lists(labeled, unlabeled or [], val, name, root, spec, check=problems is None)
     return replace(lists, left_out=tuple(find_left_out(custom, root, lists)))
 
 
@@ -291,7 +291,13 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
 
 
 def build_lists(
-    labeled: list[Entry], unlabeled: list[Entry], val: list[Entry], name: str, root: Path, check: bool
+    labeled: list[Entry],
+    unlabeled: list[Entry],
+    val: list[Entry],
+    name: str,
+    root: Path,
+    spec: DatasetSpec,
+    check: bool,
 ) -> Lists:
     if not labeled:
         raise UserError(f"no labeled images: the list or folder of {name} is empty; add images, or use another")
@@ -305,7 +311,7 @@ def build_lists(
     hidden = find_hidden(labeled, unlabeled)
     unlabeled = [Entry(Sample(entry.sample.image), entry.source) for entry in unlabeled]
     if check:
-        check_files((*labeled, *unlabeled, *val))
+        check_files((*labeled, *unlabeled, *val), prepare_hint(spec))
     lists = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
     parts = {kind: tuple(entry.sample for entry in entries) for kind, entries in lists.items()}
     hashes = {kind: hash_samples(part, root) for kind, part in parts.items()}
@@ -386,6 +392,13 @@ def find_data(data: DataConfig, spec: DatasetSpec, create: bool = True) -> Path:
     return root
 
 
+def prepare_hint(spec: DatasetSpec) -> str:
+    """How to create a missing data set, as the end of a message; '' for one's own."""
+    if spec.is_custom or spec.prepare is not None:
+        return ""
+    return f". `python -m allspark prepare {spec.splits} --download` creates it, or says which archives it needs"
+
+
 def find_split(data: DataConfig, spec: DatasetSpec, splits_root: Path) -> Path:
     folders = [root / spec.splits for root in split_roots(splits_root)]
     for folder in folders:
@@ -458,8 +471,8 @@ def suggest_file(path: Path, is_mask: bool) -> str:
     return f"; found {(same or similar)[0]}: a mask must have its image's name and {', '.join(MASK_SUFFIXES)}"
 
 
-def check_files(entries: Sequence[Entry]) -> None:
-    """Raise UserError unless all files exist."""
+def check_files(entries: Sequence[Entry], hint: str = "") -> None:
+    """Raise UserError unless all files exist; `hint` ends the message if none does."""
     exists = make_exists_check()
     paths = [(path, entry) for entry in entries for path in (entry.sample.image, entry.sample.mask) if path]
     missing = [(path, entry) for path, entry in paths if not exists(path)]
@@ -468,4 +481,5 @@ def check_files(entries: Sequence[Entry]) -> None:
         raise UserError(
             f"{entry.source}: {path} does not exist ({len(missing)} of {len(paths)} files are missing)"
             f"{suggest_file(path, is_mask=path == entry.sample.mask)}; correct the list, data.custom or data_root"
+            f"{hint if len(missing) == len(paths) else ''}"
         )

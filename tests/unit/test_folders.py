@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,7 @@ def test_missing_data_set_names_the_command(tmp_path):
     data = DataConfig(dataset="pascal", data_root=str(tmp_path / "gone"), crop_size=(64, 64))
     with pytest.raises(UserError, match="python -m allspark prepare pascal --download"):
         find_data(data, spec_for(data))
+    (tmp_path / "list.txt").write_text("a.jpg a.png\n")
+    lists = {f"{kind}_id_path": str(tmp_path / "list.txt") for kind in ("labeled", "unlabeled", "val")}
+    with pytest.raises(UserError, match="3 of 3 files are missing.*python -m allspark prepare pascal --download"):
+        resolve(replace(data, data_root=str(tmp_path), allow_overlap=True, **lists))
