@@ -62,21 +62,7 @@ def make(args: argparse.Namespace) -> None:
     spec = spec_for(data)
     root = find_data(data, spec)
     entries, no_mask = train_images(args, data, spec, root)
-    val = None
-    if args.val is not None:
-        count, *others = parse_sizes(args.val, len(entries), "--val").values()
-        if others:
-            raise UserError(f"--val {args.val}: give one size, such as 1_5")
-        group = args.group and group_by_name(args.group, root)
-        val, entries = hold_out(entries, count, args.seed, group)
-        if group:
-            groups = {group(entry) for entry in val}
-            kept = [entry for entry in no_mask if group(entry) not in groups]
-            print(f"{len(groups)} groups to evaluate on, such as {min(groups)}", end="; ")
-            print(f"{len(no_mask) - len(kept)} images of them have no mask and are left out")
-            no_mask = kept
-    elif args.group is not None:
-        raise UserError("--group: keeps groups together when images are drawn to evaluate on; add --val, such as 1_5")
+    val, entries, no_mask = draw_val(args, entries, no_mask, root)
     splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed, no_mask)
     out = args.out or SPLITS_ROOT / spec.splits
     write_splits(splits, root, out, args.force, val)
@@ -111,6 +97,28 @@ def train_images(
         others = folder_entries(root, custom.unlabeled_images, None)
         no_mask += [entry for entry in others if entry.sample.image not in known]
     return entries, no_mask
+
+
+def draw_val(
+    args: argparse.Namespace, entries: list[Entry], no_mask: list[Entry], root: Path
+) -> tuple[list[Entry] | None, list[Entry], list[Entry]]:
+    """The images of --val, None without it, and the rest of both lists, in which no group of --group is left."""
+    if args.val is None:
+        if args.group is not None:
+            raise UserError("--group: keeps images together when some are drawn for evaluation; add --val, such as 1_5")
+        return None, entries, no_mask
+    count, *others = parse_sizes(args.val, len(entries), "--val").values()
+    if others:
+        raise UserError(f"--val {args.val}: give one size, such as 1_5")
+    if args.group is None:
+        return *hold_out(entries, count, args.seed), no_mask
+    group = group_by_name(args.group, root)
+    val, entries = hold_out(entries, count, args.seed, group)
+    groups = {group(entry) for entry in val}
+    kept = [entry for entry in no_mask if group(entry) not in groups]
+    left_out = len(no_mask) - len(kept)
+    print(f"{len(groups)} groups to evaluate on, such as {min(groups)}; {left_out} images without a mask are left out")
+    return val, entries, kept
 
 
 def use_lists(args: argparse.Namespace, data: DataConfig, out: Path, split: str, val: bool) -> None:
