@@ -126,5 +126,5 @@ def test_missing_data_set_names_the_command(tmp_path):
         find_data(data, spec_for(data))
     (tmp_path / "list.txt").write_text("a.jpg a.png\n")
     lists = {f"{kind}_id_path": str(tmp_path / "list.txt") for kind in ("labeled", "unlabeled", "val")}
-    with pytest.raises(UserError, match="3 of 3 files are missing.*python -m allspark prepare pascal --download"):
+    with pytest.raises(UserError, match="5 of 5 files are missing.*python -m allspark prepare pascal --download"):
         resolve(replace(data, data_root=str(tmp_path), allow_overlap=True, **lists))
