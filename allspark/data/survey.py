@@ -121,10 +121,10 @@ def find_contradictions(reports: Sequence[SampleReport], spec: DatasetSpec) -> t
     masks = list({each.sample.mask: each for each in reports if each.values}.values())
     images = list({each.sample.image: each for each in reports if each.image}.values())
     problems = [*compare_bits(masks), *compare_palettes(masks, spec)]
-    questions = [*check_ranges(images, spec), *check_orientations(masks, spec)]
-    warnings = []
+    problems += [*check_ranges(images, spec), *check_orientations(masks, spec)]
+    warnings: list[str] = []
     if not spec.is_custom:  # the answers are keys of data.custom
-        problems, warnings, questions = [], [*problems, *questions], []
+        problems, warnings = warnings, problems
     white = spec.images.image_max or 65535
     brighter = [each for each in images if (each.image.peak or 0) > white]
     if brighter:
@@ -139,7 +139,7 @@ def find_contradictions(reports: Sequence[SampleReport], spec: DatasetSpec) -> t
             f"{len(transparent)} masks have transparent pixels, such as {transparent[0].sample.mask}: their stored "
             "colors count"
         )
-    return [*problems, *questions], warnings
+    return problems, warnings
 
 
 def compare_bits(masks: Sequence[SampleReport]) -> Iterator[str]:
@@ -161,10 +161,7 @@ def compare_palettes(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterat
 
     Programs that reduce colors number those of each file anew.
     """
-    remedy = (
-        "if colors count, convert the masks to RGB and list the colors in data.custom.color_map; if indices count, "
-        "give the classes' colors in data.custom.palette"
-    )
+    remedy = "if colors count, list them in data.custom.color_map; if indices count,"
     known: dict[int, tuple[int, SampleReport]] = {}  # index -> its color, and a file that uses it
     classes = [red << 16 | green << 8 | blue for red, green, blue in spec.palette]
     with_palette = [each for each in masks if each.mask.palette]
@@ -177,7 +174,7 @@ def compare_palettes(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterat
             if other != color:
                 yield (
                     f"index {index} has the color {format_color(other)} in the palette of {where.sample.mask}, and "
-                    f"{format_color(color)} in that of {each.sample.mask}; {remedy}"
+                    f"{format_color(color)} in that of {each.sample.mask}; {remedy} save gray masks"
                 )
                 return
             target = int(spec.decode_mask(np.array([index]))[0])
@@ -189,7 +186,7 @@ def compare_palettes(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterat
         beside = f", and {without[0].sample.mask} has none" if without else ""
         yield (
             f"the palette of {with_palette[0].sample.mask} does not have the classes' colors ({colors}){beside}; "
-            f"{remedy}"
+            f"{remedy} give the classes' colors in data.custom.palette"
         )
 
 
