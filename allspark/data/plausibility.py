@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +46,20 @@ def neighboring_frames(lists: Lists, spec: DatasetSpec) -> list[str]:
 
     They are if their numbers are near, and if images with near numbers look more alike than others do.
     """
-    train: dict[tuple[Path, str, str], dict[int, Sample]] = defaultdict(dict)
+    videos: dict[tuple[Path, str, str], list[tuple[int, Sample]]] = defaultdict(list)
     for sample in (*lists.labeled, *lists.unlabeled):
         if (place := frame_number(sample.image)) is not None:
-            train[place[0]][place[1]] = sample
+            videos[place[0]].append((place[1], sample))
+    for frames in videos.values():
+        frames.sort(key=itemgetter(0))
     pairs = []
     for sample in lists.val:
-        if (place := frame_number(sample.image)) is None or not train[place[0]]:
-            continue
-        nearest = min(train[place[0]], key=lambda number: abs(number - place[1]))
-        if abs(nearest - place[1]) <= FRAMES:
-            pairs.append((sample, train[place[0]][nearest]))
+        video, number = frame_number(sample.image) or (None, 0)
+        frames = videos.get(video, [])
+        index = bisect_left(frames, number, key=itemgetter(0))
+        around = [(abs(other - number), neighbor) for other, neighbor in frames[max(index - 1, 0) : index + 1]]
+        if around and (nearest := min(around, key=itemgetter(0)))[0] <= FRAMES:
+            pairs.append((sample, nearest[1]))
     if len(pairs) < max(6, len(lists.val) / 10):
         return []
     some = pairs[:: -(-len(pairs) // OPENED)]
