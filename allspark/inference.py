@@ -86,7 +86,7 @@ def load_for_inference(
     Raises:
         UserError: the file is missing, damaged, of another program, or does not match.
     """
-    if is_model(path):
+    if is_model(path) and not best:
         path, content = read_model(path)
     else:
         path = checkpoint_in(path, best)
