@@ -9,40 +9,25 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed, launch
-from allspark.build import build_loader, build_method, complete
+from allspark.build import build_loader, build_method
+from allspark.checkpointer import Checkpointer, resume
 from allspark.config import OptimConfig, Recipe
-from allspark.config_io import build_recipe, differences, to_plain
+from allspark.config_io import to_plain
 from allspark.cuda_graph import build_graphs, why_eager
 from allspark.data.audit import preflight, select_hidden
 from allspark.data.datasets import spec_for
 from allspark.data.loaders import TrainLoader
 from allspark.data.spec import DatasetSpec
 from allspark.data.splits import Lists, describe_lists, resolve
-from allspark.engine.checkpoint import (
-    LATEST,
-    TO_RESUME,
-    Position,
-    broadcast_choice,
-    buffers_by_rank,
-    explain_mismatch,
-    find_checkpoint,
-    has_checkpoint,
-    is_finished,
-    load_buffers_of_rank,
-    load_checkpoint,
-    load_state,
-)
-from allspark.engine.checkpointer import Checkpointer
+from allspark.engine.checkpoint import LATEST, Position, has_checkpoint, is_finished
 from allspark.engine.log import TEXT, RunLog
 from allspark.engine.optim import build_optimizer, scale_lr
 from allspark.engine.provenance import PROVENANCE, read_provenance, revision, write_provenance
@@ -52,7 +37,6 @@ from allspark.engine.stepper import Stepper, has_bf16, micro_batch_size, set_det
 from allspark.engine.writers import METRICS, read_metrics
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.sliding_window import Inference, inference_for
-from allspark.methods import Method
 from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.sync_batch_norm import SyncBatchNorm
 from allspark.train_step import TrainState
@@ -138,64 +122,36 @@ def build_run(
     method.attach(model)
     stepper = Stepper(model, build_optimizer(optim, model), recipe.precision, optim.clip_norm)
     loader = build_loader(recipe, lists, spec, method.views)
-    val, crops = SegmentationDataset(lists.val, spec), SegmentationDataset(hidden, spec, recipe.data.crop_size)
     inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation)
 
-    position, unlogged, resume_notes = resume(save_path, recipe, lists, model, method, stepper, loader.steps_per_epoch)
+    state = TrainState(recipe, model, method, stepper, recipe.epochs * loader.steps_per_epoch, graphs=None)
+    position, unlogged, resume_notes = resume(save_path, state, loader)
     if is_finished(recipe, position):
         if distributed.is_main():
             print(
                 f"{save_path}: this run is finished, best mIoU {position.best['miou']:.2f}; use --fresh to start over"
             )
         return None
-    network = wrap_ddp(model, device)
+    state = replace(state, network=wrap_ddp(model, device), graphs=build_graphs(recipe, method, stepper))
     if recipe.compile:
         model.compile_parts()
-    total_steps = recipe.epochs * loader.steps_per_epoch
     if distributed.is_main():
         write_provenance(save_path, command, lists.split, device, resumed=position.step > 0)  # first: it marks a run
         durable_write_text(save_path / CONFIG, yaml.safe_dump(to_plain(recipe), sort_keys=False))
-    log = RunLog(
-        save_path,
-        active=distributed.is_main(),
-        interval=recipe.log.interval,
-        start_step=position.step,
-        start_epoch=position.epoch,
-        total_steps=total_steps,
-        stepper=stepper,
-        writers=recipe.log.writers,
-        config=to_plain(recipe),
-    )
-    stack.enter_context(log)
+    log = stack.enter_context(open_log(save_path, state, position))
     log.load_state_dict(unlogged, device)
-    start_notes = describe_run(recipe, model, method, device, total_steps, position)
-    for note in (f"run folder: {save_path}", *start_notes, *notes, *resume_notes, *data_notes):
+    for note in (f"run folder: {save_path}", *describe_run(state, position), *notes, *resume_notes, *data_notes):
         log.info(note)
-    checkpointer = Checkpointer(
-        save_path,
-        recipe,
-        model,
-        stepper,
-        log,
-        stop,
-        content=partial(checkpoint_content, recipe, lists, model, method, stepper, log),
-        images=lambda position: loader.images((position.step - 1) % loader.steps_per_epoch),
-    )
     run = Run(
-        recipe=recipe,
-        network=network,
-        method=method,
-        stepper=stepper,
-        total_steps=total_steps,
-        graphs=build_graphs(recipe, method, stepper),
+        **vars(state),
         optim=optim,
         spec=spec,
         loader=loader,
-        val=val,
-        crops=crops,
+        val=SegmentationDataset(lists.val, spec),
+        crops=SegmentationDataset(hidden, spec, recipe.data.crop_size),
         inference=inference,
         log=log,
-        checkpointer=checkpointer,
+        checkpointer=Checkpointer(save_path, state, loader, log, stop),
     )
     return run, position
 
@@ -244,77 +200,19 @@ def prepare_folder(lock: RunLock, fresh: bool) -> list[str]:
     return []
 
 
-def resume(
-    save_path: Path,
-    recipe: Recipe,
-    lists: Lists,
-    model: Segmentor,
-    method: Method,
-    stepper: Stepper,
-    steps_per_epoch: int,
-) -> tuple[Position, list[dict[str, Tensor]], list[str]]:
-    """Load the newest readable checkpoint of save_path into model, method and stepper.
-
-    Returns:
-        Its position (the start, if there is no checkpoint), losses that were not logged yet, and notes for the log.
-
-    Raises:
-        UserError: the checkpoint belongs to another recipe or other file lists, or its position is impossible.
-    """
-    found = find_checkpoint(save_path) if distributed.is_main() else None
-    name = broadcast_choice(found and found[0].name, stepper.device)
-    if name is None:
-        return Position(), [], []
-    path = save_path / name
-    content, notes = found[1:] if found else (load_checkpoint(path, TO_RESUME), [])
-    launch.check_ranks_agree(checkpoint=f"{content['epoch']} {content['step']}")  # a file server may return an old file
-    saved_recipe = complete(build_recipe(content["recipe"], None, str(path)))  # adds keys that are newer than the run
-    if changed := differences(to_plain(saved_recipe), to_plain(recipe)):
-        listed = "; ".join(f"{key}: {old} -> {new}" for key, old, new in changed[:5])
-        raise UserError(
-            f"{save_path}: contains a run with another recipe ({listed}); choose another --save-path, "
-            f"or use --fresh to move the old run aside"
-        )
-    if content["split"]["sha256"] != lists.hash:
-        raise UserError(
-            f"{path}: this run was started with other images in its lists (split {content['split']['name']}); restore "
-            f"them, or use --fresh to move the old run aside"
-        )
-    epoch, step = content["epoch"], content["step"]
-    if epoch > recipe.epochs or not 0 <= step - epoch * steps_per_epoch <= steps_per_epoch * (epoch < recipe.epochs):
-        raise UserError(
-            f"{path}: step {step} in epoch {epoch} is impossible with {recipe.epochs} epochs of {steps_per_epoch} "
-            f"steps; remove the file to resume from another one, or use --fresh to move the run aside"
-        )
-    load_state(model, content["model"], path)
-    load_state(method, content["method"], path)
-    with explain_mismatch(path):
-        load_buffers_of_rank({"model": model, "method": method}, content.get("ranks", {}))
-        stepper.load_state_dict(content)
-    if name != LATEST and distributed.is_main() and (save_path / LATEST).exists():
-        (save_path / LATEST).rename(save_path / "damaged.pth")  # or the next save moves it over previous.pth
-    position = Position(epoch, step, content["best"], content.get("world_size"))
-    return position, content.get("log", []), notes
-
-
-def checkpoint_content(
-    recipe: Recipe, lists: Lists, model: Segmentor, method: Method, stepper: Stepper, log: RunLog, position: Position
-) -> dict[str, Any]:
-    """The content of a checkpoint; a collective call, because some buffers differ between processes."""
-    shared = () if recipe.model.bottleneck.memory_policy == "local" else ("model.bottleneck.memory.",)
-    return {
-        "model": model.state_dict(),
-        "method": method.state_dict(),
-        "ranks": buffers_by_rank({"model": model, "method": method}, shared),
-        **stepper.state_dict(),
-        "log": log.state_dict(),
-        "epoch": position.epoch,
-        "step": position.step,
-        "best": position.best,
-        "recipe": to_plain(recipe),
-        "split": lists.split,
-        "world_size": distributed.world_size(),
-    }
+def open_log(save_path: Path, state: TrainState, position: Position) -> RunLog:
+    recipe = state.recipe
+    return RunLog(
+        save_path,
+        active=distributed.is_main(),
+        interval=recipe.log.interval,
+        start_step=position.step,
+        start_epoch=position.epoch,
+        total_steps=state.total_steps,
+        stepper=state.stepper,
+        writers=recipe.log.writers,
+        config=to_plain(recipe),
+    )
 
 
 def wrap_ddp(model: Segmentor, device: torch.device) -> nn.Module:
@@ -333,10 +231,9 @@ def wrap_ddp(model: Segmentor, device: torch.device) -> nn.Module:
         return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
 
-def describe_run(
-    recipe: Recipe, model: Segmentor, method: Method, device: torch.device, total_steps: int, position: Position
-) -> list[str]:
+def describe_run(state: TrainState, position: Position) -> list[str]:
     """A few lines about the run that is about to start."""
+    recipe, model, method, device = state.recipe, state.model, state.method, state.device
     world_size = distributed.world_size()
     micro_batch = micro_batch_size(recipe, world_size)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -347,7 +244,7 @@ def describe_run(
         f"{world_size} process(es) on {device.type}, torch {torch.__version__}, {platform.machine()}, "
         f"revision {revision()}",
         f"host {platform.node()}, process id {os.getpid()}{job}",
-        f"{recipe.epochs} epochs, {total_steps} steps of {describe_batch(recipe, world_size)}",
+        f"{recipe.epochs} epochs, {state.total_steps} steps of {describe_batch(recipe, world_size)}",
     ]
     if micro_batch * world_size < recipe.batch_size:
         lines.append("gradient accumulation: batch norm, OHEM, CutMix and the memory see one micro-batch at a time")
@@ -359,7 +256,7 @@ def describe_run(
         reason = why_eager(recipe, method, device)
         lines.append(f"steps are launched eagerly: {reason}" if reason else "steps are replayed as CUDA graphs")
     if position.step:
-        between_epochs = position.step * recipe.epochs == position.epoch * total_steps
+        between_epochs = position.step * recipe.epochs == position.epoch * state.total_steps
         where = f"after epoch {position.epoch}" if between_epochs else f"in epoch {position.epoch + 1}"
         lines.append(f"resumed {where} (step {position.step})")
         if position.world_size != world_size:

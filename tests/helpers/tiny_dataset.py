@@ -28,7 +28,7 @@ class Place:
     def lists(self, *words: object) -> list[str]:
         """Arguments of train.py: a small PASCAL recipe with lists of these files; `words` name the method."""
         small = ("model.encoder=mit_b0", "model.decoder_channels=32", "model.pretrained=none", "crop_size=65")
-        short = ("batch_size=2", "epochs=1", "log.interval=1", "num_workers=0", "device=cpu")
+        short = ("batch_size=2", "epochs=1", "warmup_epochs=null", "log.interval=1", "num_workers=0", "device=cpu")
         data = (f"data_root={self.root}", f"data.val_id_path={self.root}/lists/val.txt")
         files = [f"--{kind}-id-path={self.root}/lists/{kind}.txt" for kind in ("labeled", "unlabeled")]
         return ["--dataset", "pascal", *files, *small, *short, *data, *map(str, words)]

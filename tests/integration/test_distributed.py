@@ -12,12 +12,13 @@ from numpy.testing import assert_array_equal
 from torch import nn
 
 from allspark import distributed, launch
+from allspark.checkpointer import Checkpointer
 from allspark.engine.checkpoint import Position
-from allspark.engine.checkpointer import Checkpointer
 from allspark.engine.log import RunLog
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import Stepper
 from allspark.models.memory import SemanticMemory
+from allspark.train_step import TrainState
 from allspark.utils.errors import UserError, user_error_message
 from helpers import REPO
 
@@ -138,17 +139,17 @@ def saves_last(folder):
     """When this process is through with its last save; process 0 takes a second for it."""
     model = nn.Linear(1, 1)
 
-    def content(position):
-        time.sleep(distributed.is_main())
-        return model.state_dict()
+    class Slow(Checkpointer):
+        def content(self, position):
+            time.sleep(distributed.is_main())
+            return model.state_dict()
 
     log = RunLog(folder, active=distributed.is_main(), interval=1, start_step=0, total_steps=1)
     with log, Stop() as stop:
         never = SimpleNamespace(checkpoint_interval=0, checkpoint_minutes=0, optim=SimpleNamespace(max_skipped=9))
         stepper = Stepper(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
-        checkpointer = Checkpointer(
-            folder, never, model, stepper, log, stop, content=content, images=lambda position: ()
-        )
+        state = TrainState(never, model, None, stepper, total_steps=1, graphs=None)
+        checkpointer = Slow(folder, state, None, log, stop)
         checkpointer.after_epoch(Position(epoch=1, step=1), last=True)
     return time.time()
 

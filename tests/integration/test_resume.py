@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import train
-from allspark import train_step
+from allspark import checkpointer, train_step
 from allspark.config_io import build_recipe
-from allspark.engine import checkpointer
 from allspark.engine.checkpoint import Position, is_finished
 from allspark.engine.run_lock import RunLock
 from allspark.utils.errors import run_main

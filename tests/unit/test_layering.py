@@ -30,8 +30,9 @@ ALLOWED = {  # package or module -> what of allspark it may import, besides itse
     "build": {"config", "config_io", "data", "distributed", "losses", "methods"},
     "cuda_graph": {"config", "data.batch", "distributed", "engine.stepper", "methods"} | {"models.timm_encoder"},
     "train_step": {"config", "cuda_graph", "data.batch", "distributed", "engine", "methods", "models"},
-    "run": {"build", "config", "config_io", "cuda_graph", "data", "distributed", "engine", "evaluation", "launch"}
-    | {"methods", "models", "train_step", "weights"},
+    "checkpointer": {"build", "config_io", "data", "distributed", "engine", "launch", "train_step"},
+    "run": {"build", "checkpointer", "config", "config_io", "cuda_graph", "data", "distributed", "engine", "evaluation"}
+    | {"launch", "methods", "models", "train_step", "weights"},
     "recipe_arguments": {"build", "config", "config_io", "engine.optim"},
     "hub": {"engine"},
     "inference": {"build", "config", "config_io", "data", "engine", "evaluation", "hub", "models"},
