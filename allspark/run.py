@@ -192,7 +192,7 @@ def prepare_folder(lock: RunLock, fresh: bool) -> list[str]:
                 )
         listed = ", ".join(path.name for path in files[:3]) + ", ..." * (len(files) > 3)
         return [f"WARNING: {folder} has other files, too: {listed}"] if files else []
-    if (folder / METRICS).exists() and any("miou" in line for line in read_metrics(folder / METRICS)):
+    if (folder / METRICS).is_file() and any("miou" in line for line in read_metrics(folder / METRICS)):
         raise UserError(
             f"{folder}: has the results of a run, but no checkpoint to continue it from; restore {LATEST}, choose "
             f"another --save-path, or use --fresh to move the folder aside"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from allspark.cli.check import disk_findings
 from allspark.engine.checkpoint import check_position, checkpoint_in
 from allspark.engine.run_lock import RunLock
 from allspark.engine.writers import read_metrics
@@ -52,6 +53,12 @@ def test_files_beside_a_run_are_mentioned(tmp_path):
     with RunLock(tmp_path) as lock:
         (note,) = prepare_folder(lock, fresh=False)
     assert note == f"WARNING: {tmp_path} has other files, too: notes.txt"
+
+
+def test_check_reports_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    (problem,) = disk_findings(None, tmp_path / "file" / "run").problems
+    assert problem.startswith(f"--save-path {tmp_path / 'file' / 'run'}: {tmp_path / 'file'} is not a folder")
 
 
 @pytest.fixture

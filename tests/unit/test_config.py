@@ -39,6 +39,7 @@ MINIMAL = {
         (["--resume"], "resumes by itself"),
         (["--resume-from", "a.pth"], "resumes by itself"),
         (["--nonsense-of-mine"], "key.path=value"),
+        (["--save-path", "a\0b"], "contains a null character"),
     ],
 )
 def test_unknown_option_is_explained(words, told, capsys):
