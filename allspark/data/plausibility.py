@@ -68,7 +68,7 @@ def neighboring_frames(lists: Lists, spec: DatasetSpec) -> list[str]:
         return []
     val, near = map(np.array, zip(*read, strict=True))
     others = [np.abs(val - np.roll(near, shift, axis=0)).mean() for shift in range(1, len(near))]
-    if np.abs(val - near).mean() > 0.75 * np.median(others):
+    if np.abs(val - near).mean() > 0.6 * np.median(others):
         return []
     sample, neighbor = pairs[0]
     return [
@@ -101,7 +101,7 @@ def mismatched_masks(labeled: Sequence[Sample], spec: DatasetSpec) -> list[str]:
     first, last = samples[0].image, samples[-1].image
     for shift in (1, -1):
         other = np.diagonal(table, shift)
-        if t_value(other - (own[:-1] if shift == 1 else own[1:])) > 3:
+        if t_value(other - (own[:-1] if shift == 1 else own[1:])) > 4:
             place = "next" if shift == 1 else "previous"
             return [
                 f"masks of {first} to {last} fit the edges of the {place} image better than those of their own: is "
