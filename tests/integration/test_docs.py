@@ -234,7 +234,10 @@ def test_api_examples_run(place, tmp_path, monkeypatch, capsys):
     saved = torch.load(place.run / "latest.pth", weights_only=True)
     assert saved["step"] == 3 and any(name.startswith("teacher.") for name in saved["method"])
 
+    slim = tmp_path / "slim.pth"
+    assert run_main(allspark_main, ["weights", "export", str(place.run / "latest.pth"), "--out", str(slim)]) == 0
     monkeypatch.delitem(sys.modules, "mean_teacher")  # as in another process
+    assert allspark.load_checkpoint(slim).spec.num_classes == 3  # which needs no method
     with pytest.raises(UserError, match=f"latest.pth: method.name={name}: code from outside.*ALLSPARK_METHODS={name}"):
         allspark.load_checkpoint(place.run / "latest.pth")
     assert "mean_teacher" not in sys.modules
