@@ -62,6 +62,8 @@ class TimmEncoder(nn.Module):
                 name, f"its maps have strides {'/'.join(map(str, strides))}, and {LEVELS} levels are needed"
             )
         self.multiple = self.strides[-1]
+        norms = nn.modules.batchnorm._BatchNorm
+        self.has_batch_norm = any(isinstance(module, norms) for module in self.body.modules())
         # Images are normalized with ImageNet's mean and standard deviation; some of timm's weights expect others
         mean, std = (torch.tensor(self.body.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         our_mean, our_std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -94,7 +96,7 @@ class TimmEncoder(nn.Module):
         """timm's gradient checkpointing, by stage or block."""
         if not enable:
             return
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.body.modules()):
+        if self.has_batch_norm:
             raise UserError(
                 f"model.checkpointing=true with model.encoder={PREFIX}{self.name}: its batch norm would count each "
                 "batch twice; set model.checkpointing=false, or choose an encoder without batch norm"
@@ -109,7 +111,11 @@ class TimmEncoder(nn.Module):
 
     def forward(self, image: Tensor, pyramid: bool = True) -> list[Tensor]:
         """Four maps; pyramid=False: those of the body alone."""
-        features = self.body(pad_to_multiple(image, self.multiple) * self.scale + self.shift)[-LEVELS:]
+        image = pad_to_multiple(image, self.multiple) * self.scale + self.shift
+        if self.has_batch_norm and image.device.type == "cpu":
+            # Without it, torch computes the 1x1 convolutions of a single thread by a slow kernel
+            image = image.contiguous(memory_format=torch.channels_last)
+        features = self.body(image)[-LEVELS:]
         if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return self.pyramid(features[-1]) if self.pyramid is not None and pyramid else features

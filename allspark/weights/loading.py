@@ -327,6 +327,12 @@ def reject_published(file: WeightFile) -> None:
             f"map_out or memory), which is not documented: https://github.com/xmed-lab/AllSpark/issues/3. "
             f"Its encoder can be used: model.pretrained={file.path}"
         )
+    if any(name.startswith("decoder.low_conv.") for name in file.tensors):
+        raise UserError(
+            f"{file.path}: is a model of iMAS or U2PL, whose ResNet has multi-grid dilations and another pooling than "
+            f"the ResNets here, so it would predict something else. Its encoder can be used as a start: "
+            f"model.encoder=resnet101s (or resnet50s) model.pretrained={file.path}"
+        )
 
 
 def infer_architecture(tensors: Mapping[str, Tensor], path: Path, is_model: bool) -> Architecture:

@@ -167,6 +167,20 @@ def test_published_checkpoint(call, tmp_path):
 # Checkpoints of this code
 
 
+def test_imas_checkpoint(call, tmp_path):
+    """By the names of its decoder; of student and teacher the encoder of the teacher can be loaded."""
+    encoder = build_model(ModelConfig(encoder="resnet50s", decoder="deeplab", decoder_channels=8), 3, 64).encoder
+    teacher = {f"module.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    teacher["module.decoder.low_conv.0.bias"] = torch.zeros(48)
+    student = {name: torch.zeros(()).expand_as(tensor) for name, tensor in teacher.items()}
+    torch.save({"model_state": student, "teacher_state": teacher}, tmp_path / "imas.pth")
+    said = call("import", tmp_path / "imas.pth", "--out", tmp_path / "ours.pth", code=2)
+    assert "is a model of iMAS or U2PL" in said and "multi-grid" in said
+    other = build_model(ModelConfig(encoder="resnet50s", decoder="deeplab", decoder_channels=8), 3, 64)
+    load_encoder(other, tmp_path / "imas.pth")
+    assert all(torch.equal(t, encoder.state_dict()[n]) for n, t in other.encoder.state_dict().items())
+
+
 def test_own_checkpoint(finished, call, tmp_path):
     call("import", finished.run / "best.pth", "--out", tmp_path / "once.pth")
     call("import", tmp_path / "once.pth", "--out", tmp_path / "twice.pth")
