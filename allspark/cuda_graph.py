@@ -49,7 +49,9 @@ def why_eager(recipe: Recipe, method: Method, device: torch.device) -> str | Non
         # Not inherited: a subclass may use the step number
         f"method {recipe.method.name} is not marked as capturable": not vars(type(method)).get("capturable", False),
         "compile=true": recipe.compile,
-        "an encoder of timm, which may read values from the device": recipe.model.encoder.startswith(PREFIX),
+        "an encoder of timm, which may read values from the device": recipe.model.encoder.startswith(
+            (PREFIX, "dinov2_")
+        ),
         "model.checkpointing=true, which saves the host's random state": recipe.model.checkpointing,
         "model.bottleneck.own_channels=true, which draws on the host": recipe.model.bottleneck.own_channels,
     }

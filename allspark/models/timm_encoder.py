@@ -203,7 +203,8 @@ class DINOv2(TimmEncoder):
         self.body.model._pos_embed = MethodType(embed_positions, self.body.model)
 
     def download_hint(self) -> str:
-        return f"get it by `python -m allspark weights fetch {self.published}`"
+        file = f"pretrained_weights/{self.published}.pth"
+        return f"get it by `python -m allspark weights fetch {self.published}` and set model.pretrained={file}"
 
 
 DINOV2 = {f"dinov2_{size}": f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large", "giant")}

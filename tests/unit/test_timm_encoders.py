@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import train
 from allspark.config import BottleneckConfig, ModelConfig, OptimConfig
@@ -15,9 +15,10 @@ from allspark.engine.optim import build_optimizer
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.segmentor import build_model
 from allspark.models.student import Student
-from allspark.models.timm_encoder import TimmEncoder
+from allspark.models.timm_encoder import TimmEncoder, normalize_name
 from allspark.utils.errors import UserError, run_main
 from allspark.weights.loading import load_pretrained
+from helpers import SHARED
 from helpers.networks import CASES, CLASSES, CROP, FIRST, assert_numbers, make_method, random_batches
 
 PYRAMIDS = ("test_convnext", "test_resnet", "test_mambaout")  # maps of 4 levels, of 5 levels, channels last
@@ -66,6 +67,26 @@ def test_padding_is_cropped(name):
     image = torch.zeros(1, 3, 64, 96)
     image[..., :50, :71] = torch.randn(3, 50, 71)
     torch.testing.assert_close(model(image[..., :50, :71]).logits, model(image).logits[..., :50, :71])
+
+
+@pytest.mark.parametrize(
+    ("encoder", "file"),
+    [
+        ("timm:tf_efficientnet_lite0", "tf_efficientnet_lite0.safetensors"),
+        ("dinov2_small", "vit_small_patch14_dinov2_saliency_fp16.safetensors"),
+    ],
+)
+def test_pretrained_files(encoder, file):
+    """Every tensor of the body is in the file; the second one stores float16."""
+    path = SHARED / "weights" / file
+    if not path.is_file():
+        pytest.skip(f"no {path} (ALLSPARK_SHARED)")
+    model = build_model(ModelConfig(encoder=encoder), CLASSES, 98)
+    load_pretrained(model, str(path), "none")
+    stored = load_file(path)
+    for name, tensor in model.encoder.body.state_dict().items():
+        same = [key for key in stored if normalize_name(key) == normalize_name(name)]
+        assert torch.equal(stored[same[0]].to(tensor.dtype), tensor), name
 
 
 @torch.no_grad()
