@@ -200,7 +200,7 @@ class PlainHeader(tarfile.TarInfo):
 def tar_entries(source: Path) -> Iterator[Entry]:
     """Read forward only: seeking back in a compressed tar means decompressing it from the start."""
     total = 0
-    with archive_errors(source), tarfile.open(source, "r:*", tarinfo=PlainHeader) as archive:
+    with archive_errors(source), tarfile.open(source, tar_mode(source), tarinfo=PlainHeader) as archive:
         for count, member in enumerate(archive, start=1):
             archive.members.clear()  # otherwise kept to the end
             total += member.size
@@ -210,6 +210,14 @@ def tar_entries(source: Path) -> Iterator[Entry]:
                 read = partial(read_member, source, member.name, member.size, partial(archive.extractfile, member))
                 yield Entry(member.name, member.size, member.isreg(), read)
         check_end(archive)
+
+
+def tar_mode(source: Path) -> str:
+    """By the first bytes; tarfile would try all compressions, and lzma reads zeros to their end, slowly."""
+    with source.open("rb") as file:
+        start = file.read(6)
+    kinds = {b"\x1f\x8b": "r:gz", b"BZh": "r:bz2", b"\xfd7zXZ\0": "r:xz"}
+    return next((mode for magic, mode in kinds.items() if start.startswith(magic)), "r:")
 
 
 def check_end(archive: tarfile.TarFile) -> None:

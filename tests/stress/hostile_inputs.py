@@ -1,6 +1,6 @@
 """Feed generated hostile inputs to the commands: each ends with exit code 2 and one message, or does what is right.
 
-    python tests/stress/hostile_inputs.py                        # 3,000 inputs, about half an hour
+    python tests/stress/hostile_inputs.py                        # 3,000 inputs, about a quarter of an hour
     python tests/stress/hostile_inputs.py --quick                # one in twenty
     python tests/stress/hostile_inputs.py --only images --seed 7
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import gzip
 import importlib
 import io
@@ -32,9 +33,10 @@ import time
 import traceback
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -401,34 +403,40 @@ KINDS = {
 # Processes
 
 
-def run_case(kind: str, number: int, seed: int, base: Path, results: multiprocessing.connection.Connection) -> None:
-    """One input, in this forked process; its verdict is sent to the parent."""
-    with tempfile.TemporaryDirectory(dir=base.parent) as folder, tempfile.TemporaryFile() as output:
-        shutil.copytree(base, folder, dirs_exist_ok=True)
-        os.chdir(folder)
-        os.setsid()
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-        launch.JOIN_TIMEOUT, launch.JOIN_NOTICE = timedelta(seconds=1), 0.5
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+def work(kind: str, numbers: Sequence[int], seed: int, base: Path, verdicts: Connection) -> None:
+    """In a forked process: give the inputs to the commands, and send the verdicts to the parent."""
+    os.setsid()
+    output = tempfile.TemporaryFile()  # noqa: SIM115
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    launch.JOIN_TIMEOUT, launch.JOIN_NOTICE = timedelta(seconds=1), 0.5
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    variables = dict(os.environ)
+    for number in numbers:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        case = KINDS[kind](random.Random(f"{seed} {kind} {number}"))
-        try:
-            code: Any = run_main(case.main, list(case.argv))
-        except SystemExit as error:
-            code = error.code
-        except BaseException:
-            traceback.print_exc()
-            code = 1
+        output.seek(0)
+        output.truncate()
+        with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+            shutil.copytree(base, folder, dirs_exist_ok=True)
+            os.chdir(folder)
+            case = KINDS[kind](random.Random(f"{seed} {kind} {number}"))
+            try:
+                code: Any = run_main(case.main, list(case.argv))
+            except SystemExit as error:
+                code = error.code
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            os.chdir(base)
         sys.stdout.flush()
         sys.stderr.flush()
+        os.environ.clear()
+        os.environ.update(variables)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
         output.seek(0)
         text = output.read().decode(errors="replace")
-        os.chdir(base)
-    results.send((code, find_problem(case, code, text, grown), " ".join(case.argv)[:300]))
-    os._exit(0)
+        verdicts.send((code, find_problem(case, code, text, grown), " ".join(case.argv)[:300]))
 
 
 def find_problem(case: Case, code: Any, text: str, grown: int) -> str:
@@ -446,24 +454,32 @@ def find_problem(case: Case, code: Any, text: str, grown: int) -> str:
     return ""
 
 
-def judge(kind: str, number: int, seed: int, base: Path) -> tuple[Any, str, str]:
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    if (child := os.fork()) == 0:
+def judge(kind: str, numbers: Sequence[int], seed: int, base: Path) -> Iterator[tuple[Any, str, str]]:
+    """Exit code, problem and command of each input; a process that dies or hangs is replaced."""
+    done = 0
+    while done < len(numbers):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        if (child := os.fork()) == 0:
+            try:
+                work(kind, numbers[done:], seed, base, theirs)
+            except BaseException:
+                theirs.send((None, "the generator failed: " + traceback.format_exc()[-800:], ""))
+            os._exit(0)
+        theirs.close()
         try:
-            run_case(kind, number, seed, base, theirs)
-        except BaseException:
-            theirs.send((None, "the generator failed: " + traceback.format_exc()[-800:], ""))
-        os._exit(1)
-    theirs.close()
-    verdict: tuple[Any, str, str] = (None, f"no answer within {SECONDS:g} s", "")
-    with contextlib.suppress(EOFError):
-        if ours.poll(SECONDS):
-            verdict = (None, "the process died", "")
-            verdict = ours.recv()
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, 9)
-    os.waitpid(child, 0)
-    return verdict
+            while done < len(numbers):
+                hangs = not ours.poll(SECONDS)
+                verdict = (None, f"no answer within {SECONDS:g} s", "") if hangs else ours.recv()
+                done += 1
+                yield verdict
+                if hangs:
+                    break
+        except EOFError:
+            done += 1
+            yield None, "the process died", ""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, 9)
+        os.waitpid(child, 0)
 
 
 def prepare(base: Path) -> None:
@@ -494,14 +510,16 @@ def main(argv: Sequence[str]) -> int:
         base = Path(folder) / "base"
         base.mkdir()
         prepare(base)
+        gc.collect()
+        gc.freeze()  # or each child would copy all pages of this process
         for kind in args.only:
             count = args.count or COUNTS[kind] // (20 if args.quick else 1)
             codes: Counter[Any] = Counter()
             wrong, longest = 0, 0.0
-            for number in range(args.first, args.first + count):
-                since = time.monotonic()
-                code, problem, command = judge(kind, number, args.seed, base)
+            numbers, since = range(args.first, args.first + count), time.monotonic()
+            for number, (code, problem, command) in zip(numbers, judge(kind, numbers, args.seed, base), strict=True):
                 longest = max(longest, time.monotonic() - since)
+                since = time.monotonic()
                 codes[code] += not problem
                 if problem:
                     wrong += 1

@@ -438,6 +438,15 @@ def test_endless_tar(limit, parts, told, tmp_path, monkeypatch):
         list(iter_entries(tmp_path / "x.tgz"))
 
 
+def test_tar_of_zeros(tmp_path):
+    """lzma, which tarfile tries first, takes ten seconds for these."""
+    with open(tmp_path / "x.tar", "wb") as file:
+        file.truncate(60 << 20)
+    begin = time.monotonic()
+    assert list(iter_entries(tmp_path / "x.tar")) == []
+    assert time.monotonic() - begin < 3
+
+
 def test_pipe_as_archive(tmp_path):
     os.mkfifo(tmp_path / "x.zip")
     with pytest.raises(UserError, match=r"x\.zip: is neither a folder nor a regular file"):
