@@ -220,10 +220,19 @@ def embed_positions(vit: nn.Module, patches: Tensor) -> Tensor:
     grid = vit.patch_embed.grid_size
     cls, positions = vit.pos_embed.split((1, grid[0] * grid[1]), 1)
     if (height, width) != grid:
-        scale = (height + 0.1) / grid[0], (width + 0.1) / grid[1]
+        # Not F.interpolate(scale_factor=...), whose factors torch.export would fix. At the grid's own size, which only
+        # an exported network gets here, the offset is 0.
+        sides = [torch.full((), side, dtype=torch.float32, device=patches.device) for side in (height, width)]
+        offset = 0.1 * ((sides[0] != grid[0]) | (sides[1] != grid[1]))
+        y, x = (  # centers of the cells; -1 and 1 are the borders
+            (2 * torch.arange(number, device=patches.device) + 1) / (side + offset) - 1
+            for number, side in zip((height, width), sides, strict=True)
+        )
+        where = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]  # (1, h, w, 2)
         positions = positions.transpose(1, 2).unflatten(2, grid)  # (1, C, *grid)
-        positions = F.interpolate(positions, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
-    cls = (vit.cls_token + cls).expand(len(patches), -1, -1)
+        positions = F.grid_sample(positions, where, "bicubic", "border", align_corners=False)
+        positions = positions.flatten(2).transpose(1, 2)
+    cls = (vit.cls_token + cls).expand(patches.shape[0], -1, -1)  # not len: torch.export would fix the batch
     return vit.pos_drop(torch.cat((cls, patches.flatten(1, 2) + positions), 1))
 
 
