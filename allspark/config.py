@@ -78,7 +78,7 @@ class CustomDataConfig:
         "files do not contradict",
     )
     palette: tuple[tuple[int, int, int], ...] | None = option(
-        None, "RGB color of each class; null: those of PASCAL VOC"
+        None, "RGB color of each class; null: those of color_map, else of PASCAL VOC"
     )
     background: int | None = option(None, "index of the background class, if the data set has one")
     eval_mode: Mode = option("whole", "how images are evaluated unless evaluation.mode is set")
@@ -87,7 +87,9 @@ class CustomDataConfig:
     mask_suffix: str = option(
         ".png", "what replaces the suffix of an image in the name of its mask, e.g. _mask.png for a.jpg and a_mask.png"
     )
-    unlabeled_images: str | tuple[str, ...] | None = option(None, "folder of unlabeled images, or a list of folders")
+    unlabeled_images: str | tuple[str, ...] | None = option(
+        None, "folder of unlabeled images, or a list of folders; an absolute path may be anywhere"
+    )
     val_images: str | None = option(None, "folder of validation images")
     val_masks: str | None = option(None, "folder of their masks")
 

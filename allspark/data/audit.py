@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
+from allspark.data.datasets.custom import color_table, value_table
 from allspark.data.image_io import TURNS, BadSample, format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
 from allspark.data.splits import Lists, make_exists_check, prepare_hint, suggest_file
@@ -230,8 +231,19 @@ def report_masks(
     for kind in ("labeled", "val"):
         if any(each.kind == kind for each in legal) and not any(images for images, _ in statistics[kind]):
             result.problems.append(f"no pixel of the {kind} masks has a class, all are {spec.ignore_index}")
-    absent = [name for name, (images, _) in zip(spec.classes, statistics["labeled"], strict=True) if not images]
-    if not absent or not labeled or result.problems:
+    seen = {
+        kind: {name for name, (images, _) in zip(spec.classes, rows, strict=True) if images}
+        for kind, rows in statistics.items()
+    }
+    absent = [name for name in spec.classes if name not in seen["labeled"]]
+    no_val = [name for name in spec.classes if name in seen["labeled"] - seen["val"]]
+    if not labeled or result.problems:
+        return result
+    if no_val and seen["val"]:
+        result.warnings.append(
+            f"classes in none of the val images{which}, so that their IoU says nothing: {', '.join(no_val)}"
+        )
+    if not absent:
         return result
     if custom is not None and len(absent) == spec.num_classes - 1 and decode_counts(labeled, spec)[IGNORE_INDEX]:
         (only,) = set(spec.classes) - set(absent)
@@ -293,7 +305,10 @@ def format_class_table(spec: DatasetSpec, statistics: Mapping[str, list[tuple[in
 
 
 def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: CustomDataConfig | None) -> str:
-    """A histogram of the masks' values, and the map that would make classes of them, if one can be guessed."""
+    """A histogram of the masks' values, and the map that would make classes of them, if one can be guessed.
+
+    A map that the recipe has is kept, and extended by the values that it lacks.
+    """
     values, colored = sum((mask.values for mask in masks), Counter()), masks[0].mask.colored
     name = format_color if colored else str
     pixels = sum(values.values())
@@ -305,32 +320,46 @@ def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: Custom
     if custom is None:
         return text + "The values of this data set are fixed: prepare it again, or describe yours in data.custom"
     kind, key = ("colors", "color_map") if colored else ("values", "value_map")
-    guess = guess_map(sorted(values), spec.num_classes, colored)
+    given = stored_values(custom, colored)
+    if given.keys() >= values.keys():  # the values may mean something else
+        given = {}
+    free = [index for index in range(spec.num_classes) if index not in given.values()]
+    guess = guess_map(sorted(values.keys() - given.keys()), len(free), colored)
     if guess is None:
         if len(values) > 2 * spec.num_classes + 2:
             text += "So many come from JPEG or smooth resizing: save masks as PNG, resize with nearest-neighbor. "
         return f"{text}{len(values)} {kind} for {spec.num_classes} classes: define each one in data.custom.{key}"
     quote = '"' if colored else ""
-    targets = {value: custom.ignore_index if index == IGNORE_INDEX else index for value, index in guess.items()}
+    new = {value: IGNORE_INDEX if number == IGNORE_INDEX else free[number] for value, number in guess.items()}
+    targets = {value: custom.ignore_index if index == IGNORE_INDEX else index for value, index in (given | new).items()}
     entries = ", ".join(f"{quote}{name(value)}{quote}: {index}" for value, index in targets.items())
     classes = dict(enumerate(spec.classes)) | {IGNORE_INDEX: "ignored"}
-    meaning = ", ".join(f"{name(value)} is {classes[index]}" for value, index in guess.items())
-    return f"{text}If {meaning}, add to the config: data.custom.{key}: {{{entries}}}"
+    meaning = ", ".join(f"{name(value)} is {classes[index]}" for value, index in new.items())
+    other = " (else exchange the numbers)" if len(free) > 1 else ""
+    return f"{text}If {meaning}, add to the config{other}: data.custom.{key}: {{{entries}}}"
+
+
+def stored_values(custom: CustomDataConfig, colored: bool) -> dict[int, int]:
+    """Stored value or 0xRRGGBB -> class index or IGNORE_INDEX, as the recipe's map says; {} without a map."""
+    if colored:
+        colors = color_table(custom) if custom.color_map else {}
+        return {red << 16 | green << 8 | blue: index for (red, green, blue), index in colors.items()}
+    return value_table(custom) if custom.value_map else {}
 
 
 def guess_map(values: Sequence[int], num_classes: int, colored: bool) -> dict[int, int] | None:
     """Map the sorted stored values to the classes in order; if there is one too many, ignore the usual void value.
 
-    If all class indices occur and no K, any further value is ignored.
+    If all class indices occur and no K, any further value is ignored. So is a single value for which no class is left.
     """
-    if not colored and {*range(num_classes)} < {*values} and num_classes not in values:
+    if num_classes and not colored and {*range(num_classes)} < {*values} and num_classes not in values:
         return {value: value if value < num_classes else IGNORE_INDEX for value in values}
     if len(values) == num_classes:
         return {value: index for index, value in enumerate(values)}
     void = 0xFFFFFF if colored else IGNORE_INDEX
     if len(values) != num_classes + 1:
         return None
-    ignored = void if void in values else 0 if not colored and 0 in values else None
+    ignored = void if void in values else 0 if not colored and 0 in values else None if num_classes else values[0]
     if ignored is None:
         return None
     others = [value for value in values if value != ignored]

@@ -539,7 +539,8 @@ def decode_colors(packed: np.ndarray, colors: ColorTable, path: Path) -> np.ndar
         raise BadSample(
             f"{path}: illegal mask colors {format_color(int(first))} ({count} pixels)"
             f"{' and more' if count < len(others) else ''}; data.custom.color_map lists "
-            f"{', '.join(map(format_color, colors.colors))}. Add them there, or save the mask without smoothed borders"
+            f"{', '.join(map(format_color, colors.colors))}. Add them there, "
+            "void ones as ignore_index (by default 255), or save the mask without smoothed borders"
         )
     return mask
 

@@ -47,8 +47,9 @@ def neighboring_frames(lists: Lists, spec: DatasetSpec) -> list[str]:
     They are if their numbers are near, and if images with near numbers look more alike than others do.
     """
     videos: dict[tuple[Path, str, str], list[tuple[int, Sample]]] = defaultdict(list)
+    val = {sample.image for sample in lists.val}  # an image in two lists is reported as such
     for sample in (*lists.labeled, *lists.unlabeled):
-        if (place := frame_number(sample.image)) is not None:
+        if sample.image not in val and (place := frame_number(sample.image)) is not None:
             videos[place[0]].append((place[1], sample))
     for frames in videos.values():
         frames.sort(key=itemgetter(0))

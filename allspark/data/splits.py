@@ -328,7 +328,11 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
         *([unlabeled] if isinstance(unlabeled, str) else unlabeled or ()),
         custom.val_images,
     )
-    found = {name: image_files(root / name) for name in dict.fromkeys(filter(None, folders)) if (root / name).is_dir()}
+    names = list(dict.fromkeys(filter(None, folders)))
+    found = {name: image_files(root / name) for name in names if (root / name).is_dir()}
+    for name in names:
+        if name not in found:
+            yield f"{root / name}: no such folder, the lists are used; correct data.custom"
     for name, (images, others) in found.items():
         if others:
             yield describe_others(root / name, others)

@@ -172,7 +172,11 @@ def write_splits(
     force: bool = False,
     val: list[Entry] | None = None,
 ) -> list[Path]:
-    """Write <out>/<split>/{labeled,unlabeled}.txt and <out>/val.txt; UserError, before writing any, if one exists."""
+    """Write <out>/<split>/{labeled,unlabeled}.txt and <out>/val.txt.
+
+    Raises:
+        UserError: before any is written: one exists with other images, and not `force`.
+    """
     files = {
         out / name / f"{kind}.txt": entries
         for name, pair in splits.items()
@@ -180,11 +184,15 @@ def write_splits(
     }
     if val is not None:
         files[out / "val.txt"] = val
-    existing = [path for path in files if path.exists()]
-    if existing and not force:
-        raise UserError(f"{existing[0]} already exists ({len(existing)} of {len(files)} lists); --force overwrites")
-    for path, entries in files.items():
-        text = "".join(f"{list_line(entry.sample, data_root)}\n" for entry in entries)
+    texts = {
+        path: "".join(f"{list_line(entry.sample, data_root)}\n" for entry in entries) for path, entries in files.items()
+    }
+    others = [path for path, text in texts.items() if path.is_file() and path.read_bytes() != text.encode()]
+    if others and not force:
+        raise UserError(
+            f"{others[0]} already exists with other lines ({len(others)} of {len(files)} lists); --force overwrites"
+        )
+    for path, text in texts.items():
         write_text(path, text, "free disk space or choose another --out")
     return list(files)
 

@@ -102,6 +102,9 @@ def test_data_without_faults(check, place):
     assert "(lr_scaling=linear) it would be 0.0005" in text
     assert "weights: none, tiny starts from random initialization (model.pretrained=FILE, see" in text
     assert re.search(r"disk space at .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
+    rewrite(place.root / "masks/val/val1.png", lambda mask: np.where(mask == 2, 1, mask).astype(np.uint8))
+    told = "WARNING: classes in none of the val images, so that their IoU says nothing: right"
+    assert told not in text and told in check("--data-only")[1]
 
 
 def test_regenerated_files_are_no_problem(check, place):
@@ -123,7 +126,7 @@ SPEC = make_spec("tiny", CustomDataConfig(classes=("ground", "left", "right")))
 
 def offered(message, key):
     """The map that the message says should be add to the config."""
-    return yaml.safe_load(re.search(rf"add to the config: data\.custom\.{key}: (\{{.*\}})", message)[1])
+    return yaml.safe_load(re.search(rf"add to the config.*?: data\.custom\.{key}: (\{{.*\}})", message)[1])
 
 
 def test_binary_masks_0_255(check, place):
@@ -150,7 +153,9 @@ def test_color_masks(check, place):
     assert re.search(r"hold 0,0,0 \(\d+\.\d+%\), 0,90,0 \(.*\), 200,0,0 \(.*\), 255,255,255 \(\d\.\d+%\)\.", err)
     found = offered(err, "color_map")
     assert found == {"0,0,0": 0, "0,90,0": 1, "200,0,0": 2, "255,255,255": 255}
-    right = {**found, "0,90,0": 2, "200,0,0": 1}  # which is which only people know
+    right = {"0,90,0": 2, "0,0,0": 0, "200,0,0": 1, "255,255,255": 255}  # which is which only people know
+    part = dict(list(right.items())[:2])
+    assert offered(check(f"data.custom.color_map={part}", "--data-only")[2], "color_map") == right
     words = f"data.custom.color_map={right}"
     assert check(words, "--data-only")[0] == 0
     spec = spec_for(load_config(place.config, {"data.custom.color_map": right}).data)
@@ -158,9 +163,9 @@ def test_color_masks(check, place):
     for path, mask in before.items():
         np.testing.assert_array_equal(read_mask(path, spec), mask)
     rewrite(masks_of(place.root)[0], lambda mask: np.where(mask == 90, 91, mask))
-    assert re.search(
-        r"illegal mask colors 0,91,0 \(\d+ pixels\); data.custom.color_map lists 0,0,0", check(words, "--data-only")[2]
-    )
+    err = check(words, "--data-only")[2]
+    assert re.search(r"illegal mask colors 0,91,0 \(\d+ pixels\); data.custom.color_map lists 0,0,0", err)
+    assert offered(err, "color_map") == {**right, "0,91,0": 255}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +193,8 @@ def test_invalid_color_map(options, told):
         ([0, 1, 254], 2, {0: 0, 1: 1, 254: 255}),
         ([0, 1, 2, 3, 7, 128], 4, {0: 0, 1: 1, 2: 2, 3: 3, 7: 255, 128: 255}),
         ([1, 2, 4], 2, None),
+        ([7], 0, {7: 255}),
+        ([7, 8], 0, None),
         (range(200), 2, None),
     ],
 )
@@ -341,7 +348,7 @@ def test_labeled_and_unlabeled_folder(place, capsys, tmp_path):
     make = ["splits", "make", "--config", str(place.config), "--val", "1_4", "--out", str(tmp_path / "lists")]
     main(make)
     shown = yaml.safe_load(capsys.readouterr().out.partition("add --write-recipe:\n")[2])
-    main([*make, "--force", "--write-recipe"])
+    main([*make, "--write-recipe"])  # the same lists
     main([*make, "--force", "--write-recipe"])  # again: the keys are replaced
     written = place.config.read_text(encoding="utf-8")
     assert yaml.safe_load(written) == {**recipe, "data": {**recipe["data"], **shown["data"]}}

@@ -68,6 +68,7 @@ def test_neighboring_frames(root):
     assert "splits make --val SIZE --group REGEX" in told
     assert len(neighboring_frames(lists((), frames(root, range(0, 60, 5)), frames(root, range(3, 60, 9))), SPEC)) == 1
     assert neighboring_frames(lists(frames(root, range(12)), frames(root, range(45, 60))), SPEC) == []
+    assert neighboring_frames(lists(frames(root, range(12)), frames(root, range(12))), SPEC) == []
 
 
 def test_few_steps(root):
