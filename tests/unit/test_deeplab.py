@@ -197,12 +197,16 @@ def test_loss_falls():
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("encoder", ["mit_b0", "resnet50"])
 def test_supported_combinations(encoder, decoder):
-    if (encoder, decoder) == ("mit_b0", "deeplab"):
+    refused = {  # what the message says
+        ("mit_b0", "deeplab"): ("stride 8 or 16", "4/8/16/32", "mlp or mlp_bn", "model.encoder=resnet101"),
+        ("mit_b0", "dpt"): ("a plain ViT", "4/8/16/32", "mlp or mlp_bn", "model.encoder=dinov2_small"),
+        ("resnet50", "dpt"): ("a plain ViT", "4/8/16/16", "mlp or mlp_bn or deeplab", "model.encoder=dinov2_small"),
+    }
+    if words := refused.get((encoder, decoder)):
         with pytest.raises(UserError) as refusal:
             make_model(encoder, decoder=decoder)
-        for words in ("model.decoder=deeplab", "model.encoder=mit_b0", "stride 8 or 16", "4/8/16/32", "mlp or mlp_bn"):
-            assert words in str(refusal.value)
-        assert "model.encoder=resnet101" in str(refusal.value)
+        for word in (f"model.decoder={decoder}", f"model.encoder={encoder}", *words):
+            assert word in str(refusal.value)
         return
     model = make_model(encoder, decoder=decoder, decoder_channels=16).eval()
     with torch.no_grad():
