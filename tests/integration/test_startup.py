@@ -110,7 +110,7 @@ def test_public_api(finished, tmp_path):
     assert allspark.predict(trained, image, "sliding_window", flip=True).shape == (70, 90)
     dtypes, shapes = ("float64", "int64", "uint16"), (image[..., 0], image[..., [0, 1, 2, 2]])
     for wrong in (*(image.astype(dtype) for dtype in dtypes), *shapes):
-        given = re.escape(f"shape {wrong.shape} and dtype {wrong.dtype}, must be a non-empty RGB image")
+        given = re.escape(f"shape {wrong.shape} and dtype {wrong.dtype}, must be a non-empty image")
         with pytest.raises(UserError, match=given):
             allspark.predict(trained, wrong)
     assert {"load_config", "build_model", "load_checkpoint", "predict", "__version__"} <= set(dir(allspark))
