@@ -146,8 +146,11 @@ def load_matching(module: nn.Module, found: RenamedWeights, prefix: str = "") ->
         want = own[short]
         if tensor.shape == (*want.shape, 1, 1):  # a 1x1 convolution instead of our linear layer
             tensor = tensor.flatten(1)
-        if tensor.ndim == want.ndim == 4 and tensor.shape[1] == 3 != want.shape[1]:  # images with other channels
-            tensor = adapt_filters(tensor, want.shape[1])
+        if (
+            tensor.ndim == want.ndim == 4 and tensor.shape[1] == 3 != want.shape[1]
+        ):  # images with other channels than RGB
+            adapted = adapt_filters(tensor, want.shape[1])
+            tensor = adapted if adapted.shape == want.shape else tensor
         if tensor.shape != want.shape:
             result.wrong[short] = f"has shape {tuple(tensor.shape)}, must be {tuple(want.shape)}"
         elif not same_kind(tensor, want):
