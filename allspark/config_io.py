@@ -476,8 +476,10 @@ def _convert(value: Any, hint: Any, path: str, source: str) -> Any:
         raise UserError(f"{source}: {path}={short_repr(value)} must be a 64-bit number or plain text")
     misread = hint is str and isinstance(value, bool)
     remedy = "; YAML reads yes, no, on and off as true or false: put it in quotes" if misread else ""
+    keys = (key for name, key in config_fields().items() if f"{path}.".startswith(f"{name}."))
+    meaning = "".join(f" ({key.metadata['help']})" for key in keys)
     raise UserError(
-        f"{source}: {path}={short_repr(value)} is {type(value).__name__}, must be {type_text(hint)}{remedy}"
+        f"{source}: {path}={short_repr(value)} is {type(value).__name__}, must be {type_text(hint)}{remedy}{meaning}"
     )
 
 

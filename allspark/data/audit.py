@@ -262,7 +262,11 @@ def report_illegal_values(
     illegal = [each for each in masks if each.illegal is not None]
     if not illegal:
         return AuditReport()
-    more = f" (and {len(illegal) - 1} more of {len(masks)} masks)" if len(illegal) > 1 else ""
+    more = ""
+    if len(illegal) > 1:
+        names = ", ".join(each.sample.mask.name for each in illegal[1:8]) + (", ..." if len(illegal) > 8 else "")
+        which = "" if len(illegal) == len(masks) else f": {names}"
+        more = f" (and {len(illegal) - 1} more of {len(masks)} masks{which})"
     alike = [each for each in masks if each.mask.colored == illegal[0].mask.colored]
     message = f"{illegal[0].illegal}{more}"
     if not any(compare_bits(masks)):  # no map could be right for all
@@ -327,7 +331,7 @@ def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: Custom
     guess = guess_map(sorted(values.keys() - given.keys()), len(free), colored)
     if guess is None:
         if len(values) > 2 * spec.num_classes + 2:
-            text += "So many come from JPEG or smooth resizing: save masks as PNG, resize with nearest-neighbor. "
+            return f"{text}So many come from JPEG or smooth resizing: save masks as PNG, resize with nearest-neighbor"
         return f"{text}{len(values)} {kind} for {spec.num_classes} classes: define each one in data.custom.{key}"
     quote = '"' if colored else ""
     new = {value: IGNORE_INDEX if number == IGNORE_INDEX else free[number] for value, number in guess.items()}

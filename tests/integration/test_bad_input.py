@@ -66,7 +66,10 @@ def assert_one_line(message):
         (("optim.lr=fast",), ("optim.lr='fast'", "must be float")),
         (("data=5",), ("data=5", "section")),
         (("data.scale_range=[1]",), ("data.scale_range=[1]",)),
-        (("data.custom.value_map={a: 0}",), ("data.custom.value_map='a'", "must be int")),
+        (
+            ("data.custom.value_map={a: 0}",),
+            ("data.custom.value_map='a'", "must be int (stored mask value -> class index"),
+        ),
         (("optim.name=adam",), ("optim.name='adam'", "sgd or adamw")),
         (("model.bottleneck=spark",), ("model.bottleneck.name='spark'", "none or allspark")),
         (("device=tpu",), ("device='tpu'", "cpu")),

@@ -162,9 +162,11 @@ def test_color_masks(check, place):
     assert spec.palette == ((0, 0, 0), (200, 0, 0), (0, 90, 0))  # predictions look like the masks
     for path, mask in before.items():
         np.testing.assert_array_equal(read_mask(path, spec), mask)
-    rewrite(masks_of(place.root)[0], lambda mask: np.where(mask == 90, 91, mask))
+    for path in masks_of(place.root)[:2]:
+        rewrite(path, lambda mask: np.where(mask == 90, 91, mask))
     err = check(words, "--data-only")[2]
     assert re.search(r"illegal mask colors 0,91,0 \(\d+ pixels\); data.custom.color_map lists 0,0,0", err)
+    assert "(and 1 more of 6 masks: labeled1.png)" in err
     assert offered(err, "color_map") == {**right, "0,91,0": 255}
 
 
