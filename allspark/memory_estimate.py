@@ -139,9 +139,8 @@ def predict_step(
         for module in (model, method):
             module.to_empty(device="cpu")
         step = TrainingStep(recipe_per_process(recipe, world_size), spec, method, model)
-        buckets = (
-            [torch.empty_like(weight) for weight in step.state.stepper.parameters] if world_size > 1 else []
-        )  # DDP
+        weights = step.state.stepper.parameters if world_size > 1 else []
+        buckets = [torch.empty_like(weight) for weight in weights]  # of DDP
         step.init_optimizer()
         step.run(1)
         persistent = step.persistent() | {"DDP's buckets": total_bytes(buckets)}

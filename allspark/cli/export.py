@@ -33,13 +33,7 @@ SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 NEEDS = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 MIN_SIDE = 64  # torch.export assumes that no feature map shrinks to a single cell
 EXAMPLE = (2, 97, 161)  # batch, height, width of the traced input; all differ so that none is taken for another
-CHECKED = (
-    (1, 64, 64),
-    (3, 66, 97),
-    (1, 224, 224),
-    (1, 300, 190),
-    (2, 129, 352),
-)  # batch, height, width
+CHECKED = ((1, 64, 64), (3, 66, 97), (1, 224, 224), (1, 300, 190), (2, 129, 352))  # batch, height, width
 WINDOWED = (150, 210)  # height and width of the image that is predicted in sliding windows
 TOLERANCE = 1e-4  # relative to the largest logit, at least to 1
 

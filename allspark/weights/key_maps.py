@@ -16,33 +16,23 @@ from torch import Tensor
 # attn.q, attn.k and attn.v of a ViT are joined to attn.qkv.
 FIELDS = {"{s}": r"(?P<s>[0-3])", "{S}": r"(?P<S>[1-4])", "{b}": r"(?P<b>[0-9]+)"}
 
-OURS_MIT = {
-    "stages.{s}.patch_embed": "stages.{s}.patch_embed",
-    "stages.{s}.blocks.{b}.norm1": "stages.{s}.blocks.{b}.norm1",
-    "stages.{s}.blocks.{b}.attn": "stages.{s}.blocks.{b}.attn",
-    "stages.{s}.blocks.{b}.norm2": "stages.{s}.blocks.{b}.norm2",
-    "stages.{s}.blocks.{b}.ffn": "stages.{s}.blocks.{b}.ffn",
-    "stages.{s}.norm": "stages.{s}.norm",
-}
-OURS_VIT = {"body": "body", "pyramid": "pyramid"}  # below body timm's names
 # As in timm and torchvision, hence also ours; inside a model: UniMatch, segmentation-models-pytorch ...
 RESNET = {name: name for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
-OURS_REST = {
-    **{f"encoder.{name}": f"encoder.{name}" for name in RESNET},
-    "decoder.linears.{s}": "decoder.linears.{s}",
-    "decoder.convs.{s}": "decoder.convs.{s}",
-    "decoder.aspp.branches": "decoder.aspp.branches",  # not all of decoder.aspp: other formats have one, too
-    "decoder.aspp.pool": "decoder.aspp.pool",
-    "decoder.aspp.project": "decoder.aspp.project",
-    "decoder.low": "decoder.low",
-    "decoder.fuse": "decoder.fuse",
-    "decoder.projects": "decoder.projects",
-    "decoder.resizes": "decoder.resizes",
-    "decoder.levels": "decoder.levels",
-    "decoder.fusions": "decoder.fusions",
-    "decoder.classifier": "decoder.classifier",
-    "bottleneck": "bottleneck",
-}
+BLOCK = "stages.{s}.blocks.{b}"
+OURS_ENCODER = (
+    *("stages.{s}.patch_embed", f"{BLOCK}.norm1", f"{BLOCK}.attn", f"{BLOCK}.norm2", f"{BLOCK}.ffn", "stages.{s}.norm"),
+    *("body", "pyramid"),  # of ViTs; below body timm's names
+)
+OURS_REST = (
+    *(f"encoder.{name}" for name in RESNET),
+    *("decoder.linears.{s}", "decoder.convs.{s}", "decoder.fuse", "decoder.classifier"),
+    *(
+        "decoder.aspp.branches",
+        "decoder.aspp.pool",
+        "decoder.aspp.project",
+    ),  # decoder.aspp: other formats have one, too
+    *("decoder.low", "decoder.projects", "decoder.resizes", "decoder.levels", "decoder.fusions", "bottleneck"),
+)
 # github.com/LiheYoung/UniMatch (model/semseg/deeplabv3plus.py), whose backbone is named as in RESNET
 UNIMATCH_REST = {
     "head.b4.gap": "decoder.aspp.pool",
@@ -228,7 +218,12 @@ def compile_row(template: str) -> re.Pattern[str]:
     return re.compile(text + r"(?P<tail>(\..+)?)")
 
 
-OURS = KeyMap("AllSpark, this code", {**OURS_MIT, **OURS_VIT}, OURS_REST, ("encoder.", ""))
+OURS = KeyMap(
+    "AllSpark, this code",
+    {name: name for name in OURS_ENCODER},
+    {name: name for name in OURS_REST},
+    ("encoder.", ""),
+)
 MIT = KeyMap("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
 RELEASED = KeyMap("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
 KEY_MAPS = (  # if several know equally many names of a file, the first wins

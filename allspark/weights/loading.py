@@ -23,7 +23,6 @@ from allspark.utils.retry import retry_transient
 from allspark.utils.safe_load import has_valid_values, load_tensors, same_kind
 from allspark.weights.key_maps import (
     KEY_MAPS,
-    RELEASED,
     KeyMap,
     RenamedWeights,
     detect_key_map,
@@ -31,8 +30,7 @@ from allspark.weights.key_maps import (
     strip_wrappers,
 )
 
-MIT_SIZES = dict(zip((f"mit_b{i}" for i in range(6)), (mit.B0, mit.B1, mit.B2, mit.B3, mit.B4, mit.B5), strict=True))
-ENCODER_SIZES = {**MIT_SIZES, **resnet.SIZES}  # encoders that can be recognized by tensor shapes
+ENCODER_SIZES = {**mit.SIZES, **resnet.SIZES}  # encoders that can be recognized by tensor shapes
 DINOV2_SIZES = dict(zip(DINOV2, ((384, 12), (768, 12), (1024, 24), (1536, 40)), strict=True))  # width, blocks
 TEACHERS = ("model_ema", "teacher_state")  # where UniMatch V2 and iMAS keep the network that they report
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
@@ -97,11 +95,6 @@ def read_weights(path: str | Path, student: bool = False) -> WeightFile:
     if not tensors:
         raise UserError(f"{path}: contains no named tensors; a weight file must contain a state_dict")
     return WeightFile(path, strip_wrappers(tensors), others, teacher)
-
-
-def rename_released(name: str) -> str:
-    """Our name for a tensor of the released code or the original mit_b*.pth; unknown names are unchanged."""
-    return RELEASED.translate(name) or name
 
 
 def to_our_names(file: WeightFile) -> tuple[KeyMap | None, RenamedWeights]:
@@ -385,7 +378,7 @@ def find_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
         widths = tuple(first_dim(tensors, f"encoder.layer{stage}.0.conv3.weight") for stage in range(1, 5))
         blocks = (rf"encoder\.layer{stage}\.([0-9]+)\." for stage in range(1, 5))
     else:
-        kinds = MIT_SIZES
+        kinds = mit.SIZES
         widths = tuple(first_dim(tensors, f"encoder.stages.{stage}.patch_embed.proj.weight") for stage in range(4))
         blocks = (rf"encoder\.stages\.{stage}\.blocks\.([0-9]+)\." for stage in range(4))
     matches = ([re.match(pattern, name) for name in tensors] for pattern in blocks)

@@ -14,9 +14,8 @@ from allspark.losses import OHEM, CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
 from allspark.models.student import Student, predict
-from allspark.weights.loading import rename_released
 from helpers.networks import double
-from helpers.released import GOLDEN, NAMES, close, formula, image, label
+from helpers.released import GOLDEN, NAMES, close, formula, image, label, rename_released
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,10 +7,16 @@ import zlib
 import numpy as np
 import torch
 
+from allspark.weights.key_maps import RELEASED
 from helpers import REPO
 
 GOLDEN = REPO / "tests" / "golden" / "data"
 NAMES = json.loads((GOLDEN / "names.json").read_text())
+
+
+def rename_released(name):
+    """Our name for a tensor of the released code or the original mit_b*.pth; unknown names are unchanged."""
+    return RELEASED.translate(name) or name
 
 
 def formula(name, shape):

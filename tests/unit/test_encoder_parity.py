@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from allspark.models import mit
 from allspark.models.timm_encoder import embed_positions
-from allspark.weights.loading import MIT_SIZES, WeightFile, read_weights, recognize
+from allspark.weights.loading import WeightFile, read_weights, recognize
 from helpers.parity import filled, same_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,10 +37,10 @@ def imported(source, variant):
     return found.module.eval()
 
 
-@pytest.mark.parametrize("variant", MIT_SIZES)
+@pytest.mark.parametrize("variant", mit.SIZES)
 @torch.no_grad()
 def test_transformers(variant, image, tmp_path):
-    config = transformers_config(MIT_SIZES[variant])
+    config = transformers_config(mit.SIZES[variant])
     from transformers import SegformerModel
 
     model = filled(SegformerModel(config))
@@ -78,7 +79,7 @@ def test_dinov2(tmp_path):
         same_maps([encoder(image)[-1].flatten(2).transpose(1, 2)], [tokens])
 
 
-@pytest.mark.parametrize("variant", MIT_SIZES)
+@pytest.mark.parametrize("variant", mit.SIZES)
 @torch.no_grad()
 def test_segmentation_models_pytorch(variant, image):
     smp = pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
@@ -101,7 +102,7 @@ def test_segmentation_models_pytorch_whole_model(image, tmp_path):
 
 @torch.no_grad()
 def test_transformers_logits(image, tmp_path):
-    config = transformers_config(MIT_SIZES["mit_b0"], num_labels=7)
+    config = transformers_config(mit.SIZES["mit_b0"], num_labels=7)
     from transformers import SegformerForSemanticSegmentation
 
     model = filled(SegformerForSemanticSegmentation(config))
