@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from allspark.cuda_graph import GraphedUpdate
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, split_micro_batches
 from allspark.engine.checkpoint import Position
 from allspark.engine.optim import set_lr
-from allspark.engine.stepper import Stepper, autocast, mean_losses, micro_batch_size, sync_gradients
+from allspark.engine.stepper import AUTOCAST, Stepper, autocast, mean_losses, micro_batch_size, sync_gradients
 from allspark.methods import Method, Progress
+from allspark.models.cast_weights import cast_weights
 from allspark.models.segmentor import Segmentor, unwrap
 from allspark.models.student import Student
 
@@ -76,7 +78,7 @@ def train_step(
         losses: list[dict[str, Tensor]] = []
         for number, (x, u) in enumerate(micro_batches, start=1):
             with sync_gradients(state.network, enabled=number == len(micro_batches)):
-                with autocast(recipe.precision, state.device):
+                with autocast(recipe.precision, state.device), low_precision(state):
                     if burn_in:
                         losses.append(state.method.supervised_losses(student, x))
                     else:
@@ -91,6 +93,15 @@ def train_step(
         losses = state.graphs((burn_in, student.read_memory), update, labeled, unlabeled)
     state.method.after_step(student, progress)
     return losses
+
+
+def low_precision(state: TrainState) -> AbstractContextManager:
+    """Context in which the weights of all encoders have the precision of autocast; `compile` casts by itself."""
+    recipe, networks = state.recipe, (state.model, *state.method.modules())
+    if recipe.precision not in AUTOCAST or recipe.compile:
+        return nullcontext()
+    encoders = [network.encoder for network in networks if isinstance(network, Segmentor)]
+    return cast_weights(encoders, AUTOCAST[recipe.precision])
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -1,5 +1,6 @@
 """The stepper: skipped steps, clipping, precisions."""
 
+import contextlib
 import copy
 
 import pytest
@@ -10,6 +11,7 @@ from allspark.config import OptimConfig
 from allspark.data.batch import split_micro_batches
 from allspark.engine.optim import build_optimizer
 from allspark.engine.stepper import Stepper, autocast, mean_losses, set_precision, sync_gradients
+from allspark.models.cast_weights import cast_weights
 from allspark.models.student import Student
 from allspark.utils.errors import UserError
 from helpers.networks import FIRST, make_method, make_model, random_batches
@@ -178,3 +180,27 @@ def test_bf16_keeps_float32_weights(name, bottleneck):
         assert all(loss.dtype == torch.float32 for loss in losses.values())
         found.append(losses["loss"].item())
     assert found[0] != found[1] and abs(found[0] - found[1]) < 0.03 * found[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_cast_at_once_are_those_of_autocast(checkpointing):
+    """Losses and gradients bit for bit, also of a network with a frozen layer; afterwards the weights are back."""
+    found = []
+    for at_once in (False, True):
+        model = make_model("none", dropout=0.0, drop_path=0.0)
+        model.encoder.set_grad_checkpointing(checkpointing)
+        block = model.encoder.blocks[1]
+        block.requires_grad_(False)
+        parameters = dict(model.named_parameters())
+        labeled, _ = random_batches(make_method("fixmatch"))
+        with (
+            autocast("bf16", CPU),
+            cast_weights([model.encoder], torch.bfloat16) if at_once else contextlib.nullcontext(),
+        ):
+            assert block.ffn.fc1.weight.dtype == (torch.bfloat16 if at_once else torch.float32)
+            loss = model(labeled.image).logits.square().mean()
+        loss.backward()
+        assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in parameters.values())
+        found.append([loss, *(parameter.grad for parameter in parameters.values() if parameter.requires_grad)])
+    assert all(map(torch.equal, *found)) and all(grad.dtype == torch.float32 for grad in found[1])
