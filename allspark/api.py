@@ -70,5 +70,5 @@ def check_pixels(image: np.ndarray, channels: int) -> None:
     if image.ndim != 3 or image.shape[2] != channels or image.dtype != np.uint8 or image.size == 0:
         raise UserError(
             f"image: an array of shape {image.shape} and dtype {image.dtype}, must be a non-empty image of shape "
-            f"(H, W, {channels}) and dtype uint8; for RGB e.g. np.asarray(PIL.Image.open(file).convert('RGB'))"
+            f"(H, W, {channels}) and dtype uint8; give the path to have it read as in training"
         )

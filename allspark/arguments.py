@@ -323,6 +323,12 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
         "--background", metavar="CLASS", help="class of pixels without annotation; default: the first of --classes"
     )
     parser.add_argument("--ignore-unknown", action="store_true", help="ignore pixels with labels not in --classes")
+    parser.add_argument(
+        "--nested",
+        action="store_true",
+        help="per-class: a pixel in several files gets the last of their classes in --classes, such as a nucleus in a "
+        "cell; default: an error",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 

@@ -123,6 +123,7 @@ def metadata(loaded: loading.InferenceModel) -> dict[str, Any]:
         "classes": list(loaded.spec.classes),
         "palette": [list(map(int, color)) for color in loaded.spec.palette],
         "input": f"image: uint8 {'RGB ' * (channels == 3)}(batch, {channels}, height, width)",
+        "image_max": loaded.spec.images.image_max,
         "output": "logits: float32 (batch, class, height, width); the class with the largest logit is predicted",
         "min_side": MIN_SIDE,
         "evaluated": inference,

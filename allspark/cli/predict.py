@@ -124,7 +124,7 @@ def read_each(
     named: Mapping[Path, str], unreadable: dict[Path, UserError], every: int, check: Check, reading: ImageReading
 ) -> Iterator[tuple[Tensor, str]]:
     """Yield (3, H, W) uint8 and the name of its prediction, for each image and each frame of a video."""
-    dark = False
+    warned, white = False, reading.image_max
     for path, name in named.items():
         try:
             if is_video(path):
@@ -132,13 +132,20 @@ def read_each(
                     yield to_checked_tensor(frame, path, check), f"{name}/{number:06d}"
             else:
                 image = load_image(path, reading)
-                if reading.image_max is None and 0 < (image.peak or 0) < 2**15 and not dark:
-                    dark = True
-                    print(
-                        f"WARNING: {path}: 16 bits per channel but no value above {image.peak}; the checkpoint's "
-                        "recipe does not say which value is white (data.custom.image_max), so 65535 is",
-                        file=sys.stderr,
+                peak, reason = image.peak or 0, ""
+                if white is None and 0 < peak < 2**15:
+                    reason = (
+                        f"16 bits per channel but no value above {peak}; the checkpoint's recipe does not say which "
+                        "value is white (data.custom.image_max), so 65535 is"
                     )
+                elif white is not None and peak > white:
+                    reason = (
+                        f"values up to {peak}; all above {white}, the data.custom.image_max of the training, become "
+                        "white. Save it with the range of the training images"
+                    )
+                if reason and not warned:
+                    warned = True
+                    print(f"WARNING: {path}: {reason}", file=sys.stderr)
                 yield to_checked_tensor(image.pixels, path, check), name
         except UserError as error:
             unreadable[path] = error

@@ -300,6 +300,8 @@ def read_bands(path: Path) -> np.ndarray:
                 raise BadSample(
                     f"{path}: has several pages or a tag that turns it; save each page upright in a file of its own"
                 )
+            if page.dtype is not None and page.dtype.kind not in "iu":
+                raise BadSample(f"{path}: {tiff_layout(path)} have no fixed range; save 8 or 16 bits per channel")
             values = page.asarray()
     except UserError:
         raise
@@ -385,7 +387,7 @@ def blend_with_white(image: Image.Image, path: Path) -> Image.Image:
     between = sum(image.getchannel("A").histogram()[1:255]) / (image.width * image.height)
     if between > 0.1:
         raise BadSample(
-            f"{path}: its fourth channel is taken for transparency, but {between:.0%} of the pixels are partly "
+            f"{path}: its fourth channel is taken for transparency, but more than a tenth of the pixels is partly "
             "transparent; if it is another band, such as near infrared, set data.custom.channels=4 or save it as RGB"
         )
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -410,7 +410,8 @@ def find_split(data: DataConfig, spec: DatasetSpec, splits_root: Path) -> Path:
             return folder / data.split
     folder = folders[0]
     who = f"--dataset {spec.name}" if data.custom is None else "--config FILE"
-    make = f"splits make {who} --train LIST --sizes {data.split} --out {folder}"
+    train = "" if data.custom is not None and data.custom.labeled_images else "--train LIST "
+    make = f"splits make {who} {train}--sizes {data.split} --out {folder}"
     raise UserError(
         f"data.split: {folder / str(data.split) / 'labeled.txt'} does not exist; splits of {spec.name}: "
         f"{split_names(spec, splits_root)}. "
@@ -472,6 +473,10 @@ def suggest_file(path: Path, is_mask: bool) -> str:
     same = [name for name in similar if Path(name).stem == path.stem]
     if same and Path(same[0]).suffix.lower() not in MASK_SUFFIXES:
         return f"; found {same[0]}, whose format may have changed the values: save masks as PNG"
+    per_class = [name for name in similar if name.startswith(f"{path.stem}_")]
+    if not same and len(per_class) > 1:
+        found = ", ".join(per_class[:3])
+        return f"; found {found}: set data.custom.mask_suffix, or join them with `python -m allspark masks per-class`"
     return f"; found {(same or similar)[0]}: a mask must have its image's name and {', '.join(MASK_SUFFIXES)}"
 
 

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from allspark.data.image_io import open_image, read_size, walk
+from allspark.data.image_io import open_image, read_size
 from allspark.data.spec import IGNORE_INDEX
+from allspark.data.splits import image_files
 from allspark.prepare.coco import encode_segmentation
 from allspark.prepare.images import encode_png
 from allspark.prepare.jobs import read_file
 from allspark.utils.errors import UserError, short_repr
 
 Draw = Callable[[np.ndarray], None]  # draws the annotations of an image into its mask (H, W) uint8
+NOT_DRAWN = IGNORE_INDEX - 1  # in a mask: no annotation so far
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class Labels:
 
     Args:
         classes: in the order of their indices.
-        background: index of pixels without annotation.
+        background: index of pixels without annotation; None: the first class, if no pixel is annotated as such.
         ignore_unknown: pixels of other labels are ignored instead of an error.
+        nested: of several files per image, the later class covers the earlier one instead of an error.
     """
 
     classes: tuple[str, ...]
-    background: int
+    background: int | None
     ignore_unknown: bool
+    nested: bool
 
     def index(self, label: Any, where: str) -> int:
         if label in self.classes:
@@ -50,45 +54,51 @@ class Labels:
 def make_mask(image: Path, draw: Draw, labels: Labels) -> bytes:
     """The mask of an image as the bytes of a PNG."""
     width, height = read_size(image)
-    mask = np.full((height, width), labels.background, np.uint8)
+    mask = np.full((height, width), NOT_DRAWN, np.uint8)
     draw(mask)
+    rest = mask == NOT_DRAWN
+    if labels.background is None and rest.any() and (mask == 0).any():
+        first = labels.classes[0]
+        raise UserError(
+            f"{image}: some pixels are annotated as '{first}', and {int(rest.sum())} not at all; put a class for these "
+            f"first in --classes, such as background, or add --background {first} if they are of that class, too"
+        )
+    mask[rest] = labels.background or 0
     return encode_png(mask)
 
 
 # One file per class
 
 
-def per_class(source: Path, images: Sequence[Path], labels: Labels) -> dict[Path, Draw]:
+def per_class(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw]:
     """Files <class>/<image>.png or <image>_<class>.png in the folder; where a file is not zero is its class."""
     files: dict[str, list[tuple[str, Path]]] = {}
-    for path in walk(source):
+    stems = {image.stem for image in images}
+    for path in image_files(source)[0]:
         folder, (stem, _, ending) = path.parent.relative_to(source).name, path.stem.rpartition("_")
         candidates = [(path.stem, folder)] if folder else [(path.stem.removesuffix(f"_{c}"), c) for c in labels.classes]
         named = [(stem, label) for stem, label in candidates if folder or path.stem.endswith(f"_{label}")]
         stem, label = max(named, key=lambda pair: len(pair[1])) if named else (stem, ending or path.stem)
-        files.setdefault(stem, []).append((label, path))
-    return {
-        image: lambda mask, found=files[image.stem]: draw_files(mask, found, labels)
-        for image in images
-        if image.stem in files
-    }
+        if named or stem in stems:  # others, such as the images themselves, are no annotations
+            files.setdefault(stem, []).append((label, path))
+    return {stem: lambda mask, found=found: draw_files(mask, found, labels) for stem, found in files.items()}
 
 
 def draw_files(mask: np.ndarray, files: Sequence[tuple[str, Path]], labels: Labels) -> None:
-    owner: dict[int, Path] = {}
-    taken = np.zeros(mask.shape, bool)
-    for label, path in sorted(files):
-        index = labels.index(label, str(path))
+    for index, path in sorted((labels.index(label, str(path)), path) for label, path in files):
         region = read_region(path)
         if region.shape != mask.shape:
             raise UserError(f"{path}: {size_of(region)} pixels, its image has {size_of(mask)}; create the mask again")
-        if (region & taken).any():
-            other = ", ".join(path.name for path in owner.values())
-            raise UserError(
-                f"{path}: {int((region & taken).sum())} pixels belong to another class, too ({other}); "
-                "correct the files: a pixel has one class"
+        twice = region & (mask != NOT_DRAWN)
+        if twice.any() and not labels.nested:
+            others = ", ".join(
+                labels.classes[i] if i < len(labels.classes) else "unknown" for i in np.unique(mask[twice])
             )
-        mask[region], taken, owner[index] = index, taken | region, path
+            raise UserError(
+                f"{path}: {int(twice.sum())} pixels belong to another class, too ({others}); correct the files, or add "
+                "--nested to give such pixels the class that is later in --classes"
+            )
+        mask[region] = index
 
 
 def read_region(path: Path) -> np.ndarray:
@@ -109,14 +119,10 @@ def read_region(path: Path) -> np.ndarray:
 # LabelMe
 
 
-def labelme(source: Path, images: Sequence[Path], labels: Labels) -> dict[Path, Draw]:
+def labelme(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw]:
     """A JSON file per image; later shapes are drawn over earlier ones."""
-    files = {path.stem: path for path in sorted(source.rglob("*.json"))}
-    return {
-        image: lambda mask, path=files[image.stem]: draw_labelme(mask, path, labels)
-        for image in images
-        if image.stem in files
-    }
+    files = sorted(source.rglob("*.json"))
+    return {path.stem: lambda mask, path=path: draw_labelme(mask, path, labels) for path in files}
 
 
 def draw_labelme(mask: np.ndarray, path: Path, labels: Labels) -> None:
@@ -151,7 +157,7 @@ def draw_labelme(mask: np.ndarray, path: Path, labels: Labels) -> None:
 # COCO
 
 
-def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[Path, Draw]:
+def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw]:
     """One JSON file with images, annotations and categories; smaller regions are drawn over larger ones."""
     content = read_json(source)
     try:
@@ -159,11 +165,11 @@ def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[Path, Dra
         regions: dict[Any, list[Mapping]] = {}
         for annotation in content["annotations"]:
             regions.setdefault(annotation["image_id"], []).append(annotation)
-        listed = {Path(image["file_name"]).name: image for image in content["images"]}
-        found = [(image, listed[image.name]) for image in images if image.name in listed]
         return {
-            image: lambda mask, entry=entry: draw_coco(mask, entry, regions.get(entry["id"], []), names, source, labels)
-            for image, entry in found
+            Path(image["file_name"]).name: lambda mask, image=image: draw_coco(
+                mask, image, regions.get(image["id"], []), names, source, labels
+            )
+            for image in content["images"]
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: not COCO's format of instances ({error!r}); export it again") from None
@@ -191,7 +197,8 @@ def draw_coco(
         mask[coder.decode(region).view(bool)] = index
 
 
-FORMATS: dict[str, Callable[[Path, Sequence[Path], Labels], dict[Path, Draw]]] = {
+# Annotations, images, labels -> what to draw for the image of a name, in COCO with its suffix
+FORMATS: dict[str, Callable[[Path, Sequence[Path], Labels], dict[str, Draw]]] = {
     "per-class": per_class,
     "labelme": labelme,
     "coco": coco,

@@ -122,6 +122,7 @@ def test_onnx(trained, tmp_path, monkeypatch):
     assert (value.name, sides) == ("image", ["batch", 3, "height", "width"])
     about = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(about["classes"]) == ["ground", "left", "right"]
+    assert json.loads(about["image_max"]) is None
     assert json.loads(about["evaluated"]) == {"mode": "whole", "window": 65}
     mask, photo, _ = run_script_of_docs("onnxruntime", tmp_path, monkeypatch, 3)
     assert agrees(mask, photo, loaded.model) > 0.999

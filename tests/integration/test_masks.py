@@ -1,6 +1,7 @@
 """`allspark masks`: what each annotation format draws, pixel by pixel, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +71,11 @@ def test_one_file_per_class_refused(convert, tmp_path):
 
     write("cell", expected((255, (0, 20), (0, 30))))
     write("nucleus", expected((255, (19, 30), (0, 30))))
-    assert "30 pixels belong to another class, too (a.png)" in convert("per-class", tmp_path / "marks")[3]
+    message = convert("per-class", tmp_path / "marks")[3]
+    assert (
+        f"{Path('nucleus', 'a.png')}: 30 pixels belong to another class, too (cell)" in message
+        and "--nested" in message
+    )
     write("nucleus", expected((255, (20, 30), (0, 30)), (254, (21, 22), (3, 4))))
     assert "more than black and one other value" in convert("per-class", tmp_path / "marks")[3]
     write("nucleus", expected()[1:])
@@ -80,6 +85,37 @@ def test_one_file_per_class_refused(convert, tmp_path):
     code, _, _, err = convert("per-class", tmp_path / "marks")
     assert code == 2 and "label 'wall' is not among --classes" in err
     assert convert("per-class", tmp_path / "marks", "--ignore-unknown")[0] == 0
+
+
+def test_nested_classes(convert, tmp_path):
+    """The order of --classes counts, not that of the names: a nucleus is seen in its cell, with debris below."""
+    (tmp_path / "marks").mkdir()
+    boxes = {"debris": ((0, 30), (0, 40)), "cell": ((5, 25), (5, 30)), "nucleus": ((10, 20), (10, 20))}
+    for label, box in boxes.items():
+        Image.fromarray(expected((255, *box))).save(tmp_path / "marks" / f"a_{label}.png")
+    words = ("--classes", "ground,debris,cell,nucleus", "--nested")
+    code, masks, *_ = convert("per-class", tmp_path / "marks", *words)
+    assert code == 0 and np.array_equal(masks["a"], expected(*((i, *box) for i, box in enumerate(boxes.values(), 1))))
+
+
+def test_annotations_without_an_image_are_named(convert, tmp_path):
+    """Otherwise a mistyped name would turn its class into background unnoticed. The photos may be beside them."""
+    for name in ("a_cell", "b_cell", "aa_nucleus", "c_nucleus"):
+        Image.fromarray(expected((255, (3, 9), (3, 9)))).save(tmp_path / "images" / f"{name}.png")
+    code, masks, out, _ = convert("per-class", tmp_path / "images")
+    assert code == 0 and list(masks) == ["a", "b"]
+    assert "annotations of 2 names without an image are not used, such as aa\n" in out
+
+
+def test_background_that_was_forgotten(convert, tmp_path):
+    """If the first class is annotated, what is not annotated at all is hardly of this class."""
+    (tmp_path / "marks").mkdir()
+    Image.fromarray(expected((255, (3, 9), (3, 9)))).save(tmp_path / "marks" / "a_cell.png")
+    words = ("per-class", tmp_path / "marks", "--classes", "cell,nucleus")
+    code, _, _, err = convert(*words)
+    assert code == 2 and "a.jpg: some pixels are annotated as 'cell', and 2204 not at all" in err
+    assert (convert(*words, "--background", "nucleus")[1]["a"] == 1).sum() == 2204
+    assert (convert(*words, "--background", "cell", "--force")[1]["a"] == 0).all()
 
 
 def test_labelme(convert, tmp_path):

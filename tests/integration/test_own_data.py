@@ -298,6 +298,10 @@ def test_renamed_masks_hint(check, place, name, told):
     assert code == 2 and "labeled0.png: does not exist, nor does any other labeled mask (4)" in err and told in err
     with pytest.raises(UserError, match=re.escape(told)):
         resolve(load_config(place.config).data)
+    if name == "{}_mask.png":  # files of several classes
+        (place.root / "masks/labeled/labeled0_cell.png").touch()
+        with pytest.raises(UserError, match=r"found labeled0_cell\.png, labeled0_mask\.png: .* masks per-class"):
+            resolve(load_config(place.config).data)
 
 
 def test_resume_with_value_map(place):

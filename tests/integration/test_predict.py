@@ -126,6 +126,8 @@ def test_16_bit_images_are_read_as_in_training(tmp_path, capsys):
         (image,), _ = next(batches({tmp_path / "a.png": "a"}, 1, {}, reading=ImageReading(image_max)))
         np.testing.assert_array_equal(image[0], values >> shift)
         assert ("no value above 4095" in capsys.readouterr().err) == (image_max is None)
+    list(batches({tmp_path / "a.png": "a"}, 1, {}, reading=ImageReading(1023)))
+    assert "values up to 4095; all above 1023" in capsys.readouterr().err
 
 
 def test_paths_to_images(photos, tmp_path, capsys):

@@ -122,6 +122,14 @@ def test_alpha_is_a_channel_when_four_are_asked_for(tmp_path):
         read_image(tmp_path / "d.png", ImageReading(channels=4))
 
 
+def test_floating_point_bands_are_refused(tmp_path):
+    """Reduced like integers, 0..1 would be black."""
+    for pixels in (np.full((20, 30, 4), 0.5, np.float32), np.full((20, 30, 4), np.nan, np.float64)):
+        write_bands(tmp_path / "a.tif", pixels)
+        with pytest.raises(BadSample, match=r"a\.tif: 4 band.* of \d+-bit floating-point values have no fixed range"):
+            read_image(tmp_path / "a.tif", ImageReading(channels=4))
+
+
 def test_gray_images(tmp_path):
     gray = np.random.default_rng(5).integers(0, 256, (20, 30), np.uint8)
     Image.fromarray(gray).save(tmp_path / "a.png")
