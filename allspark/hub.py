@@ -118,18 +118,19 @@ def model_card(content: Mapping[str, Any], name: str, scores: Mapping[str, Any] 
 
     Args:
         content: see write_model_folder.
-        name: how the model is given to --checkpoint.
+        name: how the model is given to --checkpoint; of a folder only its own name is told.
         scores: the last line of an evaluation in metrics.jsonl, if there is one.
         license: of the weights, in a sentence.
     """
     recipe, split = content.get("recipe"), content.get("split", {})
+    title = name.rstrip("/").rpartition("/")[2]
     head = {"library_name": "allspark", "pipeline_tag": "image-segmentation", "tags": ["semi-supervised-learning"]}
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {name.rstrip('/').rpartition('/')[2]}",
+        f"# {title}",
         "",
     ]
     if recipe is None:
@@ -152,5 +153,6 @@ def model_card(content: Mapping[str, Any], name: str, scores: Mapping[str, Any] 
         if scores is not None:
             lines += ["", "| class | IoU % |", "|---|---|"]
             lines += [f"| {key} | {value:.2f} |" for key, value in scores.get("iou", {}).items() if value is not None]
-    lines += ["", "```sh", f"python -m allspark predict --checkpoint {name} --out predictions IMAGES", "```", ""]
+    address = name if name.startswith(PREFIX) else title
+    lines += ["", "```sh", f"python -m allspark predict --checkpoint {address} --out predictions IMAGES", "```", ""]
     return "\n".join([*lines, f"License: {license}", ""])

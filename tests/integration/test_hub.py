@@ -43,7 +43,15 @@ def test_model_card(finished, pushed):
     assert head["library_name"] == "allspark"
     lines = [yaml.safe_load(line) for line in (finished.run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "miou" in line][-1]
-    for words in ("# crack-model", "tiny", f"{last['miou']:.2f} % after epoch 2", "| left |", "CC BY 4.0", "predict"):
+    for words in (
+        "# crack-model",
+        "--checkpoint crack-model --out",
+        "tiny",
+        f"{last['miou']:.2f} % after epoch 2",
+        "| left |",
+        "CC BY 4.0",
+        "predict",
+    ):
         assert words in card
 
 
