@@ -426,7 +426,11 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
         default="1_1",
         help="fractions or counts of labeled images: 1_4,1_8,1_16 or 16,32; default: 1_1, all images with a mask",
     )
-    make.add_argument("--val", metavar="SIZE", help="first move so many images to <out>/val.txt, such as 1_5")
+    make.add_argument(
+        "--val",
+        metavar="SIZE",
+        help="first move so many images to <out>/val.txt, such as 1_5; default: leave out those of the recipe's val list",
+    )
     make.add_argument(
         "--group",
         metavar="REGEX",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 from collections import defaultdict
@@ -26,6 +27,7 @@ from allspark.data.splits import (
     read_entries,
     read_list,
     require_file,
+    val_entries,
 )
 from allspark.split_lists import published
 from allspark.split_lists.layouts import get_layout
@@ -62,6 +64,8 @@ def make(args: argparse.Namespace) -> None:
     spec = spec_for(data)
     root = find_data(data, spec)
     entries, no_mask = train_images(args, data, spec, root)
+    if args.val is None and not data.allow_overlap:
+        entries, no_mask = without_val(data, spec, root, entries), without_val(data, spec, root, no_mask)
     val, entries, no_mask = draw_val(args, entries, no_mask, root)
     splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed, no_mask)
     out = args.out or SPLITS_ROOT / spec.splits
@@ -97,6 +101,17 @@ def train_images(
         others = folder_entries(root, custom.unlabeled_images, None)
         no_mask += [entry for entry in others if entry.sample.image not in known]
     return entries, no_mask
+
+
+def without_val(data: DataConfig, spec: DatasetSpec, root: Path, entries: list[Entry]) -> list[Entry]:
+    """The entries that are not in the recipe's val list, if it has one already."""
+    known = set()
+    with contextlib.suppress(UserError):  # no such list: all can be drawn
+        known = {entry.sample.image for entry in val_entries(data, spec, root)}
+    kept = [entry for entry in entries if entry.sample.image not in known]
+    if len(kept) < len(entries):
+        print(f"{len(entries) - len(kept)} images are in the val list and left out; --val SIZE draws another one")
+    return kept
 
 
 def draw_val(

@@ -362,6 +362,10 @@ def test_labeled_and_unlabeled_folder(place, capsys, tmp_path):
     lists = resolve(load_config(place.config).data)
     assert [len(lists.labeled), len(lists.unlabeled), len(lists.val)] == [3, 6, 1]
     assert not {sample.image for sample in lists.val} & {sample.image for sample in (*lists.labeled, *lists.unlabeled)}
+    main([*make[:4], "--sizes", "2", "--out", str(tmp_path / "more")])  # later, without --val: val stays val
+    more = [read_list(tmp_path / "more/2" / f"{kind}.txt", place.root) for kind in ("labeled", "unlabeled")]
+    assert [len(part) for part in more] == [2, 7]
+    assert lists.val[0].image not in {sample.image for part in more for sample in part}
     place.config.write_text(text.replace("data:  # ours", "'data':"), encoding="utf-8")
     assert run_main(main, [*make, "--force", "--write-recipe"]) == 2
     assert "cannot be edited; write below data: labeled_id_path: " in capsys.readouterr().err
