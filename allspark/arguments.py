@@ -429,7 +429,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "--val",
         metavar="SIZE",
-        help="first move so many images to <out>/val.txt, such as 1_5; default: leave out those of the recipe's val list",
+        help="first move so many images to <out>/val.txt, such as 1_5; default: leave out the recipe's val list",
     )
     make.add_argument(
         "--group",
