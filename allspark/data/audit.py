@@ -339,7 +339,7 @@ def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: Custom
     entries = ", ".join(f"{quote}{name(value)}{quote}: {index}" for value, index in targets.items())
     classes = dict(enumerate(spec.classes)) | {IGNORE_INDEX: "ignored"}
     meaning = ", ".join(f"{name(value)} is {classes[index]}" for value, index in new.items())
-    other = " (else exchange the numbers)" if len(free) > 1 else ""
+    other = " (else exchange the numbers)" if colored and len(free) > 1 else ""  # their order means nothing
     return f"{text}If {meaning}, add to the config{other}: data.custom.{key}: {{{entries}}}"
 
 
