@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,28 +87,22 @@ class UnlabeledBatch:
     valid: Tensor
     cutmix: tuple[Tensor, ...]
 
-    def to(self, device: torch.device, statistics: Statistics = IMAGENET) -> UnlabeledBatch:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def apply(self, function: Callable[[Tensor], Tensor]) -> UnlabeledBatch:
+        """The batch with the function applied to each tensor."""
+        strong, cutmix = (tuple(map(function, tensors)) for tensors in (self.strong, self.cutmix))
+        return UnlabeledBatch(function(self.weak), strong, function(self.valid), cutmix)
 
-        return UnlabeledBatch(
-            normalize(move(self.weak), statistics),
-            tuple(normalize(move(view), statistics) for view in self.strong),
-            move(self.valid),
-            tuple(move(box) for box in self.cutmix),
-        )
+    def to(self, device: torch.device, statistics: Statistics = IMAGENET) -> UnlabeledBatch:
+        """As LabeledBatch.to."""
+        moved = self.apply(lambda tensor: tensor.to(device, non_blocking=True))
+        strong = tuple(normalize(view, statistics) for view in moved.strong)
+        return replace(moved, weak=normalize(moved.weak, statistics), strong=strong)
 
     def pin_memory(self) -> UnlabeledBatch:
-        return UnlabeledBatch(
-            self.weak.pin_memory(),
-            tuple(view.pin_memory() for view in self.strong),
-            self.valid.pin_memory(),
-            tuple(box.pin_memory() for box in self.cutmix),
-        )
+        return self.apply(Tensor.pin_memory)
 
     def __getitem__(self, part: slice) -> UnlabeledBatch:
-        strong, boxes = (tuple(view[part] for view in views) for views in (self.strong, self.cutmix))
-        return UnlabeledBatch(self.weak[part], strong, self.valid[part], boxes)
+        return self.apply(lambda tensor: tensor[part])
 
 
 def split_micro_batches(

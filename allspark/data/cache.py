@@ -1,8 +1,8 @@
 """Decoded images and masks in memory-mapped files, written once and shared by workers, processes and runs.
 
 The folder data.cache holds one folder for the images and one for the masks of a data set, each with the file `pixels`
-(the decoded values, one file after the other) and index.json (path, size and time of change of each file, and a
-checksum of its values). When a file changes, another folder is written, so that processes which have the old one open
+(the decoded values, one file after the other) and index.json (path, size and time of change of each file, and its
+Place). When a file changes, another folder is written, so that processes which have the old one open
 can go on.
 Where bad samples may be skipped, files that cannot be decoded are left out of the cache.
 """
@@ -145,31 +145,17 @@ def open_cache(
     key = hashlib.sha256(json.dumps([decoding, *files]).encode()).hexdigest()
     folder = root / f"{name}-{key[:12]}"
     try:
-        index = read_index(folder, files, channels)  # without the lock: a complete cache may be in a read-only folder
-        if index is None:
+        places = read_index(folder, files, channels)  # without the lock: a complete cache may be in a read-only folder
+        if places is None:
             root.mkdir(parents=True, exist_ok=True)
             with lock(root / f"{folder.name}.lock"):
-                index = read_index(folder, files, channels)  # another process may have written it meanwhile
-                if index is None:
+                places = read_index(folder, files, channels)  # another process may have written it meanwhile
+                if places is None:
                     shutil.rmtree(folder, ignore_errors=True)
-                    index = build_cache(folder, paths, files, read, channels, skip)
-        offsets = np.cumsum([0] + [height * width * channels for height, width in index.shapes]).tolist()
-        rows = zip(paths, offsets, index.shapes, index.crcs)
-        places = {str(path): Place(offset, *shape, crc) for path, offset, shape, crc in rows}
-        for number in index.bad:
-            del places[str(paths[number])]
-        return DecodedCache(folder, channels, places)
+                    places = build_cache(folder, paths, files, read, channels, skip)
+        return DecodedCache(folder, channels, {str(path): place for path, place in zip(paths, places) if place})
     except OSError as error:
         raise UserError(f"data.cache={root}: cannot be used ({error.strerror or error}); {REMEDY}") from None
-
-
-@dataclass(frozen=True)
-class CacheIndex:
-    """(height, width) and CRC-32 of each file; indices of files that could not be decoded, whose place is empty."""
-
-    shapes: list[tuple[int, int]]
-    crcs: list[int]
-    bad: list[int]
 
 
 def file_identity(path: Path) -> list:
@@ -197,20 +183,17 @@ def lock(path: Path) -> Iterator[None]:
         file_lock.release()
 
 
-def read_index(folder: Path, files: list[list], channels: int) -> CacheIndex | None:
-    """The index of a cache; None if the cache is incomplete or was written from other files."""
+def read_index(folder: Path, files: list[list], channels: int) -> list[Place | None] | None:
+    """The places of a cache, see build_cache; None if it is incomplete or was written from other files."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        shapes = [(int(height), int(width)) for height, width in index["shapes"]]
-        crcs = [int(crc) for crc in index["crcs"]]
-        bad = [range(len(shapes))[number] for number in index.get("bad", [])]
+        places = [None if place is None else Place(*map(int, place)) for place in index["places"]]
         size = (folder / "pixels").stat().st_size
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        complete = len(places) == len(files) and index["files"] == files
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
-    complete = len(shapes) == len(crcs) == len(files) and size == sum(
-        height * width * channels for height, width in shapes
-    )
-    return CacheIndex(shapes, crcs, bad) if complete and index.get("files") == files else None
+    ends = [place.offset + place.height * place.width * channels for place in places if place]
+    return places if complete and max(ends, default=0) <= size else None
 
 
 def build_cache(
@@ -220,8 +203,12 @@ def build_cache(
     read: Callable[[Path], np.ndarray],
     channels: int,
     skip: bool,
-) -> CacheIndex:
-    """Decode the files into `folder`, which appears when all are done. Raises the first error, unless `skip`."""
+) -> list[Place | None]:
+    """Decode the files into `folder`, which appears when all are done. Raises the first error, unless `skip`.
+
+    Returns:
+        The place of each file; None for a file that cannot be decoded.
+    """
     sizes = run_in_threads([partial(read_size, path) for path in paths])
     if not skip and (errors := [size for size in sizes if isinstance(size, UserError)]):
         raise errors[0]
@@ -235,15 +222,14 @@ def build_cache(
         temporary.mkdir()
         with (temporary / "pixels").open("wb") as pixels:
             os.truncate(pixels.fileno(), needed)  # full size even if the last files leave their places empty
-            index = decode_all(pixels.fileno(), paths, shapes, read, channels, skip)
+            places = decode_all(pixels.fileno(), paths, shapes, read, channels, skip)
             os.fsync(pixels.fileno())
-        text = json.dumps({"files": files, **vars(index)})
-        (temporary / "index.json").write_text(text, encoding="utf-8")
+        (temporary / "index.json").write_text(json.dumps({"files": files, "places": places}), encoding="utf-8")
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return index
+    return places
 
 
 def check_space(root: Path, count: int, needed: int) -> None:
@@ -259,10 +245,10 @@ def decode_all(
     read: Callable[[Path], np.ndarray],
     channels: int,
     skip: bool,
-) -> CacheIndex:
+) -> list[Place | None]:
     """Decode in threads and write each file to its place."""
 
-    def decode(path: Path, shape: tuple[int, int], offset: int) -> tuple[tuple[int, int], int] | None:
+    def decode(path: Path, shape: tuple[int, int], offset: int) -> Place | None:
         try:
             array = read(path)
         except BadSample:
@@ -273,7 +259,7 @@ def decode_all(
             raise UserError(f"{path}: changed while it was read; start again when nothing writes to it")
         array = np.ascontiguousarray(array)
         write_at(file, memoryview(array).cast("B"), offset)
-        return array.shape[:2], zlib.crc32(array)
+        return Place(offset, *array.shape[:2], zlib.crc32(array))
 
     offsets = np.cumsum([0, *(height * width for height, width in shapes[:-1])]) * channels
     with ThreadPoolExecutor(THREADS) as pool:
@@ -285,10 +271,7 @@ def decode_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    decoded = [task.result() for task in tasks]
-    bad = [number for number, each in enumerate(decoded) if each is None]
-    new_shapes, crcs = zip(*(each or (old, 0) for each, old in zip(decoded, shapes, strict=True)), strict=True)
-    return CacheIndex(list(new_shapes), list(crcs), bad)
+    return [task.result() for task in tasks]
 
 
 def write_at(file: int, data: memoryview, offset: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,23 @@ from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, short_repr
 
 # Our choice: how the masks of the published results were drawn is not documented.
 OVERLAP = (
     "Where instances overlap, the smaller one is on top. Crowd regions become 255 (ignored), except where a single "
     "instance covers them. Things become 1..80 in the order of their category ids; the rest is 0."
 )
-NEEDS_PYCOCOTOOLS = "coco: decoding its masks needs pycocotools, which is not installed: pip install pycocotools"
+
+
+def check_pycocotools() -> None:
+    """UserError, before anything is written, if the package that decodes COCO's masks is absent."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError("coco: decoding its masks needs pycocotools, which is not installed: pip install pycocotools")
 
 
 def samples(index: Index, ignore_unknown: bool) -> dict[str, list[Sample]]:
-    try:
-        import pycocotools.mask  # noqa: F401  (fail before anything is written)
-    except ImportError:
-        raise UserError(NEEDS_PYCOCOTOOLS) from None
+    check_pycocotools()
     splits = [split for split in ("train", "val") if ("instances", split) in index.texts]
     return {split: split_samples(index, split, ignore_unknown) for split in splits}
 
@@ -96,22 +99,31 @@ def make_sample(split: str, image: Mapping[str, Any], instances: list, where: st
 
 
 def draw_mask(content: None, name: str, where: str, height: int, width: int, instances: list) -> bytes:
-    """PNG of the mask. instances: (annotation id, class index or IGNORE_INDEX, segmentation)."""
+    """PNG of the mask; see draw_instances."""
+    mask = np.zeros((height, width), np.uint8, order="F")  # column-major, as in pycocotools
+    draw_instances(mask, instances, where, REMEDY)
+    return encode_png(mask)
+
+
+def draw_instances(mask: np.ndarray, instances: Iterable[tuple[Any, int, Any]], where: str, remedy: str) -> None:
+    """Draw annotations into a mask (H, W) uint8: crowd regions first, then the others, the largest first.
+
+    Args:
+        instances: (id of the annotation, class index or IGNORE_INDEX, segmentation).
+        where, remedy: for the message about a bad segmentation.
+    """
     from pycocotools import mask as coder
 
     regions = []
     for annotation, value, segmentation in instances:
-        region = encode_segmentation(segmentation, height, width, f"{where}: annotation {annotation}")
+        place = f"{where}: annotation {short_repr(annotation)}"
+        region = encode_segmentation(segmentation, *mask.shape, place, remedy)
         regions.append((value != IGNORE_INDEX, -int(coder.area(region)), value, region))
-    mask = np.zeros((height, width), np.uint8, order="F")  # column-major, as in pycocotools
-    for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):  # crowds first, then the largest
+    for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):
         np.copyto(mask, value, where=coder.decode(region).view(bool))
-    return encode_png(mask)
 
 
-def encode_segmentation(
-    segmentation: Any, height: int, width: int, where: str, remedy: str = REMEDY
-) -> Mapping[str, Any]:
+def encode_segmentation(segmentation: Any, height: int, width: int, where: str, remedy: str) -> Mapping[str, Any]:
     """Polygons [[x, y, x, y, ...], ...] or uncompressed run lengths -> pycocotools' own run lengths."""
     from pycocotools import mask as coder
 

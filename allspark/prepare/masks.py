@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from allspark.data.image_io import open_image, read_size
 from allspark.data.spec import IGNORE_INDEX
 from allspark.data.splits import image_files
-from allspark.prepare.coco import encode_segmentation
+from allspark.prepare.coco import check_pycocotools, draw_instances
 from allspark.prepare.images import encode_png
 from allspark.prepare.jobs import read_file
 from allspark.utils.errors import UserError, short_repr
@@ -159,6 +159,7 @@ def draw_labelme(mask: np.ndarray, path: Path, labels: Labels) -> None:
 
 def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw]:
     """One JSON file with images, annotations and categories; smaller regions are drawn over larger ones."""
+    check_pycocotools()
     content = read_json(source)
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
@@ -178,23 +179,14 @@ def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw
 def draw_coco(
     mask: np.ndarray, image: Mapping, annotations: Sequence[Mapping], names: Mapping, source: Path, labels: Labels
 ) -> None:
-    try:
-        from pycocotools import mask as coder
-    except ImportError:
-        raise UserError("COCO masks need pycocotools, which is not installed: pip install pycocotools") from None
-
     check_size(source, (image.get("height"), image.get("width")), mask)
-    drawn = []
+    instances = []
     for annotation in annotations:
-        where = f"{source}: annotation {short_repr(annotation.get('id'))}"
-        name = names.get(annotation.get("category_id"))
-        index = IGNORE_INDEX if annotation.get("iscrowd") else labels.index(name, where)
-        region = encode_segmentation(
-            annotation.get("segmentation"), *mask.shape, where, "correct it, or export it again"
-        )
-        drawn.append((index != IGNORE_INDEX, -int(coder.area(region)), index, region))
-    for *_, index, region in sorted(drawn, key=lambda part: part[:2]):  # crowds first, then the largest
-        mask[coder.decode(region).view(bool)] = index
+        number, name = annotation.get("id"), names.get(annotation.get("category_id"))
+        crowd, where = annotation.get("iscrowd"), f"{source}: annotation {short_repr(number)}"
+        index = IGNORE_INDEX if crowd else labels.index(name, where)
+        instances.append((number, index, annotation.get("segmentation")))
+    draw_instances(mask, instances, str(source), "correct it, or export it again")
 
 
 # Annotations, images, labels -> what to draw for the image of a name, in COCO with its suffix
