@@ -130,7 +130,7 @@ class NamedImages(SegmentationDataset):
         if self.samples[index].mask is not None:
             image, mask, _ = super().__getitem__(index)
         else:
-            image = to_tensor(read_image(self.samples[index].image))
+            image = to_tensor(read_image(self.samples[index].image, self.spec.images))
             mask = torch.full(image.shape[1:], self.spec.ignore_index, dtype=torch.uint8)
         return image, mask, self.names[index]
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from allspark.engine.checkpoint import FORMAT, check_content
-from allspark.utils.atomic import atomic_file, write_text
+from allspark.utils.atomic import atomic_path, write_text
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.safe_load import check_tensors
 from allspark.utils.safe_yaml import parse_yaml
@@ -36,7 +36,7 @@ def write_model_folder(folder: Path, content: Mapping[str, Any], card: str) -> N
         card: text of the model card.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / WEIGHTS, (RuntimeError, SafetensorError)) as temporary:
+    with atomic_path(folder / WEIGHTS, errors=(RuntimeError, SafetensorError)) as temporary:
         save_file({name: value.contiguous() for name, value in content["model"].items()}, temporary, {"format": "pt"})
     about = {"format": FORMAT, **{key: value for key, value in content.items() if key != "model"}}
     write_text(folder / CONFIG, yaml.safe_dump(about, sort_keys=False), REMEDY)

@@ -24,7 +24,7 @@ from allspark.data.batch import normalize
 from allspark.data.spec import IMAGENET, Statistics
 from allspark.evaluation.sliding_window import Inference, predict_sliding
 from allspark.models.segmentor import Segmentor, SegOutput
-from allspark.utils.atomic import atomic_file
+from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError, reason_of
 
 Run = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 -> logits (B, K, H, W)
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     with quiet():
         program = trace(network)
     about = metadata(loaded)
-    with atomic_file(args.out, (RuntimeError,)) as temporary, quiet():
+    with atomic_path(args.out, errors=(RuntimeError,)) as temporary, quiet():
         {"torch": save_torch, "onnx": save_onnx}[args.format](program, temporary, about)
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())

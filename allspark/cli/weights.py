@@ -20,6 +20,7 @@ from torch import Tensor
 
 from allspark.config import ModelConfig
 from allspark.config_io import build_recipe, to_plain, without_absolute_paths
+from allspark.data.spec import IMAGENET
 from allspark.engine.checkpoint import FORMAT, checkpoint_in, is_imported, load_checkpoint, save_checkpoint
 from allspark.hub import PREFIX as HUB
 from allspark.hub import model_card, repository, upload, write_model_folder
@@ -27,7 +28,7 @@ from allspark.inference import load_for_inference, string_section
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import PREFIX
 from allspark.runs import read_run
-from allspark.utils.atomic import atomic_file, wrap_write_errors
+from allspark.utils.atomic import atomic_path, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError, printable
 from allspark.weights.key_maps import OURS
@@ -75,6 +76,11 @@ def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
     """The network that a checkpoint of this code predicts with: of a method with a teacher, the teacher."""
     loaded = load_for_inference(file.path, torch.device("cpu"))
     content = load_checkpoint(file.path)
+    if (loaded.spec.channels, loaded.spec.statistics) != (3, IMAGENET):
+        raise UserError(
+            f"{file.path}: an imported file does not hold data.custom, which says how images of {loaded.spec.channels} "
+            "channel(s) are normalized; use `weights export`, which keeps the recipe"
+        )
     if is_imported(content):
         architecture = content["architecture"]
     else:
@@ -166,7 +172,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_encoder(path: Path, state: Mapping[str, Tensor], name: str) -> None:
-    with atomic_file(path, (RuntimeError, SafetensorError)) as temporary:
+    with atomic_path(path, errors=(RuntimeError, SafetensorError)) as temporary:
         if path.suffix == ".safetensors":
             save_file(dict(state), temporary, metadata={"format": "pt"})
         else:

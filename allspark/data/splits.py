@@ -387,12 +387,8 @@ def find_data(data: DataConfig, spec: DatasetSpec, create: bool = True) -> Path:
             spec.prepare(root)
         distributed.barrier()
     if not root.is_dir():
-        prepare = f"python -m allspark prepare {spec.splits} --download"
-        other = "" if spec.is_custom else f". `{prepare}` creates it, or says which archives it needs"
-        remedy = "correct it" if create else "give --data-root"
-        raise UserError(
-            f"data.data_root: {root} is not a folder; {remedy} or set {root_variable(spec.name)}=DIR{other}"
-        )
+        remedy = f"{'correct it' if create else 'give --data-root'} or set {root_variable(spec.name)}=DIR"
+        raise UserError(f"data.data_root: {root} is not a folder; {remedy}{prepare_hint(spec)}")
     return root
 
 

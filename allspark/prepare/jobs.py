@@ -20,7 +20,6 @@ from tqdm import tqdm
 from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError
 
-SUFFIX = ".preparing"  # of files that are being written
 REMEDY = "free disk space or choose another --out, then run the same command again: finished files are kept"
 QUEUED = 4  # tasks per worker that wait with their content in memory
 T = TypeVar("T")
@@ -105,7 +104,7 @@ def read_file(path: Path) -> bytes:
 
 
 def write_file(target: Path, data: bytes) -> None:
-    with atomic_path(target, REMEDY, suffix=SUFFIX) as temporary:
+    with atomic_path(target, REMEDY) as temporary:
         temporary.write_bytes(data)
 
 
@@ -113,19 +112,11 @@ def link_file(source: Path, target: Path) -> None:
     """Hard-link the file if the file system supports it, else copy it."""
     if target.exists() and target.samefile(source):
         return
-    with atomic_path(target, REMEDY, suffix=SUFFIX) as temporary:
+    with atomic_path(target, REMEDY) as temporary:
         try:
             os.link(source.resolve(), temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-
-
-def remove_temporaries(folders: Iterable[Path]) -> None:
-    """Remove what a killed run left behind."""
-    for folder in folders:
-        if folder.is_dir():
-            for path in folder.glob(f".*{SUFFIX}"):
-                path.unlink(missing_ok=True)
 
 
 def show_progress(results: Iterable[T], title: str, total: int) -> Iterator[T]:

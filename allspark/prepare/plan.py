@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from allspark.prepare.archives import Index, Key, Kind, find_sources, index_sources, select_entries
-from allspark.prepare.jobs import Task, remove_temporaries, run_tasks, write_file
+from allspark.prepare.jobs import Task, run_tasks, write_file
+from allspark.utils.atomic import remove_temporaries
 from allspark.utils.errors import UserError
 
 MARKER = "prepared.json"  # in the finished data set, with its counts and files
@@ -116,7 +117,8 @@ def prepare(plan: Plan, options: Options) -> None:
     splits = complete_samples(plan, plan.samples(index, options.ignore_unknown), index, existing, options)
     outputs = {output.target: output for samples in splits.values() for sample in samples for output in sample}
     absent = [output for output in outputs.values() if options.force or not existing.has(output.target)]
-    remove_temporaries({(out / output.target).parent for output in outputs.values()})
+    for folder in {(out / output.target).parent for output in outputs.values()}:
+        remove_temporaries(folder)
     check_space(out, absent, index)
     if absent:
         run_tasks(make_tasks(plan, absent, index, out), len(absent), options.workers, f"prepare {plan.dataset}")

@@ -15,50 +15,40 @@ from typing import BinaryIO
 from allspark.utils.errors import UserError, reason_of
 
 DISK_FULL_ERRNOS = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
+TEMPORARY = ".writing"  # suffix of the folders of atomic_path
 
 
 @contextmanager
-def atomic_path(path: Path, remedy: str, *, suffix: str = ".tmp") -> Iterator[Path]:
-    """Context manager giving a temporary path beside `path`, which is renamed to `path` at the end.
+def atomic_path(
+    path: Path, remedy: str = "make room or choose another path", errors: tuple[type[Exception], ...] = ()
+) -> Iterator[Path]:
+    """Context manager giving a temporary path, which is renamed to `path` at the end.
 
-    If the block raises, the temporary file is removed and `path` is unchanged.
+    If the block raises, the temporary file is removed and `path` is unchanged. The temporary file lies in a folder of
+    its own beside `path` and has the same name, because torch and ONNX store the name in the file.
 
     Args:
+        path: file to write.
         remedy: what the user can do if the file cannot be written; ends the error message.
-        suffix: of the temporary file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{suffix}")  # cut: the name must not get too long
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({os_error_reason(error)}); {remedy}") from None
-    finally:
-        with suppress(OSError):  # usually gone: renamed
-            temporary.unlink()
-
-
-@contextmanager
-def atomic_file(path: Path, errors: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
-    """As atomic_path, but the temporary file has the name of `path`, because torch and ONNX store the name in the file.
-
-    Args:
-        errors: exceptions, besides OSError, that the library raises if it cannot write the file.
+        errors: exceptions, besides OSError, that a library raises if it cannot write the file.
 
     Raises:
         UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(TEMPORARY, f".{path.name[:50]}.", path.parent) as folder:
             yield Path(folder) / path.name
             os.replace(Path(folder) / path.name, path)
     except (OSError, *errors) as error:
-        raise UserError(f"{path}: cannot be written ({reason_of(error)}); make room or choose another path") from error
+        reason = os_error_reason(error) if isinstance(error, OSError) else reason_of(error)
+        raise UserError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left in a folder; no other one may be writing there."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str, remedy: str) -> None:

@@ -97,7 +97,7 @@ def save_image(picture: Image.Image, path: Path) -> None:
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     with atomic_path(path, "free disk space or choose another path") as temporary:
-        picture.save(temporary, Image.registered_extensions()[path.suffix.lower()], pnginfo=mark)
+        picture.save(temporary, pnginfo=mark)
 
 
 def is_own_file(path: Path) -> bool:

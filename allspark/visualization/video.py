@@ -100,7 +100,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], rate: float) -> None:
         return
     height, width = first.shape[:2]
     remedy = "free disk space or choose another path"
-    with atomic_path(path, remedy, suffix=".tmp.mp4") as temporary:
+    with atomic_path(path, remedy) as temporary:
         size = (width // 2 * 2, height // 2 * 2)
         video = cv2.VideoWriter(str(temporary), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         count = 0

@@ -376,13 +376,11 @@ def find_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
     if stem:
         kinds = {name: size for name, size in resnet.SIZES.items() if size.stem == stem}
         widths = tuple(first_dim(tensors, f"encoder.layer{stage}.0.conv3.weight") for stage in range(1, 5))
-        blocks = (rf"encoder\.layer{stage}\.([0-9]+)\." for stage in range(1, 5))
+        depths = tuple(count_blocks(tensors, f"encoder.layer{stage}.") for stage in range(1, 5))
     else:
         kinds = mit.SIZES
         widths = tuple(first_dim(tensors, f"encoder.stages.{stage}.patch_embed.proj.weight") for stage in range(4))
-        blocks = (rf"encoder\.stages\.{stage}\.blocks\.([0-9]+)\." for stage in range(4))
-    matches = ([re.match(pattern, name) for name in tensors] for pattern in blocks)
-    depths = tuple(1 + max((int(match[1]) for match in each if match), default=-1) for each in matches)
+        depths = tuple(count_blocks(tensors, f"encoder.stages.{stage}.blocks.") for stage in range(4))
     for name, size in kinds.items():
         if (size.channels, size.depths) == (widths, depths):
             return name
@@ -400,8 +398,7 @@ PATCHES = "encoder.body.model.patch_embed.proj.weight"
 def find_dinov2(tensors: Mapping[str, Tensor], path: Path) -> str:
     """The name of the DINOv2 with this width and number of blocks."""
     width, _, patch, _ = get_shape(tensors, PATCHES, 4, path)
-    blocks = [re.match(r"encoder\.body\.model\.blocks\.([0-9]+)\.", name) for name in tensors]
-    depth = 1 + max((int(match[1]) for match in blocks if match), default=-1)
+    depth = count_blocks(tensors, "encoder.body.model.blocks.")
     scaled = "encoder.body.model.blocks.0.ls1.gamma" in tensors
     for name, size in DINOV2_SIZES.items():
         if (size, patch, scaled) == ((width, depth), 14, True):
@@ -411,6 +408,12 @@ def find_dinov2(tensors: Mapping[str, Tensor], path: Path) -> str:
         f"14 pixels; {'; '.join(f'{name} {join(size)}' for name, size in DINOV2_SIZES.items())}); for a ViT of timm, "
         f"set model.encoder=timm:NAME model.pretrained={path}"
     )
+
+
+def count_blocks(tensors: Iterable[str], prefix: str) -> int:
+    """Number of blocks whose names are `prefix`, a number from 0, and a dot."""
+    found = (re.match(rf"{re.escape(prefix)}([0-9]+)\.", name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def first_dim(tensors: Mapping[str, Tensor], name: str) -> int:

@@ -45,5 +45,12 @@ def test_four_bands(place, tmp_path, capsys):
     val = sorted((place.root / "masks" / "val").glob("*.png"))
     predicted = [np.asarray(Image.open(next(out.rglob(mask.name)))) for mask in val]
     assert np.mean([np.mean(a == np.asarray(Image.open(b))) for a, b in zip(predicted, val, strict=True)]) > 0.7
+    (tmp_path / "list.txt").write_text("".join(f"images/val/{mask.stem}.tif\n" for mask in val))
+    words = ["--list", tmp_path / "list.txt", "--save-dir", tmp_path / "masks", "--no-pictures"]
+    run("eval", "--checkpoint", checkpoint, *words)  # as a test set, without masks
+    saved = [np.asarray(Image.open(tmp_path / "masks" / mask.name)) for mask in val]
+    assert all(np.array_equal(a, b) for a, b in zip(saved, predicted, strict=True))
+    assert run_main(main, ["weights", "import", str(checkpoint), "--out", str(tmp_path / "no.pth")]) == 2
+    assert "use `weights export`" in capsys.readouterr().err
     run("report", place.run, "--out", tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -14,7 +14,8 @@ from allspark.__main__ import main
 from allspark.data.datasets import DATASETS
 from allspark.data.image_io import read_pair
 from allspark.data.splits import read_list
-from allspark.prepare.jobs import SUFFIX, Task, remove_temporaries, run_tasks
+from allspark.prepare.jobs import Task, run_tasks
+from allspark.utils.atomic import TEMPORARY, remove_temporaries
 from allspark.utils.errors import UserError, run_main
 from helpers import REPO
 from helpers import archives as mini
@@ -108,7 +109,7 @@ def test_linked_files_are_not_written_through(tmp_path):
     prepare("cityscapes", *words, "--force")
     assert files_of(root) == before
     assert (tmp_path / "out" / image).read_bytes() == before[image]
-    assert not list((tmp_path / "out").rglob(f"*{SUFFIX}"))
+    assert not list((tmp_path / "out").rglob(f"*{TEMPORARY}"))
 
 
 def wait_until(condition, process, seconds=60):
@@ -140,7 +141,9 @@ def test_interrupt(tutorial, tmp_path, start_process, how):
     done = ages(out)
     assert 3 < sum(not path.name.startswith(".") for path in done) < 1402
     assert not (out / "prepared.json").exists()
-    (out / f"labels/train/.0001TP_006690.png.1{SUFFIX}").write_bytes(b"half of a fi")
+    killed = out / f"labels/train/.0001TP_006690.png.1{TEMPORARY}"
+    killed.mkdir()
+    (killed / "0001TP_006690.png").write_bytes(b"half of a fi")
 
     prepare("camvid", "--from", tutorial[0], "--out", out, "--workers", 1)
     whole = ages(out)
@@ -185,9 +188,11 @@ def test_content_is_not_read_ahead(tmp_path):
 
 
 def test_foreign_leftovers_stay(tmp_path):
-    for name in (f".a.png.77{SUFFIX}", "VOCtrainval.tar.part", ".hidden", "b.png"):
+    for name in ("VOCtrainval.tar.part", ".hidden", "b.png"):
         (tmp_path / name).write_bytes(b"")
-    remove_temporaries([tmp_path, tmp_path / "nowhere"])
+    (tmp_path / f".a.png.77{TEMPORARY}").mkdir()
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        remove_temporaries(folder)
     assert {path.name for path in tmp_path.iterdir()} == {"VOCtrainval.tar.part", ".hidden", "b.png"}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from allspark.__main__ import main
-from allspark.prepare.jobs import SUFFIX
+from allspark.utils.atomic import TEMPORARY
 from allspark.utils.errors import run_main
 from helpers import REPO
 from helpers import archives as mini
@@ -62,7 +62,7 @@ def test_disk_fills_up(small_disk, tmp_path):
     pytest.importorskip("pycocotools")
     words = [*PREPARE, "coco", "--from", noisy_coco(tmp_path / "in"), "--out", small_disk, "--allow-partial"]
     script = (
-        '"$@" --workers 2; echo "exit $?"; find . -name "*.preparing" | wc -l; ls masks | wc -l; '
+        '"$@" --workers 2; echo "exit $?"; find . -name "*.writing" | wc -l; ls masks | wc -l; '
         'mount -o remount,size=9000k . ; cd ..; cd small; "$@" --workers 2; echo "exit $?"; ls masks | wc -l'
     )
     command = in_small_disk(small_disk, 500, ["sh", "-c", f'cd "{small_disk}"; {script}', "sh", *words])
@@ -109,7 +109,7 @@ def test_file_size_limit(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     told = capsys.readouterr().err
     assert "cannot be written (the disk is full)" in told
-    assert not list((tmp_path / "out").rglob(f"*{SUFFIX}"))
+    assert not list((tmp_path / "out").rglob(f"*{TEMPORARY}"))
     main(words)
     assert len(ages(tmp_path / "out")) == 8
 
