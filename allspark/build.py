@@ -91,7 +91,7 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
 def check_schedule(recipe: Recipe, method: Method) -> None:
     """UserError if the run is over before the method uses unlabeled images, or before the bottleneck's memory is read.
 
-    Not part of build_method: such a run of before can still be evaluated.
+    Not part of build_method, because an existing run of this kind can still be evaluated.
     """
     bottleneck = recipe.model.bottleneck
     for key, value, effect, other in (

@@ -380,7 +380,11 @@ def describe_lists(lists: Lists, spec: DatasetSpec) -> list[str]:
 
 
 def find_data(data: DataConfig, spec: DatasetSpec, create: bool = True) -> Path:
-    """The data root; a data set that needs no download is created there first, unless a stranger may have named it."""
+    """The data root.
+
+    Args:
+        create: make a data set that needs no download there; not if the path may come from a foreign checkpoint.
+    """
     root = check_name(Path(os.path.expanduser(data.data_root)))
     if spec.prepare is not None and create:
         if distributed.rank() == 0:

@@ -66,7 +66,7 @@ class RunLog:
         with wrap_write_errors(self.path):
             end_line(self.text)
             self.writers = open_writers(writers, folder, start_step, start_epoch, config, self.info)
-        self.total_steps, self.started_at, self.told_at = total_steps, (start_step, time.perf_counter()), -math.inf
+        self.total_steps, self.started_at, self.reported_at = total_steps, (start_step, time.perf_counter()), -math.inf
         self.miou = math.nan  # of the last evaluation
         self.bar = tqdm(total=total_steps, initial=start_step, disable=None, unit="step", dynamic_ncols=True)
 
@@ -142,8 +142,8 @@ class RunLog:
         shown |= {} if math.isnan(self.miou) else {"mIoU": f"{self.miou:.2f}"}
         self.bar.set_postfix(shown, refresh=False)
         now, (first, started) = time.perf_counter(), self.started_at
-        if self.bar.disable and now - self.told_at >= MINUTE:
-            self.told_at = now
+        if self.bar.disable and now - self.reported_at >= MINUTE:
+            self.reported_at = now
             left = (now - started) / max(self.last_step - first, 1) * (self.total_steps - self.last_step)
             numbers = ", ".join(f"{name} {value}" for name, value in shown.items())
             self.info(

@@ -8,13 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from allspark.data.spec import DatasetSpec
 from allspark.evaluation.metrics import ConfusionMatrix
-from allspark.visualization.pictures import full_palette, has_color, to_rgb
+from allspark.visualization.pictures import has_color, index_picture, to_rgb
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ def image_confusion(mask: Tensor, prediction: Tensor, spec: DatasetSpec) -> Conf
 
 def index_image(mask: Tensor, spec: DatasetSpec, size: tuple[int, int]) -> Image.Image:
     """(H, W) uint8 -> class indices with palette, resized to (width, height); black classes are transparent."""
-    picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
-    picture.putpalette(full_palette(spec.palette).tobytes())
+    picture = index_picture(mask, spec.palette).resize(size, Image.Resampling.NEAREST)
     black = ~has_color(spec.palette)[: len(spec.palette)]
     picture.info["transparency"] = bytes(0 if one else 255 for one in black)
     return picture

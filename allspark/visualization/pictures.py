@@ -34,7 +34,8 @@ SOFTWARE = "AllSpark"  # written into every PNG; only files with this mark are e
 INK, LIGHT_INK, PAPER = (32, 33, 36), (120, 124, 130), (255, 255, 255)
 COLORS = (*(f"C{index}" for index in range(10)), "black")  # then again with the next line style
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-LOSS_COLUMNS = 4  # loss panels per row
+GRID_COLUMNS = 9  # of a comparison grid; more are split into bands
+PANEL_COLUMNS = 4  # panels of curves per row
 MAX_ROWS_IN_PANEL = 6  # curves drawn with the legend inside and the y axis from zero; more curves use the full height
 
 
@@ -82,9 +83,14 @@ def to_rgb(image: Picture) -> np.ndarray:
 
 def save_index_png(mask: Picture, palette: Palette, path: Path) -> None:
     """Write a PNG with the class indices as pixel values, which viewers show in color (mode P)."""
+    save_image(index_picture(mask, palette), path)
+
+
+def index_picture(mask: Picture, palette: Palette) -> Image.Image:
+    """The class indices (H, W) with a palette (mode P)."""
     picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     picture.putpalette(full_palette(palette).tobytes())
-    save_image(picture, path)
+    return picture
 
 
 def save_pixels(pixels: Picture, path: Path) -> None:
@@ -134,17 +140,15 @@ def draw_grid(
     *,
     panel_width: int = 320,
     overlaid: bool = False,
-    columns: int = 9,
 ) -> Image.Image:
     """Draw a row of panels per example under column titles, and a legend of the classes that occur.
 
     Args:
         heads: column titles for the image and each mask, such as ("image", "truth", "supervised", "AllSpark").
         overlaid: draw masks over the image.
-        columns: maximum number; more are split into bands below each other, each repeating image and truth.
     """
-    bands = []
-    for chosen in np.array_split(range(2, len(heads)), max(1, math.ceil((len(heads) - 2) / (columns - 2)))):
+    bands = []  # below each other, each with image and truth
+    for chosen in np.array_split(range(2, len(heads)), max(1, math.ceil((len(heads) - 2) / (GRID_COLUMNS - 2)))):
         names = [*heads[:2], *(heads[column] for column in chosen)]
         rows = [replace(e, masks=(e.masks[0], *(e.masks[column - 1] for column in chosen))) for e in examples]
         bands.append(draw_band(rows, names, palette, panel_width, overlaid))
@@ -271,37 +275,28 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
 
 def plot_losses(rows: Mapping[str, Sequence[Mapping[str, Points]]], path: Path) -> None:
     """Draw the losses of each row into a panel of its own and save them. rows: name -> losses by name of each seed."""
-    columns = min(len(rows), LOSS_COLUMNS)
-    lines = -(-len(rows) // columns)
-    figure = new_figure(3.4 * columns, 2.7 * lines)
-    places = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, (name, seeds) in zip(places, rows.items(), strict=False):
+    figure, places = new_panels(len(rows), 3.4, 2.7)
+    for axes, (name, seeds) in zip(places, rows.items(), strict=True):
         draw_losses(axes, seeds, "\n".join(textwrap.wrap(name, 34)))
-    for axes in places[len(rows) :]:
-        axes.set_visible(False)
     save_figure(figure, path)
 
 
-def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path, columns: int = 4) -> None:
-    """Draw panels, `columns` side by side, and save them. panels: title -> name -> points of each seed.
+def plot_panels(panels: Mapping[str, Mapping[str, Sequence[Points]]], path: Path) -> None:
+    """Draw panels and save them. panels: title -> name -> points of each seed.
 
     With few curves each panel has a legend with the last values, with many there is one legend below all panels.
     """
     many = max(map(len, panels.values()), default=0) > MAX_ROWS_IN_PANEL
-    columns = min(columns, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = new_figure(5.5 * columns, 3.8 * lines + many * 1.2)
-    places = figure.subplots(lines, columns, squeeze=False).flat
+    figure, places = new_panels(len(panels), 5.5, 3.8, below=1.2 * many)
     lines_by_name = {}
-    for (title, rows), axes in zip(panels.items(), places, strict=False):
+    for (title, rows), axes in zip(panels.items(), places, strict=True):
         lines_by_name |= draw_rows(axes, rows, title, legend=not many)
         low, high = axes.get_ylim()
         top = min(max(high, low + 5.0), max(high, 101.0))  # so that a class at 0 is a flat line
         axes.set_ylim(min(low, top - 5.0), top)
-    for axes in places:  # the remaining ones
-        axes.set_visible(False)
     if many:
-        legend = dict(loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=10)
+        columns = 2 * min(len(panels), PANEL_COLUMNS)
+        legend = dict(loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
         figure.legend(lines_by_name.values(), lines_by_name, **legend)
     save_figure(figure, path)
 
@@ -363,6 +358,17 @@ def fill_range(axes: Axes, steps: Sequence[int], values: np.ndarray, color: str,
     """Fill from the lowest to the highest seed; values: (seeds, steps)."""
     if len(values) > 1:
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=alpha, linewidth=0)
+
+
+def new_panels(count: int, width: float, height: float, below: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of so many inches, PANEL_COLUMNS side by side, and `below` inches under them."""
+    columns = min(count, PANEL_COLUMNS)
+    lines = math.ceil(count / columns)
+    figure = new_figure(width * columns, height * lines + below)
+    places = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in places[count:]:
+        axes.set_visible(False)
+    return figure, places[:count]
 
 
 def new_figure(width: float, height: float) -> Figure:
