@@ -28,11 +28,15 @@ def predict(checkpoint, place, out):
     return code, [path.read_bytes() for path in sorted(out.rglob("*.png"))]
 
 
-def test_model_folder_predicts_as_the_run(finished, pushed, tmp_path):
+@pytest.fixture(scope="module")
+def predicted(finished, pushed, tmp_path_factory):
+    return predict(pushed, finished, tmp_path_factory.mktemp("predicted"))
+
+
+def test_model_folder_predicts_as_the_run(finished, pushed, predicted, tmp_path):
     assert {path.name for path in pushed.iterdir()} == {WEIGHTS, CONFIG, CARD}
     assert not any("memory" in name for name in load_file(pushed / WEIGHTS))
-    want, got = predict(finished.run, finished, tmp_path / "a"), predict(pushed, finished, tmp_path / "b")
-    assert want == got and want[0] == 0 and len(want[1]) > 1
+    assert predict(finished.run, finished, tmp_path) == predicted and predicted[0] == 0 and len(predicted[1]) > 1
     assert str(finished.root) not in (pushed / CONFIG).read_text()
     assert run_main(main, ["eval", "--checkpoint", str(pushed), f"--data-root={finished.root}"]) == 0
 
@@ -55,7 +59,7 @@ def test_model_card(finished, pushed):
         assert words in card
 
 
-def test_hub_offline(finished, pushed, tmp_path, monkeypatch, capsys):
+def test_hub_offline(finished, pushed, predicted, tmp_path, monkeypatch, capsys):
     hub = pytest.importorskip("huggingface_hub", reason="models on the Hub need huggingface_hub")
     cache = tmp_path / "cache" / "models--lab--cracks"
     (cache / "refs").mkdir(parents=True)
@@ -63,8 +67,7 @@ def test_hub_offline(finished, pushed, tmp_path, monkeypatch, capsys):
     shutil.copytree(pushed, cache / "snapshots" / ("a" * 40))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    want, got = predict(pushed, finished, tmp_path / "a"), predict("hf://lab/cracks", finished, tmp_path / "b")
-    assert want == got and got[0] == 0
+    assert predict("hf://lab/cracks", finished, tmp_path / "out") == predicted
     capsys.readouterr()
     for address, words in {
         "hf://lab/other": "hf://lab/other: cannot be downloaded",

@@ -18,8 +18,10 @@ from allspark.utils.errors import UserError
 from allspark.weights.loading import load_encoder
 
 
-@pytest.mark.parametrize("encoder", ["mit_b0", "resnet50s", "timm:resnet10t", "timm:tf_efficientnet_lite0"])
-@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("encoder", "channels"),
+    [("mit_b0", 1), ("mit_b0", 5), ("resnet50s", 2), ("timm:resnet10t", 5), ("timm:tf_efficientnet_lite0", 1)],
+)
 def test_encoders_take_any_number_of_channels(encoder, channels):
     """Equal channels of a gray image, and black channels beyond RGB, give the features of the RGB network."""
     torch.manual_seed(0)
@@ -32,9 +34,13 @@ def test_encoders_take_any_number_of_channels(encoder, channels):
     gray = torch.rand(2, 1, 64, 96)
     with torch.no_grad():
         want = rgb(gray.expand(-1, 3, -1, -1)).logits
-        if channels < 3 and not encoder.startswith("timm"):  # timm's own normalization differs by channel
-            torch.testing.assert_close(other(gray.expand(-1, channels, -1, -1)).logits, want, atol=1e-4, rtol=1e-4)
-        if channels > 3:
+        if channels < 3:
+            got = other(gray.expand(-1, channels, -1, -1)).logits
+            if encoder.startswith("timm"):  # its own normalization differs by channel
+                assert got.shape == want.shape
+            else:
+                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        else:
             changed = {
                 **state,
                 first: adapt_filters(state[first], channels) * torch.tensor([1, 1, 1, 0, 0]).view(-1, 1, 1),
