@@ -446,7 +446,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import|export|inspect|fetch")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import|export|push|inspect|fetch")
     formats = "The format is recognized by the names of the tensors; pretrained_weights/README.md lists known formats."
     what = "convert a file of any public format to encoder weights or a checkpoint of this code"
     convert = verbs.add_parser("import", help=what, description=f"{what}. {formats}")

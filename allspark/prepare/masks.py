@@ -75,12 +75,14 @@ def per_class(source: Path, images: Sequence[Path], labels: Labels) -> dict[str,
     files: dict[str, list[tuple[str, Path]]] = {}
     stems = {image.stem for image in images}
     for path in image_files(source)[0]:
-        folder, (stem, _, ending) = path.parent.relative_to(source).name, path.stem.rpartition("_")
-        candidates = [(path.stem, folder)] if folder else [(path.stem.removesuffix(f"_{c}"), c) for c in labels.classes]
-        named = [(stem, label) for stem, label in candidates if folder or path.stem.endswith(f"_{label}")]
-        stem, label = max(named, key=lambda pair: len(pair[1])) if named else (stem, ending or path.stem)
-        if named or stem in stems:  # others, such as the images themselves, are no annotations
-            files.setdefault(stem, []).append((label, path))
+        stem, label = path.stem, path.parent.relative_to(source).name
+        if not label:  # a class's name may contain _
+            endings = [name for name in labels.classes if stem.endswith(f"_{name}")]
+            label = max(endings, key=len, default=stem.rpartition("_")[2])
+            stem = stem[: -len(label)].removesuffix("_")
+            if not endings and stem not in stems:  # no annotation, but for example one of the images
+                continue
+        files.setdefault(stem, []).append((label, path))
     return {stem: lambda mask, found=found: draw_files(mask, found, labels) for stem, found in files.items()}
 
 
