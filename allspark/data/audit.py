@@ -14,7 +14,7 @@ from tqdm import tqdm
 from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
 from allspark.data.datasets.custom import color_table, value_table
 from allspark.data.image_io import TURNS, BadSample, format_color
-from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample
+from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample, pack_color
 from allspark.data.splits import Lists, make_exists_check, prepare_hint, suggest_file
 from allspark.data.survey import SampleReport, compare_bits, find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
@@ -347,7 +347,7 @@ def stored_values(custom: CustomDataConfig, colored: bool) -> dict[int, int]:
     """Stored value or 0xRRGGBB -> class index or IGNORE_INDEX, as the recipe's map says; {} without a map."""
     if colored:
         colors = color_table(custom) if custom.color_map else {}
-        return {red << 16 | green << 8 | blue: index for (red, green, blue), index in colors.items()}
+        return {pack_color(color): index for color, index in colors.items()}
     return value_table(custom) if custom.value_map else {}
 
 

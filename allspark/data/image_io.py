@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from allspark.data.spec import DEFAULT_READING, ColorTable, DatasetSpec, ImageReading, Sample
+from allspark.data.spec import DEFAULT_READING, ColorTable, DatasetSpec, ImageReading, Sample, pack_color
 from allspark.utils.errors import UserError, int_from_env, reason_of
 from allspark.utils.retry import TRANSIENT, retry_transient
 
@@ -519,7 +519,7 @@ def illegal_values(values: np.ndarray, path: Path, spec: DatasetSpec) -> BadSamp
 
 def check_palette(file: MaskFile, path: Path, spec: DatasetSpec) -> None:
     """Raise BadSample if a pixel's color in the palette is that of another class than its index."""
-    colors = [red << 16 | green << 8 | blue for red, green, blue in spec.palette]
+    colors = list(map(pack_color, spec.palette))
     targets = spec.decode_mask(np.arange(len(file.palette))).tolist()
     for index, (color, target) in enumerate(zip(file.palette, targets, strict=True)):
         if target >= len(colors) or color == colors[target] or color not in colors or index not in file.values:

@@ -33,6 +33,12 @@ class LookupTable:
         return np.frombuffer(self.values, np.uint8)[mask]
 
 
+def pack_color(color: Sequence[int]) -> int:
+    """(red, green, blue) -> 0xRRGGBB."""
+    red, green, blue = color
+    return red << 16 | green << 8 | blue
+
+
 @dataclass(frozen=True)
 class ColorTable:
     """Class index (or IGNORE_INDEX) of each color, for masks that are stored as RGB.
@@ -47,7 +53,7 @@ class ColorTable:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[tuple[int, int, int], int]) -> ColorTable:
-        packed = {red << 16 | green << 8 | blue: value for (red, green, blue), value in mapping.items()}
+        packed = {pack_color(color): value for color, value in mapping.items()}
         return cls(tuple(sorted(packed)), bytes(packed[color] for color in sorted(packed)))
 
     def decode(self, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from allspark.data.image_io import (
     retried,
     size_mismatch,
 )
-from allspark.data.spec import DatasetSpec, Sample
+from allspark.data.spec import DatasetSpec, Sample, pack_color
 from allspark.utils.errors import UserError
 
 MAX_COLORS = 4096  # different colors in a mask, above which it is no mask
@@ -163,7 +163,7 @@ def compare_palettes(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterat
     """
     remedy = "if colors count, list them in data.custom.color_map; if indices count,"
     known: dict[int, tuple[int, SampleReport]] = {}  # index -> its color, and a file that uses it
-    classes = [red << 16 | green << 8 | blue for red, green, blue in spec.palette]
+    classes = list(map(pack_color, spec.palette))
     with_palette = [each for each in masks if each.mask.palette]
     has_unused, matches = False, True
     for each in with_palette:

@@ -60,9 +60,8 @@ class SelfBranch(ChannelAttention):
             for projection in (self.q, self.k, self.v)
         )
         attended = channel_attention(q, k, v, self.rate)
-        return self.project_out(
-            rearrange(attended, "b head n c -> b n (c head)")
-        )  # Released: split head-major, merged channel-major
+        # Released: split head-major, merged channel-major
+        return self.project_out(rearrange(attended, "b head n c -> b n (c head)"))
 
 
 class CrossBranch(ChannelAttention):

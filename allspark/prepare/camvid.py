@@ -7,6 +7,7 @@ from PIL import Image
 
 from allspark.data.datasets.camvid import CLASSES, ORIGINAL_CLASSES, UNLABELED
 from allspark.data.image_io import format_counts
+from allspark.data.spec import pack_color
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import REMEDY, check_values, decode_image, decode_indices, encode_image, encode_png
 from allspark.prepare.plan import Archive, Output, Plan, Sample
@@ -16,8 +17,7 @@ SIZE = (480, 360)  # width, height, as in the tutorial; half of the original fra
 NAME = r"((?:0001TP|0006R0|0016E5|Seq05VD)_f?\d+)"
 STRAY = UNLABELED + 1  # temporary value for a color that is none of the 32
 CLASS_OF = {
-    (red << 16) + (green << 8) + blue: UNLABELED if group is None else CLASSES.index(group)
-    for _, (red, green, blue), group in ORIGINAL_CLASSES
+    pack_color(color): UNLABELED if group is None else CLASSES.index(group) for _, color, group in ORIGINAL_CLASSES
 }
 
 
