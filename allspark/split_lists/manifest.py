@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -14,14 +13,12 @@ from typing import Any
 import yaml
 
 from allspark.config_io import CONFIG_ROOT, INSTALLED
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, reason_of
 
 SHIPPED_SPLITS = CONFIG_ROOT.parent / "splits"
 SPLITS_ROOT = Path("splits") if INSTALLED else SHIPPED_SPLITS  # where lists are written, and searched first
 MANIFEST = SHIPPED_SPLITS / "manifest.yaml"
 RAW = "https://raw.githubusercontent.com"
-HASH = re.compile(r"[0-9a-f]{64}")
-NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 
 
 def split_roots(first: Path) -> tuple[Path, ...]:
@@ -184,68 +181,18 @@ def name_clash(name: str, sha256: str, folder: str) -> str | None:
 
 @lru_cache
 def load_manifest(path: Path = MANIFEST) -> Manifest:
-    """Read the manifest; a UserError names the file and the position in it."""
+    """Read the manifest. It is part of this project, whose tests check its content."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); restore it") from None
-    top = check_mapping(content, {"sources": dict, "splits": list}, str(path))
-    sources = {name: read_source(value, f"{path}: sources.{name}") for name, value in top["sources"].items()}
-    splits = {}
-    for index, value in enumerate(top["splits"]):
-        split = read_split(value, sources, f"{path}: splits[{index}]")
-        if split.name in splits:
-            raise UserError(f"{path}: {split.name} occurs twice; remove one")
-        splits[split.name] = split
-    return Manifest(splits)
+        sources = {name: Source(**value) for name, value in content["sources"].items()}
+        splits = [read_split(value, sources) for value in content["splits"]]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}); restore it") from None
+    return Manifest({split.name: split for split in splits})
 
 
-def check_mapping(value: Any, types: Mapping[str, type], where: str, optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Check that a value is a mapping with exactly these keys and types, and return it."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a mapping of {', '.join(types)}")
-    if wrong := [key for key in value if key not in types]:
-        raise UserError(f"{where}: unknown key '{wrong[0]}'; allowed: {', '.join(types)}")
-    if missing := [key for key in types if key not in value and key not in optional]:
-        raise UserError(f"{where}: missing key '{missing[0]}'")
-    for key, item in value.items():
-        if type(item) is not types[key]:
-            raise UserError(f"{where}.{key}: {item!r} is not a {types[key].__name__}")
-    return value
-
-
-def read_source(value: Any, where: str) -> Source:
-    source = Source(**check_mapping(value, {field.name: str for field in fields(Source)}, where))
-    if not re.fullmatch(r"[0-9a-f]{40}", source.revision):
-        raise UserError(f"{where}.revision: '{source.revision}' is not a full commit hash of 40 digits")
-    return source
-
-
-def read_split(value: Any, sources: Mapping[str, Source], where: str) -> PublishedSplit:
-    types = {"name": str, "lists": dict, "places": list, "used_by": list, "note": str, "traps": list}
-    value = check_mapping(
-        value, types, where, optional=[f.name for f in fields(PublishedSplit) if f.default is not MISSING]
-    )
-    for name in (value["name"], *value["lists"]):
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(f"{where}: '{name}' is not a valid name of a split or list")
-    lists = {kind: read_record(record, f"{where}.lists.{kind}") for kind, record in value["lists"].items()}
-    places = []
-    for place in value.get("places", ()):
-        place = check_mapping(place, {"source": str, "path": str}, f"{where}.places")
-        if place["source"] not in sources:
-            raise UserError(f"{where}.places: unknown source '{place['source']}'; available: {', '.join(sources)}")
-        places.append(Location(sources[place["source"]], place["path"]))
-    texts = {key: tuple(map(str, value.get(key, ()))) for key in ("used_by", "traps")}
-    return PublishedSplit(value["name"], lists, tuple(places), note=value.get("note", ""), **texts)
-
-
-def read_record(value: Any, where: str) -> ListRecord:
-    hashes = {"sha256": str, "sorted": str}
-    present = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-    types = {"count": int, **hashes, "derived": bool}
-    record = check_mapping(present, types, where, optional=[*hashes, "derived"])
-    for key in hashes:
-        if key in record and not HASH.fullmatch(record[key]):
-            raise UserError(f"{where}.{key}: '{record[key]}' is not a SHA-256 of 64 hex digits")
-    return ListRecord(**record)
+def read_split(value: Mapping[str, Any], sources: Mapping[str, Source]) -> PublishedSplit:
+    lists = {kind: ListRecord(**record) for kind, record in value["lists"].items()}
+    places = tuple(Location(sources[place["source"]], place["path"]) for place in value.get("places", ()))
+    texts = {key: tuple(value[key]) for key in ("used_by", "traps") if key in value}
+    return PublishedSplit(**{**value, **texts, "lists": lists, "places": places})

@@ -1,6 +1,7 @@
 """The manifest of published lists: reading it, look-up by hash, and properties of the lists."""
 
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -78,23 +79,15 @@ def test_read_manifest(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(more=1), r"unknown key 'more'; allowed: sources, splits"),
-        (lambda c: c.pop("splits"), "missing key 'splits'"),
-        (lambda c: c["sources"]["s"].update(revision="0324f3d"), r"sources.s.revision: '0324f3d' is not a full commit"),
-        (lambda c: c["sources"]["s"].pop("license"), r"sources.s: missing key 'license'"),
-        (lambda c: c["splits"][0].update(traps="one"), r"splits\[0\].traps: 'one' is not a list"),
-        (lambda c: c["splits"][0].update(name="../x"), r"splits\[0\]: '../x' is not a valid name"),
-        (lambda c: c["splits"][0]["lists"].update({"../up": {"count": 1}}), "'../up' is not a valid name"),
-        (lambda c: c["splits"][0]["lists"]["labeled"].update(sha256="12"), r"labeled.sha256: '12' is not a SHA-256"),
-        (lambda c: c["splits"][0]["lists"]["labeled"].update(count="9"), r"lists.labeled.count: '9' is not a int"),
-        (lambda c: c["splits"][0]["lists"]["labeled"].update(hash="9"), r"lists.labeled: unknown key 'hash'"),
-        (lambda c: c["splits"][0]["places"].append({"source": "t", "path": "x"}), "unknown source 't'"),
-        (lambda c: c["splits"].append(dict(c["splits"][0])), "pascal/7 occurs twice"),
+        (lambda c: c.pop("splits"), "splits"),
+        (lambda c: c["sources"]["s"].pop("license"), "license"),
+        (lambda c: c["splits"][0]["lists"]["labeled"].update(hash="9"), "hash"),
+        (lambda c: c["splits"][0]["places"].append({"source": "t", "path": "x"}), "'t'"),
     ],
 )
 def test_manifest_errors(content, tmp_path, change, message):
     change(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"\.yaml: cannot be read \(.*{message}.*; restore it"):
         load(content, tmp_path)
 
 
@@ -102,6 +95,20 @@ def test_manifest_errors(content, tmp_path, change, message):
 def test_not_a_manifest(tmp_path, text):
     with pytest.raises(UserError, match=str(tmp_path)):
         load(text, tmp_path)
+
+
+def test_types_in_project_manifest():
+    content = yaml.safe_load(MANIFEST.read_text(encoding="utf-8"))
+    assert content.keys() == {"sources", "splits"}
+    names = [split["name"] for split in content["splits"]]
+    assert len(set(names)) == len(names)
+    for split in load_manifest(MANIFEST).splits.values():
+        assert all(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) for name in (split.name, *split.lists))
+        assert all(isinstance(text, str) and len(text) > 1 for text in (*split.used_by, *split.traps))
+        assert all(re.fullmatch(r"[0-9a-f]{40}", place.source.revision) for place in split.places)
+        for record in split.lists.values():
+            assert type(record.count) is int and type(record.derived) is bool
+            assert all(re.fullmatch(r"[0-9a-f]{64}", text) for text in (record.sha256, record.sorted) if text)
 
 
 def test_order_differs_from_images():
