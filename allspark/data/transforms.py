@@ -264,12 +264,7 @@ def apply_operations(steps: list[tuple[str, float]], image: np.ndarray, operatio
     return image
 
 
-PHOTOMETRIC: dict[str, Policy] = {
-    "weak": weak,
-    "strong": strong,
-    "imas": imas,
-    "pseudoseg": pseudoseg,
-}
+PHOTOMETRIC: dict[str, Policy] = {"weak": weak, "strong": strong, "imas": imas, "pseudoseg": pseudoseg}
 
 
 def cutmix_box(rng: Generator, size: Size, probability: float) -> np.ndarray:

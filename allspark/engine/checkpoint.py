@@ -95,10 +95,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], previous: Path | Non
         UserError: it cannot be written.
     """
     durable_write(
-        path,
-        lambda file: torch.save({"format": FORMAT, **content}, file),
-        verify=verify_checksums,
-        previous=previous,
+        path, lambda file: torch.save({"format": FORMAT, **content}, file), verify=verify_checksums, previous=previous
     )
 
 

@@ -32,11 +32,7 @@ def needs_tiling(shape: torch.Size, num_classes: int, inference: Inference) -> b
 
 
 def tiled_scores(
-    model: nn.Module,
-    image: Tensor,
-    inference: Inference,
-    device: torch.device,
-    statistics: Statistics = IMAGENET,
+    model: nn.Module, image: Tensor, inference: Inference, device: torch.device, statistics: Statistics = IMAGENET
 ) -> Iterator[tuple[slice, Tensor]]:
     """The result of class_scores from top to bottom.
 

@@ -219,10 +219,7 @@ def compile_row(template: str) -> re.Pattern[str]:
 
 
 OURS = KeyMap(
-    "AllSpark, this code",
-    {name: name for name in OURS_ENCODER},
-    {name: name for name in OURS_REST},
-    ("encoder.", ""),
+    "AllSpark, this code", {name: name for name in OURS_ENCODER}, {name: name for name in OURS_REST}, ("encoder.", "")
 )
 MIT = KeyMap("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
 RELEASED = KeyMap("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))

@@ -21,14 +21,7 @@ from allspark.models.timm_encoder import DINOV2, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.retry import retry_transient
 from allspark.utils.safe_load import has_valid_values, load_tensors, same_kind
-from allspark.weights.key_maps import (
-    KEY_MAPS,
-    KeyMap,
-    RenamedWeights,
-    detect_key_map,
-    rename_weights,
-    strip_wrappers,
-)
+from allspark.weights.key_maps import KEY_MAPS, KeyMap, RenamedWeights, detect_key_map, rename_weights, strip_wrappers
 
 ENCODER_SIZES = {**mit.SIZES, **resnet.SIZES}  # encoders that can be recognized by tensor shapes
 DINOV2_SIZES = dict(zip(DINOV2, ((384, 12), (768, 12), (1024, 24), (1536, 40)), strict=True))  # width, blocks
