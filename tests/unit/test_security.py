@@ -234,7 +234,9 @@ def test_eval_follows_no_stranger(tmp_path):
     model = build_model(recipe.model, 7, recipe.data.crop_size).state_dict()
     content = {"model": model, "method": {}, "epoch": 0, "step": 0, "recipe": to_plain(recipe), "split": {}}
     save_checkpoint(tmp_path / "x.pth", content)
-    with pytest.raises(UserError, match=f"{tmp_path / 'home'} is not a folder; give --data-root"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path / 'home'} is not a folder; give --data-root or set ALLSPARK_DATA_SHAPES=DIR$"
+    ):
         eval_script.main(["--checkpoint", str(tmp_path / "x.pth"), "--device", "cpu"])
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
     assert evaluation_workers(1024) == worker_count(None) and evaluation_workers(0) == 0
