@@ -58,9 +58,8 @@ def main(args: argparse.Namespace) -> None:
     with found.collect_errors():
         inference_for(spec, recipe.data.crop_size, recipe.evaluation)
         found.extend(model_findings(recipe, spec))
-        memory, kind = predict_memory(recipe, spec, args.processes)
-        found.notes.append(memory_note(memory, kind, recipe, args.processes))
-        found.warnings += memory_warnings(memory, kind)
+        memory, about_memory = memory_findings(recipe, spec, args.processes)
+        found.extend(about_memory)
         found.extend(disk_findings(memory, args.save_path))
         if args.dry_run:
             found.notes += measure_memory(recipe, spec)
@@ -132,24 +131,20 @@ def model_findings(recipe: Recipe, spec: DatasetSpec) -> AuditReport:
     return found
 
 
-def predict_memory(recipe: Recipe, spec: DatasetSpec, processes: int) -> tuple[StepMemory, str]:
-    """Predicted memory of a training step, and the device type of the recipe; auto: a GPU if there is one."""
+def memory_findings(recipe: Recipe, spec: DatasetSpec, processes: int) -> tuple[StepMemory, AuditReport]:
+    """Predicted memory of a training step on the recipe's device (auto: a GPU if there is one), and whether it fits."""
     gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     kind = "cuda" if gpu else "cpu"
-    return predict_step(recipe, spec, build_method(recipe, spec), kind, processes), kind
-
-
-def memory_note(memory: StepMemory, kind: str, recipe: Recipe, processes: int) -> str:
+    memory = predict_step(recipe, spec, build_method(recipe, spec), kind, processes)
     share = f"{micro_batch_size(recipe, processes)} labeled images per forward pass, one of {processes} process(es)"
-    context = "; the CUDA context and the allocator's gaps come on top" if kind == "cuda" else ""
-    return f"memory of a training step on {kind}, {share}: predicted {memory}{context}"
-
-
-def memory_warnings(memory: StepMemory, kind: str) -> list[str]:
+    context = "; the CUDA context and the allocator's gaps come on top" if gpu else ""
+    found = AuditReport(notes=[f"memory of a training step on {kind}, {share}: predicted {memory}{context}"])
     free = free_memory(kind)
-    if free is None or memory.peak < free:
-        return []
-    return [f"a training step needs more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"]
+    if free is not None and memory.peak >= free:
+        found.warnings.append(
+            f"a training step needs more than the {free / GB:.2f} GB that are free on this {kind}; {REMEDIES}"
+        )
+    return memory, found
 
 
 def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
