@@ -104,8 +104,8 @@ class Graph:
 
     def __init__(self, update: Update, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> None:
         self.batches = tuple(map(clone, (labeled, unlabeled)))
-        self.graph = torch.cuda.CUDAGraph()
         try:
+            self.graph = torch.cuda.CUDAGraph()
             # thread_local: the loader's threads may pin memory meanwhile
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.losses = update(*self.batches)

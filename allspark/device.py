@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Sequence
@@ -84,11 +85,12 @@ def reinstall(cuda: tuple[int, int] | None) -> str:
 
 def driver_cuda() -> tuple[int, int] | None:
     """The newest CUDA version that the NVIDIA driver supports; None without a driver."""
-    try:
-        number = torch._C._cuda_getDriverVersion()
-    except (AttributeError, RuntimeError):  # torch without CUDA
-        number = 0
-    return (number // 1000, number % 1000 // 10) if number else None
+    number = ctypes.c_int()
+    try:  # torch does not tell it
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return (number.value // 1000, number.value % 1000 // 10) if number.value else None
 
 
 def driver_version() -> str:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -90,3 +91,25 @@ def test_out_of_memory_message():
         result.stderr,
     )
     assert user_error_message(RuntimeError("shapes do not match")) is None
+
+
+OLD_DRIVER = "int cuDriverGetVersion(int *version) { *version = 12020; return 0; }"
+
+
+@pytest.mark.skipif(not torch.version.cuda or torch.cuda.is_available(), reason="for a torch with CUDA, without a GPU")
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc and LD_LIBRARY_PATH")
+def test_gpu_job_without_usable_gpu_ends(start_process, fork_process, tmp_path):
+    """Without a driver, and with one that is older than torch; never a run on the CPU."""
+    words = ["--dataset", "shapes", "--method", "supervised", "--split", "1_30", "--save-path", tmp_path / "run"]
+    gcc = ["gcc", "-shared", "-x", "c", "-", "-o", tmp_path / "libcuda.so.1"]
+    subprocess.run(gcc, input=OLD_DRIVER, text=True, check=True)
+    old = start_process(["train.py", *words, "device=cuda"], LD_LIBRARY_PATH=tmp_path)
+    none = fork_process(["train.py", *words, "device=auto"], SLURM_GPUS_ON_NODE=4)
+    for process, says in (
+        (none, "error: SLURM_GPUS_ON_NODE=4 gives this process a GPU, but CUDA cannot be used: no NVIDIA driver was"),
+        (old, "error: device=cuda is not available on this machine: driver .* supports CUDA 12.2, .*/whl/cu126, or u"),
+    ):
+        errors = process.communicate(timeout=60)[1].splitlines()
+        assert process.returncode == 2 and re.match(says, errors[-1])
+        assert [line[:6] for line in errors].count("error:") == 1
+    assert not (tmp_path / "run").exists()

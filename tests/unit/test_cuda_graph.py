@@ -13,6 +13,7 @@ from allspark.cuda_graph import WARMUP, Graph, GraphedUpdate, clone, tensors_of,
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.data.datasets import spec_for
 from allspark.methods import METHODS
+from allspark.utils.errors import UserError
 
 
 class StaticTensors(Graph):
@@ -61,6 +62,12 @@ def test_replayed_steps_equal_eager_ones():
     assert isinstance(runner.graph, StaticTensors)
     assert torch.equal(*map(torch.stack, losses)) and len({loss.item() for loss in losses[1]}) == len(losses[1])
     assert torch.equal(eager.weight, graphed.weight)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_failed_capture_is_an_error_with_a_remedy():
+    with pytest.raises(UserError, match=r"cannot be captured in a CUDA graph \(.*\); set cuda_graph=false and run the"):
+        Graph(make_update(nn.Conv2d(3, 2, 1)), *batch(0))
 
 
 def test_another_kind_or_shape_is_captured_anew():
