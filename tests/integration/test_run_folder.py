@@ -1,5 +1,6 @@
 """The folder of a run: what is never replaced, and files of our own that are damaged."""
 
+import re
 import shutil
 
 import pytest
@@ -35,17 +36,21 @@ def assert_refused(words, folder, told, capsys):
 def test_foreign_files_are_not_replaced(place, capsys):
     recipe = "# by hand\n" + place.config.read_text(encoding="utf-8")
     words = ["--config", str(place.run / "config.yaml"), "--save-path", str(place.run)]
-    for name, text, more in (
-        ("config.yaml", recipe, words),
-        ("run.json", '{"mine": 1}', place.train()),
-        ("metrics.jsonl", '{"step": 1}\n', place.train()),
-        ("train.log", "mine", place.train()),
-        ("best.pth", "mine", place.train()),
-    ):
+    for name, text, more in (("config.yaml", recipe, words), ("best.pth", "mine", place.train())):
         place.run.mkdir()
         (place.run / name).write_text(text, encoding="utf-8")
         assert_refused(more, place.run, str(place.run), capsys)
         shutil.rmtree(place.run)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("run.json", '{"mine": 1}'), ("metrics.jsonl", '{"step": 1}\n'), ("train.log", "mine")]
+)
+def test_foreign_text_files_are_not_replaced(name, text, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with RunLock(tmp_path) as lock, pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        prepare_folder(lock, fresh=False)
+    assert contents(tmp_path) == {name: text.encode()}
 
 
 def test_files_beside_a_run_are_mentioned(tmp_path):
