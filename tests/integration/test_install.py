@@ -91,7 +91,10 @@ def test_wheel_contents(wheel):
     needs = [line for line in info["METADATA"].splitlines() if line.startswith("Requires-Dist: ")]
     assert any(line.startswith("Requires-Dist: torch>=") for line in needs)
     assert all("extra ==" in line for line in needs if "pytest" in line or "onnx" in line or "pycocotools" in line)
-    assert {line.partition("; ")[2] for line in needs} == {"", *(f'extra == "{e}"' for e in ("coco", "export", "dev"))}
+    assert {line.partition("; ")[2] for line in needs} == {
+        "",
+        *(f'extra == "{e}"' for e in ("bands", "coco", "export", "hub", "dev")),
+    }
 
 
 def test_runs_from_another_folder(wheel, tmp_path):
