@@ -134,7 +134,8 @@ def build_run(
         return None
     state = replace(state, network=wrap_ddp(model, device), graphs=build_graphs(recipe, method, stepper))
     if recipe.compile:
-        model.compile_parts()
+        for network in state.networks:
+            network.compile_parts()
     if distributed.is_main():
         write_provenance(save_path, command, lists.split, device, resumed=position.step > 0)  # first: it marks a run
         durable_write_text(save_path / CONFIG, yaml.safe_dump(to_plain(recipe), sort_keys=False))

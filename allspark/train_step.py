@@ -46,6 +46,11 @@ class TrainState:
         return unwrap(self.network)
 
     @property
+    def networks(self) -> list[Segmentor]:
+        """The model and the teachers of the method."""
+        return [module for module in (self.model, *self.method.modules()) if isinstance(module, Segmentor)]
+
+    @property
     def device(self) -> torch.device:
         return self.stepper.device
 
@@ -97,11 +102,10 @@ def train_step(
 
 def low_precision(state: TrainState) -> AbstractContextManager:
     """Context in which the weights of all encoders have the precision of autocast; `compile` casts by itself."""
-    recipe, networks = state.recipe, (state.model, *state.method.modules())
-    if recipe.precision not in AUTOCAST or recipe.compile:
+    dtype = AUTOCAST.get(state.recipe.precision)
+    if dtype is None or state.recipe.compile:
         return nullcontext()
-    encoders = [network.encoder for network in networks if isinstance(network, Segmentor)]
-    return cast_weights(encoders, AUTOCAST[recipe.precision])
+    return cast_weights([network.encoder for network in state.networks], dtype)
 
 
 def seed_step(seed: int, step: int) -> None:

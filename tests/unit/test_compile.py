@@ -10,6 +10,7 @@ from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.segmentor import build_model
 from allspark.models.student import Student
+from allspark.train_step import TrainState
 
 SIDE, CLASSES = 64, 5
 
@@ -51,6 +52,30 @@ def test_compiled_model_trains_alike():
     compiled, graphs = losses_of("eager")  # graphs are made and looked up as ever, and run as they are
     assert compiled == pytest.approx(eager, abs=1e-5)
     assert not any(none) and graphs[0] > 0 and len(set(graphs)) == 1
+
+
+def test_compiled_teacher_follows_the_student():
+    """Its graphs read the weights that it has now."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(encoder="tiny"), CLASSES, SIDE)
+    method = METHODS["unimatch_v2"](CrossEntropy())
+    method.attach(model)
+    state = TrainState(None, model, method, stepper=None, total_steps=3, graphs=None)
+    assert state.networks == [model, method.teacher.model]
+    image, logits = batches(0)[0].image, []
+    method.teacher.model.compile_parts("eager")
+    counters.clear()
+    for stance in ("default", "force_eager", "default"):
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            logits.append(method.teacher.predict(image).logits)
+        if stance == "force_eager":
+            model.decoder.classifier.weight.data.mul_(2)
+            method.teacher.update(model, step=0)
+    torch.testing.assert_close(logits[0], logits[1])
+    with torch.no_grad():
+        torch.testing.assert_close(logits[2], model.eval()(image).logits)
+    assert not torch.allclose(logits[0], logits[2]) and counters["stats"]["unique_graphs"] > 0
 
 
 def test_compiled_resnet_blocks():
