@@ -47,7 +47,8 @@ def main() -> int:
         stubbed = {"NULL_CUDA": library, "LD_PRELOAD": library, "TORCH_CUDNN_V8_API_DISABLED": "1"}
         stubbed["PYTHONOPTIMIZE"] = "1"  # values mean nothing, so that an assertion about one may fail
         env = {**os.environ, **stubbed}
-        failed = subprocess.run([*python(args.processes), *sys.argv], env=env, check=False).returncode
+        gpus = {"NULLCUDA_DEVICES": str(args.processes)}
+        failed = subprocess.run([*python(args.processes), *sys.argv], env={**env, **gpus}, check=False).returncode
         train = ["train.py", "--dataset", "shapes", "--method", "fixmatch", "--split", "1_30", "device=cuda"]
         train += [f"data_root={folder}/shapes", "num_workers=0", "--save-path", f"{folder}/run"]
         little = {"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.0004"}
