@@ -29,7 +29,7 @@ from allspark.config import Recipe
 from allspark.config_io import to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.worker_pool import worker_count
-from allspark.engine.checkpoint import BEST, LATEST, Position, is_finished
+from allspark.engine.checkpoint import BEST, LATEST, Position, has_checkpoint, is_finished
 from allspark.engine.optim import poly_lr
 from allspark.engine.signals import Stop
 from allspark.engine.stepper import autocast, micro_batch_size
@@ -211,11 +211,12 @@ def default_path(recipe: Recipe, method: str) -> Path:
 def main(argv: Sequence[str]) -> None:
     args = parse("train", argv)
     recipe = recipe_args.recipe_of(args)
-    check_schedule(recipe, build_method(recipe, spec_for(recipe.data)))  # refuse them before a file is touched
     if args.print_config:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
+    if args.fresh or not has_checkpoint(save_path):  # runs of earlier versions may end as they began
+        check_schedule(recipe, build_method(recipe, spec_for(recipe.data)))
     with Stop() as stop, launch.process_group(recipe.device, args.port) as device:
         notes = [*recipe.notes, *recipe_args.changes(args, recipe)]
         command = recipe_args.command(args)

@@ -8,7 +8,7 @@ import torch
 
 import train
 from allspark.cli.check import disk_findings
-from allspark.engine.checkpoint import check_position, checkpoint_in
+from allspark.engine.checkpoint import check_position, checkpoint_in, save_checkpoint
 from allspark.engine.run_lock import RunLock
 from allspark.engine.writers import read_metrics
 from allspark.inference import load_for_inference
@@ -51,6 +51,18 @@ def test_foreign_text_files_are_not_replaced(name, text, tmp_path):
     with RunLock(tmp_path) as lock, pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
         prepare_folder(lock, fresh=False)
     assert contents(tmp_path) == {name: text.encode()}
+
+
+def test_run_whose_memory_is_never_read_is_resumed(finished, tmp_path):
+    """A new run of this kind is refused; earlier versions began some."""
+    run = shutil.copytree(finished.run, tmp_path / "run")
+    for name in ("latest.pth", "best.pth"):
+        content = load(run / name)
+        content["recipe"]["model"]["bottleneck"]["warmup_epochs"] = 5
+        save_checkpoint(run / name, {key: value for key, value in content.items() if key != "format"})
+    words = ["--config", str(finished.config), "warmup_epochs=5", "--save-path"]
+    assert run_main(train.main, [*words, str(run)]) == 0
+    assert run_main(train.main, [*words, str(tmp_path / "new")]) == 2
 
 
 def test_files_beside_a_run_are_mentioned(tmp_path):
