@@ -22,6 +22,7 @@ from allspark.utils.safe_yaml import parse_yaml
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel has configs, splits, train.py and eval.py inside the package
 CONFIG_ROOT = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"  # in a checkout they are beside it
+MAX_YAML = 4 << 20  # bytes
 MAPS = ("value_map", "color_map")  # replaced as a whole; sections are merged key by key
 
 # Old key path -> new key path, or a function (content without the old key, its value) -> (content, note).
@@ -213,7 +214,11 @@ def closest_key(name: str, preferred: Mapping[str, str] | None = None) -> str | 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError if the file cannot be read or is not a mapping."""
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_YAML + 1)
+        if len(text) > MAX_YAML:
+            raise UserError(f"{path}: larger than {MAX_YAML >> 20} MiB; give the path of a YAML recipe")
+        content = parse_yaml(text.decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML recipe") from error
     except ValueError as error:  # neither UTF-8 nor YAML

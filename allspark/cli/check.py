@@ -26,7 +26,7 @@ from allspark.memory_estimate import GB, StepMemory, free_memory, measure_step, 
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import TimmEncoder
 from allspark.run import describe_batch
-from allspark.utils.errors import UserError, is_out_of_memory, reason_of
+from allspark.utils.errors import UserError, is_out_of_memory, printable, reason_of
 from allspark.weights.loading import load_pretrained
 
 REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true needs less"
@@ -68,14 +68,14 @@ def main(args: argparse.Namespace) -> None:
 
 def print_findings(found: AuditReport) -> None:
     """Print notes, warnings and problems, a line each. UserError if there are problems."""
-    print("\n".join((*found.notes, *(f"WARNING: {line}" for line in found.warnings))))
+    print(printable("\n".join((*found.notes, *(f"WARNING: {line}" for line in found.warnings)))))
     if not found.problems:
         print("no problems found")
         return
     first, *others = found.problems
     if not others:
         raise UserError(first)
-    print("\n".join(f"PROBLEM: {line}" for line in found.problems))
+    print(printable("\n".join(f"PROBLEM: {line}" for line in found.problems)))
     raise UserError(f"{len(found.problems)} problems, listed above; the first is: {first}")
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from allspark.engine.stepper import Stepper, mean_losses
 from allspark.engine.writers import METRICS, Status, open_writers
 from allspark.utils.atomic import wrap_write_errors
-from allspark.utils.errors import Stopped, UserError
+from allspark.utils.errors import Stopped, UserError, printable
 
 TEXT = "train.log"
 MINUTE = 60.0  # seconds between progress lines where there is no progress bar
@@ -85,6 +85,7 @@ class RunLog:
     def info(self, message: str) -> None:
         """Write a message to the terminal and train.log."""
         if self.active:
+            message = printable(message)
             with wrap_write_errors(self.text):
                 tqdm.write(message)
                 self._append(message)

@@ -249,6 +249,14 @@ def test_exif_rotated_photos(check, place):
     assert code == 0 and any("1 of 12 images have an EXIF orientation, which is ignored" in line for line in out)
 
 
+def test_names_do_not_command_the_terminal(check, place):
+    for name in ("a\x1b[31m.png", "b\x1b]0;x\x07.png"):
+        (place.root / "images/labeled" / name).write_bytes(b"no image")
+    code, out, err = check("--data-only")
+    text = "\n".join(out) + err
+    assert code == 2 and r"a\x1b[31m.png" in text and "\x1b" not in text and "\x07" not in text
+
+
 def test_recipe_completed_by_arguments(check, place):
     recipe = yaml.safe_load(place.config.read_text())
     del recipe["epochs"]

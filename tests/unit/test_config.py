@@ -260,6 +260,13 @@ def test_yaml_runs_no_code(tmp_path):
         load_config(tmp_path / "evil.yaml")
 
 
+def test_huge_yaml_is_not_read(tmp_path):
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(1 << 36)
+    with pytest.raises(UserError, match=r"huge\.yaml: larger than 4 MiB"):
+        load_config(tmp_path / "huge.yaml")
+
+
 def test_differences_ignore_irrelevant_keys():
     old = to_plain(build_recipe(MINIMAL, None, "test"))
     new = to_plain(build_recipe(MINIMAL, parse_overrides(["device=cpu", "num_workers=0", "lr=0.5"]), "test"))
