@@ -18,6 +18,7 @@ from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelCon
 from allspark.cuda_graph import build_graphs
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.checkpoint import Position
+from allspark.engine.onednn import torch_kernels
 from allspark.engine.optim import build_optimizer, poly_lr
 from allspark.engine.stepper import Stepper
 from allspark.losses import CrossEntropy
@@ -139,6 +140,7 @@ def plain_side(case: StepCase, source: Segmentor, batch: StepBatch) -> Side:
     model = plain_copy(source, case.model)
     optimizer = plain_optimizer(OptimConfig(), model)
 
+    @torch_kernels()
     def run() -> None:
         plain_step(model, optimizer, batch.image_x, batch.mask, batch.image_u)
 
@@ -178,6 +180,7 @@ def supervised(name: str, model: nn.Module, loss_of: Callable[[], Tensor], basel
     cfg = OptimConfig()
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
 
+    @torch_kernels()
     def run() -> None:
         optimizer.zero_grad()
         loss_of().backward()

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from allspark.config import Recipe
 from allspark.engine.async_read import DELAY, start_read
+from allspark.engine.onednn import use_onednn
 from allspark.utils.errors import UserError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Set the arithmetic of float32 matrix products; tf32, with 10 bits of mantissa, is used only on request.
+    """Set how float32 matrix products are computed; tf32, with 10 bits of mantissa, is used only on request.
 
     Raises:
         UserError: the device does not support the precision.
@@ -30,6 +31,8 @@ def set_precision(precision: str, device: torch.device) -> None:
         raise UserError(f"precision={precision} {what}, and this device is {device.type}; choose fp32 or bf16")
     if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError("precision=bf16 needs a GPU of the Ampere generation or newer; choose fp16 or fp32")
+    if device.type == "cpu" and precision == "fp32":
+        use_onednn()
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
