@@ -59,7 +59,7 @@ def torch_kernels() -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """a (M, K) @ b (K, N) + bias (N,) by oneDNN; None if torch's kernel is to compute it."""
+    """a (M, K) @ b (K, N) + bias (N,) by oneDNN; None where torch's kernel is to compute it."""
     (m, k), n = a.shape, b.shape[1]
     if not enabled or a.dtype != torch.float32 or b.dtype != torch.float32 or m * k * n < MIN_WORK:
         return None
@@ -67,6 +67,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
         rows = next((rows for rows in ROWS if k % rows == 0), None)
         if rows is not None:
             return weight_gradient(a.t().view(rows, -1, m), b.view(rows, -1, n))
+    if not b.t().is_contiguous():
+        b = b.contiguous()  # a part of a tensor would take oneDNN a thousand times longer
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
 
