@@ -164,8 +164,15 @@ class BottleneckConfig:
     )
     num_heads: int = option(2, "attention heads", low=1, high=64)
     dropout: float = option(0.1, "dropout rate of the bottleneck", low=0, high=0.99)
-    grouping_input: Literal["logits", "probabilities"] = option(
-        "logits", "which prediction assigns channels to classes; released code: logits"
+    grouping_input: Literal["logits", "probabilities", "random"] = option(
+        "logits",
+        "which prediction assigns channels to classes; released code: logits. For ablations random: the classes that "
+        "the logits give, exchanged among the channels at random",
+    )
+    context: Literal["unlabeled", "labeled"] = option(
+        "unlabeled",
+        "images from whose channels labeled ones are reconstructed; for ablations labeled: those of earlier steps, and "
+        "before the memory is read those of the batch",
     )
     empty_slots: bool = option(True, "let memory slots that were never written enter the softmax; released code: true")
     own_channels: bool = option(

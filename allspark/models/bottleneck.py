@@ -20,8 +20,8 @@ class CrossBatch:
     Args:
         num_labeled: number of labeled images, which come first. With 0 only the unlabeled branch runs and nothing is
             written to the memory. If all images are labeled, nothing is written either, and read_memory is required.
-        pseudo_logits: (B_u, K, H, W), evaluation-mode logits of the unlabeled images; they decide the class of each
-            channel that is written.
+        pseudo_logits: (B_u, K, H, W), evaluation-mode logits of the unlabeled images, or with context="labeled" of the
+            labeled ones; they decide the class of each channel that is written.
         read_memory: keys and values come from the memory (after its warm-up) instead of the unlabeled images of the
             batch.
     """
@@ -102,7 +102,11 @@ class AllSparkBottleneck(nn.Module):
         memory: holds channels of unlabeled images by class.
         num_heads: of the attention in both branches.
         dropout: after the attention.
-        grouping_input: what decides the class of a channel, "logits" (Released) or "probabilities".
+        grouping_input: what decides the class of a channel, "logits" (Released) or "probabilities"; for ablations
+            "random": the classes that the logits give are exchanged among the channels.
+        context: "unlabeled" (Released); for ablations "labeled": labeled images attend to channels of labeled images,
+            which the memory holds in place of unlabeled ones. It is read before it is written, so that no image attends
+            to its own channels.
         empty_slots: attend to slots that were never written, which hold noise (Released). False: such a slot is 0, and
             a class without a written slot is left out.
         own_channels: every second labeled image of a pass attends to its own channels, as in inference, so that the
@@ -121,6 +125,7 @@ class AllSparkBottleneck(nn.Module):
         num_heads: int = 2,
         dropout: float = 0.1,
         grouping_input: str = "logits",
+        context: str = "unlabeled",
         empty_slots: bool = True,
         own_channels: bool = False,
         skip: bool = False,
@@ -135,6 +140,7 @@ class AllSparkBottleneck(nn.Module):
         self.norm_out = nn.LayerNorm(channels, eps=1e-6)
         self.map_out = nn.Conv2d(channels, channels, 1)
         self.grouping_input = grouping_input
+        self.context = context
         self.empty_slots = empty_slots
         self.own_channels = own_channels
         self.skip = skip
@@ -186,12 +192,14 @@ class AllSparkBottleneck(nn.Module):
         if cross.num_labeled == 0:
             return attended_u
         assert len(unlabeled) or cross.read_memory, "labeled images alone can only attend to the memory"
-        if len(unlabeled):
+        if len(unlabeled) and self.context == "unlabeled":
             self.write_memory(unlabeled.detach(), cross.pseudo_logits, size)
-        context, present = unlabeled, None
+        context, present = unlabeled if self.context == "unlabeled" else labeled, None
         if cross.read_memory:
             context = self.memory.read(self.empty_slots)
             present = None if self.empty_slots else self.memory.filled > 0
+        if len(unlabeled) and self.context == "labeled":
+            self.write_memory(labeled.detach(), cross.pseudo_logits, size)
         if not (self.own_channels and self.training):
             return torch.cat((self.cross_branch(labeled, context, present), attended_u))
         attended = torch.empty_like(labeled)
@@ -202,12 +210,12 @@ class AllSparkBottleneck(nn.Module):
         return torch.cat((attended, attended_u))
 
     @torch.no_grad()
-    def write_memory(self, unlabeled: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:
-        """Write each channel of the unlabeled images to the memory of its class.
+    def write_memory(self, tokens: Tensor, class_maps: Tensor, size: tuple[int, int]) -> None:
+        """Write each channel of some images to the memory of its class.
 
         Args:
-            unlabeled: (B_u, N, C), tokens.
-            class_maps: (B_u, K, H, W), logits.
+            tokens: (B, N, C).
+            class_maps: (B, K, H, W), logits.
             size: height and width of the feature map.
         """
         assert tuple(size) == self.memory.size, (
@@ -215,6 +223,10 @@ class AllSparkBottleneck(nn.Module):
         )
         if self.grouping_input == "probabilities":  # Released: raw logits, called pseudo_prob_map
             class_maps = class_maps.softmax(1)
-        channels = unlabeled.transpose(1, 2).to(self.memory.queue.dtype)  # (B_u, C, N)
+        channels = tokens.transpose(1, 2).to(self.memory.queue.dtype)  # (B, C, N)
+        classes = group_channels(channels.unflatten(2, size), class_maps)
+        if self.grouping_input == "random":
+            order = torch.rand(classes.numel(), device=classes.device).argsort()
+            classes = classes.flatten()[order].view_as(classes)
         self.memory.sync()
-        self.memory.enqueue(channels, group_channels(channels.unflatten(2, size), class_maps))
+        self.memory.enqueue(channels, classes)

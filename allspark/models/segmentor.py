@@ -190,6 +190,7 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: i
             num_heads=cfg.bottleneck.num_heads,
             dropout=cfg.bottleneck.dropout,
             grouping_input=cfg.bottleneck.grouping_input,
+            context=cfg.bottleneck.context,
             empty_slots=cfg.bottleneck.empty_slots,
             own_channels=cfg.bottleneck.own_channels,
             skip=cfg.bottleneck.skip,

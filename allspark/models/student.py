@@ -102,6 +102,9 @@ class Student:
         """
         cross = None
         if self.couples_images:
-            pseudo = self.predict(unlabeled) if pseudo is None else pseudo
+            if self.model.bottleneck.context == "labeled":
+                pseudo = self.predict(labeled)
+            elif pseudo is None:
+                pseudo = self.predict(unlabeled)
             cross = CrossBatch(len(labeled), pseudo.logits, self.read_memory)
         return self.network(torch.cat((labeled, unlabeled)), cross=cross, perturb=perturb, clean=clean)

@@ -11,6 +11,7 @@ from allspark.config import BottleneckConfig, ModelConfig
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.memory import SemanticMemory, group_channels
 from allspark.models.segmentor import build_model
+from allspark.models.student import Student
 from helpers.networks import loop_enqueue
 
 
@@ -123,6 +124,50 @@ def test_grouping_input():
         memory = SemanticMemory(4, 6, 2)
         AllSparkBottleneck(6, memory, grouping_input=grouping_input).write_memory(tokens, logits, (2, 2))
         assert memory.filled.tolist() == torch.bincount(expected.flatten(), minlength=4).clamp(max=6).tolist()
+
+
+def test_random_grouping_exchanges_the_classes_of_channels():
+    tokens, logits = torch.randn(2, 4, 60), 3 * torch.randn(2, 4, 20, 20)
+    memories = {}
+    for grouping_input in ("logits", "random"):
+        memories[grouping_input] = SemanticMemory(4, 60, 2)
+        AllSparkBottleneck(60, memories[grouping_input], grouping_input=grouping_input).write_memory(
+            tokens, logits, (2, 2)
+        )
+    semantic, random = memories["logits"], memories["random"]
+    assert torch.equal(random.filled, semantic.filled)
+    assert not torch.equal(random.queue[:, : random.filled.min()], semantic.queue[:, : random.filled.min()])
+    written = {tuple(channel) for channel in tokens.transpose(1, 2).flatten(0, 1).tolist()}
+    assert all(tuple(channel) in written for channel in random.queue[0, : random.filled[0]].tolist())
+
+
+def test_context_of_labeled_images():
+    """Labeled images attend to the memory as it was before the step, which then holds their channels."""
+    bottleneck = AllSparkBottleneck(6, SemanticMemory(3, 6, 2), dropout=0.0, context="labeled")
+    before = bottleneck.memory.queue.clone()
+    feature, logits = torch.randn(4, 6, 2, 2), torch.randn(2, 3, 8, 8)
+    out = bottleneck(feature, CrossBatch(2, logits, read_memory=True))
+    tokens = bottleneck.norm_in(F.gelu(bottleneck.map_in(feature)).flatten(2).transpose(1, 2))
+    expected = SemanticMemory(3, 6, 2)
+    expected.queue.copy_(before)
+    expected.enqueue(
+        tokens[:2].transpose(1, 2), group_channels(tokens[:2].transpose(1, 2).unflatten(2, (2, 2)), logits)
+    )
+    assert torch.equal(bottleneck.memory.queue, expected.queue)
+    other = torch.cat((feature[:2], torch.randn(2, 6, 2, 2)))  # without influence on the labeled images
+    torch.testing.assert_close(
+        bottleneck(other, CrossBatch(2, logits))[:2], bottleneck(feature, CrossBatch(2, logits))[:2]
+    )
+    bottleneck.memory.queue.copy_(before)
+    torch.testing.assert_close(bottleneck(feature, CrossBatch(2, logits, read_memory=True)), out)
+
+
+def test_context_of_labeled_images_in_a_step():
+    """Their own predictions decide the classes of what is written: those of 3 unlabeled images would not fit."""
+    cfg = ModelConfig(encoder="mit_b0", bottleneck=BottleneckConfig(name="allspark", context="labeled"))
+    student, images = Student(build_model(cfg, 3, 64).train()), torch.randn(5, 3, 64, 64)
+    student.joint(images[:2], images[2:], student.predict(images[2:]))
+    assert student.model.bottleneck.memory.filled.any()
 
 
 @pytest.mark.parametrize("mode", ["both", "cross", "none"])
