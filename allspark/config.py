@@ -166,8 +166,8 @@ class BottleneckConfig:
     dropout: float = option(0.1, "dropout rate of the bottleneck", low=0, high=0.99)
     grouping_input: Literal["logits", "probabilities", "random"] = option(
         "logits",
-        "which prediction assigns channels to classes; released code: logits. For ablations random: the classes that "
-        "the logits give, exchanged among the channels at random",
+        "which prediction assigns channels to classes; released code: logits; random: the classes of the logits, "
+        "exchanged among the channels (for ablations)",
     )
     context: Literal["unlabeled", "labeled"] = option(
         "unlabeled",
