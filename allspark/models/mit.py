@@ -24,6 +24,7 @@ class MiTSize:
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
 MLP_RATIO = 4
+CPU_MAP = 1 << 24  # largest attention map that is stored on a CPU: 32 MiB in bf16
 SIZES = {
     "mit_b0": MiTSize((32, 64, 160, 256), (2, 2, 2, 2), 256),
     "mit_b1": MiTSize((64, 128, 320, 512), (2, 2, 2, 2), 256),
@@ -67,8 +68,17 @@ class EfficientSelfAttention(nn.Module):
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         kv = self.kv(x).view(batch, -1, 2, self.heads, channels // self.heads)  # (B, M, 2, heads, d), k first
         k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, M, d)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, channels))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v; q (B, heads, N, d), k and v (B, heads, M, d) -> (B, heads, N, d)."""
+    pairs = q[..., 0].numel() * k.shape[2]
+    if q.is_cpu and q.dtype == torch.bfloat16 and pairs <= CPU_MAP:  # torch's fused kernel is half as fast there
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class MixFFN(nn.Module):
