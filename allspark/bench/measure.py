@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ class Side:
         precision: of the run.
         baseline: whether the others of its case are compared with it.
         clear: frees what a run leaves behind and the next run would replace, such as gradients.
+        model, optimizer: of a training step whose parts are timed.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Side:
     precision: str = "fp32"
     baseline: bool = False
     clear: Run | None = None
+    model: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
 
 @dataclass(frozen=True)

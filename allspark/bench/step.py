@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
 from allspark.bench.measure import Row, Side, Work, measure
+from allspark.bench.parts import describe_parts
 from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, Recipe
 from allspark.cuda_graph import build_graphs
@@ -81,7 +82,7 @@ def bench_step(
         device: of the step.
 
     Returns:
-        Rows, and notes on what was not measured.
+        Rows, and notes: the parts of a step, and what was not measured.
     """
     torch.manual_seed(0)
     model = build_model(case.model, case.classes, case.crop).to(device)
@@ -93,6 +94,9 @@ def bench_step(
     for row in rows:  # counted in this process; each of the others has the same cost
         row.work = Work(*(count * distributed.world_size() for count in vars(row.work).values()))
     notes = []
+    if "ours" in sides and distributed.world_size() == 1:
+        eager = [our_side(case, model, precision, batch, cuda_graph=False) for precision in precisions]
+        notes += [describe_parts(side, device) for side in eager]
     if "transformers" in sides:
         if importlib.util.find_spec("transformers"):
             rows += against_transformers(case, model, batch, repeats, device)
@@ -133,7 +137,7 @@ def our_side(case: StepCase, source: Segmentor, precision: str, batch: StepBatch
     def run() -> None:
         train_step(state, labeled, unlabeled, Position(), poly_lr(recipe.optim, 0, TOTAL_STEPS))
 
-    return Side("ours", run, precision)
+    return Side("ours", run, precision, model=model, optimizer=stepper.optimizer)
 
 
 def plain_side(case: StepCase, source: Segmentor, batch: StepBatch) -> Side:

@@ -1,12 +1,14 @@
 """The benchmark: its plain implementation equals the real code, and its measurements are right."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from allspark.arguments import parse
-from allspark.bench import measure, scale
+from allspark.bench import measure, parts, scale
 from allspark.bench.loader import Stream
 from allspark.bench.photos import Likeness, write_photos
 from allspark.bench.plain import (
@@ -18,6 +20,7 @@ from allspark.bench.plain import (
     plain_sliding,
     plain_step,
 )
+from allspark.bench.step import StepBatch, StepCase, our_side
 from allspark.cli import bench
 from allspark.config import BottleneckConfig, DataConfig, ModelConfig, OptimConfig
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views, normalize
@@ -36,6 +39,7 @@ from allspark.models.segmentor import build_model
 from allspark.models.student import Student
 
 CLASSES, CROP = 5, 65
+PARTS = {"encoder", "bottleneck", "decoder", "optimizer", "other"}
 CPU = torch.device("cpu")
 
 
@@ -53,6 +57,21 @@ def networks():
         model.decoder.classifier.weight.normal_()
         model.decoder.fuse.bn.running_mean.normal_(std=0.1)
     return model, plain_copy(model, cfg)
+
+
+def test_parts_of_a_step(networks):
+    """The parts add up to the step, its time is in the part that takes it, and no hook remains."""
+    case = StepCase(crop=CROP, classes=CLASSES)
+    side = our_side(case, networks[0], "fp32", StepBatch.of(case, CPU))
+    slow = side.model.decoder.classifier.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    hooks = len(side.model.decoder._forward_pre_hooks), len(side.model.encoder._forward_hooks)
+    shares = parts.step_parts(side, CPU)
+    assert shares.keys() == PARTS and sum(shares.values()) == pytest.approx(1)
+    assert max(shares, key=shares.get) == "decoder"
+    assert (len(side.model.decoder._forward_pre_hooks), len(side.model.encoder._forward_hooks)) == hooks
+    slow.remove()
+    operators = parts.largest_operators(side, CPU)
+    assert len(operators) == parts.OPERATORS and all(0 < share < 1 for share in operators.values())
 
 
 def test_same_step(networks):
