@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from allspark.bench.measure import Run, timed
 from allspark.engine.stepper import AUTOCAST, has_bf16, set_precision
 from allspark.memory_estimate import main_memory
 from allspark.utils.parallel import usable_cores
+from allspark.utils.processor import cpu_name
 
 # Environment variables with these prefixes affect the speed
 ALLOCATOR = ("MALLOC_", "LD_PRELOAD", "PYTORCH_", "OMP_", "GOMP_", "MKL_", "KMP_")
@@ -39,15 +39,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name(device)
         found["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
     return found
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def floor(device: torch.device, precisions: list[str]) -> dict[str, float]:

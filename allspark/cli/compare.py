@@ -177,18 +177,19 @@ def paired_table(rows: Sequence[Row], base: str) -> str:
 
 
 def origin_table(rows: Sequence[Row]) -> str:
-    """Markdown: command, revision and labeled list of each row; a line for each combination of them."""
-    table = [["run", "trained by: python train.py ...", "revision", "labeled list", "seeds", "minutes"]]
+    """Markdown: command, revision, labeled list and processor of each row; a line for each combination of them."""
+    table = [["run", "trained by: python train.py ...", "revision", "labeled list", "processor", "seeds", "minutes"]]
     for row in rows:
         origins: dict[tuple[str, ...], list[Run]] = defaultdict(list)
         for run in (run for run in row.runs if run.provenance):
             facts = run.provenance
             command = " ".join(word for word in str(facts.get("command")).split() if not word.startswith("seed="))
-            origins[command, str(facts.get("revision")), facts["split"].get("labeled", "")[:12]].append(run)
-        for (command, revision, labeled), runs in origins.items():
+            labeled, processor = facts["split"].get("labeled", "")[:12], facts.get("processor", "")
+            origins[f"`{command}`", str(facts.get("revision")), labeled, processor].append(run)
+        for origin, runs in origins.items():
             seeds = ", ".join(str(run.recipe.seed) for run in runs)
             minutes = f"{statistics.fmean(run.training_minutes() for run in runs):.0f}"
-            table.append([row.name, f"`{command}`", revision, labeled, seeds, minutes])
+            table.append([row.name, *origin, seeds, minutes])
     return markdown_table(table) + ORIGIN_LEGEND if len(table) > 1 else ""
 
 

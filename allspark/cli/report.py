@@ -265,6 +265,7 @@ def device_text(facts: Mapping[str, Any]) -> str:
     if not {"processes", "device", "torch", "revision"} <= facts.keys():
         return "unknown: the run is older than run.json"
     processes, device, torch, revision = (facts[key] for key in ("processes", "device", "torch", "revision"))
+    device = facts.get("processor", device)
     return f"{processes} process(es) on {device}, torch {torch}, revision {revision}"
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from allspark.utils.processor import is_amd
 
 MIN_WORK = 1 << 17  # multiplications; with fewer, the call costs more than it saves
 LONG_SUM = 2  # sums of so many times the shorter side of the result: faster as the weight gradient of a convolution
@@ -27,11 +28,6 @@ def use_onednn() -> None:
     """Replace torch's kernels in this process if this is an AMD processor with AVX-512."""
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_amd():
         replace_kernels()
-
-
-def is_amd() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "AuthenticAMD" in info.read_text()
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import torch
 from allspark import distributed
 from allspark.utils.atomic import durable_write_text
 from allspark.utils.errors import UserError, reason_of
+from allspark.utils.processor import describe_processor
 
 PROVENANCE = "run.json"
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,7 @@ def write_provenance(folder: Path, command: str, split: Mapping[str, str], devic
         "split": dict(split),
         "torch": torch.__version__,
         "device": device.type,
+        "processor": describe_processor(device),
         "processes": distributed.world_size(),
     }
     durable_write_text(folder / PROVENANCE, json.dumps(content, indent=1) + "\n")

@@ -431,23 +431,22 @@ def test_lists_in_table():
 
 
 def test_row_origins(write_run, capsys):
-    """Command without the seed, revision, list, seeds, minutes; an older run says nothing."""
+    """Command without the seed, revision, list, processor, seeds, minutes; an older run says nothing."""
     runs = [write_run(name, seed, 20.0, 30.0) for seed, name in enumerate("abcd")]
     for folder, revision in zip(runs, ("1234567", "1234567", "89abcde"), strict=False):
-        facts = {"command": f"--method fixmatch lr=0.1 seed={folder.name}", "revision": revision}
+        facts = {"command": f"--method fixmatch lr=0.1 seed={folder.name}", "revision": revision, "processor": "Z80"}
         (folder / "run.json").write_text(json.dumps({**facts, "split": {"name": "1_8", "labeled": "5" * 64}}))
         lines = [{"step": step, "epoch": 0, "loss": 1.0, "images_per_s": speed} for step, speed in ((30, 0.5), (60, 2))]
         with open(folder / "metrics.jsonl", "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     rows = read_rows([f"row={folder}" for folder in runs[:3]] + [f"old={runs[3]}"])
     head, _, first, second, *legend = origin_table(rows).splitlines()
-    assert cells(head)[2:] == ["revision", "labeled list", "seeds", "minutes"] and not any(
-        "old" in row for row in legend
-    )
+    assert cells(head)[2:] == ["revision", "labeled list", "processor", "seeds", "minutes"]
+    assert not any("old" in row for row in legend)
     batch = rows[0].runs[0].recipe.batch_size
     minutes = f"{batch * (30 / 0.5 + 30 / 2) / 60:.0f}"
-    assert cells(first) == ["row", "`--method fixmatch lr=0.1`", "1234567", "5" * 12, "0, 1", minutes]
-    assert cells(second)[2:] == ["89abcde", "5" * 12, "2", minutes]
+    assert cells(first) == ["row", "`--method fixmatch lr=0.1`", "1234567", "5" * 12, "Z80", "0, 1", minutes]
+    assert cells(second)[2:] == ["89abcde", "5" * 12, "Z80", "2", minutes]
     assert origin_table(rows[1:]) == ""
     for text in ("{", "[]", '{"split": {"name": 3}}'):
         (runs[0] / "run.json").write_text(text)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from allspark.engine import provenance
+from allspark.utils.processor import cpu_name
 
 
 def git(folder, *words):
@@ -49,6 +50,7 @@ def test_round_trip(tmp_path):
     assert read == json.loads((tmp_path / "run.json").read_text()) and read["split"] == split
     assert (read["device"], read["processes"], read["torch"]) == ("cpu", 1, torch.__version__)
     assert read["command"] == "--dataset shapes 'data.data_root=a b'"
+    assert read["processor"].startswith(cpu_name())
 
 
 def test_resume_with_other_code_names_both(tmp_path, monkeypatch):

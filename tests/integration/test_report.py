@@ -19,6 +19,7 @@ from allspark.config_io import merge
 from allspark.data.spec import DatasetSpec, voc_palette
 from allspark.runs import named_folders, read_run
 from allspark.utils.errors import UserError
+from allspark.utils.processor import cpu_name
 from allspark.visualization.best_worst import BestWorst, encode_image
 
 CLASSES = ["ground", "left", "right"]
@@ -69,7 +70,7 @@ def test_page_contents(page, finished, read_metrics):
     for line in steps:
         spent, before = spent + (line["step"] - before) * batch / line["images_per_s"], line["step"]
     assert mine["facts"]["time"].startswith(f"{timedelta(seconds=round(spent))} by its logged speed")
-    assert "sha256" in mine["facts"]["split"] and "process(es) on cpu" in mine["facts"]["device"]
+    assert "sha256" in mine["facts"]["split"] and f"process(es) on {cpu_name()}" in mine["facts"]["device"]
     assert mine["curves"]["miou"]["values"] == pytest.approx([line["miou"] for line in evaluations], abs=1e-3)
     assert mine["curves"]["lr"]["steps"] == [line["step"] for line in steps]
     assert {"loss", "loss_x", "loss_u"} <= set(mine["curves"])
@@ -111,7 +112,8 @@ def test_page_without_data_or_checkpoint(second, tmp_path):
     main(["report", str(second), "--out", str(tmp_path / "page.html"), "--no-images"])
     facts = content(tmp_path / "page.html")["runs"][0]["facts"]
     assert (
-        facts["split"].startswith("folders, labeled list sha256 ") and "1 process(es) on cpu, torch " in facts["device"]
+        facts["split"].startswith("folders, labeled list sha256 ")
+        and f"1 process(es) on {cpu_name()}" in facts["device"]
     )
     (second / "run.json").unlink()  # as in a run that is older than it
     main(["report", str(second), "--out", str(tmp_path / "page.html"), "--no-images"])

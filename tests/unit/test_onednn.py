@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from allspark.engine import onednn
 from allspark.engine.stepper import set_precision
+from allspark.utils.processor import is_amd
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -79,4 +80,4 @@ def test_a_run_in_float32_uses_them_where_they_are_faster():
         layer = torch.nn.Linear(200, 200)
         layer(torch.randn(200, 200)).sum().backward()
     used = any(event.key == "mkldnn::_linear_pointwise" for event in profile.key_averages())
-    assert used == (onednn.is_amd() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
+    assert used == (is_amd() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
