@@ -11,15 +11,18 @@ shift 2
 seeds=${SEEDS:-0 1 2} list=${LIST:-1_16}
 weights=${weights:-pretrained_weights/tf_efficientnet_lite0.pth}
 [ -e "$weights" ] || python -m allspark weights fetch efficientnet_lite0
-# The footing: chosen on supervised training alone
-footing=(optim.lr=2e-4 optim.lr_multi=5 epochs=6 burn_in_epochs=2 model.bottleneck.warmup_epochs=3)
+# The footing: learning rate and length were chosen on supervised training alone (the rows supervised_lr* and
+# supervised_12_epochs, seed 0), before any other row was run
+footing=(optim.lr=8e-4 optim.lr_multi=5 epochs=6 burn_in_epochs=2 model.bottleneck.warmup_epochs=3)
 own=model.bottleneck
 declare -A rows=(
     [supervised]="supervised burn_in_epochs=0"
     [supervised_scratch]="supervised burn_in_epochs=0 model.pretrained=none"
     [supervised_lr1e-4]="supervised burn_in_epochs=0 optim.lr=1e-4"
+    [supervised_lr2e-4]="supervised burn_in_epochs=0 optim.lr=2e-4"
     [supervised_lr4e-4]="supervised burn_in_epochs=0 optim.lr=4e-4"
-    [supervised_12_epochs]="supervised burn_in_epochs=0 epochs=12"
+    [supervised_lr16e-4]="supervised burn_in_epochs=0 optim.lr=16e-4"
+    [supervised_12_epochs]="supervised burn_in_epochs=0 epochs=12 optim.lr=2e-4"
     [supervised_flattened]="supervised burn_in_epochs=0 method.name=flattened:Flattened"
     [supervised_all]="supervised burn_in_epochs=0 epoch_of=labeled --labeled-id-path splits/camvid/train.txt"
     [selftrain]="selftrain" [fixmatch]="fixmatch" [unimatch]="unimatch" [unimatch_v2]="unimatch_v2"
