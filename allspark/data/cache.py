@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from allspark import distributed
-from allspark.data.image_io import BadSample, check_same_size, read_image, read_mask, read_size
+from allspark.data.image_io import BadSample, read_image, read_size
+from allspark.data.mask_io import check_same_size, read_mask
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, run_in_threads

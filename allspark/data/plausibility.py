@@ -14,7 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from allspark.data.image_io import read_image, read_pair
+from allspark.data.image_io import read_image
+from allspark.data.mask_io import read_pair
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Lists
 from allspark.utils.errors import UserError

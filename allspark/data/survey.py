@@ -9,21 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from allspark.data.image_io import (
-    MIN_SIDE,
-    STRIP,
-    TURNS,
-    BadSample,
-    ImageFile,
-    MaskFile,
-    check_palette,
-    decode_mask,
-    format_color,
-    load_image,
-    load_mask,
-    retried,
-    size_mismatch,
-)
+from allspark.data.image_io import MIN_SIDE, STRIP, TURNS, BadSample, ImageFile, load_image, retried
+from allspark.data.mask_io import MaskFile, check_palette, decode_mask, format_color, load_mask, size_mismatch
 from allspark.data.spec import DatasetSpec, Sample, pack_color
 from allspark.utils.errors import UserError
 

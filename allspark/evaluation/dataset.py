@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from allspark.config import Size, height_width
-from allspark.data.image_io import MIN_SIDE, read_pair
+from allspark.data.image_io import MIN_SIDE
+from allspark.data.mask_io import read_pair
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.transforms import to_tensor
 from allspark.utils.errors import UserError

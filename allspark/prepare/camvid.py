@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from allspark.data.datasets.camvid import CLASSES, ORIGINAL_CLASSES, UNLABELED
-from allspark.data.image_io import format_counts
+from allspark.data.mask_io import format_counts
 from allspark.data.spec import pack_color
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import REMEDY, check_values, decode_image, decode_indices, encode_image, encode_png

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from allspark.data.image_io import read_mask
+from allspark.data.mask_io import read_mask
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Entry, check_files
 from allspark.utils.atomic import write_text

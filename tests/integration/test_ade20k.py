@@ -13,7 +13,7 @@ from PIL import Image
 from allspark.__main__ import main
 from allspark.config_io import load_recipe
 from allspark.data.datasets import DATASETS
-from allspark.data.image_io import read_mask, read_pair
+from allspark.data.mask_io import read_mask, read_pair
 from allspark.data.splits import resolve
 from allspark.prepare import PLANS
 from allspark.prepare.plan import Archive

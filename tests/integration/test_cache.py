@@ -17,7 +17,8 @@ from PIL import Image
 from allspark.config import CustomDataConfig
 from allspark.data.cache import check_space, lock, open_reader
 from allspark.data.datasets.custom import make_spec
-from allspark.data.image_io import read_image, read_pair
+from allspark.data.image_io import read_image
+from allspark.data.mask_io import read_pair
 from allspark.data.spec import Sample
 from allspark.utils.errors import UserError
 

@@ -19,7 +19,8 @@ from allspark.config_io import to_plain
 from allspark.data import splits
 from allspark.data.batch import normalize
 from allspark.data.datasets import DATASETS, cityscapes
-from allspark.data.image_io import read_image, read_mask
+from allspark.data.image_io import read_image
+from allspark.data.mask_io import read_mask
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.transforms import to_tensor
 from allspark.engine.checkpoint import save_checkpoint

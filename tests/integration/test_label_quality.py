@@ -23,7 +23,8 @@ from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelCon
 from allspark.data.audit import select_hidden
 from allspark.data.batch import normalize
 from allspark.data.datasets import spec_for
-from allspark.data.image_io import read_image, read_mask
+from allspark.data.image_io import read_image
+from allspark.data.mask_io import read_mask
 from allspark.data.spec import Sample
 from allspark.data.splits import Lists, resolve
 from allspark.engine.log import RunLog

@@ -17,7 +17,8 @@ import train
 from allspark import __main__ as verbs
 from allspark.config_io import load_config
 from allspark.data.datasets import spec_for
-from allspark.data.image_io import read_image, read_mask
+from allspark.data.image_io import read_image
+from allspark.data.mask_io import read_mask
 from allspark.engine.checkpoint import load_checkpoint
 from allspark.utils.errors import UserError, run_main
 from allspark.weights.loading import read_weights

@@ -12,7 +12,8 @@ from PIL import Image
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data.datasets import DATASETS, cityscapes, spec_for
 from allspark.data.datasets.custom import make_spec
-from allspark.data.image_io import read_image, read_mask, read_pair
+from allspark.data.image_io import read_image
+from allspark.data.mask_io import read_mask, read_pair
 from allspark.data.spec import Sample
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.utils.errors import UserError

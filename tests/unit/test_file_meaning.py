@@ -13,7 +13,8 @@ from PIL import Image
 
 from allspark.config import CustomDataConfig
 from allspark.data.datasets.custom import make_spec
-from allspark.data.image_io import load_image, read_image, read_mask
+from allspark.data.image_io import load_image, read_image
+from allspark.data.mask_io import read_mask
 from allspark.data.spec import ImageReading, Sample
 from allspark.data.survey import find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
