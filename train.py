@@ -31,8 +31,8 @@ from allspark.data.datasets import spec_for
 from allspark.data.worker_pool import worker_count
 from allspark.engine.checkpoint import BEST, LATEST, Position, has_checkpoint, is_finished
 from allspark.engine.optim import poly_lr
-from allspark.engine.signals import Stop
 from allspark.engine.stepper import autocast, micro_batch_size
+from allspark.engine.stop import Stop
 from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.metrics import EvalResult, format_table
 from allspark.evaluation.pseudo_label_quality import PseudoLabelQuality, measure_pseudo_labels

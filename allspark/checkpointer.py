@@ -30,7 +30,7 @@ from allspark.engine.checkpoint import (
     save_checkpoint,
 )
 from allspark.engine.log import RunLog
-from allspark.engine.signals import SAVE, Stop, signal_name
+from allspark.engine.stop import SAVE, Stop, signal_name
 from allspark.train_step import TrainState
 from allspark.utils.errors import Stopped, UserError
 

@@ -32,8 +32,8 @@ from allspark.engine.log import TEXT, RunLog
 from allspark.engine.optim import build_optimizer, scale_lr
 from allspark.engine.provenance import PROVENANCE, read_provenance, revision, write_provenance
 from allspark.engine.run_lock import LOCK, RunLock
-from allspark.engine.signals import Stop
 from allspark.engine.stepper import Stepper, has_bf16, micro_batch_size, set_deterministic, set_precision
+from allspark.engine.stop import Stop
 from allspark.engine.writers import METRICS, read_metrics
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.evaluation.sliding_window import Inference, inference_for

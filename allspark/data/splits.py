@@ -141,14 +141,11 @@ def mask_tail(mask_suffix: str) -> str:
 
 def check_name(path: Path) -> Path:
     """The path; UserError if it is not UTF-8, because no list, log or checkpoint could hold it."""
-    if printable(path) != str(path):
-        raise UserError(f"{printable(path)}: the name is not UTF-8; rename it")
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: the name is not UTF-8; rename it") from None
     return path
-
-
-def printable(path: Path) -> str:
-    """The path, with backslashes for bytes that are not UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def folder_entries(
@@ -337,7 +334,7 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
         if others:
             yield describe_others(root / name, others)
         if unused := [path for path in images if path not in used]:
-            yield f"{root / name}: {len(unused)} of {len(images)} images are in no list, such as {printable(unused[0])}"
+            yield f"{root / name}: {len(unused)} of {len(images)} images are in no list, such as {unused[0]}"
     for masks in dict.fromkeys((custom.labeled_masks, custom.val_masks)):
         pairs = ((custom.labeled_images, custom.labeled_masks), (custom.val_images, custom.val_masks))
         images = [name for name, folder in pairs if folder == masks and name in found]
@@ -348,14 +345,14 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
         files = image_files(root / masks)[0]
         alone = [path for path in files if str(path.relative_to(root / masks).with_suffix("")) not in stems]
         if alone:
-            yield f"{root / masks}: {len(alone)} masks have no image, such as {printable(alone[0])}"
+            yield f"{root / masks}: {len(alone)} masks have no image, such as {alone[0]}"
 
 
 def describe_others(folder: Path, others: Sequence[Path]) -> str:
     """'images: 3 files are no images by their suffix (.heic: 2, none: 1), such as images/a.heic'."""
     kinds = Counter(path.suffix or "none" for path in others)
-    text = ", ".join(f"{printable(Path(suffix))}: {count}" for suffix, count in kinds.most_common(5))
-    example = printable(others[0])
+    text = ", ".join(f"{suffix}: {count}" for suffix, count in kinds.most_common(5))
+    example = others[0]
     return f"{folder}: {len(others)} files are left out, no images by their suffix ({text}), such as {example}"
 
 

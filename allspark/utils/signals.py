@@ -14,7 +14,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 def exit_on_signals() -> None:
     """Call first in a command that trains: a signal ends it with exit code 75, also while modules are imported.
 
-    `engine.signals.Stop` takes over for the run, and ignores signals after it, when the exit code is decided.
+    `engine.stop.Stop` takes over for the run, and ignores signals after it, when the exit code is decided.
     """
     for number in SIGNALS:
         signal.signal(number, exit_stopped)

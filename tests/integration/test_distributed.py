@@ -15,8 +15,8 @@ from allspark import distributed, launch
 from allspark.checkpointer import Checkpointer
 from allspark.engine.checkpoint import Position
 from allspark.engine.log import RunLog
-from allspark.engine.signals import Stop
 from allspark.engine.stepper import Stepper
+from allspark.engine.stop import Stop
 from allspark.models.memory import SemanticMemory
 from allspark.train_step import TrainState
 from allspark.utils.errors import UserError, user_error_message

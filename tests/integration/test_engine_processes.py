@@ -18,7 +18,7 @@ from allspark.engine.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from allspark.engine.signals import Stop
+from allspark.engine.stop import Stop
 from allspark.utils.errors import Stopped
 from allspark.utils.signals import SIGNALS, exit_on_signals
 from helpers.ranks import free_port

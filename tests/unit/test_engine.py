@@ -26,8 +26,8 @@ from allspark.engine.checkpoint import (
 from allspark.engine.log import RunLog
 from allspark.engine.optim import build_optimizer, poly_lr, set_lr
 from allspark.engine.run_lock import RunLock
-from allspark.engine.signals import SAVE, Stop
 from allspark.engine.stepper import Stepper
+from allspark.engine.stop import SAVE, Stop
 from allspark.engine.writers import drop_lines_after
 from allspark.models.memory import SemanticMemory
 from allspark.models.segmentor import build_model
