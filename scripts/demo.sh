@@ -1,8 +1,10 @@
 #!/bin/sh
 # Train supervised and allspark_revised on the embedded data set with the same few labels, at the same time, one thread
 # each. Writes both val mIoU, pictures and curves to exp/demo. Finished runs are skipped, interrupted ones resumed.
-# Another seed or split (seed=1 sh scripts/demo.sh) gets its own folder; arguments go to both runs.
+# Another seed or split (seed=1 sh scripts/demo.sh) gets its own folder; arguments go to both runs. At the end the model
+# segments a photo, yours with photo=/path/to/photo.jpg sh scripts/demo.sh
 set -eu
+case ${photo:-/} in /*) ;; *) photo=$PWD/$photo ;; esac
 cd -- "$(dirname -- "$0")/.."
 out=exp/demo${split:+/split_$split}${seed:+/seed_$seed}
 split=${split:-1_30} # 16 labeled images of 480
@@ -28,3 +30,6 @@ if [ ! -e "$out/supervised/done" ] || [ ! -e "$out/allspark/done" ]; then
     exit 1
 fi
 python -m allspark compare --out "$out" "supervised=$out/supervised" "AllSpark=$out/allspark"
+python -m allspark predict --checkpoint "$out/allspark" --what overlay,index --out "$out/photo" \
+    "${photo:-data/shapes/images/val/0000.png}"
+[ -n "${photo:-}" ] || echo "demo: photo=/path/to/photo.jpg sh scripts/demo.sh segments a photo of yours (into shapes)"
