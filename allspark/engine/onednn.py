@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,12 +35,14 @@ def use_onednn() -> None:
 def replace_kernels() -> torch.library.Library:
     """The kernels stay registered, for tensors on a CPU, while the library that is returned exists."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("mm", mm, "CPU")
-    library.impl("mm.out", mm_out, "CPU")
-    library.impl("addmm", addmm, "CPU")
-    library.impl("addmm_", addmm_, "CPU")
-    library.impl("_slow_conv2d_forward", conv_forward, "CPU")
-    library.impl("_slow_conv2d_backward.output_mask", conv_backward, "CPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are replaced
+        library.impl("mm", mm, "CPU")
+        library.impl("mm.out", mm_out, "CPU")
+        library.impl("addmm", addmm, "CPU")
+        library.impl("addmm_", addmm_, "CPU")
+        library.impl("_slow_conv2d_forward", conv_forward, "CPU")
+        library.impl("_slow_conv2d_backward.output_mask", conv_backward, "CPU")
     return library
 
 
