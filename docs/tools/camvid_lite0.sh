@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The comparison from ImageNet weights (docs/results.md): CamVid, EfficientNet-Lite0, one footing for all rows.
 #
-#     docs/tools/camvid_lite0.sh DATA_ROOT OUT ROW...     # "" for all rows; by default SEEDS="0 1 2" LIST=1_61
+#     docs/tools/camvid_lite0.sh DATA_ROOT OUT ROW...    # "" for all rows; default: SEEDS="0 1 2" LIST=random_6_0
 #
 # Runs are in OUT/LIST/ROW/seed_N; finished ones are skipped, interrupted ones resumed. On one core, supervised rows take
 # 4 minutes, others 7 to 15. Weights: python -m allspark weights fetch efficientnet_lite0 (Apache 2.0).
 set -euo pipefail
-seeds=${SEEDS:-0 1 2} list=${LIST:-1_61}
+seeds=${SEEDS:-0 1 2} list=${LIST:-random_6_0}
 data=$1 out=$2/$list
 shift 2
 weights=${weights:-pretrained_weights/tf_efficientnet_lite0.pth}
