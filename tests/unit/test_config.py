@@ -59,7 +59,7 @@ def test_precedence():
 
 
 def test_released_and_revised_differences():
-    """The table of docs/differences.md; what a method does not set stands at the default of its constructor."""
+    """As the AllSpark rows of docs/differences.md say; what a method does not set is its constructor's default."""
 
     def both(dataset):
         plain = (to_plain(complete(load_recipe(dataset, method))) for method in ("allspark", "allspark_revised"))
