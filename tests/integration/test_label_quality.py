@@ -34,7 +34,7 @@ from allspark.methods import METHODS
 from allspark.models.segmentor import build_model
 from allspark.models.student import Student
 from allspark.utils.errors import run_main
-from allspark.visualization.tensorboard_images import Snapshots
+from allspark.visualization.tensorboard_images import HEAD, Snapshots
 
 SIZES = [(40, 33), (33, 40), (40, 33), (64, 48), (40, 33), (90, 70)]  # height, width; the crops have three sizes
 CROP = 36
@@ -201,6 +201,7 @@ def test_every_method_is_measured_by_its_labels(name, samples):
     found = train.pseudo_label_quality(run, shown)
     assert [name.partition("/")[0] for name in shown.strips] == ["unlabeled"] * 2
     assert all(strip.dtype == np.uint8 and strip.shape[1] > 2 * strip.shape[0] for strip in shown.strips.values())
+    assert all((strip[:HEAD] < 128).any() for strip in shown.strips.values())  # the titles
 
     threshold = getattr(method, "threshold", None)
     known = confident = right = 0
