@@ -118,7 +118,7 @@ def model_card(content: Mapping[str, Any], name: str, scores: Mapping[str, Any] 
 
     Args:
         content: see write_model_folder.
-        name: how the model is given to --checkpoint; of a folder only its own name is told.
+        name: how the model is given to --checkpoint; of a folder only its own name is recorded.
         scores: the last line of an evaluation in metrics.jsonl, if there is one.
         license: of the weights, in a sentence.
     """
