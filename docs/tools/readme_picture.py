@@ -1,5 +1,8 @@
-"""Make docs/readme.png, the picture of the README, from docs/camvid_1_16_predictions.png (see docs/experiments.md).
+"""Make docs/readme.png, the picture of the README, from docs/camvid_lite0_predictions.png.
 
+python -m allspark compare --overlay --images 4 --out exp/grid supervised=exp/random_6_0/supervised/seed_0 \
+    fixmatch=... allspark_revised_without=... allspark_revised=...    # of docs/tools/camvid_lite0.sh
+cp exp/grid/predictions.png docs/camvid_lite0_predictions.png
 python docs/tools/readme_picture.py
 """
 
@@ -22,7 +25,7 @@ GAP, TITLE, ENTRY_HEIGHT = 6, 28, 26
 
 
 def main() -> None:
-    source = Image.open(DOCS / "camvid_1_16_predictions.png").convert("RGB")
+    source = Image.open(DOCS / "camvid_lite0_predictions.png").convert("RGB")
     width = len(COLUMNS) * (WIDTH + GAP) - GAP
     grid = TITLE + len(ROWS) * (HEIGHT + GAP)
     picture = Image.new("RGB", (width, grid + 2 * ENTRY_HEIGHT), "white")
