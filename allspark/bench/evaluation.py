@@ -14,6 +14,7 @@ from allspark.bench.plain import PlainSegmentor, plain_copy, plain_counts, plain
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.data.batch import normalize
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, voc_palette
+from allspark.engine.onednn import torch_kernels
 from allspark.engine.stepper import autocast
 from allspark.evaluation.evaluate import predict
 from allspark.evaluation.metrics import ConfusionMatrix
@@ -56,7 +57,7 @@ def bench_eval(case: EvalCase, precisions: Sequence[str], repeats: int, device: 
         return [side(precision) for precision in precisions]
 
     def plainly(label: Callable[[PlainSegmentor, Tensor], Tensor]) -> Side:
-        return Side("plain", lambda: label(plain, normalize(image.to(device))), baseline=True)
+        return Side("plain", torch_kernels()(lambda: label(plain, normalize(image.to(device)))), baseline=True)
 
     whole, windows = Inference("whole"), Inference("sliding_window", case.window)
     sliding = plainly(lambda network, pixels: plain_sliding(network, pixels, case.window, case.classes))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 from allspark.engine.stepper import set_precision
@@ -158,13 +158,31 @@ def convolution_backward_flops(
     return (output_mask[0] + output_mask[1]) * 2 * math.prod(positions) * math.prod(weight_shape[1:])
 
 
+def attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """FLOPs of fused attention on a CPU, which torch's counter does not know before 2.15."""
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flops(
+    grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+FLOPS = {
+    aten.convolution_backward: convolution_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
 def count_work(side: Side, device: torch.device) -> Work:
     """Cost of a run; on a GPU the peak is that of torch's allocator, which includes workspaces of kernels."""
     if side.clear is not None:
         side.clear()
     peak = allocator_peak(side.run, device) if device.type == "cuda" else None
     memory = MemoryCounter()
-    counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: convolution_backward_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
     with counter, memory:
         side.run()
     return Work(counter.get_total_flops(), memory.moved, memory.peak if peak is None else peak)

@@ -8,7 +8,6 @@ in the whole process; gradients stay torch's, and results differ by float32 roun
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -22,45 +21,42 @@ LONG_SUM = 2  # sums of so many times the shorter side of the result: faster as 
 ROWS = range(16, 257)  # images of a batch that torch gives to oneDNN with one thread, too
 
 aten = torch.ops.aten
-enabled = True
+library: torch.library.Library | None = None  # its kernels are registered while it exists
 
 
-def use_onednn() -> None:
-    """Replace torch's kernels in this process if this is an AMD processor with AVX-512."""
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_amd():
-        replace_kernels()
-
-
-@functools.cache
-def replace_kernels() -> torch.library.Library:
-    """The kernels stay registered, for tensors on a CPU, while the library that is returned exists."""
-    library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that kernels are replaced
-        library.impl("mm", mm, "CPU")
-        library.impl("mm.out", mm_out, "CPU")
-        library.impl("addmm", addmm, "CPU")
-        library.impl("addmm_", addmm_, "CPU")
-        library.impl("_slow_conv2d_forward", conv_forward, "CPU")
-        library.impl("_slow_conv2d_backward.output_mask", conv_backward, "CPU")
-    return library
+def use_onednn(wanted: bool) -> None:
+    """Replace torch's kernels for tensors on a CPU if this is an AMD processor with AVX-512, or restore them."""
+    global library
+    if library is not None and not wanted:
+        library._destroy()
+        library = None
+    elif library is None and wanted and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_amd():
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that kernels are replaced
+            library.impl("mm", mm, "CPU")
+            library.impl("mm.out", mm_out, "CPU")
+            library.impl("addmm", addmm, "CPU")
+            library.impl("addmm_", addmm_, "CPU")
+            library.impl("_slow_conv2d_forward", conv_forward, "CPU")
+            library.impl("_slow_conv2d_backward.output_mask", conv_backward, "CPU")
 
 
 @contextlib.contextmanager
 def torch_kernels() -> Iterator[None]:
     """In this context nothing is replaced, for comparisons."""
-    global enabled
-    before, enabled = enabled, False
+    replaced = library is not None
+    use_onednn(False)
     try:
         yield
     finally:
-        enabled = before
+        use_onednn(replaced)
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """a (M, K) @ b (K, N) + bias (N,) by oneDNN; None where torch's kernel is to compute it."""
     (m, k), n = a.shape, b.shape[1]
-    if not enabled or a.dtype != torch.float32 or b.dtype != torch.float32 or m * k * n < MIN_WORK:
+    if a.dtype != torch.float32 or b.dtype != torch.float32 or m * k * n < MIN_WORK:
         return None
     if bias is None and k > LONG_SUM * min(m, n) and a.t().is_contiguous() and b.is_contiguous():
         rows = next((rows for rows in ROWS if k % rows == 0), None)
@@ -115,8 +111,7 @@ def from_rows(rows: Tensor, batch: int) -> Tensor:
 def is_product(image: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
     """Whether a convolution that torch gives to MKL is a product of pixels, and large enough for oneDNN."""
     return (
-        enabled
-        and (*stride, *padding) == (1, 1, 0, 0)
+        (*stride, *padding) == (1, 1, 0, 0)
         and image.dtype == torch.float32
         and weight.shape[2:] == (1, 1)
         and len(image) * image.shape[2] >= ROWS.start

@@ -31,8 +31,7 @@ def set_precision(precision: str, device: torch.device) -> None:
         raise UserError(f"precision={precision} {what}, and this device is {device.type}; choose fp32 or bf16")
     if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError("precision=bf16 needs a GPU of the Ampere generation or newer; choose fp16 or fp32")
-    if device.type == "cpu" and precision == "fp32":
-        use_onednn()
+    use_onednn(device.type == "cpu" and precision == "fp32")  # in bf16 torch does so itself
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
