@@ -428,12 +428,15 @@ def tar_blocks(*parts):
     ("limit", "parts", "told"),
     [
         ("MAX_FILES", [(tarfile.REGTYPE, 0, b"")] * 30, "or 20 files"),
-        ("MAX_HEADERS", [(tarfile.XGLTYPE, 9, b"9 %02d=xy\n" % number) for number in range(30)], "a header of 9"),
+        ("MAX_HEADERS", [(tarfile.XGLTYPE, 9, b"9 %02d=xy\n" % number) for number in range(30)], "a header of 9|invalid header"),
         ("MAX_END", [], "more than 20 bytes after its last file"),
     ],
 )
 def test_endless_tar(limit, parts, told, tmp_path, monkeypatch):
-    """A megabyte of gzip holds two million files, or gigabytes of attributes of the whole archive."""
+    """A megabyte of gzip holds two million files, or gigabytes of attributes of the whole archive.
+
+    Python 3.11.2 stops at such attributes by itself.
+    """
     monkeypatch.setattr(archives, limit, 20)
     (tmp_path / "x.tgz").write_bytes(gzip.compress(b"".join(tar_blocks(*parts)) + bytes(10240)))
     with pytest.raises(UserError, match=told):
