@@ -428,7 +428,7 @@ def tar_blocks(*parts):
     ("limit", "parts", "told"),
     [
         ("MAX_FILES", [(tarfile.REGTYPE, 0, b"")] * 30, "or 20 files"),
-        ("MAX_HEADERS", [(tarfile.XGLTYPE, 9, b"9 %02d=xy\n" % number) for number in range(30)], "a header of 9|invalid header"),
+        ("MAX_HEADERS", [(tarfile.XGLTYPE, 9, b"9 %02d=xy\n" % i) for i in range(30)], "a header of 9|invalid header"),
         ("MAX_END", [], "more than 20 bytes after its last file"),
     ],
 )
