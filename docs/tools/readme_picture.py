@@ -1,17 +1,18 @@
-"""Make docs/readme.png, the picture of the README, from docs/camvid_lite0_predictions.png.
+"""Make docs/camvid_lite0_predictions.png, in fewer colors, and from it docs/readme.png, the picture of the README.
 
 python -m allspark compare --overlay --images 4 --out exp/grid supervised=exp/random_6_0/supervised/seed_0 \
     fixmatch=... allspark_revised_without=... allspark_revised=...    # of docs/tools/camvid_lite0.sh
-cp exp/grid/predictions.png docs/camvid_lite0_predictions.png
-python docs/tools/readme_picture.py
+python docs/tools/readme_picture.py exp/grid/predictions.png          # without an argument: readme.png alone
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+from results import reduce_colors
 
 DOCS = Path(__file__).resolve().parents[1]
 COLUMNS = {0: "image", 1: "ground truth", 2: "supervised", 5: "allspark_revised"}  # number in the source -> title
@@ -24,8 +25,11 @@ ENTRY_WIDTH, ENTRIES = 119, 12  # of the legend
 GAP, TITLE, ENTRY_HEIGHT = 6, 28, 26
 
 
-def main() -> None:
-    source = Image.open(DOCS / "camvid_lite0_predictions.png").convert("RGB")
+def main(predictions: str | None = None) -> None:
+    path = DOCS / "camvid_lite0_predictions.png"
+    if predictions is not None:
+        reduce_colors(Image.open(predictions)).save(path, optimize=True)
+    source = Image.open(path).convert("RGB")
     width = len(COLUMNS) * (WIDTH + GAP) - GAP
     grid = TITLE + len(ROWS) * (HEIGHT + GAP)
     picture = Image.new("RGB", (width, grid + 2 * ENTRY_HEIGHT), "white")
@@ -46,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
