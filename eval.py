@@ -23,6 +23,7 @@ from allspark import distributed, launch
 from allspark import inference as loading
 from allspark.config import Recipe
 from allspark.data import splits
+from allspark.data.entries import drop_repeats, read_entries, read_list
 from allspark.data.image_io import read_image
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.transforms import to_tensor
@@ -95,9 +96,7 @@ def recipe_for(loaded: InferenceModel, args: argparse.Namespace) -> Recipe:
 def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Namespace) -> list[Sample]:
     """The samples of --list, else of the recipe's val list; UserError if a file is missing."""
     if args.list is not None:
-        entries = splits.drop_repeats(
-            splits.read_entries(splits.require_file(args.list, "--list"), root, spec.mask_path)
-        )
+        entries = drop_repeats(read_entries(splits.require_file(args.list, "--list"), root, spec.mask_path))
     else:
         entries = splits.val_entries(recipe.data, spec, root)
     no_mask = [entry for entry in entries if entry.sample.mask is None]
@@ -165,7 +164,7 @@ def changed_lists(loaded: InferenceModel, val: dict[str, str], args: argparse.Na
     path = splits.SPLITS_ROOT / folder / name / "labeled.txt"
     notes = [] if labeled is None else [name_clash(name, labeled, folder)]
     if notes == [None] and path.is_file():
-        images = [sample.image.as_posix() for sample in splits.read_list(path, Path())]
+        images = [sample.image.as_posix() for sample in read_list(path, Path())]
         notes.append(difference(f"split {name}, {path}", labeled, splits.list_hash(images)))
     if args.list is None:
         notes.append(difference(f"the list {val['name']}", split.get("val"), val["sha256"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from allspark.data.splits import image_files
+from allspark.data.entries import image_files
 from allspark.prepare.jobs import show_progress, write_file
 from allspark.prepare.masks import FORMATS, NOT_DRAWN, Labels, make_mask
 from allspark.utils.errors import UserError, short_repr

@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from allspark import inference as loading
+from allspark.data.entries import IMAGE_SUFFIXES, Entry, image_files, read_entries
 from allspark.data.image_io import load_image
 from allspark.data.spec import DEFAULT_READING, ImageReading, Sample
-from allspark.data.splits import IMAGE_SUFFIXES, Entry, check_files, describe_others, image_files, read_entries
+from allspark.data.splits import check_files, describe_others
 from allspark.data.transforms import to_tensor
 from allspark.device import choose_device
 from allspark.evaluation.dataset import group_by_size

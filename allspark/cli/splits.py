@@ -16,19 +16,9 @@ import yaml
 from allspark.config import DataConfig
 from allspark.config_io import load_config, root_variable
 from allspark.data.datasets import DATASETS, spec_for
+from allspark.data.entries import Entry, drop_repeats, folder_entries, make_exists_check, read_entries, read_list
 from allspark.data.spec import DatasetSpec, Sample
-from allspark.data.splits import (
-    Entry,
-    drop_repeats,
-    find_data,
-    folder_entries,
-    hash_samples,
-    make_exists_check,
-    read_entries,
-    read_list,
-    require_file,
-    val_entries,
-)
+from allspark.data.splits import find_data, hash_samples, require_file, val_entries
 from allspark.split_lists import published
 from allspark.split_lists.layouts import get_layout
 from allspark.split_lists.make_splits import group_by_name, hold_out, make_splits, parse_sizes, write_splits

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
 from allspark.data.datasets.custom import color_table, value_table
+from allspark.data.entries import make_exists_check
 from allspark.data.image_io import TURNS, BadSample
 from allspark.data.mask_io import format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample, pack_color
-from allspark.data.splits import Lists, make_exists_check, prepare_hint, suggest_file
+from allspark.data.splits import Lists, prepare_hint, suggest_file
 from allspark.data.survey import SampleReport, compare_bits, find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from allspark.data.entries import image_files
 from allspark.data.image_io import open_image, read_size
 from allspark.data.spec import IGNORE_INDEX
-from allspark.data.splits import image_files
 from allspark.prepare.coco import check_pycocotools, draw_instances
 from allspark.prepare.images import encode_png
 from allspark.prepare.jobs import read_file

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from allspark.data.entries import Entry
 from allspark.data.mask_io import read_mask
 from allspark.data.spec import DatasetSpec, Sample
-from allspark.data.splits import Entry, check_files
+from allspark.data.splits import check_files
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import run_in_threads, summarize_errors

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from allspark.data.datasets import DATASETS
-from allspark.data.splits import MAX_LIST, Line, read_lines
+from allspark.data.entries import MAX_LIST, Line, read_lines
 from allspark.split_lists.layouts import LAYOUTS, Layout, complement, get_layout
 from allspark.split_lists.manifest import (
     SPLITS_ROOT,

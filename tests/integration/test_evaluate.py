@@ -19,6 +19,7 @@ from allspark.config_io import to_plain
 from allspark.data import splits
 from allspark.data.batch import normalize
 from allspark.data.datasets import DATASETS, cityscapes
+from allspark.data.entries import read_list
 from allspark.data.image_io import read_image
 from allspark.data.mask_io import read_mask
 from allspark.data.spec import DatasetSpec, Sample
@@ -386,7 +387,7 @@ def test_changed_list_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(splits, "SPLITS_ROOT", tmp_path / "splits")
     today = {}
     for name in ("1_8", "mine"):
-        listed = splits.read_list(here / name / "labeled.txt", Path())
+        listed = read_list(here / name / "labeled.txt", Path())
         today[name] = splits.list_hash(sample.image.as_posix() for sample in listed)
     (tmp_path / "val.txt").write_text(f"{image.name} mask.png\n")
     Image.fromarray(np.zeros((64, 128), np.uint8)).save(tmp_path / "mask.png")

@@ -17,8 +17,9 @@ from allspark.config_io import load_config
 from allspark.data import audit
 from allspark.data.datasets import spec_for
 from allspark.data.datasets.custom import make_spec
+from allspark.data.entries import read_list
 from allspark.data.mask_io import read_mask
-from allspark.data.splits import read_list, resolve
+from allspark.data.splits import resolve
 from allspark.utils.errors import UserError, run_main
 from helpers import REPO
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.data.datasets import DATASETS
+from allspark.data.entries import read_list
 from allspark.data.mask_io import read_pair
-from allspark.data.splits import read_list
 from allspark.prepare.jobs import Task, run_tasks
 from allspark.utils.atomic import TEMPORARY, remove_temporaries
 from allspark.utils.errors import UserError, run_main

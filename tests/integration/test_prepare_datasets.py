@@ -13,9 +13,9 @@ from PIL import Image
 
 from allspark.__main__ import main
 from allspark.data.datasets import DATASETS, camvid
+from allspark.data.entries import read_list
 from allspark.data.mask_io import read_mask, read_pair
 from allspark.data.spec import IGNORE_INDEX
-from allspark.data.splits import read_list
 from allspark.evaluation.dataset import SegmentationDataset
 from allspark.prepare import PLANS
 from allspark.prepare.archives import Found, Index

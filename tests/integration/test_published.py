@@ -11,7 +11,7 @@ import yaml
 
 import helpers
 from allspark.__main__ import main
-from allspark.data.splits import read_list
+from allspark.data.entries import read_list
 from allspark.split_lists import published
 from allspark.split_lists.layouts import LAYOUTS
 from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest

@@ -10,7 +10,8 @@ import pytest
 from allspark.__main__ import main
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data.datasets import spec_for
-from allspark.data.splits import check_files, find_data, read_entries, resolve
+from allspark.data.entries import read_entries
+from allspark.data.splits import check_files, find_data, resolve
 from allspark.utils.errors import UserError, run_main
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import helpers
-from allspark.data.splits import read_list, split_columns
+from allspark.data.entries import read_list, split_columns
 from allspark.split_lists import manifest
 from allspark.split_lists.layouts import LAYOUTS, complement
 from allspark.split_lists.manifest import (

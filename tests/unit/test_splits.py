@@ -17,17 +17,9 @@ from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data.audit import preflight
 from allspark.data.datasets import DATASETS, shapes, spec_for
+from allspark.data.entries import read_entries, read_list
 from allspark.data.spec import Sample
-from allspark.data.splits import (
-    SPLITS_ROOT,
-    describe_lists,
-    find_data,
-    hash_samples,
-    list_hash,
-    read_entries,
-    read_list,
-    resolve,
-)
+from allspark.data.splits import SPLITS_ROOT, describe_lists, find_data, hash_samples, list_hash, resolve
 from allspark.split_lists.make_splits import balanced_order, list_line, make_splits, parse_sizes
 from allspark.utils.errors import UserError
 from helpers import SHARED
