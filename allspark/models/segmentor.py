@@ -182,6 +182,11 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: i
             nearest_multiple(side, multiple) if cfg.fit == "resize" else side + -side % multiple
             for side in height_width(crop_size)
         ]
+        if getattr(encoder, "pool_rounds_up", False) and any(side % stride != 1 for side in fitted):
+            raise UserError(
+                f"data.crop_size={crop_size} with model.encoder={cfg.encoder} and a bottleneck: the memory needs sides "
+                f"that are a multiple of {stride} plus 1; set data.crop_size={fitted[0] // stride * stride + 1}"
+            )
         rows, columns = (math.ceil(side / stride) for side in fitted)
         memory = SemanticMemory(num_classes, channels, (rows, columns), cfg.bottleneck.memory_policy)
         bottleneck = AllSparkBottleneck(

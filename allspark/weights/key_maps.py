@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,6 +45,22 @@ UNIMATCH_REST = {
     "fuse.4": "decoder.fuse.1.1",
     "classifier.weight": "decoder.classifier.weight",  # not all of classifier: torchvision's models have one, too
     "classifier.bias": "decoder.classifier.bias",
+}
+# github.com/ZhenZHAO/iMAS (imas/models/decoder.py); the first branch of its ASPP is the pooled one, see adapt_imas.
+# Left out: auxor, the auxiliary head, which only its training uses
+IMAS_REST = {
+    "decoder.low_conv": "decoder.low",
+    "decoder.aspp.conv1": "decoder.aspp.pool",
+    "decoder.aspp.conv2": "decoder.aspp.branches.0",
+    "decoder.aspp.conv3": "decoder.aspp.branches.1",
+    "decoder.aspp.conv4": "decoder.aspp.branches.2",
+    "decoder.aspp.conv5": "decoder.aspp.branches.3",
+    "decoder.head": "decoder.aspp.project",
+    "decoder.classifier.0": "decoder.fuse.0.0",
+    "decoder.classifier.1": "decoder.fuse.0.1",
+    "decoder.classifier.3": "decoder.fuse.1.0",
+    "decoder.classifier.4": "decoder.fuse.1.1",
+    "decoder.classifier.6": "decoder.classifier",
 }
 # github.com/NVlabs/SegFormer, xmed-lab/AllSpark, and segmentation-models-pytorch 0.6 (encoders/mix_transformer.py)
 SEGFORMER_MIT = {
@@ -184,12 +200,14 @@ class KeyMap:
         encoder: rows of the encoder, below one of the prefixes.
         rest: rows of everything else.
         prefixes: of the encoder; '' for a file that contains only the encoder.
+        adapt: changes renamed tensors where the network, not only its names, is built differently.
     """
 
     title: str
     encoder: Mapping[str, str]
     rest: Mapping[str, str]
     prefixes: tuple[str, ...]
+    adapt: Callable[[dict[str, Tensor]], None] | None = None
 
     @cached_property
     def rules(self) -> list[tuple[re.Pattern[str], str]]:
@@ -218,15 +236,28 @@ def compile_row(template: str) -> re.Pattern[str]:
     return re.compile(text + r"(?P<tail>(\..+)?)")
 
 
+def adapt_imas(tensors: dict[str, Tensor]) -> None:
+    """iMAS projects the pooled branch first, here it is last; a bias before batch norm is a shift of its mean."""
+    name = "decoder.aspp.project.0.weight"
+    if name in tensors and tensors[name].ndim == 4:
+        pooled = tensors[name].shape[1] // 5
+        tensors[name] = tensors[name].roll(-pooled, dims=1)
+    mean, bias = tensors.get("decoder.low.1.running_mean"), tensors.pop("decoder.low.0.bias", None)
+    if mean is not None and bias is not None and mean.shape == bias.shape:
+        tensors["decoder.low.1.running_mean"] = mean - bias
+
+
 OURS = KeyMap(
     "AllSpark, this code", {name: name for name in OURS_ENCODER}, {name: name for name in OURS_REST}, ("encoder.", "")
 )
 MIT = KeyMap("MiT encoder, original or segmentation-models-pytorch", SEGFORMER_MIT, {}, ("", "encoder.", "backbone."))
+IMAS = KeyMap("iMAS, DeepLabV3+", RESNET, IMAS_REST, ("encoder.",), adapt_imas)
 RELEASED = KeyMap("AllSpark, released code", SEGFORMER_MIT, RELEASED_REST, ("backbone.", ""))
 KEY_MAPS = (  # if several know equally many names of a file, the first wins
     KeyMap("ResNet encoder, timm or torchvision", RESNET, {}, ("", "encoder.", "backbone.")),
     KeyMap("UniMatch, DeepLabV3+", RESNET, UNIMATCH_REST, ("backbone.",)),
     OURS,
+    IMAS,
     MIT,
     RELEASED,
     KeyMap("SegFormer, original", SEGFORMER_MIT, SEGFORMER_HEAD, ("backbone.",)),
@@ -300,4 +331,6 @@ def rename_weights(tensors: Mapping[str, Tensor], key_map: KeyMap) -> RenamedWei
             put(key.replace(".attn.k.", f".attn.{joined}."), torch.cat(parts), result.sources[key])
             for name in names:
                 del result.tensors[name]
+    if key_map.adapt:
+        key_map.adapt(result.tensors)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.models import mit, resnet
+from allspark.models.deeplab import LOW_CHANNELS
 from allspark.models.input_channels import adapt_filters
 from allspark.models.segmentor import Segmentor, build_encoder, build_model
 from allspark.models.shapes_only import shapes_only
@@ -21,7 +22,15 @@ from allspark.models.timm_encoder import DINOV2, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.retry import retry_transient
 from allspark.utils.safe_load import has_valid_values, load_tensors, same_kind
-from allspark.weights.key_maps import KEY_MAPS, KeyMap, RenamedWeights, detect_key_map, rename_weights, strip_wrappers
+from allspark.weights.key_maps import (
+    IMAS,
+    KEY_MAPS,
+    KeyMap,
+    RenamedWeights,
+    detect_key_map,
+    rename_weights,
+    strip_wrappers,
+)
 
 ENCODER_SIZES = {**mit.SIZES, **resnet.SIZES}  # encoders that can be recognized by tensor shapes
 DINOV2_SIZES = dict(zip(DINOV2, ((384, 12), (768, 12), (1024, 24), (1536, 40)), strict=True))  # width, blocks
@@ -280,8 +289,14 @@ class RecognizedModel:
         return self.module.state_dict()
 
 
-def recognize(file: WeightFile, encoder_only: bool = False) -> RecognizedModel:
-    """Detect the format by keys and the network by shapes, and load; UserError if either is unknown."""
+def recognize(file: WeightFile, encoder_only: bool = False, stride: int | None = None) -> RecognizedModel:
+    """Detect the format by keys and the network by shapes, and load; UserError if either is unknown.
+
+    Args:
+        file: what was read.
+        encoder_only: ignore everything but the encoder.
+        stride: output stride 8 or 16 of a model of iMAS, which its file does not tell; None: 16.
+    """
     key_map, found = to_our_names(file)
     if key_map is None:
         known = "; ".join(dict.fromkeys(each.title for each in KEY_MAPS))
@@ -293,6 +308,9 @@ def recognize(file: WeightFile, encoder_only: bool = False) -> RecognizedModel:
     if not encoder_only:
         reject_published(file)
     architecture = infer_architecture(found.tensors, file.path, is_model)
+    if key_map is IMAS and is_model:
+        encoder = f"{architecture.model.encoder}_imas{'_os8' if stride == 8 else ''}"
+        architecture = replace(architecture, model=replace(architecture.model, encoder=encoder))
 
     def load() -> tuple[nn.Module, LoadResult]:
         if is_model:
@@ -316,11 +334,12 @@ def reject_published(file: WeightFile) -> None:
             f"map_out or memory), which is not documented: https://github.com/xmed-lab/AllSpark/issues/3. "
             f"Its encoder can be used: model.pretrained={file.path}"
         )
-    if any(name.startswith("decoder.low_conv.") for name in file.tensors):
+    low = file.tensors.get("decoder.low_conv.0.weight")
+    if low is not None and low.shape[:1] != (LOW_CHANNELS,):
         raise UserError(
-            f"{file.path}: is a model of iMAS or U2PL, whose ResNet has multi-grid dilations and another pooling than "
-            f"the ResNets here, so it would predict something else. Its encoder can be used as a start: "
-            f"model.encoder=resnet101s (or resnet50s) model.pretrained={file.path}"
+            f"{file.path}: is a model of U2PL, or of iMAS with low_conv_planes other than {LOW_CHANNELS}; its decoder "
+            f"is not implemented. Its encoder can be used as a start: "
+            f"model.encoder=resnet101s_imas (or resnet50s_imas) model.pretrained={file.path}"
         )
 
 
@@ -367,7 +386,7 @@ def find_encoder(tensors: Mapping[str, Tensor], path: Path) -> str:
         return find_dinov2(tensors, path)
     stem = first_dim(tensors, "encoder.bn1.weight")
     if stem:
-        kinds = {name: size for name, size in resnet.SIZES.items() if size.stem == stem}
+        kinds = {name: size for name, size in resnet.SIZES.items() if size.stem == stem and not size.multi_grid}
         widths = tuple(first_dim(tensors, f"encoder.layer{stage}.0.conv3.weight") for stage in range(1, 5))
         depths = tuple(count_blocks(tensors, f"encoder.layer{stage}.") for stage in range(1, 5))
     else:

@@ -3,9 +3,11 @@
 import torch
 
 from allspark.config import BottleneckConfig, ModelConfig
+from allspark.models.resnet import SIZES
 from allspark.models.segmentor import build_model
 
 CLASSES, CROP = 4, 64
+TIMM_NAMES = [name for name, size in SIZES.items() if not size.multi_grid]
 
 
 def make_model(encoder="resnet50", crop=CROP, bottleneck="none", **options):

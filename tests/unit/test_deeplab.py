@@ -17,14 +17,13 @@ from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
-from allspark.models import resnet
 from allspark.models.deeplab import DeepLabV3Plus
 from allspark.models.mlp_decoder import DECODERS, MLPDecoder
 from allspark.models.segmentor import ENCODERS
 from allspark.models.student import Student
 from allspark.utils.errors import UserError, run_main
 from allspark.weights.loading import find_encoder
-from helpers.deeplab import CLASSES, CROP, filled, make_model
+from helpers.deeplab import CLASSES, CROP, TIMM_NAMES, filled, make_model
 
 FIRST = Progress(step=0, epoch=0, total_steps=10)
 
@@ -48,7 +47,7 @@ def test_sizes(shared, size):
     assert shared(image).logits.shape == (2, CLASSES, *size)
 
 
-@pytest.mark.parametrize("name", resnet.SIZES)
+@pytest.mark.parametrize("name", TIMM_NAMES)
 def test_timm_has_same_settings(name):
     with torch.device("meta"):
         encoder = ENCODERS[name](0.0)
@@ -58,6 +57,17 @@ def test_timm_has_same_settings(name):
     assert find_encoder(tensors, "file.pth") == name
     dilations = [module.dilation for key, module in encoder.named_modules() if re.fullmatch(r"layer4\.\d\.conv2", key)]
     assert dilations == [(1, 1), (2, 2), (2, 2)]
+
+
+@torch.no_grad()
+def test_multi_grid_with_bottleneck():
+    """Crops whose maps are larger than side / stride are refused; others train with a memory."""
+    with pytest.raises(UserError, match="set data.crop_size=65"):
+        make_model("resnet50s_imas", crop=66, bottleneck="allspark", decoder_channels=8)
+    for name in ("resnet50s_imas", "resnet50s_imas_os8"):
+        model = make_model(name, crop=65, bottleneck="allspark", decoder_channels=8).eval()
+        deepest = model.encoder(torch.randn(1, 3, 65, 65))[-1]
+        assert tuple(deepest.shape[-2:]) == tuple(model.bottleneck.memory.size)
 
 
 def test_drop_path():
@@ -259,8 +269,8 @@ def test_published_recipe(method, dataset, depth):
     assert recipe.method.name == method and recipe.method.options.get("threshold") == threshold
     assert recipe.method.options.get("labeled_view", "weak") == "weak"
     assert recipe.epoch_of == ("labeled" if method == "supervised" else "unlabeled")
-    model = recipe.model
-    assert (model.encoder, model.decoder, model.drop_path, model.dropout) == (f"resnet{depth}s", "deeplab", 0, 0)
+    model, encoder = recipe.model, f"resnet{depth}s{'_imas' if method == 'imas' else ''}"
+    assert (model.encoder, model.decoder, model.drop_path, model.dropout) == (encoder, "deeplab", 0, 0)
     assert model.pretrained == f"pretrained_weights/resnet{depth}s.pth" and model.bottleneck.name == "none"
 
 

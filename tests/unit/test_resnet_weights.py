@@ -11,12 +11,11 @@ from safetensors.torch import save_file
 
 from allspark.__main__ import main
 from allspark.inference import load_for_inference, training_crop
-from allspark.models import resnet
 from allspark.models.segmentor import ENCODERS
 from allspark.utils.errors import UserError, run_main
 from allspark.weights.loading import WeightFile, infer_architecture, load_pretrained, recognize, to_our_names
 from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
-from helpers.deeplab import CLASSES, filled, make_model
+from helpers.deeplab import CLASSES, TIMM_NAMES, filled, make_model
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +148,81 @@ def test_unimatch_whole_model(shared):
     assert told({**other, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}).architecture.num_classes is None
 
 
+class LiteralImas(torch.nn.Module):
+    """iMAS's network (imas/models of ZhenZHAO/iMAS) under its names, its ResNet-50 made from torchvision's."""
+
+    def __init__(self, stride):
+        super().__init__()
+
+        def conv(inputs, outputs, kernel, rate=1, bias=False):
+            padding = rate * (kernel // 2)
+            layer = torch.nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=rate, bias=bias)
+            return [layer, torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
+
+        net = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, stride == 8, True])
+        first, second, (third, *_) = conv(3, 64, 3), conv(64, 64, 3), conv(64, 128, 3)
+        first[0].stride = 2
+        net.conv1, net.bn1 = torch.nn.Sequential(*first, *second, third), torch.nn.BatchNorm2d(128)
+        net.layer1[0].conv1 = torch.nn.Conv2d(128, 64, 1, bias=False)
+        net.layer1[0].downsample[0] = torch.nn.Conv2d(128, 256, 1, bias=False)
+        net.maxpool.ceil_mode = True
+        for block, rate in zip(net.layer4, (4, 8, 16) if stride == 8 else (2, 4, 8), strict=True):
+            block.conv2.dilation = block.conv2.padding = (rate, rate)
+        del net.fc
+        rates = (12, 24, 36) if stride == 8 else (6, 12, 18)
+        pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), *conv(2048, 32, 1))
+        branches = [conv(2048, 32, 1), *(conv(2048, 32, 3, rate) for rate in rates)]
+        aspp = {f"conv{index}": torch.nn.Sequential(*branch) for index, branch in enumerate(branches, 2)}
+        last = torch.nn.Conv2d(32, CLASSES, 1)
+        self.encoder, self.decoder, self.auxor = net, torch.nn.Module(), torch.nn.ModuleDict({"aux": last})
+        self.decoder.aspp = torch.nn.ModuleDict({"conv1": pooled, **aspp})
+        self.decoder.low_conv = torch.nn.Sequential(*conv(256, 48, 1, bias=True))
+        self.decoder.head = torch.nn.Sequential(*conv(5 * 32, 32, 1))
+        last = torch.nn.Conv2d(32, CLASSES, 1)
+        self.decoder.classifier = torch.nn.Sequential(*conv(48 + 32, 32, 3), *conv(32, 32, 3), last)
+
+    def forward(self, image):
+        def upsampled(x, like):
+            size = like.shape[-2:]
+            return torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=True)
+
+        net = self.encoder
+        fine = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image)))))
+        deep = net.layer4(net.layer3(net.layer2(fine)))
+        aspp = self.decoder.head(torch.cat([upsampled(branch(deep), deep) for branch in self.decoder.aspp.values()], 1))
+        low = self.decoder.low_conv(fine)
+        return upsampled(self.decoder.classifier(torch.cat((low, upsampled(aspp, low)), 1)), image)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@torch.no_grad()
+def test_imas_whole_model(stride, tmp_path, capsys):
+    """A checkpoint of its training gives the logits of its network, also at even sizes; the teacher's by default."""
+    student, teacher = filled(LiteralImas(stride)), LiteralImas(stride)
+    torch.nn.init.normal_(student.decoder.low_conv[0].bias)
+    teacher.load_state_dict({name: tensor * 1.1 for name, tensor in student.state_dict().items()})
+    states = [{f"module.{name}": tensor for name, tensor in net.state_dict().items()} for net in (student, teacher)]
+    torch.save({"epoch": 3, "model_state": states[0], "teacher_state": states[1]}, tmp_path / "imas.pth")
+    call = ["weights", "import", str(tmp_path / "imas.pth"), "--out", str(tmp_path / "ours.pth"), "--force"]
+    assert run_main(main, call) == 2 and "give --output-stride 8" in capsys.readouterr().err
+    for network, words in ((teacher.eval(), []), (student, ["--student"])):
+        assert run_main(main, [*call, "--output-stride", str(stride), *words]) == 0
+        assert "iMAS, DeepLabV3+" in capsys.readouterr().out
+        model = load_for_inference(tmp_path / "ours.pth", torch.device("cpu")).model
+        for size in ((65, 97), (70, 64)):
+            image = torch.randn(1, 3, *size)
+            torch.testing.assert_close(model(image).logits, network(image), rtol=1e-4, atol=1e-4)
+    assert run_main(main, ["weights", "inspect", str(tmp_path / "imas.pth")]) == 0
+    for file in tmp_path.glob("*.pth"):
+        file.unlink()
+
+
+def test_u2pl_is_refused():
+    state = {**filled(LiteralImas(16)).state_dict(), "decoder.low_conv.0.weight": torch.zeros(256, 256, 1, 1)}
+    with pytest.raises(UserError, match="is a model of U2PL"):
+        told(state)
+
+
 @torch.no_grad()
 def test_import_and_inference(shared, tmp_path, capsys):
     """A bare state_dict of a whole network -> a checkpoint that predicts the same."""
@@ -175,7 +249,7 @@ def test_fetch_from_disk(torchvision_net, tmp_path, capsys):
         file.unlink()
 
 
-@pytest.mark.parametrize("name", resnet.SIZES)
+@pytest.mark.parametrize("name", TIMM_NAMES)
 def test_mirrors(name):
     first, *others = mirrors(name)
     assert others and first.digest and first.digest.removeprefix("sha256:") in first.url
