@@ -24,7 +24,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 STUB = Path(os.environ.get("ALLSPARK_SHARED", REPO.parent / "shared")) / "tools/null_cuda"
-sys.path[:0] = [str(REPO), str(REPO / "scripts")]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
 LAUNCHES, WAITS = (0, 1, 2), 3  # counters of the stub: kernels of torch, cuBLAS and cuDNN; waits for the device
 LARGE = ("allspark", "allspark", {"model.encoder": "mit_b5", "crop": 513})  # the step of docs/benchmarks.md
 
@@ -85,10 +85,10 @@ def why_not(stub: Path) -> str | None:
 
 def count_all(args: argparse.Namespace) -> int:
     import torch.distributed as dist
-    from gpu_check import CASES
-    from gpu_check import WAITS as MAY_WAIT
 
     from allspark import distributed
+    from gpu_checks.common import CASES
+    from gpu_checks.common import WAITS as MAY_WAIT
 
     if args.processes > 1:
         dist.init_process_group("nccl")
@@ -110,10 +110,9 @@ def count_all(args: argparse.Namespace) -> int:
 
 def count(method: str, bottleneck: str, precision: str, **overrides: object) -> tuple[int, int, int]:
     """Launches, launches of copies and casts, and waits of one eager step, after two that created all state."""
-    from gpu_check import Trainer
-
     from allspark.engine.stepper import Stepper
     from allspark.run import wrap_ddp
+    from gpu_checks.common import Trainer
 
     library = ctypes.CDLL(os.environ["NULL_CUDA"])
     library.nc_get.restype = ctypes.c_long
