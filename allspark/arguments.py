@@ -244,7 +244,18 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "docs/runs/*/runs.jsonl.gz, the logs of recorded runs",
     )
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for table.md and the figures")
-    parser.add_argument("--paired", metavar="NAME", help="add a table of differences to this row, seed by seed")
+    parser.add_argument(
+        "--paired",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="add a table of differences to this row, run by run, with a paired t-test; may be given several times",
+    )
+    parser.add_argument(
+        "--draws",
+        action="store_true",
+        help="the runs of a row may differ in their lists: several draws of the labeled images; pairs are of one list",
+    )
     parser.add_argument(
         "--images", type=positive, default=5, metavar="N", help="validation images in the grid of predictions"
     )

@@ -47,28 +47,40 @@ labeled list: its sha256. minutes: mean training time of a run by its logged spe
 """
 
 
+PAIRED_LEGEND = """
+95 % interval and p: of the mean difference, by a paired t-test over the runs that both rows have.
+"""
+LISTS = ("data.split", "data.labeled_id_path", "data.unlabeled_id_path")  # differ between draws of the labeled images
+
+
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: runs of one recipe with different seeds."""
+    """A row of the table: runs of one recipe that differ in their seeds and, if draws is set, in their lists."""
 
     name: str
     runs: list[Run]
+    draws: bool = False
 
     @property
-    def by_seed(self) -> dict[int, Run]:
-        return {run.recipe.seed: run for run in self.runs}
+    def by_label(self) -> dict[str, Run]:
+        """'seed 0', with draws 'random_6_0 seed 0' -> run."""
+        return {self.label(run): run for run in self.runs}
+
+    def label(self, run: Run) -> str:
+        data = run.recipe.data
+        return f"{f'{data.labeled_id_path or data.split} ' if self.draws else ''}seed {run.recipe.seed}"
 
 
 Measure = Callable[[Run], float | None]  # a number of a run, None if it has none
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = read_rows(args.runs)
-    tables = [score_table(rows), "" if args.paired is None else paired_table(rows, args.paired), origin_table(rows)]
+    rows = read_rows(args.runs, args.draws)
+    tables = [score_table(rows), *(paired_table(rows, base) for base in args.paired), origin_table(rows)]
     splits = {
-        row.name if len(row.runs) == 1 else f"{row.name} seed {seed}": run.provenance.get("split", {})
+        row.name if len(row.runs) == 1 else f"{row.name} {label}": run.provenance.get("split", {})
         for row in rows
-        for seed, run in row.by_seed.items()
+        for label, run in row.by_label.items()
     }
     notes = [*unfinished(rows), *differing_lists(splits)]
     for note in notes:
@@ -91,13 +103,18 @@ def main(args: argparse.Namespace) -> None:
     print(f"pictures: {', '.join(str(args.out / name) for name in made)}")
 
 
-def read_rows(arguments: Sequence[str]) -> list[Row]:
-    """The rows of NAME=FOLDER or FOLDER arguments; UserError if they are not comparable."""
+def read_rows(arguments: Sequence[str], draws: bool = False) -> list[Row]:
+    """The rows of NAME=FOLDER or FOLDER arguments; UserError if they are not comparable.
+
+    Args:
+        arguments: as on the command line.
+        draws: the runs of a row may be trained on different lists.
+    """
     rows: dict[str, Row] = {}
     for name, run in read_runs(arguments):
-        row = rows.setdefault(name, Row(name, []))
+        row = rows.setdefault(name, Row(name, [], draws))
         for other in row.runs:
-            check_seeds(name, other, run)
+            check_same_recipe(row, other, run)
         row.runs.append(run)
     datasets = {run.recipe.data.dataset for row in rows.values() for run in row.runs}
     if len(datasets) > 1:
@@ -105,26 +122,28 @@ def read_rows(arguments: Sequence[str]) -> list[Row]:
     return list(rows.values())
 
 
-def check_seeds(name: str, one: Run, other: Run) -> None:
-    """UserError unless the two runs differ in their seeds alone."""
+def check_same_recipe(row: Row, one: Run, other: Run) -> None:
+    """UserError unless the two runs differ in their seeds and lists alone."""
+    allowed = ("seed", *(LISTS if row.draws else ()))
     changed = differences(to_plain(one.recipe), to_plain(other.recipe))
-    wrong = [f"{key}: {old} -> {new}" for key, old, new in changed if key != "seed"]
-    if one.recipe.seed == other.recipe.seed:
-        wrong.append(f"both have seed {one.recipe.seed}")
+    wrong = [f"{key}: {old} -> {new}" for key, old, new in changed if key not in allowed]
+    if row.label(one) == row.label(other):
+        wrong.append(f"both have {row.label(one)}")
     if wrong:
+        lists = "" if row.draws or "data.split: " not in wrong[0] else ", allow several lists with --draws"
         raise UserError(
-            f"{name}: {one.folder} and {other.folder} are not two seeds of one recipe ({'; '.join(wrong[:5])}); "
-            "leave one out or give it another name: name=FOLDER"
+            f"{row.name}: {one.folder} and {other.folder} are not two seeds of one recipe ({'; '.join(wrong[:5])}); "
+            f"leave one out{lists} or give it another name: name=FOLDER"
         )
 
 
 def unfinished(rows: Sequence[Row]) -> list[str]:
     """Warnings about runs that did not evaluate their last epoch."""
     return [
-        f"{row.name} seed {seed} is not finished: {run.evaluations[-1]['epoch'] + 1} of {run.recipe.epochs} epochs are "
+        f"{row.name} {label} is not finished: {run.evaluations[-1]['epoch'] + 1} of {run.recipe.epochs} epochs are "
         "evaluated"
         for row in rows
-        for seed, run in row.by_seed.items()
+        for label, run in row.by_label.items()
         if not run.is_finished
     ]
 
@@ -162,18 +181,26 @@ def pseudo_keys(rows: Sequence[Row]) -> list[str]:
 
 
 def paired_table(rows: Sequence[Row], base: str) -> str:
-    """Markdown: last mIoU of each other row minus that of the row `base`, seed by seed, and mean ± std of these."""
+    """Markdown: last mIoU of each other row minus that of the row `base`, run by run, and a paired t-test."""
+    from scipy import stats  # takes a second to import
+
     by_name = {row.name: row for row in rows}
     if base not in by_name:
         raise UserError(f"--paired {base}: there is no such row; there are {', '.join(by_name)}")
-    base_runs = by_name[base].by_seed
-    seeds = sorted(base_runs)
-    table = [[f"mIoU last, minus {base}", *(f"seed {seed}" for seed in seeds), "mean ± std"]]
+    base_runs = by_name[base].by_label
+    table = [[f"mIoU last, minus {base}", *base_runs, "mean ± std", "95 % interval", "p"]]
     for row in (row for row in rows if row.name != base):
-        runs = row.by_seed
-        gains = [runs[seed].last_miou - base_runs[seed].last_miou if seed in runs else None for seed in seeds]
-        table.append([row.name, *(mean_std([gain], 2, "+") for gain in gains), mean_std(gains, 2, "+")])
-    return markdown_table(table) if len(table) > 1 else ""
+        runs = row.by_label
+        gains = [runs[label].last_miou - run.last_miou if label in runs else None for label, run in base_runs.items()]
+        cells = [*(mean_std([gain], 2, "+") for gain in gains), mean_std(gains, 2, "+")]
+        paired = [gain for gain in gains if gain is not None]
+        if len(set(paired)) < 2:  # one pair, or no spread
+            table.append([row.name, *cells, "-", "-"])
+            continue
+        test = stats.ttest_1samp(paired, 0)
+        low, high = test.confidence_interval(0.95)
+        table.append([row.name, *cells, f"{low:+.2f} to {high:+.2f}", f"{test.pvalue:.2g}"])
+    return markdown_table(table) + PAIRED_LEGEND if len(table) > 1 else ""
 
 
 def origin_table(rows: Sequence[Row]) -> str:
@@ -187,7 +214,7 @@ def origin_table(rows: Sequence[Row]) -> str:
             labeled, processor = facts["split"].get("labeled", "")[:12], facts.get("processor", "")
             origins[f"`{command}`", str(facts.get("revision")), labeled, processor].append(run)
         for origin, runs in origins.items():
-            seeds = ", ".join(str(run.recipe.seed) for run in runs)
+            seeds = ", ".join(dict.fromkeys(str(run.recipe.seed) for run in runs))
             minutes = f"{statistics.fmean(run.training_minutes() for run in runs):.0f}"
             table.append([row.name, *origin, seeds, minutes])
     return markdown_table(table) + ORIGIN_LEGEND if len(table) > 1 else ""

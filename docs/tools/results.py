@@ -1,7 +1,8 @@
 """Rebuild the tables and pictures of docs/runs from the archives of the recorded runs.
 
     python docs/tools/results.py                        # all of docs/runs, about a minute
-    python docs/tools/results.py --pack FOLDER NAME     # first record the runs FOLDER/<row>/seed_<n> as docs/runs/NAME
+    python docs/tools/results.py --pack FOLDER NAME     # first record the runs FOLDER/<row>/seed_<n> as docs/runs/NAME,
+                                                        # or FOLDER/<list>/<row>/seed_<n>: several draws of the labels
 
 docs/runs/NAME/runs.jsonl.gz has the config, provenance and metrics of each run. `allspark compare` reads it and writes
 its table and all pictures to exp/results/NAME. The table and the pictures that a page of docs refers to are then copied
@@ -42,6 +43,7 @@ RUNS = ROOT / "docs" / "runs"
 OUT = ROOT / "exp" / "results"
 ARCHIVE = "runs.jsonl.gz"
 BASE = "supervised"  # the first row of a table
+PAIRED = (BASE, "allspark_revised_no_attention")  # rows that the others are compared with, where they are
 DIGITS = 4  # significant digits of a loss; losses are drawn, not tabulated
 
 
@@ -61,8 +63,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def pack(folder: Path) -> bytes:
-    """The archive of the runs <row>/seed_<n> in a folder. The same runs give the same bytes."""
-    runs = sorted(path.parent for path in folder.glob(f"*/seed_*/{METRICS}"))
+    """The archive of the runs in a folder. The same runs give the same bytes."""
+    found = (*folder.glob(f"*/seed_*/{METRICS}"), *folder.glob(f"*/*/seed_*/{METRICS}"))
+    runs = sorted(path.parent for path in found)
     if not runs:
         raise UserError(f"{folder}: has no runs <row>/seed_<n>/{METRICS}; name a folder of scripts/compare.sh")
     runs.sort(key=lambda run: run.parent.name != BASE)  # a stable sort
@@ -91,8 +94,14 @@ def recorded(line: Mapping[str, Any]) -> dict[str, Any]:
 def rebuild(archive: Path, out: Path, pages: str) -> None:
     """Write table.md and the pictures that the text `pages` refers to."""
     folder = archive.parent
+    entries = [json.loads(line) for line in gzip.decompress(archive.read_bytes()).splitlines()]
+    lists: dict[str, set[str]] = {}
+    for entry in entries:
+        lists.setdefault(entry["name"], set()).add(entry["config"]["data"]["split"])
+    words = [f"--paired={base}" for base in PAIRED if base in lists]
+    words += ["--draws"] * any(len(splits) > 1 for splits in lists.values())
     with contextlib.redirect_stdout(io.StringIO()):
-        allspark(["compare", str(archive), "--out", str(out)])
+        allspark(["compare", str(archive), "--out", str(out), *words])
     if (folder / "parts.json").is_file():
         shutil.copy(folder / "parts.json", out)
         parts.draw(out / "parts.json")

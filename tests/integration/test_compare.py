@@ -203,13 +203,37 @@ def test_difference_per_seed(write_run):
     words += [f"mine={write_run(f'b{seed}', seed, score)}" for seed, score in mine.items()]
     rows = read_rows([*words, f"one={write_run('c', 2, 27.0)}"])
     lines = paired_table(rows, "base").splitlines()
-    assert cells(lines[0]) == ["mIoU last, minus base", "seed 0", "seed 1", "seed 2", "mean ± std"]
+    seeds = ["seed 0", "seed 1", "seed 2"]
+    assert cells(lines[0]) == ["mIoU last, minus base", *seeds, "mean ± std", "95 % interval", "p"]
     mean, std = (0.5 - 1.0) / 2, math.sqrt(((0.5 + 0.25) ** 2 + (-1.0 + 0.25) ** 2) / 1)
-    assert cells(lines[2]) == ["mine", "-", "+0.50", "-1.00", f"{mean:+.2f} ± {std:.2f}"]
-    assert cells(lines[3]) == ["one", "-", "-", "+2.00", "+2.00"] and len(lines) == 4
+    half = math.tan(0.475 * math.pi) * std / math.sqrt(2)  # Student's t with one degree of freedom is Cauchy's
+    p = 1 - 2 / math.pi * math.atan(abs(mean) / std * math.sqrt(2))
+    test = [f"{mean - half:+.2f} to {mean + half:+.2f}", f"{p:.2g}"]
+    assert cells(lines[2]) == ["mine", "-", "+0.50", "-1.00", f"{mean:+.2f} ± {std:.2f}", *test]
+    assert cells(lines[3]) == ["one", "-", "-", "+2.00", "+2.00", "-", "-"] and lines[5].startswith("95 % interval")
     assert paired_table(rows[:1], "base") == ""
     with pytest.raises(UserError, match=r"--paired fixmatch: .* there are base, mine, one"):
         paired_table(rows, "fixmatch")
+
+
+def test_draws_of_the_labeled_images(write_run, tmp_path):
+    """With --draws a row has runs on several lists; pairs are of one list and one seed."""
+    base = {("a", 0): 20.0, ("b", 0): 30.0, ("b", 1): 31.0}
+    mine = {("b", 1): 33.0, ("a", 0): 21.0, ("c", 0): 50.0}
+    words = []
+    for name, scores in (("base", base), ("mine", mine)):
+        for (draw, seed), score in scores.items():
+            words.append(f"{name}={write_run(f'{name}{draw}{seed}', seed, score, data={'split': draw})}")
+    with pytest.raises(UserError, match=r"data.split: a -> b.*allow several lists with --draws"):
+        read_rows(words)
+    with pytest.raises(UserError, match="both have a seed 0"):
+        read_rows([*words, words[0].replace("base=", "mine=")], draws=True)
+    lines = paired_table(read_rows(words, draws=True), "base").splitlines()
+    assert cells(lines[0])[1:4] == ["a seed 0", "b seed 0", "b seed 1"]
+    assert cells(lines[2])[1:5] == ["+1.00", "-", "+2.00", "+1.50 ± 0.71"]
+    main(["compare", *words, "--out", str(tmp_path / "out"), "--draws", "--paired", "base", "--paired", "mine"])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "minus base" in table and "minus mine" in table
 
 
 def test_one_name_needs_one_recipe(write_run, tmp_path):
