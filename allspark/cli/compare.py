@@ -76,7 +76,6 @@ Measure = Callable[[Run], float | None]  # a number of a run, None if it has non
 
 def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.runs, args.draws)
-    tables = [score_table(rows), *(paired_table(rows, base) for base in args.paired), origin_table(rows)]
     splits = {
         row.name if len(row.runs) == 1 else f"{row.name} {label}": run.provenance.get("split", {})
         for row in rows
@@ -85,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     notes = [*unfinished(rows), *differing_lists(splits)]
     for note in notes:
         print(f"WARNING: {note}", file=sys.stderr)
-    text = "\n".join(filter(None, tables)) + "".join(f"\n{note}\n" for note in notes)
+    text = tables(rows, args.paired) + "".join(f"\n{note}\n" for note in notes)
     write_text(args.out / "table.md", text, "make room or choose another --out")
     print(text, end="", flush=True)  # before the figures, which may fail for other reasons
     scores = {row.name: [run.points("miou") for run in row.runs] for row in rows}
@@ -146,6 +145,12 @@ def unfinished(rows: Sequence[Row]) -> list[str]:
         for label, run in row.by_label.items()
         if not run.is_finished
     ]
+
+
+def tables(rows: Sequence[Row], bases: Sequence[str] = ()) -> str:
+    """Scores, differences to each of the rows `bases`, and where the runs are from."""
+    parts = [score_table(rows), *(paired_table(rows, base) for base in bases), origin_table(rows)]
+    return "\n".join(filter(None, parts))
 
 
 def score_table(rows: Sequence[Row]) -> str:

@@ -94,14 +94,8 @@ def recorded(line: Mapping[str, Any]) -> dict[str, Any]:
 def rebuild(archive: Path, out: Path, pages: str) -> None:
     """Write table.md and the pictures that the text `pages` refers to."""
     folder = archive.parent
-    entries = [json.loads(line) for line in gzip.decompress(archive.read_bytes()).splitlines()]
-    lists: dict[str, set[str]] = {}
-    for entry in entries:
-        lists.setdefault(entry["name"], set()).add(entry["config"]["data"]["split"])
-    words = [f"--paired={base}" for base in PAIRED if base in lists]
-    words += ["--draws"] * any(len(splits) > 1 for splits in lists.values())
     with contextlib.redirect_stdout(io.StringIO()):
-        allspark(["compare", str(archive), "--out", str(out), *words])
+        allspark(["compare", str(archive), "--out", str(out), *options(archive)])
     if (folder / "parts.json").is_file():
         shutil.copy(folder / "parts.json", out)
         parts.draw(out / "parts.json")
@@ -109,6 +103,16 @@ def rebuild(archive: Path, out: Path, pages: str) -> None:
     for name in sorted(set(re.findall(rf"\(runs/{re.escape(folder.name)}/(\w+\.png)\)", pages))):
         with Image.open(out / name) as picture:
             save_image(reduce_colors(picture), folder / name)
+
+
+def options(archive: Path) -> list[str]:
+    """Options of compare for the rows of an archive."""
+    lists: dict[str, set[str]] = {}
+    for line in gzip.decompress(archive.read_bytes()).splitlines():
+        entry = json.loads(line)
+        lists.setdefault(entry["name"], set()).add(entry["config"]["data"]["split"])
+    paired = [f"--paired={base}" for base in PAIRED if base in lists]
+    return paired + ["--draws"] * any(len(splits) > 1 for splits in lists.values())
 
 
 def reduce_colors(picture: Image.Image, exact: int = 128) -> Image.Image:

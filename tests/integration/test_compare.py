@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from allspark.__main__ import main
-from allspark.cli.compare import origin_table, paired_table, read_rows, score_table, unfinished
+from allspark.cli.compare import origin_table, paired_table, read_rows, score_table, tables, unfinished
 from allspark.config_io import merge
 from allspark.runs import differing_lists, read_archive
 from allspark.split_lists.manifest import load_manifest
@@ -92,8 +92,9 @@ def test_three_small_files_suffice(finished, tmp_path):
 @pytest.mark.parametrize("experiment", sorted((REPO / "docs/runs").iterdir()), ids=lambda path: path.name)
 def test_recorded_table_is_rebuilt(experiment):
     """As docs/tools/results.py does, byte by byte; and the folder has nothing that it does not make."""
-    rows = read_rows([str(experiment / "runs.jsonl.gz")])
-    table = "\n".join(filter(None, (score_table(rows), origin_table(rows))))
+    options = results.options(experiment / "runs.jsonl.gz")
+    rows = read_rows([str(experiment / "runs.jsonl.gz")], draws="--draws" in options)
+    table = tables(rows, [option.removeprefix("--paired=") for option in options if option != "--draws"])
     assert (experiment / "table.md").read_bytes() == table.encode("utf-8")
     pages = "".join(page.read_text(encoding="utf-8") for page in (REPO / "docs").glob("*.md"))
     pictures = {f"{name}.png" for name in re.findall(rf"\(runs/{experiment.name}/(\w+)\.png\)", pages)}

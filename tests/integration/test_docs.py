@@ -81,7 +81,9 @@ def test_published_results(capsys):
             options = ["--dataset", choice["dataset"], "--method", choice["method"], "--split", split]
             assert run_main(train.main, [*options, "--print-config", *overrides]) == 0
             recipe = yaml.safe_load(capsys.readouterr().out)
-            found = recipe["model"]["encoder"].removesuffix("s")  # s: a ResNet with a stem of three layers
+            name = recipe["model"]["encoder"]
+            assert ("output stride 8" in network) == name.endswith("_os8"), words
+            found = name.partition("s_imas")[0].removesuffix("s")  # s: a ResNet with a stem of three layers
             found = re.sub(r"(dinov2)_(\w).*", r"\1\2", found).replace("_", "")
             assert found == encoder.lower().replace("-", ""), words
             assert recipe["data"]["crop_size"] == int(crop), words
