@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,22 @@ from allspark.models.deeplab import DeepLabV3Plus
 from allspark.models.dpt import DPT
 from allspark.models.resize import resize
 from allspark.utils.errors import UserError
+
+
+def conv_bn_relu(in_channels: int, channels: int) -> nn.Module:
+    """mmcv's ConvModule with a 1x1 convolution.
+
+    The logger that mmengine makes for it looks up visible GPU number LOCAL_RANK, and fails where each process sees only
+    one GPU.
+    """
+    from mmcv.cnn import ConvModule  # takes as long to import as torch
+
+    local_rank = os.environ.pop("LOCAL_RANK", None)
+    try:
+        return ConvModule(in_channels, channels, 1, norm_cfg={"type": "BN"})
+    finally:
+        if local_rank is not None:
+            os.environ["LOCAL_RANK"] = local_rank
 
 
 class MLPDecoder(nn.Module):
@@ -43,9 +60,7 @@ class MLPDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.add_levels(in_channels, channels)
-        from mmcv.cnn import ConvModule  # takes as long to import as torch
-
-        self.fuse = ConvModule(len(in_channels) * channels, channels, 1, norm_cfg={"type": "BN"})
+        self.fuse = conv_bn_relu(len(in_channels) * channels, channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
@@ -86,9 +101,7 @@ class MLPBNDecoder(MLPDecoder):
     """mmsegmentation's SegformerHead: batch norm and ReLU in each level, and the finest level is concatenated first."""
 
     def add_levels(self, in_channels: Sequence[int], channels: int) -> None:
-        from mmcv.cnn import ConvModule
-
-        self.convs = nn.ModuleList(ConvModule(size, channels, 1, norm_cfg={"type": "BN"}) for size in in_channels)
+        self.convs = nn.ModuleList(conv_bn_relu(size, channels) for size in in_channels)
 
     def fused_sum(self, features: Sequence[Tensor]) -> Tensor:
         """fuse.conv(concat_i(up(level_i))), computed as sum_i up(F_i level_i)."""

@@ -5,9 +5,10 @@
 DIR has the sources of a library that stands for NVIDIA's: kernels are counted and do nothing, everything on the host is
 torch's own, so the counts are those of a GPU, and values mean nothing. In bf16 the stub lacks cuDNN's convolutions:
 fp16 has a GPU's count. With several processes: DistributedDataParallel, SyncBatchNorm and two micro-batches per step.
-Prints a table in Markdown; then runs that must end with exit code 2 and one message: out of memory, and two processes
-on one GPU. The exit code is 1 if a step fails or waits for the device, or a run ends otherwise. Skipped, with exit code
-0, without gcc, the stub, or a torch with CUDA.
+Prints a table in Markdown; then builds a model as the second process of a node on which each process sees one GPU; then
+runs that must end with exit code 2 and one message: out of memory, and two processes on one GPU. The exit code is 1 if
+a step fails or waits for the device, or a run ends otherwise. Skipped, with exit code 0, without gcc, the stub, or a
+torch with CUDA.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def main() -> int:
         env = {**os.environ, **stubbed}
         gpus = {"NULLCUDA_DEVICES": str(args.processes)}
         failed = subprocess.run([*python(args.processes), *sys.argv], env={**env, **gpus}, check=False).returncode
+        build = "from allspark.config import ModelConfig; from allspark.models.segmentor import build_model; "
+        build += "build_model(ModelConfig(encoder='mit_b0'), 3, 65)"
+        second = {"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "0"}
+        built = subprocess.run([*python(), "-c", build], cwd=REPO, env={**env, **second}, check=False).returncode == 0
+        print(f"one visible GPU per process: {'a model is built' if built else 'no model is built'}")
+        failed += not built
         train = ["train.py", "--dataset", "shapes", "--method", "fixmatch", "--split", "1_30", "device=cuda"]
         train += [f"data_root={folder}/shapes", "num_workers=0", "--save-path", f"{folder}/run"]
         little = {"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.0004"}
