@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, me
     Args:
         path: the YAML file.
         overrides: key path -> value, as parse_overrides returns them.
-        method: replaces the file's method and bottleneck by everything that configs/methods/<method>.yaml sets.
+        method: replaces the file's method and bottleneck by everything that `configs/methods/<method>.yaml` sets.
 
     Raises:
         UserError: the file cannot be read, or a key or value is invalid.

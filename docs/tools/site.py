@@ -54,6 +54,7 @@ REFERENCE = {  # heading -> objects
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not in docs/."""
     made = {page: (ROOT / source).read_text(encoding="utf-8") for source, page in PAGES.items()}
+    made["index.md"] = re.sub(r"^\[!\[.*\n", "", made["index.md"], flags=re.MULTILINE)  # badges are on another server
     for page, text in {**made, "commands.md": commands(), "reference.md": reference()}.items():
         files.append(File.generated(config, page, content=text))
     return files
