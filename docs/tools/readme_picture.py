@@ -1,7 +1,7 @@
 """Make docs/camvid_lite0_predictions.png, in fewer colors, and from it docs/readme.png, the picture of the README.
 
 python -m allspark compare --overlay --images 4 --out exp/grid supervised=exp/random_6_0/supervised/seed_0 \
-    fixmatch=... allspark_revised_without=... allspark_revised=...    # of docs/tools/camvid_lite0.sh
+    fixmatch=... allspark_revised_without=... allspark_revised=...    # of docs/tools/camvid_pretrained.sh
 python docs/tools/readme_picture.py exp/grid/predictions.png          # without an argument: readme.png alone
 """
 

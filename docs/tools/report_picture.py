@@ -1,7 +1,7 @@
 """Make docs/report.png and docs/report_images.png: parts of a page of `allspark report`, in a browser of 1000 pixels.
 
 for row in supervised allspark_revised; do
-    LIST=random_6_0 SEEDS=1 docs/tools/camvid_lite0.sh data/camvid exp $row
+    LIST=random_6_0 SEEDS=1 docs/tools/camvid_pretrained.sh data/camvid exp $row
 done
 python -m allspark report exp/random_6_0/supervised/seed_1 exp/random_6_0/allspark_revised/seed_1 --out report.html
 python docs/tools/report_picture.py report.html     # needs chromium and chromedriver

@@ -1,19 +1,36 @@
 #!/usr/bin/env bash
-# The comparison from ImageNet weights (docs/results.md): CamVid, EfficientNet-Lite0, one footing for all rows.
+# The comparison from pretrained weights (docs/results.md): CamVid, one footing of an encoder for all rows.
 #
-#     docs/tools/camvid_lite0.sh DATA_ROOT OUT ROW...    # "" for all rows; default: SEEDS="0 1 2" LIST=random_6_0
+#     docs/tools/camvid_pretrained.sh DATA_ROOT OUT ROW...    # "" for all rows; default: SEEDS="0 1 2" LIST=random_6_0
+#     ENCODER=vit_s WEIGHTS=FILE docs/tools/camvid_pretrained.sh ...
 #
 # Runs are in OUT/LIST/ROW/seed_N; finished ones are skipped, interrupted ones resumed. On one core, supervised rows take
-# 4 minutes, others 7 to 15. Weights: python -m allspark weights fetch efficientnet_lite0 (Apache 2.0).
+# 4 minutes, others 7 to 15. ENCODER=lite0, the default, is EfficientNet-Lite0 from the ImageNet weights of
+# `python -m allspark weights fetch efficientnet_lite0` (Apache 2.0). vit_s is dinov2_small with the DPT decoder, from
+# weights in timm's or DINOv2's format (WEIGHTS=none: random ones).
 set -euo pipefail
 seeds=${SEEDS:-0 1 2} list=${LIST:-random_6_0}
 data=$1 out=$2/$list
 shift 2
-weights=${weights:-pretrained_weights/tf_efficientnet_lite0.pth}
-[ -e "$weights" ] || python -m allspark weights fetch efficientnet_lite0
 # The footing: learning rate and length were chosen on supervised training alone (the rows supervised_lr* and
 # supervised_12_epochs, seed 0), before any other row was run
-footing=(optim.lr=8e-4 optim.lr_multi=5 epochs=6 burn_in_epochs=2 model.bottleneck.warmup_epochs=3)
+footing=(epochs=6 burn_in_epochs=2 model.bottleneck.warmup_epochs=3)
+case ${ENCODER:-lite0} in
+    lite0)
+        weights=${WEIGHTS:-pretrained_weights/tf_efficientnet_lite0.pth}
+        [ -e "$weights" ] || python -m allspark weights fetch efficientnet_lite0
+        footing+=(model.encoder=timm:tf_efficientnet_lite0 optim.lr=8e-4 optim.lr_multi=5)
+        ;;
+    vit_s)
+        weights=${WEIGHTS:?give the file of the weights}
+        footing+=(model.encoder=dinov2_small model.decoder=dpt crop_size=252 optim.lr=2e-5 optim.lr_multi=40)
+        footing+=(model.bottleneck.place=tokens precision=bf16)
+        ;;
+    *)
+        echo "ENCODER=$ENCODER: must be lite0 or vit_s" >&2
+        exit 2
+        ;;
+esac
 own=model.bottleneck
 declare -A rows=(
     [supervised]="supervised burn_in_epochs=0"
@@ -56,7 +73,7 @@ for row in "$@"; do
         # shellcheck disable=SC2086 # the words of a row are arguments
         PYTHONPATH=docs/tools python train.py --dataset camvid --split "$list" --save-path "$out/$row/seed_$seed" \
             --method ${rows[$row]%% *} data_root="$data" num_workers=0 device=cpu 'log.writers=[]' \
-            evaluation.pictures=0 model.encoder=timm:tf_efficientnet_lite0 model.pretrained="$weights" seed="$seed" \
+            evaluation.pictures=0 model.pretrained="$weights" seed="$seed" \
             "${footing[@]}" $(printf '%s' "${rows[$row]#"${rows[$row]%% *}"}")
     done
 done
