@@ -115,14 +115,14 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
 
 def describe_overlap(labeled: Sequence[Entry], val: Sequence[Entry]) -> str | None:
     """What is wrong if images are both labeled and val; None if no image is."""
-    train = {entry.sample.image: entry.source for entry in labeled}
-    both = [entry for entry in val if entry.sample.image in train]
+    train = {os.path.abspath(entry.sample.image): entry.source for entry in labeled}  # ../data/a.png is data/a.png
+    both = [entry for entry in val if os.path.abspath(entry.sample.image) in train]
     if not both:
         return None
-    image = both[0].sample.image
+    image, source = both[0].sample.image, train[os.path.abspath(both[0].sample.image)]
     return (
         f"{len(both)} of {len(val)} val images are also labeled images, such as {image} ({both[0].source} and "
-        f"{train[image]}): the score would be that of training images. Use lists that belong together (was --split "
+        f"{source}): the score would be that of training images. Use lists that belong together (was --split "
         "NAME or data.split forgotten?), or set data.allow_overlap=true"
     )
 
@@ -186,7 +186,7 @@ def build_lists(
 def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterator[str]:
     """What the folders of data.custom hold that is no sample: other suffixes, images of no list, masks of no image."""
     samples = (*lists.labeled, *lists.unlabeled, *lists.val, *lists.hidden)
-    used = {path for sample in samples for path in (sample.image, sample.mask)}
+    used = {os.path.abspath(path) for sample in samples for path in (sample.image, sample.mask) if path is not None}
     unlabeled = custom.unlabeled_images
     folders = (
         custom.labeled_images,
@@ -201,7 +201,7 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
     for name, (images, others) in found.items():
         if others:
             yield describe_others(root / name, others)
-        if unused := [path for path in images if path not in used]:
+        if unused := [path for path in images if os.path.abspath(path) not in used]:
             yield f"{root / name}: {len(unused)} of {len(images)} images are in no list, such as {unused[0]}"
     for masks in dict.fromkeys((custom.labeled_masks, custom.val_masks)):
         pairs = ((custom.labeled_images, custom.labeled_masks), (custom.val_images, custom.val_masks))

@@ -94,6 +94,8 @@ def test_left_out_files_are_named(make, tmp_path):
     by_list = {f"{kind}_id_path": str(tmp_path / "list.txt") for kind in ("labeled", "unlabeled")}
     unused = [line for line in found(tmp_path, unlabeled="more", **by_list).left_out if "in no list" in line]
     assert unused == [f"{tmp_path}/more: 1 of 1 images are in no list, such as {tmp_path}/more/h.jpg"]
+    (tmp_path / "list.txt").write_text(f"images/a.jpg masks/a.png\n../{tmp_path.name}/more/h.jpg masks/b.png\n")
+    assert not [line for line in found(tmp_path, unlabeled="more", **by_list).left_out if "/h.jpg" in line]
     assert f"{tmp_path}/moer: no such folder" in found(tmp_path, unlabeled="moer", **by_list).left_out[0]
 
 

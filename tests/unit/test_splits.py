@@ -127,6 +127,9 @@ def test_lists_by_path_override_split(data, tmp_path):
     twice = replace(data, labeled_id_path=own, val_id_path=own)
     with pytest.raises(UserError, match="1 of 1 val images are also labeled images, such as .*allow_overlap"):
         resolve(twice, tmp_path / "splits")
+    (tmp_path / "val.txt").write_text("../data/train/001.jpg ../data/train_masks/001.png\n")
+    with pytest.raises(UserError, match="1 of 1 val images are also labeled images"):  # however a path is written
+        resolve(replace(twice, val_id_path=str(tmp_path / "val.txt")), tmp_path / "splits")
     problems = []
     resolve(twice, tmp_path / "splits", problems)
     assert len(problems) == 1 and "also labeled images" in problems[0]
