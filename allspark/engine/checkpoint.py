@@ -178,11 +178,12 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | No
         except UserError as error:
             if (folder / name).exists() or name == LATEST:
                 errors[name] = error
-    if len(errors) == 1:
-        raise UserError(f"{errors[LATEST]} (--fresh starts over)")
+    found = {name: error for name, error in errors.items() if (folder / name).exists()}
+    first = next(iter(found.values()))
+    if len(found) == 1:
+        raise UserError(f"{first} (--fresh starts over)")
     raise UserError(
-        f"{folder}: none of {', '.join(errors)} can be read; restore one of them, or use --fresh to start over. "
-        f"{errors[LATEST]}"
+        f"{folder}: none of {', '.join(found)} can be read; restore one of them, or use --fresh to start over. {first}"
     )
 
 

@@ -107,6 +107,14 @@ def test_checkpoint_of_a_run(finished, tmp_path):
         load_for_inference(tmp_path, torch.device("cpu"))
 
 
+def test_the_checkpoint_that_is_there_is_named(copy, capsys):
+    words, run = copy
+    for name in ("latest.pth", "previous.pth"):
+        (run / name).unlink()
+    (run / "best.pth").write_text("mine", encoding="utf-8")
+    assert_refused(words, run, f"error: {run / 'best.pth'}: ", capsys)
+
+
 def test_results_without_checkpoints_stay(copy, capsys):
     words, run = copy
     for path in run.glob("*.pth"):
