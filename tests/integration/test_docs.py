@@ -191,6 +191,12 @@ def test_commands_parse():
     assert count > 60
 
 
+def test_several_processes_end_with_one_message():
+    """Plain torchrun ends with 40 lines and exit code 1."""
+    launched = [words for _, words in COMMANDS if "allspark.torchrun" in words]
+    assert len(launched) > 1 and not [place for place, words in COMMANDS if "torchrun" in words]
+
+
 def test_named_scripts_exist():
     """And the variables that are set in front of them are theirs."""
     count = 0
