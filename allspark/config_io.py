@@ -39,7 +39,10 @@ SYNONYMS = {  # what other programs call a key -> its path, for messages
     "backbone": "model.encoder",
     "batch": "batch_size",
     "bs": "batch_size",
+    "early_stopping": "evaluation.patience",
+    "imgsz": "data.crop_size",
     "learning_rate": "optim.lr",
+    "num_classes": "data.custom.classes",
     "wd": "optim.weight_decay",
     "workers": "data.num_workers",
 }
