@@ -23,6 +23,14 @@ with contextlib.suppress(ValueError):  # ignored in background jobs of a script,
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = ("test_notebook_runs", "test_disturbed_run_equals_undisturbed", "test_type_hints")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first; at the end of a session, one process would wait for the other's."""
+    items.sort(key=lambda item: item.name not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_data_roots_from_outside():
     """Unset ALLSPARK_DATA_*, so that no test finds other data."""
