@@ -18,7 +18,7 @@ footing=(epochs=6 burn_in_epochs=2 model.bottleneck.warmup_epochs=3)
 case ${ENCODER:-lite0} in
     lite0)
         weights=${WEIGHTS:-pretrained_weights/tf_efficientnet_lite0.pth}
-        [ -e "$weights" ] || python -m allspark weights fetch efficientnet_lite0
+        [ "$weights" = none ] || [ -e "$weights" ] || python -m allspark weights fetch efficientnet_lite0
         footing+=(model.encoder=timm:tf_efficientnet_lite0 optim.lr=8e-4 optim.lr_multi=5)
         ;;
     vit_s)

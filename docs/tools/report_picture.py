@@ -3,9 +3,9 @@
 for row in supervised allspark_revised; do
     LIST=random_6_0 SEEDS=1 docs/tools/camvid_pretrained.sh data/camvid exp $row
 done
-cd exp/random_6_0 && python -m allspark report --out report.html \\
-    supervised=supervised/seed_1 allspark_revised=allspark_revised/seed_1
-python docs/tools/report_picture.py exp/random_6_0/report.html    # needs chromium and chromedriver
+python -m allspark report --out report.html supervised=exp/random_6_0/supervised/seed_1 \\
+    allspark_revised=exp/random_6_0/allspark_revised/seed_1
+python docs/tools/report_picture.py report.html    # needs chromium and chromedriver
 """
 
 from __future__ import annotations

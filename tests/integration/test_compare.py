@@ -3,10 +3,8 @@
 import gzip
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from allspark.config_io import merge
 from allspark.runs import differing_lists, read_archive
 from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import UserError
-from allspark.visualization import pictures
 from helpers import REPO
 
 sys.path.insert(0, "docs/tools")
@@ -275,147 +272,6 @@ def test_unfinished_run_is_marked(write_run):
     done, half = write_run("a", 0, 20.0, 21.0), write_run("b", 1, 20.0)
     (note,) = unfinished(read_rows([f"x={done}", f"x={half}"]))
     assert note == "x seed 1 is not finished: 1 of 2 epochs are evaluated"
-
-
-def test_curve_band_is_min_to_max():
-    axes = pictures.new_figure(4, 3).subplots()
-    seeds = [[(1, 10.0), (2, 20.0), (3, 99.0)], [(1, 13.0), (2, 26.0)], []]  # one stopped early, one has nothing
-    pictures.draw_rows(axes, {"mine": seeds, "one": [[(1, 5.0), (2, 6.0)]], "none": [[]]}, "title")
-    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 11.5], [2, 23]], [[1, 5], [2, 6]]]
-    (band,) = axes.collections
-    corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
-    assert corners == {(1, 10), (1, 13), (2, 20), (2, 26)}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine  23.0", "one  6.0"]
-
-
-def test_every_seed_is_a_dot(tmp_path):
-    axes = pictures.new_figure(4, 3).subplots()
-    pictures.draw_seeds(axes, {"base": [40.0, 43.0], "mine": [50.0]}, "title")
-    dots, bars = axes.lines[::2], axes.lines[1::2]
-    assert [line.get_xydata().tolist() for line in dots] == [[[40, 0], [43, 0]], [[50, 1]]]
-    assert [line.get_xydata().tolist() for line in bars] == [[[41.5, 0]], [[50, 1]]]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["base  41.5", "mine  50.0"]
-    (band,) = axes.patches
-    assert (band.get_x(), band.get_x() + band.get_width()) == (40, 43) and axes.yaxis_inverted()
-    for count in (1, 20):
-        pictures.plot_seeds({f"row {i}": [20.0 + i] for i in range(count)}, "title", tmp_path / f"{count}.png")
-    assert Image.open(tmp_path / "20.png").height > 3 * Image.open(tmp_path / "1.png").height
-
-
-def test_twenty_rows_are_distinguishable(tmp_path):
-    points = {f"row {index}": [[(1, 20.0 + index), (2, 25.0 + index)]] for index in range(20)}
-    axes = pictures.new_figure(8, 5).subplots()
-    pictures.draw_rows(axes, points, "title")
-    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 20
-    assert len(axes.get_legend().get_texts()) == 20
-    axes.figure.draw_without_rendering()
-    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1  # beside it
-    pictures.plot_curves(points, "title", tmp_path / "curves.png")
-    pictures.plot_curves(
-        points | {f"more {name}": seeds for name, seeds in points.items()}, "title", tmp_path / "40.png"
-    )
-    assert Image.open(tmp_path / "40.png").height > 1.3 * Image.open(tmp_path / "curves.png").height
-    pictures.plot_losses({name: [{"loss_x": [(1, 2.0), (2, 1.0)]}] for name in points}, tmp_path / "losses.png")
-    for name in ("curves", "losses"):
-        drawn = Image.open(tmp_path / f"{name}.png")
-        assert drawn.width < 2.5 * drawn.height and drawn.width < 3000
-
-
-def test_method_variants_share_a_color():
-    names = ["a", "a+allspark", "b", "b+none", "a+more", *(f"row {index}" for index in range(10)), "row 1+allspark"]
-    found = pictures.line_styles(names)
-    kinds = {(look["color"], look["linestyle"]) for look in found.values()}
-    assert len(kinds) == len(names)
-    assert len({found[name]["color"] for name in ("a", "a+allspark", "a+more")}) == 1
-    assert found["b+none"]["color"] == found["b"]["color"] != found["a"]["color"]
-
-
-def test_large_panels_share_a_legend(tmp_path):
-    """As wide as with few rows, and with room below the panels for every name."""
-    few, many = ({f"row {i}": [[(1, 20.0 + i), (2, 25.0)]] for i in range(count)} for count in (3, 20))
-    sizes = []
-    for name, rows in {"few": few, "many": many}.items():
-        pictures.plot_panels({f"class {i}": rows for i in range(5)}, tmp_path / f"{name}.png")
-        sizes.append(Image.open(tmp_path / f"{name}.png"))
-    assert sizes[0].width == sizes[1].width and 100 < sizes[1].height - sizes[0].height < 300
-    bottom = np.asarray(sizes[1].convert("L"))[-150:]
-    assert (bottom < 128).any(1).sum() > 40  # rows of pixels with text
-
-
-def test_wide_grid_wraps():
-    palette = [(10 * index, 200, 255 - 10 * index) for index in range(21)]
-    masks = tuple(np.full((10, 20), index, np.uint8) for index in range(21))  # truth 0, predictions 1 to 20
-    example = pictures.GridRow("a", np.zeros((3, 10, 20), np.uint8), masks)
-    heads = ["image", "truth", *(f"a rather long name {index}" for index in range(1, 21))]
-    page = pictures.draw_grid([example], heads, [str(index) for index in range(21)], palette, panel_width=60)
-    margin, step = pictures.MARGIN, 60 + 8
-    assert page.width == 2 * margin + 9 * step - 8
-    band, top = margin + 34 + 30 + 24, margin + 34 + 15
-    for row, shown in enumerate((range(0, 8), (0, *range(8, 15)), (0, *range(15, 21)))):
-        for column, index in enumerate(shown):
-            assert page.getpixel((margin + (1 + column) * step + 30, top + row * band)) == palette[index]
-
-
-@pytest.fixture
-def script(tmp_path):
-    """(arguments, variables) -> scripts/compare.sh run by the Python of this process."""
-    python = tmp_path / "env" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    shutil.copy(REPO / "requirements.txt", tmp_path / "env" / "allspark-requirements.txt")  # nothing to install
-    here = {"VIRTUAL_ENV": str(tmp_path / "env"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "gpus": "0"}
-
-    def run(words=(), **variables):
-        command, env = ["sh", str(REPO / "scripts" / "compare.sh"), *words], os.environ | here | variables
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-
-    return run
-
-
-def test_script_trains_missing_runs(place, script, tmp_path):
-    out = tmp_path / "some where"
-    words = [word for word in place.lists() if word not in ("--dataset", "pascal", "epochs=1")]
-    (out / "supervised").mkdir(parents=True)
-    (out / "supervised" / "seed_2").write_text("in the way of a run's folder\n")
-    done = script(words, dataset="pascal", SPLIT="tiny", methods="supervised", seeds="1 2", BUDGET="1", out=str(out))
-    assert "compare: pascal tiny, 1 epochs: supervised; seeds 1 2; 2 runs into" in done.stdout, done.stderr
-    recipe = yaml.safe_load((out / "supervised" / "seed_1" / "config.yaml").read_text())
-    assert (recipe["seed"], recipe["epochs"], recipe["data"]["crop_size"]) == (1, 1, 65)
-    assert cells((out / "table.md").read_text().splitlines()[2])[:2] == ["supervised", "1"]
-    assert (out / "curves.png").is_file() and (out / "predictions.png").is_file()
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
-        "did not finish, see above: supervised seed 2"
-    )
-    for file in out.rglob("*.pth"):
-        file.unlink()
-
-
-def test_script_takes_own_recipe(script, tmp_path):
-    """The words of each training and of the comparison, from a Python that writes them down."""
-    python, called, out = tmp_path / "env" / "bin" / "python", tmp_path / "called", tmp_path / "out"
-    python.write_text(f'#!/bin/sh\necho "$@" >>"{called}"\n')
-    methods = "supervised fixmatch+allspark"
-    done = script(["epochs=2"], config="my own.yaml", split="1_8", methods=methods, seeds="3", out=str(out))
-    assert done.returncode == 0 and "compare: my own 1_8: supervised fixmatch+allspark" in done.stdout
-    trained = [line for line in called.read_text().splitlines() if line.startswith("train.py")]
-    own = "--config my own.yaml --method {} --split 1_8 seed=3"
-    assert trained == [
-        f"train.py --save-path {out}/supervised/seed_3 device=cpu {own.format('supervised')} epochs=2",
-        f"train.py --save-path {out}/fixmatch+allspark/seed_3 device=cpu {own.format('fixmatch')} "
-        "model.bottleneck=allspark epochs=2",
-    ]
-    rows = [f"{row}={out}/{row}/seed_3" for row in methods.split()]
-    assert called.read_text().splitlines()[-1] == (
-        f"-m allspark compare --out {out} --paired=supervised {' '.join(rows)}"
-    )
-
-
-def test_script_reports_mistakes_first(script, tmp_path):
-    slip = script(methods="supervised fixmach+allspark", out=str(tmp_path / "out"))
-    assert slip.returncode == 2 and "configs/methods/fixmach.yaml does not exist" in slip.stderr
-    no_split = script(dataset="pascal", methods="supervised")
-    assert no_split.returncode == 2 and "split=NAME" in no_split.stderr and not slip.stdout + no_split.stdout
 
 
 def test_overlay_differs(finished, tmp_path):
