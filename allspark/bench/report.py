@@ -55,10 +55,8 @@ def with_derived(row: Row, rows: Sequence[Row], rates: Values) -> dict[str, Any]
     return {**dataclasses.asdict(row), **derived}
 
 
-def duration(seconds: float) -> str:
-    if seconds >= 10:
-        return f"{seconds:.1f} s"
-    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
 
 
 def format_value(key: str, form: Callable[[Any], str]) -> Callable[[Values], str]:
@@ -68,11 +66,10 @@ def format_value(key: str, form: Callable[[Any], str]) -> Callable[[Values], str
 COLUMNS: dict[str, Callable[[Values], str]] = {
     "case": lambda row: row["case"],
     "side": lambda row: row["side"] + ("" if row["precision"] == "fp32" else f", {row['precision']}"),
-    "median": lambda row: duration(row["median"]),
-    "min to max": lambda row: f"{duration(row['min'])} to {duration(row['max'])}",
+    "ms (min-max)": lambda row: "{} ({}-{})".format(*(milliseconds(row[key]) for key in ("median", "min", "max"))),
     "ratio": format_value("ratio", lambda ratio: f"{ratio:.2f}x"),
     "images/s": format_value("images_per_second", lambda rate: f"{rate:.3g}"),
-    "peak": format_value("work", lambda work: f"{work['peak_bytes'] / 2**20:,.0f} MiB"),
+    "peak MiB": format_value("work", lambda work: f"{work['peak_bytes'] / 2**20:,.0f}"),
     "peak ratio": format_value("peak_ratio", lambda ratio: f"{ratio:.2f}x"),
     "GFLOP": format_value("work", lambda work: f"{work['flops'] / 1e9:,.1f}"),
     "of matrix rate": format_value("share_of_matrix_rate", lambda share: f"{100 * share:.0f} %"),

@@ -35,6 +35,7 @@ from allspark.split_lists.manifest import load_manifest
 PAGE = ROOT / "docs" / "recipes.md"
 COUNTED = ROOT / "docs" / "benchmarks" / "recipes.json"
 SPLITS = {"pascal": "1_8", "cityscapes": "1_8", "coco": "1_128", "ade20k": "1_8", "camvid": "1_8", "shapes": "1_30"}
+FAMILIES = {"dinov2": "DINOv2", "_r50": "ResNet", "_r101": "ResNet"}  # part of a method's name -> family of its encoder
 WAYS = {  # column -> processes that share the batch, precision
     "1 GPU, fp32": (1, "fp32"),
     "each of 4, fp32": (4, "fp32"),
@@ -59,33 +60,41 @@ def steps(recipe: Recipe, dataset: str) -> int:
     return recipe.epochs * (facts.count // recipe.batch_size)
 
 
+def family(method: str) -> str:
+    return next((name for mark, name in FAMILIES.items() if mark in method), "MiT")
+
+
 def settings(dataset: str, method: str) -> tuple[str, ...]:
     """The cells of a recipe's row after the first."""
     recipe = recipe_of(dataset, method)
-    optim, model = recipe.optim, recipe.model
-    families = {"resnet": "ResNet", "dinov2_": "DINOv2"}
-    network = next((family for start, family in families.items() if model.encoder.startswith(start)), model.encoder)
-    network += f", {model.decoder}" + (", bottleneck" if model.bottleneck.name != "none" else "")
-    second = "" if recipe.method.name == "supervised" else f" + {recipe.batch_size}"
-    rate = f"{optim.name} {optim.lr:g}, head x {optim.lr_multi:g}"
-    epochs = f"{recipe.epochs} ({recipe.epoch_of})"
-    cells = (network, recipe.data.crop_size, f"{recipe.batch_size}{second}", rate, recipe.criterion.name, epochs)
-    return (*map(str, cells), f"{steps(recipe, dataset):,}")
+    optim, supervised = recipe.optim, recipe.method.name == "supervised"
+    batch = f"{recipe.batch_size}" if supervised else f"{recipe.batch_size} + {recipe.batch_size}"
+    rate = f"{optim.name} {optim.lr:g} (x {optim.lr_multi:g})"
+    passes = f"{recipe.epochs}" if recipe.epoch_of == "unlabeled" else f"{recipe.epochs} (labeled)"
+    count = f"{steps(recipe, dataset):,}"
+    return str(recipe.data.crop_size), batch, rate, recipe.criterion.name, passes, count
 
 
-def settings_table(dataset: str) -> list[list[str]]:
-    """Recipes with equal settings share a row."""
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for method in methods():
-        rows.setdefault(settings(dataset, method), []).append(f"`{method}`")
-    head = ["method", "network", "crop", "batch", "optimizer", "loss", "epochs (list)", "steps"]
-    return [head, *([", ".join(names), *cells] for cells, names in rows.items())]
+def group_text(names: list[str]) -> str:
+    """The recipes that share a row: those of a family together, by the methods' names if they are fewer than half."""
+    parts, plain = [], {name: re.sub(r"_(r\d+|dinov2_.)$", "", name) for name in methods()}
+    supervised = {plain[name] for name in names} == {"supervised"}
+    for kind in dict.fromkeys(map(family, names)):
+        mine = [name for name in names if family(name) == kind]
+        few = not supervised and 2 * len(mine) < sum(family(name) == kind for name in plain)
+        parts.append(f"{kind} {', '.join(dict.fromkeys(plain[name] for name in mine))}" if few else kind)
+    return ("supervised " if supervised else "") + ", ".join(parts)
 
 
 def settings_text() -> str:
-    """One table per data set."""
-    parts = (f"**{name}**, split `{split}`\n\n{markdown(settings_table(name))}" for name, split in SPLITS.items())
-    return "\n".join(parts)
+    """Recipes with equal settings share a row."""
+    table = [["data set, split", "recipes", "crop", "batch", "optimizer, rate", "loss", "epochs", "steps"]]
+    for dataset, split in SPLITS.items():
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for method in methods():
+            rows.setdefault(settings(dataset, method), []).append(method)
+        table += [[f"{dataset} `{split}`", group_text(names), *cells] for cells, names in rows.items()]
+    return markdown(table)
 
 
 def work(recipe: Recipe, spec: DatasetSpec) -> int:
@@ -143,12 +152,14 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def keys_text() -> str:
-    """All keys with type, default, range, resume rule and meaning, from allspark/config.py."""
-    rows = [["key", "type", "default", "range", "resume", "meaning"]]
+    """All keys with default, type, range, resume rule and meaning, from allspark/config.py."""
+    rows = [["key", "default", "values", "meaning"]]
     for path, key in config_fields().items():
         default = "required" if key.default is MISSING else f"`{json.dumps(key.default)}`"
-        cells = [type_text(type_of(path)), default, range_text(key.metadata), "yes" if key.metadata["runtime"] else ""]
-        rows.append([f"`{path}`", *cells, key.metadata["help"].replace("<", "&lt;")])
+        kind = type_text(type_of(path))
+        values = (kind.removesuffix(" or null") if key.default is None else kind) + range_text(key.metadata)
+        mark = " *" if key.metadata["runtime"] else ""
+        rows.append([f"`{path}`{mark}", default, values, key.metadata["help"].replace("<", "&lt;")])
     return markdown(rows)
 
 
@@ -164,8 +175,9 @@ def range_text(bounds: Mapping[str, Any]) -> str:
     low, above, high = bounds["low"], bounds["above"], bounds["high"]
     if low is above is None:
         return ""
-    start = f"> {above}" if low is None else f">= {low:g}"
-    return start if high == MAX else f"{start}, <= {high:g}"
+    if high == MAX:
+        return f" > {above}" if low is None else f" >= {low:g}"
+    return f" > {above}, <= {high:g}" if low is None else f" {low:g} to {high:g}"
 
 
 def render(text: str) -> str:
