@@ -1,8 +1,8 @@
 """Rebuild the tables and pictures of docs/runs from the archives of the recorded runs.
 
     python docs/tools/results.py                        # all of docs/runs, about a minute
-    python docs/tools/results.py --pack FOLDER NAME     # first record the runs FOLDER/<row>/seed_<n> as docs/runs/NAME,
-                                                        # or FOLDER/<list>/<row>/seed_<n>: several draws of the labels
+    python docs/tools/results.py --pack FOLDER NAME     # first add the runs FOLDER/<row>/seed_<n> to docs/runs/NAME, or
+                                                        # FOLDER/<list>/<row>/seed_<n>: several draws of the labels
 
 docs/runs/NAME/runs.jsonl.gz has the config, provenance and metrics of each run. `allspark compare` reads it and writes
 its table and all pictures to exp/results/NAME. The table and the pictures that a page of docs refers to are then copied
@@ -54,32 +54,38 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--pack", nargs=2, metavar=("FOLDER", "NAME"), help="record the runs in a folder")
     args = parser.parse_args(argv)
     if args.pack:
-        (RUNS / args.pack[1]).mkdir(exist_ok=True)
-        (RUNS / args.pack[1] / ARCHIVE).write_bytes(pack(Path(args.pack[0])))
+        archive = RUNS / args.pack[1] / ARCHIVE
+        archive.parent.mkdir(exist_ok=True)
+        archive.write_bytes(pack(Path(args.pack[0]), archive))
     pages = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
     for archive in sorted(RUNS.glob(f"*/{ARCHIVE}")):
         rebuild(archive, OUT / archive.parent.name, pages)
         print(f"results: {archive.parent.relative_to(ROOT)}", flush=True)
 
 
-def pack(folder: Path) -> bytes:
-    """The archive of the runs in a folder. The same runs give the same bytes."""
+def pack(folder: Path, archive: Path | None = None) -> bytes:
+    """The archive of the runs in a folder, added to those of `archive`. The same runs give the same bytes."""
     found = (*folder.glob(f"*/seed_*/{METRICS}"), *folder.glob(f"*/*/seed_*/{METRICS}"))
-    runs = sorted(path.parent for path in found)
-    if not runs:
+    if not found:
         raise UserError(f"{folder}: has no runs <row>/seed_<n>/{METRICS}; name a folder of scripts/compare.sh")
-    runs.sort(key=lambda run: run.parent.name != BASE)  # a stable sort
-    entries = [
-        {
-            "name": run.parent.name,
-            "config": read_yaml(run / "config.yaml"),
-            "provenance": read_provenance(run),
-            "metrics": [recorded(line) for line in read_metrics(run / METRICS)],
-        }
-        for run in runs
-    ]
+    entries = read_archive(archive) if archive and archive.exists() else []
+    for run in (path.parent for path in found):
+        config, lines = read_yaml(run / "config.yaml"), read_metrics(run / METRICS)
+        metrics = [recorded(line) for line in lines]
+        entry = {"name": run.parent.name, "config": config, "provenance": read_provenance(run), "metrics": metrics}
+        entries = [other for other in entries if key(other) != key(entry)] + [entry]
+    entries.sort(key=lambda entry: (entry["name"] != BASE, *key(entry)))
     text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
     return gzip.compress(text.encode("utf-8"), mtime=0)
+
+
+def key(entry: Mapping[str, Any]) -> tuple[str, str, int]:
+    """What a run is compared by: row, list of the labels, seed."""
+    return entry["name"], entry["config"]["data"]["split"], entry["config"]["seed"]
+
+
+def read_archive(archive: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.decompress(archive.read_bytes()).splitlines()]
 
 
 def recorded(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,8 +114,7 @@ def rebuild(archive: Path, out: Path, pages: str) -> None:
 def options(archive: Path) -> list[str]:
     """Options of compare for the rows of an archive."""
     lists: dict[str, set[str]] = {}
-    for line in gzip.decompress(archive.read_bytes()).splitlines():
-        entry = json.loads(line)
+    for entry in read_archive(archive):
         lists.setdefault(entry["name"], set()).add(entry["config"]["data"]["split"])
     paired = [f"--paired={base}" for base in PAIRED if base in lists]
     return paired + ["--draws"] * any(len(splits) > 1 for splits in lists.values())

@@ -110,9 +110,10 @@ def test_archive_gives_the_table_of_folders(write_run, tmp_path, capsys):
         (folder / name).mkdir(parents=True, exist_ok=True)
         run.rename(folder / name / f"seed_{seed}")
     packed = results.pack(folder)
-    assert packed == results.pack(folder)
     archive = tmp_path / "some.jsonl.gz"
+    assert packed == results.pack(folder, archive)
     archive.write_bytes(packed)
+    assert packed == results.pack(folder, archive)  # the same runs replace themselves
     words = [f"{name}={folder / name / seed}" for name, seed in (("supervised", "seed_0"), ("a+b", "seed_0"))]
     other = f"other={folder / 'supervised' / 'seed_0'}"
     direct, rows = read_rows([*words, f"a+b={folder / 'a+b' / 'seed_1'}", other]), read_rows([str(archive), other])
@@ -121,6 +122,10 @@ def test_archive_gives_the_table_of_folders(write_run, tmp_path, capsys):
     assert rows[0].runs[0].points("loss_x") == direct[0].runs[0].points("loss_x") == [(1, 1.0)]
     main(["compare", str(archive), "--out", str(tmp_path / "out"), "--paired", "supervised"])
     assert "a+b" in capsys.readouterr().out and not (tmp_path / "out" / "predictions.png").exists()
+    (tmp_path / "more" / "b").mkdir(parents=True)
+    write_run("run0b", 0, 12.0, 24.0).rename(tmp_path / "more" / "b" / "seed_0")
+    archive.write_bytes(results.pack(tmp_path / "more", archive))
+    assert [row.name for row in read_rows([str(archive)])] == ["supervised", "a+b", "b"]
     with pytest.raises(UserError, match="has no runs"):
         results.pack(tmp_path / "nowhere")
 
