@@ -108,6 +108,12 @@ def check_schedule(recipe: Recipe, method: Method) -> None:
                 f"{key}={value} and epochs={recipe.epochs}: {effect} (numbers of epochs do not follow when epochs is "
                 f"changed); set {key} below {recipe.epochs}, or {other}"
             )
+    warmup = bottleneck.warmup_epochs if bottleneck.name != "none" and bottleneck.context == "labeled" else None
+    if warmup is not None and warmup <= recipe.burn_in_epochs:  # reads before it writes
+        raise UserError(
+            f"model.bottleneck.context=labeled with model.bottleneck.warmup_epochs={warmup}: a memory that was never "
+            f"written would be read; set model.bottleneck.warmup_epochs above burn_in_epochs={recipe.burn_in_epochs}"
+        )
 
 
 def check_class_weights(criterion: CriterionConfig, spec: DatasetSpec) -> None:

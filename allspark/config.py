@@ -44,7 +44,8 @@ def option(
         help: its meaning, in one sentence.
         low, high: inclusive bounds of a number, or of each number of a list; unbounded unless low or above is given.
         above: exclusive lower bound, in place of low.
-        runtime: a resumed run may change the key, because it decides where and how a run executes, not its result.
+        runtime: a resumed run may change the key, because it decides where and how a run executes
+            (micro_batch also what batch norm sees, evaluation.interval which epochs can be the best).
     """
     return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high, "runtime": runtime})
 

@@ -26,7 +26,7 @@ class IMAS(TeacherMethod):
         unlabeled_weight: weight of the unlabeled loss.
         labeled_view, unlabeled_view: photometric policies of the labeled images and of the strong view.
         teacher_momentum: of the moving average.
-        ignore_padding: leave padded pixels out of the unlabeled loss. Released: they count.
+        ignore_padding: leave padded pixels out of the unlabeled loss and the easiness. Released: they count.
     """
 
     spec_fields = ("background",)
@@ -56,7 +56,7 @@ class IMAS(TeacherMethod):
     ) -> dict[str, Tensor]:
         pseudo_student = student.predict(unlabeled.weak)
         pseudo = self.teacher.predict(unlabeled.weak)
-        easy = easiness(pseudo_student, pseudo, self.threshold, self.background)
+        easy = easiness(pseudo_student, pseudo, self.threshold, self.background, self.counted(unlabeled))
         image, label, confident, valid = self.perturbed(unlabeled, pseudo, easy)
         if student.couples_images:  # the joint pass has each unlabeled image once
             logits_x, _ = student.joint(labeled.image, unlabeled.weak, pseudo)
@@ -101,7 +101,13 @@ class IMAS(TeacherMethod):
         return tuple(torch.cat(pair) for pair in zip((intensity, *targets), mixed, strict=True))
 
 
-def easiness(student: Pseudo, teacher: Pseudo, threshold: float, background: int | None = None) -> Tensor:
+def easiness(
+    student: Pseudo,
+    teacher: Pseudo,
+    threshold: float,
+    background: int | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
     """Easiness of each image, 1 - hardness of the paper; computed on the device, without a host sync.
 
     e = (wIoU(s|t) rho_t + wIoU(t|s) rho_s) / 2 with wIoU(a|b) = sum_k w_k IoU_k(a, b), where w_k is the share of class
@@ -111,13 +117,15 @@ def easiness(student: Pseudo, teacher: Pseudo, threshold: float, background: int
         student, teacher: predictions of both networks for the same B images.
         threshold: minimum confidence.
         background: class to leave out; None: no class.
+        counted: (B, H, W) bool, the pixels that count; None: all.
 
     Returns:
         (B,) in 0..1.
     """
     num_classes = teacher.logits.shape[1]
+    counted = torch.ones_like(teacher.label, dtype=torch.bool) if counted is None else counted
     pairs = (student.label * num_classes + teacher.label).flatten(1)  # (B, H * W)
-    ones = torch.ones_like(pairs, dtype=torch.float32)  # sums of ones are exact, in any order, up to 2^24
+    ones = counted.flatten(1).float()  # sums of ones are exact, in any order, up to 2^24
     counts = ones.new_zeros(len(pairs), num_classes**2).scatter_add_(1, pairs, ones)  # bincount would sync
     counts = counts.view(-1, num_classes, num_classes)  # (B, K of the student, K of the teacher)
     in_student, in_teacher, in_both = counts.sum(2), counts.sum(1), counts.diagonal(dim1=1, dim2=2)  # (B, K)
@@ -130,7 +138,8 @@ def easiness(student: Pseudo, teacher: Pseudo, threshold: float, background: int
     def weighted_iou(area: Tensor) -> Tensor:
         return torch.where(no_foreground, 1.0, (area * iou).sum(1) / area.sum(1).clamp(min=1))
 
-    rho_student, rho_teacher = ((p.confidence >= threshold).float().mean((1, 2)) for p in (student, teacher))
+    total = ones.sum(1).clamp(min=1)
+    rho_student, rho_teacher = (((p.confidence >= threshold) & counted).sum((1, 2)) / total for p in (student, teacher))
     return (weighted_iou(in_teacher) * rho_teacher + weighted_iou(in_student) * rho_student) / 2
 
 

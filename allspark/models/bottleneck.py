@@ -192,6 +192,8 @@ class AllSparkBottleneck(nn.Module):
         if cross.num_labeled == 0:
             return attended_u
         assert len(unlabeled) or cross.read_memory, "labeled images alone can only attend to the memory"
+        if len(unlabeled):
+            self.memory.sync()  # before it is read or written
         if len(unlabeled) and self.context == "unlabeled":
             self.write_memory(unlabeled.detach(), cross.pseudo_logits, size)
         context, present = unlabeled if self.context == "unlabeled" else labeled, None
@@ -228,5 +230,4 @@ class AllSparkBottleneck(nn.Module):
         if self.grouping_input == "random":
             order = torch.rand(classes.numel(), device=classes.device).argsort()
             classes = classes.flatten()[order].view_as(classes)
-        self.memory.sync()
         self.memory.enqueue(channels, classes)

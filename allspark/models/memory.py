@@ -67,7 +67,7 @@ class SemanticMemory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def sync(self) -> None:
-        """Synchronize the memories of all processes before a write, as the policy says."""
+        """Synchronize the memories of all processes before a step, as the policy says."""
         if self.policy == "rank0":
             for buffer in self.buffers():
                 distributed.broadcast(buffer)

@@ -15,25 +15,31 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     The same numbers as torch.nn.SyncBatchNorm. That one removes ranks with empty batches by a boolean mask, for which
     the host waits for the device three times per layer and forward pass, and which cannot be captured in a CUDA graph.
-    Here no rank is ever empty.
+    Here no rank is ever empty. Modules inside, the dropout and activation of timm's BatchNormAct2d, follow it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
-        self.num_batches_tracked.add_(1)
-        return NormalizeTogether.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self)
+        if self.training and dist.is_initialized():
+            self.num_batches_tracked.add_(1)
+            x = NormalizeTogether.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self)
+        else:
+            x = super().forward(x)
+        for part in self.children():
+            x = part(x)
+        return x
 
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:
-        """Replace every BatchNorm2d inside a module, in place, with its parameters and buffers."""
+        """Replace every BatchNorm2d inside a module, in place, with its parameters, buffers and modules."""
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
+            if isinstance(child, nn.BatchNorm2d):
                 norm = cls(child.num_features, child.eps, child.momentum)
                 norm.weight, norm.bias = child.weight, child.bias
                 norm.running_mean, norm.running_var = child.running_mean, child.running_var
                 norm.num_batches_tracked, norm.training = child.num_batches_tracked, child.training
+                for key, part in child.named_children():
+                    norm.add_module(key, part)
                 setattr(module, name, norm)
             else:
                 cls.convert(child)

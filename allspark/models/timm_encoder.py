@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allspark.models.dpt import dpt_sizes
@@ -224,16 +223,37 @@ def embed_positions(vit: nn.Module, patches: Tensor) -> Tensor:
         # an exported network gets here, the offset is 0.
         sides = [torch.full((), side, dtype=torch.float32, device=patches.device) for side in (height, width)]
         offset = 0.1 * ((sides[0] != grid[0]) | (sides[1] != grid[1]))
-        y, x = (  # centers of the cells; -1 and 1 are the borders
-            (2 * torch.arange(number, device=patches.device) + 1) / (side + offset) - 1
-            for number, side in zip((height, width), sides, strict=True)
+        down, across = (
+            bicubic_weights(
+                (torch.arange(number, device=patches.device) + 0.5) * length / (side + offset) - 0.5, length
+            )
+            for number, side, length in zip((height, width), sides, grid, strict=True)
         )
-        where = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]  # (1, h, w, 2)
         positions = positions.transpose(1, 2).unflatten(2, grid)  # (1, C, *grid)
-        positions = F.grid_sample(positions, where, "bicubic", "border", align_corners=False)
-        positions = positions.flatten(2).transpose(1, 2)
+        with torch.autocast(patches.device.type, enabled=False):
+            positions = (down.to(positions) @ positions @ across.to(positions).T).flatten(2).transpose(1, 2)
     cls = (vit.cls_token + cls).expand(patches.shape[0], -1, -1)  # not len: torch.export would fix the batch
     return vit.pos_drop(torch.cat((cls, patches.flatten(1, 2) + positions), 1))
+
+
+def bicubic_weights(positions: Tensor, length: int) -> Tensor:
+    """Weights of bicubic interpolation (a = -0.75, as torch's), with the border repeated.
+
+    By products with them, whose gradient, unlike that of F.grid_sample, is deterministic on a GPU.
+
+    Args:
+        positions: (n,), where to interpolate; 0 is the center of the first value.
+        length: number of values.
+
+    Returns:
+        (n, length)
+    """
+    neighbors = positions.floor()[:, None] + torch.arange(-1, 3, device=positions.device)  # (n, 4)
+    far = (positions[:, None] - neighbors).abs()
+    near = 1.25 * far**3 - 2.25 * far**2 + 1
+    weights = torch.where(far <= 1, near, -0.75 * (far**3 - 5 * far**2 + 8 * far - 4))
+    values = torch.arange(length, device=positions.device)
+    return (weights[..., None] * (neighbors.clamp(0, length - 1)[..., None] == values)).sum(1)
 
 
 def create_body(name: str, drop_path: float, tokens: bool) -> tuple[nn.Module, dict[str, object]]:

@@ -17,6 +17,7 @@ from allspark.engine.checkpoint import Position
 from allspark.engine.log import RunLog
 from allspark.engine.stepper import Stepper
 from allspark.engine.stop import Stop
+from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
 from allspark.models.memory import SemanticMemory
 from allspark.train_step import TrainState
 from allspark.utils.errors import UserError, user_error_message
@@ -50,6 +51,21 @@ def collectives():
     result["mean"] = norm.running_mean.tolist()
     result["sum"] = distributed.all_reduce_sum(torch.tensor([rank + 1])).item()
     return result
+
+
+def read_by_each():
+    """Labeled images that attend to a memory which differs between the processes."""
+    torch.manual_seed(0)
+    bottleneck = AllSparkBottleneck(6, SemanticMemory(3, 6, 2), dropout=0.0, context="labeled")
+    feature, logits = torch.randn(4, 6, 2, 2), torch.randn(2, 3, 8, 8)
+    bottleneck.memory.queue.add_(distributed.rank())
+    return bottleneck(feature, CrossBatch(2, logits, read_memory=True)).tolist()
+
+
+def test_all_read_memory_of_process_0(pair):
+    """Which is the one that is saved: a resumed run continues as if undisturbed."""
+    first, second = pair(read_by_each)
+    assert first == second
 
 
 def test_collectives(pair):

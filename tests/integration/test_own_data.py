@@ -273,6 +273,10 @@ def test_schedule_that_swallows_the_run(check, place, capsys):
             ["method=allspark", "bottleneck=allspark", "warmup_epochs=1", "epochs=1"],
             "model.bottleneck.warmup_epochs=1 and epochs=1: the memory is never read",
         ),
+        (
+            ["method=allspark", "bottleneck=allspark", "warmup_epochs=0", "model.bottleneck.context=labeled"],
+            "a memory that was never written would be read; set model.bottleneck.warmup_epochs above burn_in_epochs=0",
+        ),
     ):
         code, _, err = check("--data-only", *words)
         assert code == 2 and told in err

@@ -1,9 +1,14 @@
 """Batch norm over two processes against batch norm over all their images in one."""
 
+import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from allspark import distributed
+from allspark.config import ModelConfig
+from allspark.models.deeplab import ASPP
+from allspark.models.segmentor import build_model
 from allspark.models.sync_batch_norm import SyncBatchNorm
 
 
@@ -64,3 +69,35 @@ def test_conversion_keeps_parameters():
     assert type(converted[1][0]) is SyncBatchNorm and type(converted[0]) is nn.Conv2d
     x = images()
     torch.testing.assert_close(converted(x), network()(x))  # a process alone
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [("resnet50", "deeplab"), ("timm:mobilenetv3_small_050", "mlp")])
+def test_every_batch_norm_is_converted(encoder, decoder):
+    """Of the image pooling and of timm's layers that have an activation inside, too."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(encoder=encoder, decoder=decoder), 3, 65)
+    keys, x = list(model.state_dict()), torch.randn(2, 3, 65, 65)
+    before = model.eval()(x).logits
+    converted = SyncBatchNorm.convert(model)
+    norms = [module for module in converted.modules() if isinstance(module, _BatchNorm)]
+    assert norms and all(type(norm) is SyncBatchNorm for norm in norms)
+    assert list(converted.state_dict()) == keys
+    torch.testing.assert_close(converted(x).logits, before)
+
+
+def pooled():
+    """The output of an ASPP for this process's image, with the statistics of both."""
+    torch.manual_seed(0)
+    aspp = SyncBatchNorm.convert(ASPP(4, 6, (2, 3)).double())
+    return aspp(images_of_maps()[distributed.rank()][None]).tolist()
+
+
+def images_of_maps():
+    return 3 * torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(2)).double() + 1
+
+
+def test_image_pooling_sees_all_images(pair):
+    torch.manual_seed(0)
+    expected = ASPP(4, 6, (2, 3)).double()(images_of_maps())
+    first, second = pair(pooled)
+    close(first + second, expected)

@@ -32,7 +32,7 @@ def prediction(label, confidence=1.0, classes=CLASSES):
     return Pseudo(logits, label, torch.as_tensor(confidence) * torch.ones(label.shape))
 
 
-def literal_easiness(student, teacher, threshold, background):
+def literal_easiness(student, teacher, threshold, background, counted=None):
     """Image by image, class by class, with nan for 0 / 0 as the formula has it."""
 
     def weighted_iou(a, b):
@@ -45,8 +45,9 @@ def literal_easiness(student, teacher, threshold, background):
 
     easy = []
     for i in range(len(student.label)):
-        a, b = student.label[i].numpy(), teacher.label[i].numpy()
-        rho_a, rho_b = ((p.confidence[i].numpy() >= threshold).mean() for p in (student, teacher))
+        keep = torch.ones_like(student.label[i], dtype=torch.bool) if counted is None else counted[i]
+        a, b = student.label[i][keep].numpy(), teacher.label[i][keep].numpy()
+        rho_a, rho_b = ((p.confidence[i][keep].numpy() >= threshold).mean() for p in (student, teacher))
         if all((x == background).all() for x in (a, b)):
             easy.append((rho_a + rho_b) / 2)
         else:
@@ -67,6 +68,22 @@ def test_easiness_equals_loop(background):
     torch.testing.assert_close(easy, expected)
     assert 0 <= easy.min() and easy.max() <= 1 and len(set(easy.tolist())) == 6
     torch.testing.assert_close(easiness(teacher, student, 0.4, background), expected)  # symmetric
+
+
+def test_easiness_of_counted_pixels():
+    """Pixels that do not count are as if they were cut off."""
+    torch.manual_seed(0)
+    label, other = (torch.randint(0, CLASSES, (2, 6, 8)) for _ in range(2))
+    confidence = torch.rand(2, 6, 8)
+    counted = torch.ones(2, 6, 8, dtype=torch.bool)
+    counted[:, 4:] = False
+    found = easiness(prediction(label, confidence), prediction(other, confidence.flip(0)), 0.4, 0, counted)
+    rows = [x[:, :4] for x in (label, confidence, other, confidence.flip(0))]
+    torch.testing.assert_close(found, easiness(prediction(*rows[:2]), prediction(*rows[2:]), 0.4, 0))
+    same = label.clone()
+    same[:, 4:] = (label[:, 4:] + 1) % CLASSES  # they disagree on padding alone
+    assert easiness(prediction(label), prediction(same), 0.5, 0, counted).tolist() == [1, 1]
+    assert easiness(prediction(label), prediction(label), 0.5, 0, torch.zeros_like(counted)).tolist() == [0, 0]
 
 
 def test_background_only_image():
@@ -198,7 +215,7 @@ def test_losses_literal(batch, seed, mixes, ignore_padding):
     with torch.no_grad():
         pseudo = Pseudo.of(method.teacher.model(unlabeled.weak).logits)
         student = Pseudo.of(twin.eval()(unlabeled.weak).logits)
-    easy = literal_easiness(student, pseudo, 0.6, 0)
+    easy = literal_easiness(student, pseudo, 0.6, 0, unlabeled.valid if ignore_padding else None)
     assert 0.05 < easy.min() and easy.max() < 0.95, easy
     views = literal_views(unlabeled, pseudo, easy, seed)
     assert (len(views) > batch) == mixes
