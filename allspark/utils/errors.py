@@ -98,6 +98,11 @@ def user_error_message(error: BaseException) -> str | None:
             "precision=bf16 or a smaller data.crop_size (`allspark check` predicts the memory); for eval and "
             "predict, use --mode sliding_window or a smaller --batch-size"
         )
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
+        return (  # of the networks here, timm's ViTs: they resize their position embedding
+            f"error: deterministic=true: {str(error).split()[0]} has no deterministic implementation on this device; "
+            "set deterministic=false, or use an encoder without this operation (dinov2_* in place of a ViT of timm)"
+        )
     if isinstance(error, OSError) and error.errno in USER_ERRNOS and error.filename:
         return printable(f"error: {error.filename}: {error.strerror}; fix it or choose another path")
     return None

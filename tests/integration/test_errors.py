@@ -93,6 +93,17 @@ def test_out_of_memory_message():
     assert user_error_message(RuntimeError("shapes do not match")) is None
 
 
+def test_no_deterministic_implementation_message():
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    message = user_error_message(caught.value)
+    assert message.startswith("error: deterministic=true: put_ has no deterministic implementation on this device; set")
+
+
 OLD_DRIVER = "int cuDriverGetVersion(int *version) { *version = 12020; return 0; }"
 
 
