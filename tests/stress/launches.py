@@ -1,6 +1,7 @@
 """Count the kernel launches, copies and waits of a training step, for all methods, without a GPU.
 
     python tests/stress/launches.py --stub DIR [--only allspark,imas] [--precision fp32 bf16 fp16] [--processes 2]
+                                    [--deterministic]
 
 DIR has the sources of a library that stands for NVIDIA's: kernels are counted and do nothing, everything on the host is
 torch's own, so the counts are those of a GPU, and values mean nothing. In bf16 the stub lacks cuDNN's convolutions:
@@ -27,7 +28,14 @@ REPO = Path(__file__).resolve().parents[2]
 STUB = Path(os.environ.get("ALLSPARK_SHARED", REPO.parent / "shared")) / "tools/null_cuda"
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 LAUNCHES, WAITS = (0, 1, 2), 3  # counters of the stub: kernels of torch, cuBLAS and cuDNN; waits for the device
-LARGE = ("allspark", "allspark", {"model.encoder": "mit_b5", "crop": 513})  # the step of docs/benchmarks.md
+MORE = [  # the step of docs/benchmarks.md, and other encoders and decoders
+    ("allspark", "allspark", {"model.encoder": "mit_b5", "crop": 513}),
+    ("unimatch_v2", "none", {"model.encoder": "dinov2_small", "model.decoder": "dpt", "crop": 98}),
+    ("fixmatch", "allspark", {"model.encoder": "dinov2_small", "crop": 98}),
+    ("fixmatch", "allspark", {"model.encoder": "timm:tf_efficientnet_lite0"}),
+    ("fixmatch", "allspark", {"model.encoder": "timm:convnext_atto", "model.decoder": "mlp_bn"}),
+    ("imas_r101", "none", {"model.encoder": "resnet101s_imas_os8", "model.decoder": "deeplab"}),
+]
 
 
 def main() -> int:
@@ -36,6 +44,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="methods, separated by commas; default: all")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "fp16"])
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--deterministic", action="store_true", help="with deterministic=true")
     args = parser.parse_args()
     if "NULL_CUDA" in os.environ:
         return count_all(args)
@@ -102,15 +111,17 @@ def count_all(args: argparse.Namespace) -> int:
     show = print if distributed.is_main() else lambda *_, **__: None
     failed = 0
     show("| method | bottleneck | precision | launches | copies and casts | waits |\n|---|---|---|---|---|---|")
-    for method, bottleneck, overrides in [*((*case, {}) for case in CASES), LARGE]:
+    for method, bottleneck, overrides in [*((*case, {}) for case in CASES), *MORE]:
         for precision in args.precision if not args.only or method in args.only.split(",") else ():
             name = " ".join((method, *map(str, overrides.values())))
             try:
-                launches, copies, waits = count(method, bottleneck, precision, **overrides)
+                launches, copies, waits = count(
+                    method, bottleneck, precision, deterministic=args.deterministic, **overrides
+                )
             except Exception as error:
                 launches, copies, waits = f"{type(error).__name__}: {str(error)[:200]}", "", 0
                 failed += 1
-            failed += waits > (method in MAY_WAIT)
+            failed += waits > (method.partition("_r")[0] in MAY_WAIT)
             show(f"| {name} | {bottleneck} | {precision} | {launches} | {copies} | {waits} |", flush=True)
     return int(failed > 0)
 
