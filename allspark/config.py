@@ -60,9 +60,14 @@ class CustomDataConfig:
     )
     mean: tuple[float, ...] | None = option(
         None,
-        "mean of each channel in 0..1, for the normalization; null: ImageNet's, their average for further channels",
+        "mean of each channel in 0..1 (not 0..255), for the normalization; null: ImageNet's, their average for further "
+        "channels",
+        low=0,
+        high=1,
     )
-    std: tuple[float, ...] | None = option(None, "standard deviation of each channel; null: as for mean", above=0)
+    std: tuple[float, ...] | None = option(
+        None, "standard deviation of each channel, in 0..1; null: as for mean", above=0, high=1
+    )
     ignore_index: int = option(255, "mask value of pixels that are ignored")
     value_map: dict[int, int] | None = option(
         None, "stored mask value -> class index or ignore_index, e.g. {0: 0, 255: 1}"

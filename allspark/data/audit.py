@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from allspark.data.image_io import TURNS, BadSample
 from allspark.data.mask_io import format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample, pack_color
 from allspark.data.splits import Lists, prepare_hint, suggest_file
-from allspark.data.survey import SampleReport, compare_bits, find_contradictions, inspect_sample
+from allspark.data.survey import SampleReport, compare_bits, compare_whites, find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors
 from allspark.utils.progress import disable_bar
@@ -127,7 +128,7 @@ def check_samples(
     report.notes += [*describe_sizes(reports, data.crop_size), *describe_orientations(reports, spec)]
     every = len(samples["labeled"]) == len(lists.labeled)
     report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
-    report.warnings += [*lists.left_out, *find_repeats(lists)]
+    report.warnings += [*lists.left_out, *find_repeats(lists), *find_shared_masks(lists)]
     return report, reports
 
 
@@ -151,6 +152,20 @@ def find_missing(lists: Lists, spec: DatasetSpec) -> tuple[list[str], dict[str, 
             problems += limit_lines(lines, kind)
         present[kind] = [s for s in samples if exists(s.image) and (s.mask is None or exists(s.mask))]
     return problems, present
+
+
+def find_shared_masks(lists: Lists) -> Iterator[str]:
+    """Masks of two images: one of them is wrong, unless the camera does not move."""
+    images: dict[Path, set[Path]] = defaultdict(set)
+    for sample in (*lists.labeled, *lists.val):
+        images[sample.mask].add(sample.image)
+    shared = [mask for mask, users in images.items() if len(users) > 1]
+    if shared:
+        first, second, *_ = sorted(images[shared[0]])
+        yield (
+            f"{len(shared)} masks are those of several images, such as {shared[0]} of {first} and {second}; correct "
+            "the list or data.custom, unless the images show the same scene"
+        )
 
 
 def report_errors(reports: Sequence[SampleReport], skip: Sequence[str]) -> AuditReport:
@@ -222,6 +237,8 @@ def report_masks(
     """
     masks = [each for each in reports if each.values]
     result = report_illegal_values(masks, spec, custom, skip)
+    if custom is not None and custom.value_map is custom.color_map is None and spec.ignore_index == custom.ignore_index:
+        result.problems += compare_whites(masks)
     legal = [each for each in masks if each.illegal is None]
     labeled = [each for each in legal if each.kind == "labeled"]
     statistics = {kind: class_statistics([m for m in legal if m.kind == kind], spec) for kind in ("labeled", "val")}

@@ -31,7 +31,7 @@ MAX_PAGES = 16  # of a TIFF: the image and smaller copies of it
 STRIP = 1 << 24  # pixels converted at a time
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not all of Pillow's: EPS runs a program
 RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the file's
-ORIENTATION, SUBFILE, PHOTOMETRIC = 274, 254, 262  # tags of EXIF and TIFF
+ORIENTATION, SUBFILE, PHOTOMETRIC, BITS, PLANAR = 274, 254, 262, 258, 284  # tags of EXIF and TIFF
 TURNS = {  # EXIF orientation -> how the image is turned for display
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -76,6 +76,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             raise BadSample(f"{path}: not a regular file; correct the list or data_root")
         with path.open("rb") as file, open_limited(file) as image:
             check_pages(image, path)
+            check_depth(image, path)
             yield image
     except UserError:
         raise
@@ -129,6 +130,50 @@ def check_pages(image: Image.Image, path: Path) -> None:
             if not image.tag_v2.get(SUBFILE, 0):
                 break
     raise BadSample(f"{path}: has several pages or frames; save each one as a file of its own")
+
+
+def check_depth(image: Image.Image, path: Path) -> None:
+    """Raise BadSample for layouts with other than 8 bits that Pillow takes for something else; before it is loaded."""
+    colors, bits = image.mode in ("RGB", "RGBA"), 8
+    if image.format == "BMP" and image.mode in ("1", "L"):  # decides by the palette's colors, not by the bits
+        bits = bmp_bits(path)
+        if bits != {"1": 1, "L": 8}[image.mode]:
+            raise BadSample(f"{path}: a BMP with {bits} bits per pixel and a palette of grays; save it as PNG")
+    elif image.format == "JPEG2000":
+        bits = jpeg2000_bits(path)
+        if bits > 8 and (colors or bits != 16):
+            raise BadSample(f"{path}: a JPEG 2000 with {bits} bits per channel; save it as 16-bit PNG")
+    elif image.format == "PPM" and image.mode != "1" and image.tile[0].codec_name.startswith("ppm"):
+        most = image.tile[0].args[1]
+        if most > 255 and (colors or most != 65535):
+            raise BadSample(f"{path}: a PPM whose white is {most}; save it as 16-bit PNG")
+    elif (
+        image.format == "TIFF"
+        and colors
+        and max(image.tag_v2.get(BITS, (8,))) > 8
+        and (image.tag_v2.get(PLANAR, 1) != 1 or image.tag_v2.get(ORIENTATION, 1) in TURNS)
+    ):
+        raise BadSample(
+            f"{path}: a TIFF with 16 bits per channel, stored channel by channel or with a tag that turns it; save it "
+            "upright, pixel by pixel (INTERLEAVE=PIXEL), or as 16-bit PNG"
+        )
+
+
+def bmp_bits(path: Path) -> int:
+    """Bits per pixel of a BMP."""
+    with path.open("rb") as file:
+        header = file.read(30)
+    return int.from_bytes(header[24:26] if header[14] == 12 else header[28:30], "little")  # 12: OS/2's short header
+
+
+def jpeg2000_bits(path: Path) -> int:
+    """Largest number of bits per channel of a JPEG 2000, from the SIZ segment of its codestream."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    start = head.find(b"\xff\x4f\xff\x51")
+    channels = int.from_bytes(head[start + 40 : start + 42], "big")
+    depths = head[start + 42 : start + 42 + 3 * channels : 3]
+    return max((depth & 0x7F) + 1 for depth in depths) if start >= 0 and depths else 8
 
 
 def tiff_tags(path: Path) -> Mapping[int, Any]:
@@ -197,6 +242,17 @@ def read_size(path: Path) -> tuple[int, int]:
     return retried(read, path)
 
 
+def read_shown_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a photo as viewers show it, turned by its EXIF orientation."""
+    width, height = read_size(path)
+
+    def is_turned() -> bool:
+        with open_image(path) as image:
+            return image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+
+    return (height, width) if retried(is_turned, path) else (width, height)
+
+
 def retried(read: Callable[[], T], path: Path) -> T:
     """read(), repeated while the storage fails for a reason that may pass; then a BadSample."""
     try:
@@ -258,6 +314,8 @@ def read_bands(path: Path) -> np.ndarray:
     if not tiff_tags(path):
         with open_image(path) as image:
             raw = raw_mode(image)
+            if image.mode in ("CMYK", "P", "YCbCr", "LAB"):
+                raise BadSample(f"{path}: its channels are {image.mode}, not the bands of data.custom.channels")
             if image.getexif().get(ORIENTATION, 1) in TURNS:
                 raise BadSample(f"{path}: has a tag that turns it; save it upright")
             if ";16" not in raw:
@@ -278,6 +336,8 @@ def read_bands(path: Path) -> np.ndarray:
                 raise BadSample(
                     f"{path}: has several pages or a tag that turns it; save each page upright in a file of its own"
                 )
+            if page.photometric in (3, 5, 6, 8):  # palette, CMYK, YCbCr, Lab
+                raise BadSample(f"{path}: its channels are {page.photometric.name}, not bands of data.custom.channels")
             if page.dtype is not None and page.dtype.kind not in "iu":
                 raise BadSample(f"{path}: {tiff_layout(path)} have no fixed range; save 8 or 16 bits per channel")
             values = page.asarray()
@@ -362,6 +422,8 @@ def blend_with_white(image: Image.Image, path: Path) -> Image.Image:
         BadSample: a tenth of the pixels is neither opaque nor transparent, as in a fourth band of other content.
     """
     image = image.convert("RGBA")
+    if image.getextrema()[3][1] == 0:
+        raise BadSample(f"{path}: every pixel is transparent; if its colors are right, save it as RGB without alpha")
     between = sum(image.getchannel("A").histogram()[1:255]) / (image.width * image.height)
     if between > 0.1:
         raise BadSample(

@@ -107,10 +107,17 @@ def packed_colors(image: Image.Image) -> np.ndarray:
 
 
 def look_up_gray(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Values of a palette image: gray values, and (), if all entries are gray; else the indices, and the colors."""
+    """Values of a palette image: gray values, and (), if all entries are gray; else the indices, and the colors.
+
+    Also the indices, and (), where the grays do not tell the indices in use apart: Pillow saves an array as "P" with
+    one black entry.
+    """
     indices = np.array(image, np.uint8)
     entries = np.array(image.getpalette("RGB"), np.int32).reshape(-1, 3)
     if (entries == entries[:, :1]).all():
+        used = np.flatnonzero(np.bincount(indices.ravel()))
+        if used[-1] >= len(entries) or len(np.unique(entries[used, 0])) < len(used):
+            return indices, ()
         table = np.zeros(256, np.uint8)
         table[: len(entries)] = entries[:, 0]
         return table[indices], ()

@@ -168,7 +168,11 @@ def build_lists(
         raise UserError(f"no labeled images: the list or folder of {name} is empty; add images, or use another")
     for entry in (*labeled, *val):
         if entry.sample.mask is None:
-            raise UserError(f"{entry.source}: {entry.sample.image} has no mask; add it to the list or to data.custom")
+            separated = any(each in str(entry.sample.image) for each in ",;")
+            remedy = (
+                "separate image and mask by a blank or tab" if separated else "add it to the list or to data.custom"
+            )
+            raise UserError(f"{entry.source}: {entry.sample.image} has no mask; {remedy}")
     masks = {entry.sample.mask for entry in (*labeled, *val)}
     for entry in (*labeled, *unlabeled, *val):
         if entry.sample.image in masks:

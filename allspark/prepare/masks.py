@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from allspark.data.entries import image_files
-from allspark.data.image_io import open_image, read_size
+from allspark.data.image_io import open_image, read_shown_size, read_size
+from allspark.data.mask_io import look_up_gray
 from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.coco import check_pycocotools, draw_instances
 from allspark.prepare.images import encode_png
@@ -22,6 +24,10 @@ from allspark.utils.errors import UserError, short_repr
 
 Draw = Callable[[np.ndarray], None]  # draws the annotations of an image into its mask (H, W) uint8
 NOT_DRAWN = IGNORE_INDEX - 1  # in a mask: no annotation so far
+
+
+class WrongSize(UserError):
+    """The annotations are of an image of another size."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,16 @@ class Labels:
 
 
 def make_mask(image: Path, draw: Draw, labels: Labels) -> bytes:
-    """The mask of an image as the bytes of a PNG."""
-    width, height = read_size(image)
-    mask = np.full((height, width), NOT_DRAWN, np.uint8)
-    draw(mask)
+    """The mask of an image as the bytes of a PNG: of a photo as viewers show it, or else as it is stored."""
+    shown, stored = read_shown_size(image), read_size(image)
+    try:
+        mask = np.full(shown[::-1], NOT_DRAWN, np.uint8)
+        draw(mask)
+    except WrongSize:
+        if stored == shown:
+            raise
+        mask = np.full(stored[::-1], NOT_DRAWN, np.uint8)
+        draw(mask)
     rest = mask == NOT_DRAWN
     if labels.background is None and rest.any() and (mask == 0).any():
         first = labels.classes[0]
@@ -67,6 +79,48 @@ def make_mask(image: Path, draw: Draw, labels: Labels) -> bytes:
     return encode_png(mask)
 
 
+def match_images(images: Sequence[Path], folder: Path, keys: Iterable[str], suffix: bool) -> dict[Path, str]:
+    """The annotation of each image that has one, by its path: one of the two is the end of the other.
+
+    Where folders have other names, the file's name decides, if no other image and no other annotation has it.
+
+    Args:
+        images: below `folder`.
+        keys: paths of the annotations' images, with / between their parts.
+        suffix: whether keys have the image's suffix.
+
+    Raises:
+        UserError: several annotations or several images fit.
+    """
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        by_name[PurePosixPath(key).name].append(key)
+    paths = {image: image.relative_to(folder) for image in images}
+    names = {image: path.as_posix() if suffix else path.with_suffix("").as_posix() for image, path in paths.items()}
+    alike: dict[str, list[Path]] = defaultdict(list)
+    for image, name in names.items():
+        alike[PurePosixPath(name).name].append(image)
+    found: dict[Path, str] = {}
+    users: dict[str, Path] = {}
+    for image, name in names.items():
+        last = PurePosixPath(name).name
+        fitting = [key for key in by_name[last] if is_end(key, name) or is_end(name, key)]
+        if not fitting and len(by_name[last]) == len(alike[last]) == 1:
+            fitting = by_name[last]
+        if len(fitting) > 1:
+            raise UserError(f"{image}: has annotations under {fitting[0]} and {fitting[1]}; rename or remove one")
+        if fitting:
+            other = users.setdefault(fitting[0], image)
+            if other != image:
+                raise UserError(f"{other} and {image}: the annotation of {fitting[0]} fits both; rename one")
+            found[image] = fitting[0]
+    return found
+
+
+def is_end(path: str, whole: str) -> bool:
+    return f"/{whole}".endswith(f"/{path}")
+
+
 # One file per class
 
 
@@ -75,14 +129,15 @@ def per_class(source: Path, images: Sequence[Path], labels: Labels) -> dict[str,
     files: dict[str, list[tuple[str, Path]]] = {}
     stems = {image.stem for image in images}
     for path in image_files(source)[0]:
-        stem, label = path.stem, path.parent.relative_to(source).name
+        place, stem = path.parent.relative_to(source), path.stem
+        label = place.name
         if not label:  # a class's name may contain _
             endings = [name for name in labels.classes if stem.endswith(f"_{name}")]
             label = max(endings, key=len, default=stem.rpartition("_")[2])
             stem = stem[: -len(label)].removesuffix("_")
             if not endings and stem not in stems:  # no annotation, but for example one of the images
                 continue
-        files.setdefault(stem, []).append((label, path))
+        files.setdefault((place.parent / stem).as_posix(), []).append((label, path))
     return {stem: lambda mask, found=found: draw_files(mask, found, labels) for stem, found in files.items()}
 
 
@@ -90,7 +145,7 @@ def draw_files(mask: np.ndarray, files: Sequence[tuple[str, Path]], labels: Labe
     for index, path in sorted((labels.index(label, str(path)), path) for label, path in files):
         region = read_region(path)
         if region.shape != mask.shape:
-            raise UserError(f"{path}: {size_of(region)} pixels, its image has {size_of(mask)}; create the mask again")
+            raise WrongSize(f"{path}: {size_of(region)} pixels, its image has {size_of(mask)}; create the mask again")
         twice = region & (mask != NOT_DRAWN)
         if twice.any() and not labels.nested:
             others = ", ".join(
@@ -104,16 +159,25 @@ def draw_files(mask: np.ndarray, files: Sequence[tuple[str, Path]], labels: Labe
 
 
 def read_region(path: Path) -> np.ndarray:
-    """(H, W) bool, True where a mask of one class is not black. UserError: it holds more than black and one value."""
+    """(H, W) bool, True where a mask of one class is not black, or not transparent if it has transparent pixels.
+
+    UserError: it holds more than outside and one value.
+    """
     with open_image(path) as image:
-        image = image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode))
-        bands = [np.asarray(band) for band in image.split()]
+        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
+        if image.mode == "P" and not (gray := look_up_gray(image))[1]:
+            bands = [gray[0]]
+        else:
+            image = image.convert({"P": "RGB", "1": "L", "PA": "RGB"}.get(image.mode, image.mode))
+            bands = [np.asarray(band) for band in image.split()]
     colors = np.stack(bands[:3] if len(bands) > 2 else bands[:1])
     region = colors.any(0)
+    if alpha is not None and not alpha.all():
+        region, colors = alpha > 0, np.concatenate([colors, alpha[None]])
     if any(np.ptp(band[region]) for band in colors if region.any()):
         raise UserError(
-            f"{path}: holds more than black and one other value; a mask of one class has two values, stored without "
-            "loss (PNG, not JPEG)"
+            f"{path}: holds more than black and one other value; a mask of one class has two values, or one on "
+            "transparent, stored without loss (PNG, not JPEG)"
         )
     return region
 
@@ -123,15 +187,23 @@ def read_region(path: Path) -> np.ndarray:
 
 def labelme(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw]:
     """A JSON file per image; later shapes are drawn over earlier ones."""
-    files = sorted(source.rglob("*.json"))
-    return {path.stem: lambda mask, path=path: draw_labelme(mask, path, labels) for path in files}
+    names = {image.name for image in images}
+    return {
+        path.relative_to(source).with_suffix("").as_posix(): lambda mask, path=path: draw_labelme(
+            mask, path, names, labels
+        )
+        for path in sorted(source.rglob("*.json"))
+    }
 
 
-def draw_labelme(mask: np.ndarray, path: Path, labels: Labels) -> None:
+def draw_labelme(mask: np.ndarray, path: Path, names: set[str], labels: Labels) -> None:
     content = read_json(path)
     shapes = content.get("shapes") if isinstance(content, Mapping) else None
     if not isinstance(shapes, list):
         raise UserError(f"{path}: has no list of shapes; give LabelMe's own JSON files")
+    drawn_on = PurePosixPath(str(content.get("imagePath") or "").replace("\\", "/"))
+    if drawn_on.name in names and drawn_on.stem != path.stem:
+        raise UserError(f"{path}: was drawn on {drawn_on.name} (its imagePath); rename it like its image")
     check_size(path, (content.get("imageHeight"), content.get("imageWidth")), mask)
     canvas = Image.fromarray(mask)
     drawing = ImageDraw.Draw(canvas)
@@ -151,6 +223,8 @@ def draw_labelme(mask: np.ndarray, path: Path, labels: Labels) -> None:
                 drawing.ellipse([*(points[0] - radius), *(points[0] + radius)], fill=index)
             else:
                 raise ValueError(f"a {short_repr(kind)} of {len(points)} points; draw polygons, rectangles or circles")
+        except UserError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{where}: cannot be drawn ({error})") from None
     mask[:] = np.asarray(canvas)
@@ -165,15 +239,26 @@ def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw
     content = read_json(source)
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
-        regions: dict[Any, list[Mapping]] = {}
+        regions: dict[Any, list[Mapping]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
-            regions.setdefault(annotation["image_id"], []).append(annotation)
-        return {
-            Path(image["file_name"]).name: lambda mask, image=image: draw_coco(
-                mask, image, regions.get(image["id"], []), names, source, labels
-            )
-            for image in content["images"]
-        }
+            if annotation["image_id"] not in regions:
+                place = f"{source}: annotation {short_repr(annotation.get('id'))}"
+                raise UserError(
+                    f"{place} is of image {short_repr(annotation['image_id'])}, which is not among its images"
+                )
+            regions[annotation["image_id"]].append(annotation)
+        found: dict[str, Draw] = {}
+        for image in content["images"]:
+            name = image["file_name"].replace("\\", "/").removeprefix("./")
+            if name in found:
+                raise UserError(f"{source}: has two images with the file_name {short_repr(name)}; merge them into one")
+            found[name] = lambda mask, image=image: draw_coco(mask, image, regions[image["id"]], names, source, labels)
+        empty = sum(not annotations for annotations in regions.values())
+        if empty:
+            print(f"{source}: {empty} images are listed without annotations, their masks show background alone")
+        return found
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: not COCO's format of instances ({error!r}); export it again") from None
 
@@ -184,14 +269,26 @@ def draw_coco(
     check_size(source, (image.get("height"), image.get("width")), mask)
     instances = []
     for annotation in annotations:
-        number, name = annotation.get("id"), names.get(annotation.get("category_id"))
+        number, category = annotation.get("id"), annotation.get("category_id")
         crowd, where = annotation.get("iscrowd"), f"{source}: annotation {short_repr(number)}"
-        index = IGNORE_INDEX if crowd else labels.index(name, where)
-        instances.append((number, index, annotation.get("segmentation")))
+        if category not in names and not labels.ignore_unknown:
+            raise UserError(f"{where}: category_id {short_repr(category)} is not among its categories")
+        index = IGNORE_INDEX if crowd else labels.index(names.get(category), where)
+        segmentation = annotation.get("segmentation")
+        if not segmentation or (isinstance(segmentation, list) and not any(is_polygon(part) for part in segmentation)):
+            raise UserError(
+                f"{where}: has no region (a polygon is a list x, y, x, y, ... of at least 3 points); boxes alone are "
+                "for detection: export segmentations"
+            )
+        instances.append((number, index, segmentation))
     draw_instances(mask, instances, str(source), "correct it, or export it again")
 
 
-# Annotations, images, labels -> what to draw for the image of a name, in COCO with its suffix
+def is_polygon(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and all(isinstance(value, (int, float)) for value in part)
+
+
+# Annotations, images, labels -> what to draw for the image of a path, in COCO with its suffix
 FORMATS: dict[str, Callable[[Path, Sequence[Path], Labels], dict[str, Draw]]] = {
     "per-class": per_class,
     "labelme": labelme,
@@ -209,7 +306,7 @@ def read_json(path: Path) -> Any:
 def check_size(path: Path, stated: tuple[Any, Any], mask: np.ndarray) -> None:
     """UserError if the annotations are of an image of another size, as after a rotation or a resize."""
     if None not in stated and stated != mask.shape:
-        raise UserError(
+        raise WrongSize(
             f"{path}: was drawn on an image of {short_repr(stated[1])} x {short_repr(stated[0])} pixels, the image has "
             f"{size_of(mask)}; give the images that were annotated"
         )

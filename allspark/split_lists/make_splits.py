@@ -38,10 +38,9 @@ def make_splits(
             raise UserError(
                 f"{entry.source}: {entry.sample.image} has no mask; class balancing needs a mask for each image"
             )
-    most = len(entries) - (not bare)
     for name, size in sizes.items():
-        if not 0 < size <= most:
-            raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{most}")
+        if not 0 < size <= len(entries):
+            raise UserError(f"split {name}: {size} labeled of {len(entries)} images; give 1..{len(entries)}")
     check_files(entries)
     shares = run_in_threads([partial(class_shares, entry.sample, spec) for entry in entries])
     if errors := [result for result in shares if isinstance(result, UserError)]:

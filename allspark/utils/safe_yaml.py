@@ -60,9 +60,10 @@ def count_expanded(node: yaml.Node, known: dict[int, int]) -> int:
         children = [part for pair in node.value for part in pair]
         keys = set()
         for key, _ in node.value:
-            if (key.tag, str(key.value)) in keys:
+            value = int(key.value, 0) if key.tag == "tag:yaml.org,2002:int" else str(key.value)  # 0x0 is 0
+            if (key.tag, value) in keys:
                 raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value} is given twice; remove one")
-            keys.add((key.tag, str(key.value)))
+            keys.add((key.tag, value))
     count = 1
     for child in children:
         count = min(count + count_expanded(child, known), MAX_NODES + 1)

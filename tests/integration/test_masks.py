@@ -187,3 +187,132 @@ def run_lengths(region):
     flat = np.concatenate([[0], region.flatten(order="F"), [2]])
     changes = np.flatnonzero(np.diff(flat.astype(int)))
     return {"size": list(region.shape), "counts": np.diff([0, *changes]).tolist()}
+
+
+def photo(path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(path, **options)
+
+
+def labelme(path, label, **changes):
+    """A JSON of LabelMe with a rectangle of a label."""
+    shape = {"label": label, "shape_type": "rectangle", "points": [[5, 3], [29, 19]]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = {"imageHeight": SIZE[0], "imageWidth": SIZE[1]}
+    path.write_text(json.dumps({"shapes": [shape], **size, **changes}))
+
+
+def test_equal_names_in_folders(tmp_path, capsys):
+    """Each image gets the annotation of its own folder, in every format."""
+    pytest.importorskip("pycocotools")
+    box, labels = [5, 3, 30, 3, 30, 20, 5, 20], {"train": "cell", "val": "nucleus"}
+    images, annotations = [], []
+    for number, (place, label) in enumerate(labels.items(), 1):
+        photo(tmp_path / "img" / place / "1.jpg")
+        labelme(tmp_path / "labelme" / place / "1.json", label)
+        region = tmp_path / "marks" / place / label / "1.png"
+        region.parent.mkdir(parents=True)
+        Image.fromarray(expected((255, (3, 20), (5, 30)))).save(region)
+        images.append({"id": number, "file_name": f"{place}/1.jpg"})
+        annotations.append({"id": number, "image_id": number, "category_id": number, "segmentation": [box]})
+    categories = [{"id": number, "name": name} for number, name in enumerate(labels.values(), 1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    for kind, source in (("labelme", "labelme"), ("per-class", "marks"), ("coco", "coco.json")):
+        words = ["masks", kind, tmp_path / source, "--images", tmp_path / "img", "--out", tmp_path / kind]
+        assert run_main(main, [*map(str, words), "--classes", CLASSES]) == 0, kind
+        for index, place in enumerate(labels, 1):
+            mask = np.asarray(Image.open(tmp_path / kind / place / "1.png"))
+            assert np.array_equal(mask, expected((index, (3, 20), (5, 30)))), (kind, place)
+    # One annotation that fits two images
+    (tmp_path / "coco.json").write_text(json.dumps({**content, "images": [{"id": 1, "file_name": "1.jpg"}]}))
+    words = ["masks", "coco", tmp_path / "coco.json", "--images", tmp_path / "img", "--out", tmp_path / "x"]
+    assert run_main(main, [*map(str, words), "--classes", CLASSES]) == 2
+    (tmp_path / "coco.json").write_text(
+        json.dumps({**content, "images": [{"id": 1, "file_name": "1.jpg"}], "annotations": annotations[:1]})
+    )
+    capsys.readouterr()
+    assert run_main(main, [*map(str, words), "--classes", CLASSES]) == 2
+    assert "the annotation of 1.jpg fits both; rename one" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(convert, tmp_path):
+    labelme(tmp_path / "json" / "a.json", "cell")
+    for target in ("images", "file"):
+        (tmp_path / "file").write_text("")
+        err = convert("labelme", tmp_path / "json", "--out", tmp_path / target, "--force")[3]
+        assert target != "file" or f"--out {tmp_path / 'file'}: is a file; give a folder" in err
+    photo(tmp_path / "images" / "a.png")  # beside a.jpg
+    labelme(tmp_path / "json" / "a.json", "cell")
+    assert "rename one" in convert("labelme", tmp_path / "json")[3]
+    (tmp_path / "images" / "a.jpg").unlink()
+    before = (tmp_path / "images" / "a.png").read_bytes()
+    err = convert("labelme", tmp_path / "json", "--out", tmp_path / "images", "--force")[3]
+    assert "is an image or annotation, which its mask would replace; choose another --out" in err
+    assert (tmp_path / "images" / "a.png").read_bytes() == before
+    assert "a name is empty or given twice" in convert("labelme", tmp_path / "json", "--classes", "a,a")[3]
+
+
+def test_labelme_of_turned_photo(convert, tmp_path):
+    """LabelMe shows and measures a photo turned by its EXIF orientation."""
+    exif = Image.Exif()
+    exif[274] = 6
+    photo(tmp_path / "images" / "a.jpg", exif=exif)
+    labelme(tmp_path / "json" / "a.json", "cell", imageHeight=SIZE[1], imageWidth=SIZE[0])
+    code, masks, *_ = convert("labelme", tmp_path / "json")
+    assert code == 0 and masks["a"].shape == SIZE[::-1] and (masks["a"] == 1).sum() == 17 * 25
+    labelme(tmp_path / "json" / "a.json", "cell")  # stored
+    assert convert("labelme", tmp_path / "json", "--force")[1]["a"].shape == SIZE
+
+
+def test_labelme_of_another_image(convert, tmp_path):
+    labelme(tmp_path / "json" / "a.json", "cell", imagePath="..\\b.jpg")
+    assert "a.json: was drawn on b.jpg (its imagePath)" in convert("labelme", tmp_path / "json")[3]
+    labelme(tmp_path / "json" / "a.json", "sky")
+    err = convert("labelme", tmp_path / "json")[3]
+    assert err.count("a.json") == 1 and "label 'sky' is not among" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": [{"id": "7", "file_name": "a.jpg"}]}, "annotation 1 is of image 7, which is not among its images"),
+        ({"segmentation": []}, "annotation 1: has no region"),
+        ({"segmentation": [[5, 5, 20, 20]]}, "annotation 1: has no region"),
+        ({"segmentation": [[[5, 10], [15, 10], [15, 30]]]}, "annotation 1: has no region"),
+        ({"category_id": 44}, "annotation 1: category_id 44 is not among its categories"),
+        ({"images": [{"id": n, "file_name": "a.jpg"} for n in (7, 8)]}, "two images with the file_name 'a.jpg'"),
+    ],
+)
+def test_coco_objects_that_would_be_lost(convert, tmp_path, changes, message):
+    pytest.importorskip("pycocotools")
+    annotation = {"id": 1, "image_id": 7, "category_id": 3, "segmentation": [[5, 3, 30, 3, 30, 20, 5, 20]]}
+    content = {"images": [{"id": 7, "file_name": "a.jpg"}], "categories": [{"id": 3, "name": "cell"}]}
+    content["images"] = changes.pop("images", content["images"])
+    (tmp_path / "coco.json").write_text(json.dumps({**content, "annotations": [{**annotation, **changes}]}))
+    code, _, _, err = convert("coco", tmp_path / "coco.json")
+    assert code == 2 and message in err
+
+
+def test_coco_image_without_annotations(convert, tmp_path):
+    pytest.importorskip("pycocotools")
+    content = {"images": [{"id": 7, "file_name": "a.jpg"}], "categories": [{"id": 3, "name": "cell"}]}
+    (tmp_path / "coco.json").write_text(json.dumps({**content, "annotations": []}))
+    code, masks, out, _ = convert("coco", tmp_path / "coco.json")
+    assert code == 0 and not masks["a"].any() and "1 images are listed without annotations" in out
+
+
+@pytest.mark.parametrize("color", [(255, 255, 255), (0, 0, 0)])
+def test_class_drawn_on_transparent(convert, tmp_path, color):
+    region = expected((255, (3, 20), (5, 30)))
+    drawing = np.dstack([np.full((*SIZE, 3), color, np.uint8), region])
+    (tmp_path / "marks").mkdir()
+    Image.fromarray(drawing).save(tmp_path / "marks" / "a_cell.png")
+    assert np.array_equal(convert("per-class", tmp_path / "marks")[1]["a"], region // 255)
+    drawing[3, 5, 3] = 120  # a smoothed border
+    Image.fromarray(drawing).save(tmp_path / "marks" / "a_cell.png")
+    assert "more than black and one other value" in convert("per-class", tmp_path / "marks", "--force")[3]
+    black = Image.frombytes("P", SIZE[::-1], (region // 255).tobytes())  # a palette that tells nothing apart
+    black.putpalette([0, 0, 0])
+    black.save(tmp_path / "marks" / "a_cell.png")
+    assert np.array_equal(convert("per-class", tmp_path / "marks", "--force")[1]["a"], region // 255)

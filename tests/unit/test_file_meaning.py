@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allspark.config import CustomDataConfig
+from allspark.config import CustomDataConfig, DataConfig
+from allspark.data.audit import audit
 from allspark.data.datasets.custom import make_spec
 from allspark.data.image_io import load_image, read_image
 from allspark.data.mask_io import read_mask
 from allspark.data.spec import ImageReading, Sample
+from allspark.data.splits import Lists
 from allspark.data.survey import find_contradictions, inspect_sample
 from allspark.utils.errors import UserError
 from allspark.utils.retry import retry_transient
@@ -326,3 +328,139 @@ def test_memory_of_large_16_bit_images(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 8 * 1500**2
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
+@pytest.mark.parametrize("entries", [[0, 0, 0], [0, 0, 0] * 256, [0, 0, 0, 0, 0, 0, 255, 255, 255]])
+def test_palette_that_tells_nothing_apart(tmp_path, suffix, entries):
+    """As Pillow saves an array as "P": the indices count."""
+    image = Image.frombytes("P", TRUTH.shape[::-1], (TRUTH % 2).tobytes())
+    image.putpalette(entries)
+    image.save(tmp_path / f"a.{suffix}")
+    assert np.array_equal(read_mask(tmp_path / f"a.{suffix}", spec()), TRUTH % 2)
+
+
+def bmp(path: Path, values: np.ndarray, bits: int, palette: list[int]) -> Path:
+    """A BMP with few colors in its palette."""
+    height, width = values.shape
+    packed = (values[..., None] >> np.arange(bits)[::-1] & 1).reshape(height, -1).astype(np.uint8)
+    rows = np.packbits(np.pad(packed, ((0, 0), (0, -packed.shape[1] % 32))), 1)[::-1].tobytes()
+    colors = b"".join(bytes([gray, gray, gray, 0]) for gray in palette)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 0, len(rows), 0, 0, len(palette), 0)
+    start = 14 + len(header) + len(colors)
+    path.write_bytes(b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + colors + rows)
+    return path
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bmp_of_two_grays(tmp_path, bits):
+    """Pillow would read one bit per pixel."""
+    path = bmp(tmp_path / "a.bmp", TRUTH % 2, bits, [0, 255])
+    for read in (lambda: read_mask(path, spec()), lambda: read_image(path)):
+        with pytest.raises(UserError, match=rf"a.bmp: a BMP with {bits} bits per pixel.*save it as PNG"):
+            read()
+    one = bmp(tmp_path / "b.bmp", TRUTH % 2, 1, [0, 255])
+    assert np.array_equal(read_image(one)[..., 0], TRUTH % 2 * 255)
+    full = bmp(tmp_path / "c.bmp", TRUTH, 8, list(range(256)))
+    assert np.array_equal(read_mask(full, spec()), TRUTH)
+
+
+DEEP = PHOTO.astype(np.uint16) * 16  # 12 bits per channel
+
+
+@pytest.mark.parametrize("tags", [{"planarconfig": "separate"}, {"extratags": [(274, "H", 1, 3, True)]}])
+def test_16_bit_tiff_that_is_misread(tmp_path, tags):
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed")
+    values = np.moveaxis(DEEP, 2, 0) if "planarconfig" in tags else DEEP
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", **tags)
+    with pytest.raises(UserError, match=r"a.tif: a TIFF with 16 bits per channel, stored channel by channel or"):
+        read_image(tmp_path / "a.tif", ImageReading(4095))
+    tifffile.imwrite(tmp_path / "b.tif", DEEP, photometric="rgb")
+    assert np.array_equal(read_image(tmp_path / "b.tif", ImageReading(4095)), PHOTO)
+
+
+def test_deep_files_that_pillow_reduces(tmp_path):
+    height, width = TRUTH.shape
+    head = f"P6 {width} {height} 65535\n".encode()
+    (tmp_path / "a.ppm").write_bytes(head + DEEP.astype(">u2").tobytes())
+    (tmp_path / "a.pgm").write_bytes(f"P5 {width} {height} 4095\n".encode() + DEEP[..., 0].astype(">u2").tobytes())
+    for name, white in (("a.ppm", 65535), ("a.pgm", 4095)):
+        for channels in (3, 1, 4):
+            with pytest.raises(UserError, match=rf"{name}: a PPM whose white is {white}; save it as 16-bit PNG"):
+                read_image(tmp_path / name, ImageReading(4095, channels=channels))
+    (tmp_path / "b.pgm").write_bytes(f"P5 {width} {height} 65535\n".encode() + DEEP[..., 0].astype(">u2").tobytes())
+    assert np.array_equal(read_image(tmp_path / "b.pgm", ImageReading(4095))[..., 0], PHOTO[..., 0])
+
+
+@pytest.mark.parametrize(("shape", "bits"), [("rgb", 16), ("gray", 12)])
+def test_deep_jpeg_2000(tmp_path, shape, bits):
+    codecs = pytest.importorskip("imagecodecs", reason="imagecodecs is not installed")
+    values = DEEP if shape == "rgb" else DEEP[..., 0].copy()
+    content = codecs.jpeg2k_encode(values, level=0, reversible=True, codecformat="jp2", bitspersample=bits)
+    (tmp_path / "a.jp2").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a.jp2: a JPEG 2000 with {bits} bits per channel; save it as 16-bit PNG"):
+        read_image(tmp_path / "a.jp2", ImageReading(4095))
+    Image.fromarray(PHOTO).save(tmp_path / "b.jp2", irreversible=False)
+    assert np.array_equal(read_image(tmp_path / "b.jp2"), PHOTO)
+
+
+def test_other_colors_are_no_bands(tmp_path):
+    Image.fromarray(PHOTO).convert("CMYK").save(tmp_path / "a.jpg")
+    Image.fromarray(PHOTO).convert("CMYK").save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a.jpg: its channels are CMYK, not the bands of data.custom.channels"):
+        read_image(tmp_path / "a.jpg", ImageReading(channels=4))
+    pytest.importorskip("tifffile", reason="tifffile is not installed")
+    with pytest.raises(UserError, match=r"a.tif: its channels are SEPARATED"):
+        read_image(tmp_path / "a.tif", ImageReading(channels=4))
+
+
+def test_image_without_an_opaque_pixel(tmp_path):
+    image = Image.fromarray(PHOTO)
+    image.putalpha(0)
+    image.save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: every pixel is transparent; if its colors are right, save it as RGB"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("custom", "message"),
+    [
+        ({"color_map": {"0,0,0": 0, "0, 0, 0": 1}}, 'color_map: the color "0,0,0" is given twice'),
+        (
+            {"ignore_index": 0, "value_map": {0: 0, 1: 0, 2: 1}},
+            "value_map: the stored value 0 is ignore_index, and has",
+        ),
+        (
+            {"ignore_index": 0, "color_map": {"0,0,0": 0}},
+            "ignore_index: 0 is also the index of class 'a'; leave it at 255",
+        ),
+    ],
+)
+def test_maps_with_two_readings(custom, message):
+    with pytest.raises(UserError, match=message):
+        spec("ab", **custom)
+    assert spec("ab", ignore_index=0, value_map={1: 0, 2: 1}).decode_mask(np.arange(3)).tolist() == [255, 0, 1]
+    assert spec("ab", value_map={0: 0, 255: 1}).decode_mask(np.array([0, 255])).tolist() == [0, 1]
+
+
+def test_masks_that_mix_1_and_255(tmp_path):
+    """255 is ignored by default: a mask of 0 and 255 beside masks of 0 and 1 may hold the same class."""
+
+    def reports(*foregrounds, **custom):
+        samples = []
+        for number, foreground in enumerate(foregrounds):
+            image, mask = tmp_path / f"{number}.jpg", tmp_path / f"{number}.png"
+            Image.fromarray(PHOTO).save(image)
+            Image.fromarray((TRUTH % 2 * foreground).astype(np.uint8)).save(mask)
+            samples.append(Sample(image, mask))
+        data = DataConfig(dataset="mine", data_root=str(tmp_path), crop_size=64, custom=CustomDataConfig(**custom))
+        lists = Lists(tuple(samples), (), tuple(samples), hash="", name="x", hashes={})
+        return audit(data, make_spec("mine", data.custom), lists).problems
+
+    classes = ("a", "b")
+    (problem,) = reports(1, 255, 1, classes=classes)
+    assert problem.startswith("1 masks hold only 0 and 255, which is ignored, such as ")
+    assert problem.endswith("data.custom.value_map: {0: 0, 1: 1, 255: 255}")
+    assert not reports(1, 255, 1, classes=classes, value_map={0: 0, 1: 1, 255: 255})
+    assert not reports(1, 255, 1, classes=classes, value_map={0: 0, 1: 1, 255: 1})
+    assert not reports(1, 1, classes=classes)

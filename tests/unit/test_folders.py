@@ -83,6 +83,14 @@ def test_list_with_a_mask_as_image(make, tmp_path, line):
         found(tmp_path, labeled_id_path=str(tmp_path / "list.txt"))
 
 
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_list_with_other_separators(make, tmp_path, separator):
+    make("images/a.png", "masks/a.png")
+    (tmp_path / "list.txt").write_text(f"images/a.png{separator}masks/a.png")
+    with pytest.raises(UserError, match="separate image and mask by a blank or tab"):
+        found(tmp_path, labeled_id_path=str(tmp_path / "list.txt"))
+
+
 def test_left_out_files_are_named(make, tmp_path):
     make("images/a.jpg", "images/b.jfif", "images/c.JPE", "masks/a.png", "masks/b.png", "masks/c.png")
     assert names(found(tmp_path).labeled) == ["a.jpg", "b.jfif", "c.JPE"] and not found(tmp_path).left_out

@@ -321,6 +321,8 @@ def test_yaml_bombs(tmp_path):
     assert parse_yaml("a: &x [1, 2]\nb: *x\nc: {<<: {d: 1}}") == {"a": [1, 2], "b": [1, 2], "c": {"d": 1}}
     with pytest.raises(ValueError, match="line 3: the key lr is given twice"):
         parse_yaml("optim:\n  lr: 1\n  lr: 2")
+    with pytest.raises(ValueError, match="the key 0x0 is given twice"):
+        parse_yaml("{0: 0, 0x0: 1}")
 
 
 # Images

@@ -265,6 +265,13 @@ def test_check_warnings(data, tmp_path):
     assert notes[3].startswith("WARNING: 1 images are both unlabeled and val") and len(notes) == 4
 
 
+def test_mask_of_two_images(data, tmp_path):
+    edit(tmp_path, "few/labeled.txt", 1, "train/000.jpg train_masks/001.png")
+    edit(tmp_path, "few/labeled.txt", 2, "train/001.jpg train_masks/001.png")
+    (warning,) = (note for note in check(data, tmp_path) if "are those of several images" in note)
+    assert "1 masks are" in warning and "001.png of " in warning and "000.jpg and" in warning
+
+
 @pytest.mark.parametrize("folder", ["train", "val"])
 @pytest.mark.parametrize(
     ("mask", "message"),
@@ -337,9 +344,11 @@ def test_splits_partition_the_list(data, tmp_path):
     for labeled, unlabeled in splits.values():
         assert sorted(e.source for e in (*labeled, *unlabeled)) == sorted(e.source for e in entries)
         assert unlabeled == [entry for entry in entries if entry not in labeled]
-    for size in (0, 15):
-        with pytest.raises(UserError, match=rf"split x: {size} labeled of 15"):
+    for size in (0, 16):
+        with pytest.raises(UserError, match=rf"split x: {size} labeled of 15 images; give 1..15"):
             make_splits(entries, spec_for(data), {"x": size}, seed=0)
+    everything = make_splits(entries, spec_for(data), {"x": 15}, seed=0)["x"]  # for supervised training
+    assert len(everything[0]) == 15 and everything[1] == []
 
 
 def test_sizes_round_as_published():

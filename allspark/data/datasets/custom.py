@@ -76,13 +76,21 @@ def color_table(custom: CustomDataConfig) -> dict[tuple[int, int, int], int]:
         channels = re.fullmatch(r" *(\d{1,3}) *, *(\d{1,3}) *, *(\d{1,3}) *", text)
         if channels is None or max(map(int, channels.groups())) > 255:
             raise UserError(f'data.custom.color_map: "{text}" is not a color; write red, green, blue: "255,0,0"')
-        table[tuple(map(int, channels.groups()))] = target_index(custom, f'color_map: "{text}"', target)
+        color = red, green, blue = tuple(map(int, channels.groups()))
+        if color in table:
+            raise UserError(f'data.custom.color_map: the color "{red},{green},{blue}" is given twice; remove one')
+        table[color] = target_index(custom, f'color_map: "{text}"', target)
     return table
 
 
 def value_table(custom: CustomDataConfig) -> dict[int, int]:
     """Stored value -> class index or IGNORE_INDEX. Values not in it are decoded as K, which read_mask reports."""
     num_classes = len(custom.classes)
+    if custom.color_map is not None and custom.ignore_index < num_classes:
+        raise UserError(
+            f"data.custom.ignore_index: {custom.ignore_index} is also the index of class "
+            f"'{custom.classes[custom.ignore_index]}'; leave it at {IGNORE_INDEX}, and map void colors to that"
+        )
     if not 0 <= custom.ignore_index <= MAX_STORED:
         raise UserError(f"data.custom.ignore_index: {custom.ignore_index}; give a value in 0..{MAX_STORED}")
     if num_classes == IGNORE_INDEX:
@@ -101,6 +109,11 @@ def value_table(custom: CustomDataConfig) -> dict[int, int]:
     for stored, target in custom.value_map.items():
         if not 0 <= stored <= MAX_STORED:
             raise UserError(f"data.custom.value_map: stored value {stored}; give values in 0..{MAX_STORED}")
+        if stored == custom.ignore_index < num_classes:
+            raise UserError(
+                f"data.custom.value_map: the stored value {stored} is ignore_index, and has an entry; leave one of "
+                f"them out (ignored values may also be mapped to {IGNORE_INDEX}, the default of ignore_index)"
+            )
         table[stored] = target_index(custom, f"value_map: {stored}", target)
     return table
 
