@@ -67,7 +67,7 @@ def test_document_is_filled_in(tmp_path, capsys):
     main(["bench", "docs", str(document)])
     text = document.read_text()
     assert re.findall("old .*", text) == ["old no.json"] and text.count("left out") == 2
-    assert "2,000 ms" in text and "1,000 ms to 3,000 ms" in text and "2.00x" in text and "1,024 MiB" in text
+    assert "ms (min-max)" in text and "2,000 (1,000-3,000)" in text and "2.00x" in text and " 1,024 " in text
     assert "](benchmarks_crop.png)" in text and text.count("| plain") == 1
     assert (tmp_path / "benchmarks_crop.png").stat().st_size > 10_000
     main(["bench", "docs", str(document)])
