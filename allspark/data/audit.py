@@ -237,9 +237,10 @@ def report_masks(
     """
     masks = [each for each in reports if each.values]
     result = report_illegal_values(masks, spec, custom, skip)
-    if custom is not None and custom.value_map is custom.color_map is None and spec.ignore_index == custom.ignore_index:
-        result.problems += compare_whites(masks)
     legal = [each for each in masks if each.illegal is None]
+    stored = custom is not None and custom.value_map is custom.color_map is None  # values are classes, 255 is ignored
+    if stored and spec.ignore_index == custom.ignore_index and len(legal) == len(masks):
+        result.problems += compare_whites(masks, spec)
     labeled = [each for each in legal if each.kind == "labeled"]
     statistics = {kind: class_statistics([m for m in legal if m.kind == kind], spec) for kind in ("labeled", "val")}
     result.notes += format_class_table(spec, statistics)

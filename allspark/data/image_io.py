@@ -119,17 +119,12 @@ def max_megapixels() -> int:
 
 def check_pages(image: Image.Image, path: Path) -> None:
     """Raise BadSample for a second page or frame. Smaller copies and masks inside a TIFF are none."""
-    if not getattr(image, "is_animated", False) or image.format == "MPO":  # a photo with a preview
-        return
     if image.format == "TIFF":
-        for page in range(1, MAX_PAGES):
-            try:
-                image.seek(page)
-            except EOFError:
-                return image.seek(0)
-            if not image.tag_v2.get(SUBFILE, 0):
-                break
-    raise BadSample(f"{path}: has several pages or frames; save each one as a file of its own")
+        several = any(not tags.get(SUBFILE, 0) for tags in tiff_directories(path, MAX_PAGES)[1:])
+    else:
+        several = getattr(image, "is_animated", False) and image.format != "MPO"  # a photo with a preview
+    if several:
+        raise BadSample(f"{path}: has several pages or frames; save each one as a file of its own")
 
 
 def check_depth(image: Image.Image, path: Path) -> None:
@@ -168,8 +163,7 @@ def bmp_bits(path: Path) -> int:
 
 def jpeg2000_bits(path: Path) -> int:
     """Largest number of bits per channel of a JPEG 2000, from the SIZ segment of its codestream."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
+    head = path.read_bytes()  # any boxes may come first
     start = head.find(b"\xff\x4f\xff\x51")
     channels = int.from_bytes(head[start + 40 : start + 42], "big")
     depths = head[start + 42 : start + 42 + 3 * channels : 3]
@@ -178,17 +172,25 @@ def jpeg2000_bits(path: Path) -> int:
 
 def tiff_tags(path: Path) -> Mapping[int, Any]:
     """The tags of a TIFF whose header can be read, even if Pillow cannot decode it; empty for other files."""
+    return next(iter(tiff_directories(path, 1)), {})
+
+
+def tiff_directories(path: Path, most: int) -> list[Mapping[int, Any]]:
+    """The tags of the first pages of a TIFF, at most `most`; empty for other files, and as far as they can be read."""
+    found: list[Mapping[int, Any]] = []
     try:
         with path.open("rb") as file:
             header = file.read(8)
             if header[:4] not in TiffImagePlugin.PREFIXES:
-                return {}
+                return []
             tags = TiffImagePlugin.ImageFileDirectory_v2(header + (file.read(8) if header[2] == 43 else b""))
-            file.seek(tags.next)
-            tags.load(file)
-            return dict(tags)
+            while tags.next and len(found) < most:
+                file.seek(tags.next)
+                tags.load(file)
+                found.append(dict(tags))
     except Exception:  # as many kinds as Pillow's decoders raise
-        return {}
+        pass
+    return found
 
 
 def tiff_layout(path: Path) -> str:
@@ -207,6 +209,14 @@ def raw_mode(image: Image.Image) -> str:
     """How the file stores its pixels, in Pillow's terms, such as L;4 for 4-bit gray. Only before they are loaded."""
     args = image.tile[0].args if image.tile else ""
     return args if isinstance(args, str) else str(args[0])
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Its EXIF orientation; 1 if there is none, or none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # SyntaxError, struct.error, ... of a damaged block, which viewers ignore
+        return 1
 
 
 def turn(image: Image.Image, orientation: int, reading: ImageReading) -> Image.Image:
@@ -245,10 +255,12 @@ def read_size(path: Path) -> tuple[int, int]:
 def read_shown_size(path: Path) -> tuple[int, int]:
     """(width, height) of a photo as viewers show it, turned by its EXIF orientation."""
     width, height = read_size(path)
+    if tiff_tags(path):
+        return width, height
 
     def is_turned() -> bool:
         with open_image(path) as image:
-            return image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return orientation_of(image) in (5, 6, 7, 8)
 
     return (height, width) if retried(is_turned, path) else (width, height)
 
@@ -284,7 +296,7 @@ def decode_image(path: Path, reading: ImageReading) -> ImageFile:
         file = decode_image(path, replace(reading, channels=3))
         return file._replace(pixels=cv2.cvtColor(file.pixels, cv2.COLOR_RGB2GRAY)[..., None])
     if reading.channels != 3:
-        values = read_bands(path)
+        values = read_bands(path, reading.orientation == "stored")
         if values.shape[2] != reading.channels:
             raise BadSample(f"{path}: has {values.shape[2]} channels, data.custom.channels={reading.channels}")
         peak = None
@@ -292,7 +304,7 @@ def decode_image(path: Path, reading: ImageReading) -> ImageFile:
             values, peak = reduce_to_8_bits([values], reading.image_max, path)
         return ImageFile(values, peak, 1)
     with open_image(path) as image:
-        raw, orientation, peak = raw_mode(image), image.getexif().get(ORIENTATION, 1), None
+        raw, orientation, peak = raw_mode(image), orientation_of(image), None
         if image.mode == "F":
             raise BadSample(f"{path}: floating-point values have no fixed range; save it with 8 bits per channel")
         check_bands(image, path)
@@ -302,6 +314,8 @@ def decode_image(path: Path, reading: ImageReading) -> ImageFile:
         image = turn(image, orientation, reading)
         if image.mode.startswith("I"):
             gray, peak = reduce_to_8_bits(strips(image), reading.image_max, path)
+            if (transparent := image.info.get("transparency")) is not None:  # on white
+                gray[np.asarray(image) == transparent] = 255
             return ImageFile(cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), peak, orientation)
         if image.has_transparency_data:
             image = blend_with_white(image, path)
@@ -309,14 +323,18 @@ def decode_image(path: Path, reading: ImageReading) -> ImageFile:
         return ImageFile(pixels, peak, orientation)
 
 
-def read_bands(path: Path) -> np.ndarray:
-    """All channels of an image as they are stored, (H, W, C) of integers; an alpha channel is one of them."""
+def read_bands(path: Path, as_stored: bool = False) -> np.ndarray:
+    """All channels of an image as they are stored, (H, W, C) of integers; an alpha channel is one of them.
+
+    Args:
+        as_stored: ignore a tag that turns the image, instead of an error.
+    """
     if not tiff_tags(path):
         with open_image(path) as image:
             raw = raw_mode(image)
             if image.mode in ("CMYK", "P", "YCbCr", "LAB"):
                 raise BadSample(f"{path}: its channels are {image.mode}, not the bands of data.custom.channels")
-            if image.getexif().get(ORIENTATION, 1) in TURNS:
+            if orientation_of(image) in TURNS and not as_stored:
                 raise BadSample(f"{path}: has a tag that turns it; save it upright")
             if ";16" not in raw:
                 return np.atleast_3d(np.asarray(image))
@@ -332,13 +350,15 @@ def read_bands(path: Path) -> np.ndarray:
             page = file.pages[0]
             if math.prod(page.shape) > max_megapixels() * 10**6 * 4:
                 raise BadSample(f"{path}: {page.shape}: too large; cut it into tiles")
-            if (len(file.pages) > 1 and not file.pages[1].is_reduced) or page.tags.valueof(ORIENTATION, default=1) != 1:
+            others = file.pages[1:MAX_PAGES]
+            turned = page.tags.valueof(ORIENTATION, default=1) != 1 and not as_stored
+            if turned or any(not (other.is_reduced or other.is_mask) for other in others):
                 raise BadSample(
                     f"{path}: has several pages or a tag that turns it; save each page upright in a file of its own"
                 )
             if page.photometric in (3, 5, 6, 8):  # palette, CMYK, YCbCr, Lab
                 raise BadSample(f"{path}: its channels are {page.photometric.name}, not bands of data.custom.channels")
-            if page.dtype is not None and page.dtype.kind not in "iu":
+            if page.dtype is not None and (page.dtype.kind not in "iu" or page.dtype == np.int8):
                 raise BadSample(f"{path}: {tiff_layout(path)} have no fixed range; save 8 or 16 bits per channel")
             values = page.asarray()
     except UserError:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from allspark.data.image_io import (
-    ORIENTATION,
     PHOTOMETRIC,
     BadSample,
     open_image,
+    orientation_of,
     raw_mode,
     read_image,
     read_size,
@@ -60,7 +60,7 @@ def decode_mask_file(path: Path, spec: DatasetSpec) -> MaskFile:
     """load_mask without further attempts."""
     with open_image(path) as image:
         check_mask_format(image, path)
-        raw, orientation = raw_mode(image), image.getexif().get(ORIENTATION, 1)
+        raw, orientation = raw_mode(image), orientation_of(image)
         image = turn(image, orientation, spec.images)
         mode, is_gray = image.mode, image.mode in ("1", "L") or image.mode.startswith("I")
         if spec.colors is not None or not (is_gray or mode == "P"):
@@ -90,7 +90,9 @@ def check_mask_format(image: Image.Image, path: Path) -> None:
         raise BadSample(f"{path}: a TIFF mask in which 0 is white (MinIsWhite); save it as 8-bit PNG")
     if image.mode == "F":
         raise BadSample(f"{path}: a mask of floating-point values; save the class indices as 8-bit PNG")
-    if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm") and image.mode != "1":
+    if image.format == "PPM" and image.mode == "1":
+        raise BadSample(f"{path}: a PBM mask, in which 1 is black; save it as 8-bit PNG")
+    if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
         most = image.tile[0].args[1]
         if most not in (255, 65535):
             raise BadSample(f"{path}: a mask whose largest value is {most}; save it as 8-bit PNG")
@@ -116,7 +118,8 @@ def look_up_gray(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
     entries = np.array(image.getpalette("RGB"), np.int32).reshape(-1, 3)
     if (entries == entries[:, :1]).all():
         used = np.flatnonzero(np.bincount(indices.ravel()))
-        if used[-1] >= len(entries) or len(np.unique(entries[used, 0])) < len(used):
+        alike = len(np.unique(entries[:, 0])) == 1  # also in a file that uses one index
+        if alike or used[-1] >= len(entries) or len(np.unique(entries[used, 0])) < len(used):
             return indices, ()
         table = np.zeros(256, np.uint8)
         table[: len(entries)] = entries[:, 0]

@@ -143,18 +143,17 @@ def compare_bits(masks: Sequence[SampleReport]) -> Iterator[str]:
         yield f"masks of different bit depths: {first}, {second}. A value may differ in meaning: save all as 8-bit PNG"
 
 
-def compare_whites(masks: Sequence[SampleReport]) -> Iterator[str]:
+def compare_whites(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterator[str]:
     """Where 255 is ignored: some masks hold only 0 and 255, and no other one with a class has 255. Both may mean it."""
     masks = list({each.sample.mask: each for each in masks}.values())  # a file of several lists counts once
     white = [each for each in masks if each.values.keys() == {0, 255}]
     others = [each for each in masks if each.values.keys() - {0, 255}]
     if white and others and not any(255 in each.values for each in others):
-        values = sorted(set().union(*(each.values for each in others)))
         yield (
             f"{len(white)} masks hold only 0 and 255, which is ignored, such as {white[0].sample.mask}; the "
             f"{len(others)} others with a class hold no 255, such as {others[0].sample.mask}. If 255 is a class there, "
             "save all masks with the same values; if it is to be ignored, add to the config: data.custom.value_map: "
-            f"{{{', '.join(f'{value}: {value}' for value in [*values, 255])}}}"
+            f"{{{', '.join(f'{value}: {value}' for value in (*range(spec.num_classes), 255))}}}"
         )
 
 

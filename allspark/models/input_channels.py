@@ -30,3 +30,5 @@ def set_input_channels(encoder: nn.Module, channels: int) -> None:
             value = getattr(encoder, buffer)
             rest = value.mean().expand(max(channels - 3, 0), 1, 1)
             setattr(encoder, buffer, torch.cat([value, rest]) if channels > 3 else value.mean().repeat(channels, 1, 1))
+    if hasattr(encoder, "check_maps"):  # some of timm's networks read the image by several convolutions
+        encoder.check_maps(channels)

@@ -76,14 +76,15 @@ class TimmEncoder(nn.Module):
         return [*self.body.model.blocks] if self.is_vit else []
 
     @torch.no_grad()
-    def check_maps(self) -> None:
-        """UserError for a network with a fixed image size or unexpected maps, by a pass of a small image."""
+    def check_maps(self, channels: int = 3) -> None:
+        """UserError for a network of fixed size or channels, or with unexpected maps, by a pass of a small image."""
         height, width = 2 * self.multiple, 3 * self.multiple
         self.eval()
         try:
-            shapes = [tuple(feature.shape[1:]) for feature in self(torch.zeros(1, 3, height, width))]
+            shapes = [tuple(feature.shape[1:]) for feature in self(torch.zeros(1, channels, height, width))]
         except Exception as error:  # each network reports a fixed size in its own way
-            raise unsuitable_error(self.name, f"it does not take images of any size ({reason_of(error)})") from error
+            kind = "any size" if channels == 3 else f"{channels} channels"
+            raise unsuitable_error(self.name, f"it does not take images of {kind} ({reason_of(error)})") from error
         self.train()
         cells = [(int(height / stride), int(width / stride)) for stride in self.strides]
         if shapes != [(channels, *size) for channels, size in zip(self.channels, cells, strict=True)]:

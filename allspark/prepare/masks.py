@@ -100,11 +100,13 @@ def match_images(images: Sequence[Path], folder: Path, keys: Iterable[str], suff
     alike: dict[str, list[Path]] = defaultdict(list)
     for image, name in names.items():
         alike[PurePosixPath(name).name].append(image)
+    exact = {key for each in by_name.values() for key in each} & set(names.values())
     found: dict[Path, str] = {}
     users: dict[str, Path] = {}
     for image, name in names.items():
         last = PurePosixPath(name).name
-        fitting = [key for key in by_name[last] if is_end(key, name) or is_end(name, key)]
+        others = [key for key in by_name[last] if key not in exact]
+        fitting = [name] if name in exact else [key for key in others if is_end(key, name) or is_end(name, key)]
         if not fitting and len(by_name[last]) == len(alike[last]) == 1:
             fitting = by_name[last]
         if len(fitting) > 1:
@@ -271,7 +273,7 @@ def draw_coco(
     for annotation in annotations:
         number, category = annotation.get("id"), annotation.get("category_id")
         crowd, where = annotation.get("iscrowd"), f"{source}: annotation {short_repr(number)}"
-        if category not in names and not labels.ignore_unknown:
+        if not isinstance(category, (int, str)) or (category not in names and not labels.ignore_unknown):
             raise UserError(f"{where}: category_id {short_repr(category)} is not among its categories")
         index = IGNORE_INDEX if crowd else labels.index(names.get(category), where)
         segmentation = annotation.get("segmentation")

@@ -79,11 +79,11 @@ def hold_out(
             members[group(entry)].append(index)
         if len(members) < 2:
             raise UserError(f"--group: all {len(entries)} images are one group ({next(iter(members))}); none is left")
-        first, *others = random.permutation(sorted(members)).tolist()[:-1]  # one group is left
-        chosen = set(members[first])
-        for name in others:
+        chosen = set()
+        for name in random.permutation(sorted(members)).tolist()[:-1]:  # one group is left
             if abs(len(chosen) + len(members[name]) - count) < abs(len(chosen) - count):
                 chosen.update(members[name])
+        chosen = chosen or set(min(members.values(), key=len))  # all are too large
     val = [entry for index, entry in enumerate(entries) if index in chosen]
     return val, [entry for index, entry in enumerate(entries) if index not in chosen]
 
@@ -150,7 +150,7 @@ def balanced_order(shares: np.ndarray, length: int, seed: int) -> list[int]:
 
 
 def parse_sizes(text: str, total: int, option: str = "--sizes") -> dict[str, int]:
-    """'1_8,32' -> {'1_8': ceil(total / 8), '32': 32}; rounded up, as in the published lists."""
+    """'1_8,32' -> {'1_8': ceil(total / 8), '32': 32}; rounded up, as in most published lists."""
     sizes = {}
     for name in filter(None, (part.strip() for part in text.split(","))):
         fraction = re.fullmatch(r"(\d+)_(\d+)", name)

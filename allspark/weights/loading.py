@@ -35,6 +35,7 @@ from allspark.weights.key_maps import (
 ENCODER_SIZES = {**mit.SIZES, **resnet.SIZES}  # encoders that can be recognized by tensor shapes
 DINOV2_SIZES = dict(zip(DINOV2, ((384, 12), (768, 12), (1024, 24), (1536, 40)), strict=True))  # width, blocks
 TEACHERS = ("model_ema", "teacher_state")  # where UniMatch V2 and iMAS keep the network that they report
+OURS_TEACHER = "teacher.model."  # in the state of a method of this code
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
 # Classifier weights that come with an encoder, or that the original SegFormer head contains but never uses
 LEFTOVERS = re.compile(r"(head|fc|classifier|decode_head\.conv_seg)\.(weight|bias)")
@@ -96,6 +97,10 @@ def read_weights(path: str | Path, student: bool = False) -> WeightFile:
     tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path}: contains no named tensors; a weight file must contain a state_dict")
+    if isinstance(method := others.get("method"), Mapping) and not student:  # a checkpoint of this code
+        names = [name for name in method if str(name).startswith(OURS_TEACHER) and isinstance(method[name], Tensor)]
+        averaged = {name.removeprefix(OURS_TEACHER): method[name] for name in names}
+        tensors, teacher = {**tensors, **averaged}, bool(averaged)
     return WeightFile(path, strip_wrappers(tensors), others, teacher)
 
 
@@ -188,13 +193,19 @@ def load_encoder(model: Segmentor, path: str | Path) -> str:
         )
     check_finite(result.loaded, file.path)
     left = f", unused: {abbreviate(result.unexpected)}" if result.unexpected else ""
-    return f"encoder weights {path}: {len(result.loaded)} tensors{left}"
+    return f"encoder weights {path}{of_teacher(file)}: {len(result.loaded)} tensors{left}"
+
+
+def of_teacher(file: WeightFile) -> str:
+    return " (EMA teacher)" if file.teacher else ""
 
 
 def encoder_tensors(encoder: nn.Module, file: WeightFile) -> RenamedWeights:
     """A file's encoder tensors under our names; for timm's encoders converted by timm."""
     found = to_our_names(file)[1]
     known = found.tensors if isinstance(encoder, DINOv2) else file.tensors
+    if isinstance(encoder, DINOv2):
+        reject_registers(file)
     if not isinstance(encoder, TimmEncoder) or any(name.startswith("encoder.body.") for name in known):
         return found
     try:
@@ -204,6 +215,15 @@ def encoder_tensors(encoder: nn.Module, file: WeightFile) -> RenamedWeights:
             f"{file.path}: timm cannot convert it to weights of {encoder.name} ({reason_of(error)}); use another file"
         ) from error
     return RenamedWeights(tensors, {name: name for name in tensors}, [])
+
+
+def reject_registers(file: WeightFile) -> None:
+    """UserError for a DINOv2 that was trained with register tokens, which dinov2_* do not have."""
+    if any(name.endswith(("register_tokens", "reg_token")) for name in file.tensors):
+        raise UserError(
+            f"{file.path}: a DINOv2 with registers; use model.encoder=timm:vit_small_patch14_reg4_dinov2 (or _base, "
+            "_large, _giant), or weights without registers for dinov2_*"
+        )
 
 
 def init_from(model: Segmentor, path: str | Path) -> str:
@@ -229,7 +249,7 @@ def init_from(model: Segmentor, path: str | Path) -> str:
         )
     check_finite(result.loaded, file.path)
     fresh = sorted({name.rsplit(".", 1)[0] for name in own if name not in loaded})
-    return f"init_from {path}: loaded {len(loaded)} tensors; newly initialized: {', '.join(fresh)}"
+    return f"init_from {path}{of_teacher(file)}: loaded {len(loaded)} tensors; newly initialized: {', '.join(fresh)}"
 
 
 def load_pretrained(model: nn.Module, pretrained: str, init: str) -> list[str]:
@@ -308,6 +328,8 @@ def recognize(file: WeightFile, encoder_only: bool = False, stride: int | None =
     if not encoder_only:
         reject_published(file)
     architecture = infer_architecture(found.tensors, file.path, is_model)
+    if architecture.model.encoder.startswith("dinov2"):
+        reject_registers(file)
     if key_map is IMAS and is_model:
         encoder = f"{architecture.model.encoder}_imas{'_os8' if stride == 8 else ''}"
         architecture = replace(architecture, model=replace(architecture.model, encoder=encoder))

@@ -1,5 +1,6 @@
 """Checkpoints of train.py and imported ones: the network that predicts, its data, and refusals."""
 
+import copy
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ from allspark.inference import load_for_inference, training_crop
 from allspark.models.segmentor import build_model
 from allspark.utils.download import file_digest
 from allspark.utils.errors import UserError, run_main
+from allspark.weights.loading import init_from, load_encoder
 
 CPU = torch.device("cpu")
 SOURCE = {"format": "released", "file": "allspark.pth", "sha256": "1" * 64}
@@ -267,6 +269,18 @@ def test_teacher_is_used_for_inference(with_teacher, place, tmp_path):
         assert (of_teacher != classes_of(student, image)).mean() > 0.1
         for folder in ("eval", "predict"):
             np.testing.assert_array_equal(stored(tmp_path / folder / f"{name}.png"), of_teacher)
+
+
+def test_teacher_is_used_to_start_from(with_teacher):
+    """As by everything else that reads the run's network; the log says so."""
+    path, student, teacher = with_teacher
+    for load in (load_encoder, init_from):
+        fresh = copy.deepcopy(student)
+        assert f"{path} (EMA teacher): " in load(fresh, path)
+        expected = teacher.state_dict()
+        for name, value in fresh.state_dict().items():
+            if name.startswith("encoder."):
+                assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,13 @@ def test_equal_names_in_folders(tmp_path, capsys):
         for index, place in enumerate(labels, 1):
             mask = np.asarray(Image.open(tmp_path / kind / place / "1.png"))
             assert np.array_equal(mask, expected((index, (3, 20), (5, 30)))), (kind, place)
+    photo(tmp_path / "img" / "1.jpg")  # beside them; its own annotation is the one without a folder
+    labelme(tmp_path / "labelme" / "1.json", "nucleus")
+    words = ["masks", "labelme", tmp_path / "labelme", "--images", tmp_path / "img", "--out", tmp_path / "three"]
+    assert run_main(main, [*map(str, words), "--classes", CLASSES]) == 0
+    found = {path.relative_to(tmp_path / "three").as_posix() for path in (tmp_path / "three").rglob("*.png")}
+    assert found == {"1.png", "train/1.png", "val/1.png"}
+    (tmp_path / "img" / "1.jpg").unlink()
     # One annotation that fits two images
     (tmp_path / "coco.json").write_text(json.dumps({**content, "images": [{"id": 1, "file_name": "1.jpg"}]}))
     words = ["masks", "coco", tmp_path / "coco.json", "--images", tmp_path / "img", "--out", tmp_path / "x"]
@@ -281,6 +288,7 @@ def test_labelme_of_another_image(convert, tmp_path):
         ({"segmentation": [[5, 5, 20, 20]]}, "annotation 1: has no region"),
         ({"segmentation": [[[5, 10], [15, 10], [15, 30]]]}, "annotation 1: has no region"),
         ({"category_id": 44}, "annotation 1: category_id 44 is not among its categories"),
+        ({"category_id": [3]}, "annotation 1: category_id [3] is not among its categories"),
         ({"images": [{"id": n, "file_name": "a.jpg"} for n in (7, 8)]}, "two images with the file_name 'a.jpg'"),
     ],
 )

@@ -107,6 +107,9 @@ def test_fetch_refusals(source, call, tmp_path):
     ):
         assert told in call("fetch", *words, "--out", out, code=2)
         assert not out.exists() and not list(tmp_path.glob("pretrained/*"))
+    before = source.read_bytes()
+    told = call("fetch", "mit_b0", "--from", source, "--out", source, "--force", code=2)
+    assert "is the file of --from, which would be replaced" in told and source.read_bytes() == before
     out.parent.mkdir(exist_ok=True)
     out.write_bytes(b"earlier work")
     assert "--force" in call("fetch", "mit_b0", "--from", source, "--out", out, code=2)

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from allspark.config import ModelConfig
 from allspark.models import mit
+from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import embed_positions
-from allspark.weights.loading import WeightFile, read_weights, recognize
+from allspark.utils.errors import UserError
+from allspark.weights.loading import WeightFile, load_encoder, read_weights, recognize
 from helpers.parity import filled, same_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +80,19 @@ def test_dinov2(tmp_path):
             model.embeddings.position_embeddings = torch.nn.Parameter(positions)
         tokens = model(image).last_hidden_state[:, 1:]
         same_maps([encoder(image)[-1].flatten(2).transpose(1, 2)], [tokens])
+
+
+def test_dinov2_with_registers(tmp_path):
+    """The network would run without the tokens that it was trained with."""
+    model = build_model(ModelConfig(encoder="dinov2_small", decoder="dpt"), 3, 70)
+    state = {name.removeprefix("body.model."): value for name, value in model.encoder.state_dict().items()}
+    torch.save(state, tmp_path / "plain.pth")
+    torch.save(state | {"register_tokens": torch.zeros(1, 4, 384)}, tmp_path / "reg4.pth")
+    assert "encoder weights" in load_encoder(model, tmp_path / "plain.pth")
+    with pytest.raises(
+        UserError, match="reg4.pth: a DINOv2 with registers; use model.encoder=timm:vit_small_patch14_reg4"
+    ):
+        load_encoder(model, tmp_path / "reg4.pth")
 
 
 @pytest.mark.parametrize("variant", mit.SIZES)

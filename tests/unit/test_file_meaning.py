@@ -13,6 +13,7 @@ from PIL import Image
 
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data.audit import audit
+from allspark.data.datasets import ade20k
 from allspark.data.datasets.custom import make_spec
 from allspark.data.image_io import load_image, read_image
 from allspark.data.mask_io import read_mask
@@ -464,3 +465,78 @@ def test_masks_that_mix_1_and_255(tmp_path):
     assert not reports(1, 255, 1, classes=classes, value_map={0: 0, 1: 1, 255: 255})
     assert not reports(1, 255, 1, classes=classes, value_map={0: 0, 1: 1, 255: 1})
     assert not reports(1, 1, classes=classes)
+    (problem,) = reports(1, 255, classes=("a", "b", "c"))  # every class, seen here or not
+    assert problem.endswith("data.custom.value_map: {0: 0, 1: 1, 2: 2, 255: 255}")
+    assert len(reports(1, 255, 9, classes=classes)) == 1  # illegal values have their own message
+
+
+def test_black_palette_in_every_file(tmp_path):
+    """The indices count in all files alike, also in one that shows a single class."""
+    for name, values in (("a", TRUTH % 2), ("b", np.ones_like(TRUTH))):
+        image = Image.frombytes("P", TRUTH.shape[::-1], values.astype(np.uint8).tobytes())
+        image.putpalette([0, 0, 0] * 256)
+        image.save(tmp_path / f"{name}.png")
+        assert np.array_equal(read_mask(tmp_path / f"{name}.png", spec()), values)
+
+
+def test_pbm_mask(tmp_path):
+    (tmp_path / "a.pbm").write_bytes(b"P1\n2 1\n0 1\n")
+    with pytest.raises(UserError, match=r"a.pbm: a PBM mask, in which 1 is black; save it as 8-bit PNG"):
+        read_mask(tmp_path / "a.pbm", spec())
+
+
+@pytest.mark.parametrize("kinds", [(4,), (1,), (1, 4), (0,), (1, 0)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_pages_of_a_tiff(tmp_path, kinds, channels):
+    """Smaller copies (1) and GDAL's internal masks (4) are no pages; a second image is one."""
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed")
+    image = np.dstack([PHOTO, PHOTO[..., 0]])[..., :channels]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(image, photometric="rgb", extrasamples=None if channels == 3 else ["unspecified"])
+        for kind in kinds:
+            page = np.ones((40, 48), bool) if kind == 4 else PHOTO[::2, ::2].copy()
+            file.write(page, subfiletype=kind, photometric="mask" if kind == 4 else "rgb")
+    if 0 in kinds:
+        with pytest.raises(UserError, match="a.tif: has several pages"):
+            read_image(tmp_path / "a.tif", ImageReading(channels=channels))
+    else:
+        assert np.array_equal(read_image(tmp_path / "a.tif", ImageReading(channels=channels)), image)
+
+
+def test_exif_that_cannot_be_read(tmp_path):
+    """Viewers show such a photo as it is stored."""
+    Image.fromarray(PHOTO).save(tmp_path / "a.jpg", quality=95, exif=b"Exif\0\0garbage-not-tiff")
+    Image.fromarray(TRUTH).save(tmp_path / "a.png", exif=b"Exif\0\0garbage-not-tiff")
+    assert read_image(tmp_path / "a.jpg").shape == PHOTO.shape
+    assert np.array_equal(read_mask(tmp_path / "a.png", spec()), TRUTH)
+
+
+def test_bands_of_a_file_with_a_turn(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    four = np.dstack([PHOTO, PHOTO[..., 0]])
+    Image.fromarray(four).save(tmp_path / "a.png", exif=exif)
+    with pytest.raises(UserError, match="has a tag that turns it"):
+        read_image(tmp_path / "a.png", ImageReading(channels=4))
+    assert np.array_equal(read_image(tmp_path / "a.png", ImageReading(channels=4, orientation="stored")), four)
+
+
+def test_signed_bytes_are_refused(tmp_path):
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed")
+    tifffile.imwrite(tmp_path / "a.tif", np.full((4, 40, 48), 100, np.int8), photometric="minisblack")
+    with pytest.raises(UserError, match="a.tif"):
+        read_image(tmp_path / "a.tif", ImageReading(channels=4))
+
+
+def test_transparent_value_of_16_bit_gray(tmp_path):
+    deep = PHOTO[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "a.png", transparency=int(deep[3, 5]))
+    found = read_image(tmp_path / "a.png")[..., 0]
+    assert np.array_equal(found, np.where(deep == deep[3, 5], 255, PHOTO[..., 0]))
+
+
+def test_ade20k_masks_of_another_tool(tmp_path):
+    """Already shifted to 0..149, with 255 for no class: every class would be off by one."""
+    Image.fromarray(np.where(TRUTH == 3, 255, TRUTH).astype(np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: illegal mask values 255 .*official masks: 0 = no class"):
+        read_mask(tmp_path / "a.png", ade20k.SPEC)

@@ -156,3 +156,11 @@ def test_damaged_bands(tmp_path):
         (tmp_path / "a.tif").write_bytes(whole[:end])
         with pytest.raises(BadSample, match=r"a\.tif"):
             read_image(tmp_path / "a.tif", ImageReading(channels=5))
+
+
+@pytest.mark.parametrize("encoder", ["timm:repvgg_a0", "timm:tresnet_m"])
+def test_encoder_with_several_inputs_is_refused(encoder):
+    """Its stem reads the image by parallel convolutions, or rearranges its pixels."""
+    build_model(ModelConfig(encoder=encoder), 3, 64)
+    with pytest.raises(UserError, match=rf"model.encoder={encoder}: cannot be an encoder here: .* of 4 channels"):
+        build_model(ModelConfig(encoder=encoder), 3, 64, 4)

@@ -17,10 +17,10 @@ from allspark.cli import splits as verb
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data.audit import preflight
 from allspark.data.datasets import DATASETS, shapes, spec_for
-from allspark.data.entries import read_entries, read_list
+from allspark.data.entries import Entry, read_entries, read_list
 from allspark.data.spec import Sample
 from allspark.data.splits import SPLITS_ROOT, describe_lists, find_data, hash_samples, list_hash, resolve
-from allspark.split_lists.make_splits import balanced_order, list_line, make_splits, parse_sizes
+from allspark.split_lists.make_splits import balanced_order, hold_out, list_line, make_splits, parse_sizes
 from allspark.utils.errors import UserError
 from helpers import SHARED
 
@@ -349,6 +349,14 @@ def test_splits_partition_the_list(data, tmp_path):
             make_splits(entries, spec_for(data), {"x": size}, seed=0)
     everything = make_splits(entries, spec_for(data), {"x": 15}, seed=0)["x"]  # for supervised training
     assert len(everything[0]) == 15 and everything[1] == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_group_that_is_too_large_is_not_held_out(seed):
+    """80 and 20 images, 20 are wanted: the 20, whichever is drawn first."""
+    entries = [Entry(Sample(Path(f"{'a' if i < 80 else 'b'}/{i}.jpg")), "list") for i in range(100)]
+    val, rest = hold_out(entries, 20, seed, group=lambda entry: entry.sample.image.parent.name)
+    assert (len(val), len(rest)) == (20, 80)
 
 
 def test_sizes_round_as_published():

@@ -22,7 +22,7 @@ CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))
 OTHER = 0  # stored value of pixels of no class, which the benchmark ignores
 
 STORED = {OTHER: IGNORE_INDEX} | {index + 1: index for index in range(len(CLASSES))}
-ILLEGAL = {value: value for value in range(len(CLASSES) + 1, 256)}  # unchanged, so that read_mask reports them
+ILLEGAL = dict.fromkeys(range(len(CLASSES) + 1, 256), IGNORE_INDEX - 1)  # no class, so that read_mask reports them
 
 SPEC = DatasetSpec(
     name="ade20k",
