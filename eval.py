@@ -100,11 +100,12 @@ def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Na
     else:
         entries = splits.val_entries(recipe.data, spec, root)
     no_mask = [entry for entry in entries if entry.sample.mask is None]
-    predict_only = len(no_mask) == len(entries) and args.save_dir is not None and args.json is None
+    scores = args.json is not None or args.confusion is not None
+    predict_only = len(no_mask) == len(entries) and args.save_dir is not None and not scores
     if no_mask and not predict_only:
         raise UserError(
             f"{no_mask[0].source}: {no_mask[0].sample.image} has no mask; write `image mask` (without any mask, "
-            "use --save-dir without --json)"
+            "use --save-dir without --json and --confusion)"
         )
     splits.check_files(entries)
     return [entry.sample for entry in entries]

@@ -96,7 +96,7 @@ def train_epoch(run: Run, position: Position) -> Position:
     run.network.train()
     run.loader.set_epoch(position.epoch, start_step=position.step - first)
     run.stepper.save_buffers()
-    for labeled, unlabeled in run.loader.on(run.device, run.log.info) if position.step < end else ():
+    for labeled, unlabeled in run.log.timed(run.loader.on(run.device, run.log.info)) if position.step < end else ():
         lr = poly_lr(run.optim, position.step, run.total_steps)
         losses = train_step(run, labeled, unlabeled, position, lr)
         position = position.next_step()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from allspark.engine.checkpoint import FORMAT, check_content
 from allspark.utils.atomic import atomic_path, write_text
 from allspark.utils.errors import UserError, reason_of
+from allspark.utils.markdown import escape_cell
 from allspark.utils.safe_load import check_tensors
 from allspark.utils.safe_yaml import parse_yaml
 
@@ -31,16 +32,36 @@ def write_model_folder(folder: Path, content: Mapping[str, Any], card: str) -> N
     """Write a model.
 
     Args:
-        folder: created if needed; files of the same names are replaced.
+        folder: created if needed; a model of this program in it is replaced.
         content: of a checkpoint without optimizer, as `weights export` writes it.
         card: text of the model card.
+
+    Raises:
+        UserError: the folder has files of the same names that are not those of such a model.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder for the model")
+    if not (folder / WEIGHTS).is_file() or not is_own(folder / CONFIG):
+        for name in (WEIGHTS, CONFIG, CARD):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder / name}: exists, and is not of a model of this program; choose another folder"
+                )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / WEIGHTS, errors=(RuntimeError, SafetensorError)) as temporary:
         save_file({name: value.contiguous() for name, value in content["model"].items()}, temporary, {"format": "pt"})
     about = {"format": FORMAT, **{key: value for key, value in content.items() if key != "model"}}
     write_text(folder / CONFIG, yaml.safe_dump(about, sort_keys=False), REMEDY)
     write_text(folder / CARD, card, REMEDY)
+
+
+def is_own(config: Path) -> bool:
+    """Whether a config.yaml is that of a model folder, not of a run or another program."""
+    try:
+        about = parse_yaml(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and about.get("format") == FORMAT
 
 
 def read_model(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -149,10 +170,14 @@ def model_card(content: Mapping[str, Any], name: str, scores: Mapping[str, Any] 
         if scores is not None:
             rows["mIoU on val"] = f"{scores['miou']:.2f} % after epoch {scores['epoch'] + 1}"
         lines += ["A semantic segmentation model.", "", "| | |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in rows.items()]
+        lines += [f"| {key} | {escape_cell(str(value))} |" for key, value in rows.items()]
         if scores is not None:
             lines += ["", "| class | IoU % |", "|---|---|"]
-            lines += [f"| {key} | {value:.2f} |" for key, value in scores.get("iou", {}).items() if value is not None]
+            lines += [
+                f"| {escape_cell(key)} | {value:.2f} |"
+                for key, value in scores.get("iou", {}).items()
+                if value is not None
+            ]
     address = name if name.startswith(PREFIX) else title
     lines += ["", "```sh", f"python -m allspark predict --checkpoint {address} --out predictions IMAGES", "```", ""]
     return "\n".join([*lines, f"License: {license}", ""])

@@ -49,7 +49,12 @@ class OHEM(nn.Module):
         loss = F.cross_entropy(logits, mask, ignore_index=self.ignore_index, reduction="none")
         if self.min_kept:
             prob = torch.where(valid, (-loss.detach()).exp(), 1.0)  # softmax probability of the true class
-            threshold = prob.flatten().kthvalue(min(self.min_kept, prob.numel())).values.clamp(min=self.thresh)
+            rank = min(self.min_kept, prob.numel())
+            if torch.are_deterministic_algorithms_enabled():  # kthvalue is refused then on a GPU, before torch 2.10
+                smallest = prob.flatten().sort().values[rank - 1]
+            else:
+                smallest = prob.flatten().kthvalue(rank).values
+            threshold = smallest.clamp(min=self.thresh)
             keep = valid & ((prob <= threshold) | (valid.sum() < self.min_kept))
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 

@@ -178,6 +178,8 @@ def prepare_folder(lock: RunLock, fresh: bool) -> list[str]:
     """
     folder = lock.folder
     if fresh and (has_checkpoint(folder) or any((folder / name).exists() for name in (METRICS, PROVENANCE))):
+        if not folder.name:
+            raise UserError(f"--fresh with --save-path {folder}: give the folder by its name, from another folder")
         target = folder.with_name(f"{folder.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
         lock.move_aside(target)
         return [f"{folder} was moved to {target}"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 
 from torch.distributed import run
@@ -14,6 +16,8 @@ from allspark.utils.errors import STOPPED
 
 def main() -> int:
     logging.disable(logging.ERROR)  # of this process: torchrun tells of each process in several lines
+    if hasattr(signal, "SIGUSR1"):  # torchrun passes on SIGTERM alone; the processes treat both alike
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         run.main()
     except ChildFailedError as error:

@@ -22,6 +22,7 @@ from allspark.data.loaders import LABELED, UNLABELED, TrainLoader, TrainPairs
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Lists
 from allspark.data.worker_pool import make_loader
+from allspark.utils.errors import UserError
 
 VIEWS = Views(labeled="strong")  # of the released recipe: labeled strong, unlabeled weak
 SEED = 0
@@ -74,7 +75,12 @@ def bench_loader(case: LoaderCase, folder: Path, repeats: int, device: torch.dev
     like = LIKENESSES[case.name]
     data = DataConfig(dataset=like.dataset, data_root=str(folder), crop_size=like.crop, num_workers=case.workers)
     spec = spec_for(data)
-    samples = tuple(write_photos(folder / "files", like, spec, case.images or like.files))
+    count = case.images or like.files
+    if count % case.batch:
+        raise UserError(
+            f"--images {count}: must be a multiple of the batch of {case.batch}"
+        )  # incomplete ones are dropped
+    samples = tuple(write_photos(folder / "files", like, spec, count))
     lists = Lists(samples, tuple(Sample(sample.image) for sample in samples), (), "", case.name)
     makers = {"ours": data, "ours, cache": replace(data, cache=str(folder / "cache"))}
     rows = []

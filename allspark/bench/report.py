@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from allspark import distributed
 from allspark.bench.machine import describe, floor
 from allspark.bench.measure import Row
 from allspark.visualization.pictures import new_figure, save_figure
@@ -47,8 +48,9 @@ def with_derived(row: Row, rows: Sequence[Row], rates: Values) -> dict[str, Any]
     if base is not None:
         derived["ratio"] = statistics.median(base.seconds) / median
     if row.work is not None:
-        derived["seconds_at_matrix_rate"] = row.work.flops / rates[row.precision]
-        derived["seconds_at_copy_rate"] = row.work.moved_bytes / rates["copy"]
+        processes = distributed.world_size()  # which share the work; the rates are those of one
+        derived["seconds_at_matrix_rate"] = row.work.flops / rates[row.precision] / processes
+        derived["seconds_at_copy_rate"] = row.work.moved_bytes / rates["copy"] / processes
         derived["share_of_matrix_rate"] = derived["seconds_at_matrix_rate"] / median
         if base is not None:
             derived["peak_ratio"] = row.work.peak_bytes / base.work.peak_bytes

@@ -80,7 +80,7 @@ def bench_scale(
     """
     rows, notes = [], []
     arguments = ["--precision", *precisions, "--repeats", str(repeats), "--device", device]
-    runs = (1 + len(precisions)) * (repeats + 3)
+    runs = (1 + len(precisions)) * (2 * repeats + 1) + 6 * len(precisions)  # two of each round, then parts and work
     with tqdm(points(varied), "scale", unit="point", leave=False, disable=None) as bar:
         for point in bar:
             bar.set_postfix_str(str(point))
@@ -125,7 +125,7 @@ def run_limited(command: Sequence[str], deadline: float) -> str | None:
             while child.poll() is None:
                 if time.monotonic() - started > deadline:
                     return f"a step takes more than {LIMIT_SECONDS} s"
-                if resident(child.pid) > LIMIT_BYTES:
+                if sum(map(resident, group_members(child.pid))) > LIMIT_BYTES:
                     return f"it takes more than {LIMIT_BYTES / 1e9:.0f} GB"
                 time.sleep(0.2)
         finally:
@@ -146,6 +146,16 @@ def end(child: subprocess.Popen) -> None:
         else:
             child.kill()
     child.wait()
+
+
+def group_members(leader: int) -> list[int]:
+    """The processes of a group, such as torchrun and those it started; the leader alone where there is no /proc."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            if int(status.read_text().rpartition(")")[2].split()[2]) == leader:
+                found.append(int(status.parent.name))
+    return found or [leader]
 
 
 def resident(process: int) -> int:

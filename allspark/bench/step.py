@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allspark import distributed
-from allspark.bench.measure import Row, Side, Work, measure
+from allspark.bench.measure import Row, Side, Work, count_work, measure
 from allspark.bench.parts import describe_parts
 from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, Recipe
@@ -91,12 +91,16 @@ def bench_step(
     if "ours" in sides:
         chosen += [our_side(case, model, precision, batch) for precision in precisions]
     rows = measure(str(case), chosen, repeats, device, images=2 * case.batch) if chosen else []
-    for row in rows:  # counted in this process; each of the others has the same cost
-        row.work = Work(*(count * distributed.world_size() for count in vars(row.work).values()))
     notes = []
     if "ours" in sides and distributed.world_size() == 1:
         eager = [our_side(case, model, precision, batch, cuda_graph=False) for precision in precisions]
         notes += [describe_parts(side, device) for side in eager]
+        if device.type == "cuda":  # a replayed graph dispatches nothing that could be counted
+            for side in eager:
+                row = next(row for row in rows if (row.side, row.precision) == (side.name, side.precision))
+                row.work = count_work(side, device)
+    for row in rows:  # counted in this process; each of the others has the same cost
+        row.work = Work(*(count * distributed.world_size() for count in vars(row.work).values()))
     if "transformers" in sides:
         if importlib.util.find_spec("transformers"):
             rows += against_transformers(case, model, batch, repeats, device)

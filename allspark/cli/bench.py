@@ -35,8 +35,8 @@ def main(args: argparse.Namespace) -> None:
         write_document(args.document or DOCUMENT)
         return
     set_defaults(args)
-    if args.json is not None and args.json.is_dir():
-        raise UserError(f"--json {args.json}: a folder; give a file name")
+    if args.json is not None and (args.json.is_dir() or args.json.suffix.lower() != ".json"):
+        raise UserError(f"--json {args.json}: give the name of a file that ends in .json")
     threads = torch.get_num_threads()
     with launch.process_group(args.device) as device, TemporaryDirectory() as folder:
         try:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from allspark.config_io import differences, to_plain
 from allspark.data.datasets import spec_for
+from allspark.data.image_io import read_image
+from allspark.data.transforms import to_tensor
 from allspark.device import choose_device
 from allspark.evaluation.evaluate import predict
 from allspark.inference import load_for_inference
@@ -22,6 +24,7 @@ from allspark.utils.markdown import markdown_table
 from allspark.visualization.pictures import (
     GridRow,
     Points,
+    check_picture,
     draw_grid,
     plot_curves,
     plot_losses,
@@ -30,6 +33,7 @@ from allspark.visualization.pictures import (
     save_image,
 )
 
+PICTURES = ("seeds", "curves", "losses", "pseudo_labels", "classes", "predictions")
 MAX_CLASSES = 32  # with more, there are no panels per class
 PSEUDO = {"pseudo_accuracy": "pseudo-label accuracy", "pseudo_coverage": "pseudo-label coverage"}  # key -> column
 LEGEND = """
@@ -84,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
     notes = [*unfinished(rows), *differing_lists(splits)]
     for note in notes:
         print(f"WARNING: {note}", file=sys.stderr)
+    check_out(args.out)
     text = tables(rows, args.paired) + "".join(f"\n{note}\n" for note in notes)
     write_text(args.out / "table.md", text, "make room or choose another --out")
     print(text, end="", flush=True)  # before the figures, which may fail for other reasons
@@ -102,6 +107,15 @@ def main(args: argparse.Namespace) -> None:
     print(f"pictures: {', '.join(str(args.out / name) for name in made)}")
 
 
+def check_out(out: Path) -> None:
+    """UserError if a file in the folder would be replaced that `compare` did not write."""
+    table = out / "table.md"
+    if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith("| run "):
+        raise UserError(f"{table}: exists and was not written by this program; choose another --out")
+    for name in PICTURES:
+        check_picture(out / f"{name}.png", "--out")
+
+
 def read_rows(arguments: Sequence[str], draws: bool = False) -> list[Row]:
     """The rows of NAME=FOLDER or FOLDER arguments; UserError if they are not comparable.
 
@@ -118,6 +132,8 @@ def read_rows(arguments: Sequence[str], draws: bool = False) -> list[Row]:
     datasets = {run.recipe.data.dataset for row in rows.values() for run in row.runs}
     if len(datasets) > 1:
         raise UserError(f"runs on different data sets cannot be compared: {', '.join(sorted(datasets))}")
+    if len({spec_for(run.recipe.data).classes for row in rows.values() for run in row.runs}) > 1:
+        raise UserError("runs with other classes cannot be compared; make a table for each")
     return list(rows.values())
 
 
@@ -269,12 +285,18 @@ def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path
     data = rows[0].runs[0].recipe.data
     spec, device = spec_for(data), choose_device("auto")
     val = val_dataset(data, spec)
-    items = [val[index * len(val) // count] for index in range(min(count, len(val)))]
+    count = min(count, len(val))
+    places = [index * len(val) // count for index in range(count)]
+    items = [val[place] for place in places]
     columns = []
     for row in rows:
         loaded = load_for_inference(row.runs[0].checkpoint, device)
-        inference = loaded.inference()
-        columns.append([predict(loaded.model, im[None], spec, device, inference, [n])[0].cpu() for im, _, n in items])
+        own, inference = loaded.spec, loaded.inference()  # each reads and normalizes images as in its training
+        column = []
+        for place, (_, _, name) in zip(places, items, strict=True):
+            image = to_tensor(read_image(val.samples[place].image, own.images))[None]
+            column.append(predict(loaded.model, image, own, device, inference, [name])[0].cpu())
+        columns.append(column)
     examples = [
         GridRow(name, image, (mask, *(column[place] for column in columns)))
         for place, (image, mask, name) in enumerate(items)

@@ -118,12 +118,14 @@ def metadata(loaded: loading.InferenceModel) -> dict[str, Any]:
     channels, inference = loaded.spec.channels, {"mode": loaded.spec.eval_mode, "window": loaded.crop_size}
     if loaded.recipe is not None:
         chosen = loaded.inference()
-        inference = {"mode": chosen.mode, "window": chosen.window}
+        inference = {"mode": chosen.mode, "window": chosen.window, "windows": chosen.windows}
     return {
         "classes": list(loaded.spec.classes),
         "palette": [list(map(int, color)) for color in loaded.spec.palette],
         "input": f"image: uint8 {'RGB ' * (channels == 3)}(batch, {channels}, height, width)",
+        "channels": channels,
         "image_max": loaded.spec.images.image_max,
+        "orientation": loaded.spec.images.orientation or "shown",
         "output": "logits: float32 (batch, class, height, width); the class with the largest logit is predicted",
         "min_side": MIN_SIDE,
         "evaluated": inference,

@@ -70,6 +70,8 @@ def main(args: argparse.Namespace) -> None:
     for prediction in predictions(images if clips else named):
         folder.write(*prediction)
     if args.shares is not None:
+        order = {name: number for number, name in enumerate(named.values())}  # a batch has images of one size
+        shares.sort(key=lambda row: order.get(row[0], order.get(str(row[0]).rpartition("/")[0], 0)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["image", *loaded.spec.classes], *shares])
         write_text(args.shares, text.getvalue(), "make room or choose another --shares")

@@ -105,7 +105,7 @@ function panel(key) {
     cursor.setAttribute("x2", x(steps[place]));
     cursor.setAttribute("visibility", "visible");
     readout.replaceChildren(make("span", {}, `step ${steps[place]}`), ...lines.map(({ index, curve }) =>
-      make("span", {}, runKey(index), short(curve.values[nearest(curve.steps, steps[place])]))));
+      make("span", {}, runKey(index), steps[place] > curve.steps.at(-1) ? "\u2013" : short(curve.values[nearest(curve.steps, steps[place])]))));
   }
   picture.addEventListener("pointermove", (event) => {
     const box = picture.getBoundingClientRect();
@@ -295,7 +295,7 @@ const STOPS = ["image", "truth", "prediction"];
 function drawImages() {
   const section = byId("images"), { best, worst } = report.examples;
   if (!best.length && !worst.length) {
-    section.append(make("p", {}, report.runs[0].confusion ? "No image has a pixel with a class." : "Not available with --no-images."));
+    section.append(make("p", {}, report.runs[0].confusion ? "No image has a pixel with a class, or all were left out to keep the page small." : "Not available with --no-images."));
     return;
   }
   const cards = [];
@@ -342,7 +342,7 @@ function card(image) {
     const box = stage.getBoundingClientRect();
     const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
     const base = Number(slider.value) < 100 ? 0 : 100;
-    show(base + Math.round(share * 50) * 2 - (base === 0 && share === 1 ? 2 : 0)); // stays in its half
+    show(base + Math.min(Math.round(share * 50) * 2, base ? 100 : 98)); // stays in its half
   };
   stage.addEventListener("pointerdown", (event) => { stage.setPointerCapture(event.pointerId); drag(event); });
   stage.addEventListener("pointermove", drag);

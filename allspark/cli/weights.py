@@ -121,7 +121,7 @@ def push_weights(args: argparse.Namespace) -> None:
     """Write a model folder, and upload it if the target is on the Hub."""
     content = slim_content(checkpoint_in(args.checkpoint, args.best))
     scores = read_run(args.checkpoint).evaluations if args.checkpoint.is_dir() else []
-    scores = max(scores, key=lambda line: line["miou"]) if args.best and scores else scores[-1] if scores else None
+    scores = next((line for line in scores if line["step"] == content.get("step")), None)
     if is_imported(content):
         license = f"not stated by the imported file{license_of_published(content['architecture']['model']['encoder'])}"
     else:

@@ -138,8 +138,8 @@ def check_depth(image: Image.Image, path: Path) -> None:
         bits = jpeg2000_bits(path)
         if bits > 8 and (colors or bits != 16):
             raise BadSample(f"{path}: a JPEG 2000 with {bits} bits per channel; save it as 16-bit PNG")
-    elif image.format == "PPM" and image.mode != "1" and image.tile[0].codec_name.startswith("ppm"):
-        most = image.tile[0].args[1]
+    elif image.format == "PPM" and image.mode != "1" and image.tile[0][0].startswith("ppm"):
+        most = image.tile[0][3][1]
         if most > 255 and (colors or most != 65535):
             raise BadSample(f"{path}: a PPM whose white is {most}; save it as 16-bit PNG")
     elif (
@@ -207,7 +207,7 @@ def tiff_layout(path: Path) -> str:
 
 def raw_mode(image: Image.Image) -> str:
     """How the file stores its pixels, in Pillow's terms, such as L;4 for 4-bit gray. Only before they are loaded."""
-    args = image.tile[0].args if image.tile else ""
+    args = image.tile[0][3] if image.tile else ""  # by its index: a plain tuple before Pillow 11
     return args if isinstance(args, str) else str(args[0])
 
 

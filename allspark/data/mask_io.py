@@ -92,8 +92,8 @@ def check_mask_format(image: Image.Image, path: Path) -> None:
         raise BadSample(f"{path}: a mask of floating-point values; save the class indices as 8-bit PNG")
     if image.format == "PPM" and image.mode == "1":
         raise BadSample(f"{path}: a PBM mask, in which 1 is black; save it as 8-bit PNG")
-    if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
-        most = image.tile[0].args[1]
+    if image.format == "PPM" and image.tile[0][0].startswith("ppm"):
+        most = image.tile[0][3][1]
         if most not in (255, 65535):
             raise BadSample(f"{path}: a mask whose largest value is {most}; save it as 8-bit PNG")
 

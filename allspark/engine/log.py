@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from allspark.utils.errors import Stopped, UserError, printable
 TEXT = "train.log"
 MINUTE = 60.0  # seconds between progress lines where there is no progress bar
 STOPS = (Stopped, KeyboardInterrupt)  # end a run that can be resumed without a change
+T = TypeVar("T")
 
 
 class RunLog:
@@ -66,7 +67,7 @@ class RunLog:
         with wrap_write_errors(self.path):
             end_line(self.text)
             self.writers = open_writers(writers, folder, start_step, start_epoch, config, self.info)
-        self.total_steps, self.started_at, self.reported_at = total_steps, (start_step, time.perf_counter()), -math.inf
+        self.total_steps, self.started_at, self.reported_at = total_steps, (start_step, self.since), -math.inf
         self.miou = math.nan  # of the last evaluation
         self.bar = tqdm(total=total_steps, initial=start_step, disable=None, unit="step", dynamic_ncols=True)
 
@@ -89,6 +90,14 @@ class RunLog:
             with wrap_write_errors(self.text):
                 tqdm.write(message)
                 self._append(message)
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches. Waiting for the first one of a process, while workers start or a cache fills, is no training."""
+        for batch in batches:
+            if self.active and math.isnan(self.last_lr):  # no step yet
+                self.since = time.perf_counter()
+                self.started_at = (self.started_at[0], self.since)
+            yield batch
 
     def add(self, losses: Mapping[str, Tensor], *, step: int, epoch: int, lr: float, images: int) -> None:
         """Record a step.

@@ -59,7 +59,12 @@ class RunLock:
         old = self.lock
         if os.name == "nt":  # a folder with an open file cannot be renamed there
             old.release()
-        self.folder.rename(target)
+        try:
+            self.folder.rename(target)
+        except OSError as error:  # such as EBUSY of a mount point
+            raise UserError(
+                f"{self.folder}: cannot be moved to {target} ({error.strerror}); choose another --save-path"
+            ) from None
         self.lock = self.acquire()
         old.release()
 

@@ -73,7 +73,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         except KeyboardInterrupt:
             print("\ninterrupted by Ctrl-C", file=sys.stderr)
             return INTERRUPTED
-        except (UserError, OSError, RuntimeError) as error:
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
             if (message := user_error_message(error)) is None:
                 raise
             print(message, file=sys.stderr)
@@ -101,7 +101,7 @@ def user_error_message(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
         return (  # of the networks here, timm's ViTs: they resize their position embedding
             f"error: deterministic=true: {str(error).split()[0]} has no deterministic implementation on this device; "
-            "set deterministic=false, or use an encoder without this operation (dinov2_* in place of a ViT of timm)"
+            "set deterministic=false; if it is the encoder's, another one also helps (dinov2_* in place of timm's ViTs)"
         )
     if isinstance(error, OSError) and error.errno in USER_ERRNOS and error.filename:
         return printable(f"error: {error.filename}: {error.strerror}; fix it or choose another path")
@@ -116,8 +116,10 @@ def printable(text: str) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch could not allocate memory. By name and text: importing torch here would slow every command down."""
     texts = ("CUDA out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")
-    return isinstance(error, RuntimeError) and (
-        type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
+    texts += ("CUDA error: out of memory", "failure 'out of memory'")  # of the driver, of NCCL
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts))
     )
 
 

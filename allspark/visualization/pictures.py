@@ -258,7 +258,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     """Draw the share of each predicted class (columns) in the pixels of each labeled class (rows), and save it."""
     counts = np.array(confusion, float)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = max(4.0, 0.36 * len(classes) + 2.0)
+    size = max(4.0, min(0.36, 24 / len(classes)) * len(classes) + 2.0)  # inches; at most 26, for any number of classes
     figure = new_figure(size + 0.6, size)
     axes = figure.subplots()
     figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=100), ax=axes, shrink=0.7, label="% of the label")
@@ -373,8 +373,10 @@ def new_panels(count: int, width: float, height: float, below: float = 0.0) -> t
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches, without pyplot: needs no display and shares no state with the caller."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # names may contain $
     return Figure(figsize=(width, height), layout="constrained", dpi=140)
 
 
@@ -393,9 +395,10 @@ def style_axes(axes: Axes, title: str, legend: bool = True, outside: bool = Fals
     axes.tick_params(labelsize=8.5)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if legend and axes.get_legend_handles_labels()[0]:
+    drawn = [line for line in axes.get_lines() if not line.get_label().startswith("_child")]
+    if legend and drawn:
         place = dict(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5) if outside else {}
-        axes.legend(fontsize=8.5, frameon=False, **place)
+        axes.legend(drawn, [line.get_label() for line in drawn], fontsize=8.5, frameon=False, **place)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -38,7 +38,7 @@ from allspark.evaluation.evaluate import evaluate
 from allspark.evaluation.sliding_window import inference_for
 from allspark.models.bottleneck import CrossBatch
 from allspark.models.memory import SemanticMemory
-from allspark.models.segmentor import Segmentor, SegOutput
+from allspark.models.segmentor import Segmentor, SegOutput, build_model
 from allspark.utils.errors import UserError, run_main
 from allspark.visualization.pictures import plot_curves
 
@@ -121,7 +121,7 @@ def worth(path: Path, device: torch.device, parts: Sequence[str] | None = None) 
     networks |= {f"no stride {stride}": with_flat(model, level) for level, stride in enumerate(model.encoder.strides)}
     facts = {"step": content["step"]}
     if model.bottleneck is not None:
-        memory = memory_of(content, path).to(device)
+        memory = memory_of(content, loaded, path).to(device)
         networks |= {"memory": ReadsMemory(model, memory), "no attention": without_attention(model)}
         facts["filled"] = 100 * memory.filled.sum().item() / memory.queue.shape[:2].numel()
     if parts and (unknown := set(parts) - networks.keys()):
@@ -140,13 +140,13 @@ def worth(path: Path, device: torch.device, parts: Sequence[str] | None = None) 
     return found | facts
 
 
-def memory_of(content: Mapping[str, Any], path: Path) -> SemanticMemory:
+def memory_of(content: Mapping[str, Any], loaded: loading.InferenceModel, path: Path) -> SemanticMemory:
     prefix = "bottleneck.memory."
     state = {key.removeprefix(prefix): value for key, value in content["model"].items() if prefix in key}
     if not state:
         raise UserError(f"{path}: holds no memory; name a checkpoint of training, not an imported or exported one")
-    num_classes, channels, positions = state["queue"].shape
-    memory = SemanticMemory(num_classes, channels, round(positions**0.5))
+    network = build_model(loaded.recipe.model, loaded.spec.num_classes, loaded.crop_size, loaded.spec.channels)
+    memory = network.bottleneck.memory  # of the crop's shape; the network for inference has none
     memory.load_state_dict(state)
     return memory
 

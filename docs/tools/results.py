@@ -81,7 +81,8 @@ def pack(folder: Path, archive: Path | None = None) -> bytes:
 
 def key(entry: Mapping[str, Any]) -> tuple[str, str, int]:
     """What a run is compared by: row, list of the labels, seed."""
-    return entry["name"], entry["config"]["data"]["split"], entry["config"]["seed"]
+    data = entry["config"]["data"]
+    return entry["name"], str(data.get("labeled_id_path") or data["split"]), entry["config"]["seed"]
 
 
 def read_archive(archive: Path) -> list[dict[str, Any]]:

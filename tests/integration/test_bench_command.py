@@ -83,8 +83,13 @@ def test_unmeasurable_is_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["bench", *words])
         assert f"argument {words[1]}" in capsys.readouterr().err
-    with pytest.raises(UserError, match="a folder"):
+    with pytest.raises(UserError, match="a file that ends in .json"):
         main(["bench", "eval", "--json", str(tmp_path)])
+    (tmp_path / "precious.pth").write_text("mine")
+    with pytest.raises(UserError, match="a file that ends in .json"):
+        main(["bench", "eval", "--json", str(tmp_path / "precious.pth")])
+    with pytest.raises(UserError, match="--images 3: must be a multiple of the batch of 2"):
+        main(["bench", "loader", "--like", "voc", "--images", "3", "--workers", "0", "--repeats", "1"])
     with pytest.raises(UserError, match="precision=fp16"):
         main(["bench", "step", "--precision", "fp16"])
 
@@ -94,6 +99,8 @@ def test_too_expensive_point_is_skipped(monkeypatch):
     assert "more than 60 s" in scale.run_limited([sys.executable, "-c", hold], deadline=0.3)
     monkeypatch.setattr(scale, "LIMIT_BYTES", 2e8)
     assert "GB" in scale.run_limited([sys.executable, "-c", hold], deadline=30)
+    started = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"  # as torchrun does
+    assert "GB" in scale.run_limited([sys.executable, "-c", started], deadline=30)
     assert scale.run_limited([sys.executable, "-c", ""], deadline=30) is None
     with pytest.raises(UserError, match="no such thing"):
         scale.run_limited([sys.executable, "-c", "raise SystemExit('no such thing')"], deadline=30)

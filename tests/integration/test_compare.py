@@ -15,12 +15,16 @@ import yaml
 from PIL import Image
 
 from allspark.__main__ import main
+from allspark.api import load_checkpoint, predict
+from allspark.cli import compare
 from allspark.cli.compare import origin_table, paired_table, read_rows, score_table, tables, unfinished
 from allspark.config_io import merge
+from allspark.engine.checkpoint import save_checkpoint
 from allspark.runs import differing_lists, read_archive
 from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import UserError
 from helpers import REPO
+from helpers.runs import load
 
 sys.path.insert(0, "docs/tools")
 import results
@@ -72,6 +76,48 @@ def test_table_curves_and_pictures(finished, tmp_path, capsys):
     grid = np.asarray(Image.open(out / "predictions.png"))
     assert grid.shape[1] > 4 * 240 and len(np.unique(grid.reshape(-1, 3), axis=0)) > 50
     assert Image.open(out / "curves.png").width > 500
+
+
+def test_files_of_others_are_not_replaced(finished, tmp_path, capsys):
+    for name, content in (("table.md", b"my notes"), ("curves.png", b"no picture of ours")):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}: exists and was not written by this program"):
+            main(["compare", str(finished.run), "--out", str(out)])
+        assert (out / name).read_bytes() == content
+    for _ in range(2):  # its own are
+        main(["compare", str(finished.run), "--out", str(tmp_path / "again")])
+
+
+def test_names_that_other_languages_use(finished, tmp_path, capsys):
+    """$ of formulas, | of tables, _ of hidden labels."""
+    names = ["lr_$1e^$", "x$$y", "a|b", "_old"]
+    main(["compare", *(f"{name}={finished.run}" for name in names), "--out", str(tmp_path), "--paired", "_old"])
+    head, _, *rows = (tmp_path / "table.md").read_text().splitlines()[:6]
+    assert [re.split(r"(?<!\\)\|", row)[1].strip() for row in rows] == ["lr_$1e^$", "x$$y", "a\\|b", "_old"]
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in (head, *rows)}) == 1
+
+
+def test_images_of_a_small_val(finished, tmp_path, monkeypatch):
+    """Two images: both, whatever --images says; and each row reads and normalizes them as in its own training."""
+    drawn = []
+    monkeypatch.setattr(
+        compare, "draw_grid", lambda examples, *a, **k: drawn.append(examples) or Image.new("RGB", (9, 9))
+    )
+    other = tmp_path / "other"
+    shutil.copytree(finished.run, other)
+    content = load(other / "latest.pth")
+    content["recipe"]["data"]["custom"].update(mean=[0.1, 0.9, 0.1], std=[0.05, 0.9, 0.9])
+    save_checkpoint(other / "latest.pth", content)
+    main(["compare", f"a={finished.run}", f"b={other}", "--out", str(tmp_path / "out"), "--images", "5"])
+    (examples,) = drawn
+    assert [example.name for example in examples] == ["val0", "val1"]
+    for row, run in ((1, finished.run), (2, other)):
+        trained = load_checkpoint(run, device="cpu")
+        for example in examples:
+            image = finished.root / "images" / "val" / f"{example.name}.png"
+            assert np.array_equal(example.masks[row], predict(trained, image)), run
 
 
 def test_three_small_files_suffice(finished, tmp_path):

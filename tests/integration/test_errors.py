@@ -91,6 +91,10 @@ def test_out_of_memory_message():
         result.stderr,
     )
     assert user_error_message(RuntimeError("shapes do not match")) is None
+    for error in (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), MemoryError("Unable to allocate")):
+        assert user_error_message(error).startswith("error: out of memory")
+    code = "raise MemoryError"
+    assert subprocess.run([sys.executable, "-c", RUN.format(code)], cwd=REPO, capture_output=True).returncode == 2
 
 
 def test_no_deterministic_implementation_message():

@@ -123,7 +123,8 @@ def test_onnx(trained, tmp_path, monkeypatch):
     about = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(about["classes"]) == ["ground", "left", "right"]
     assert json.loads(about["image_max"]) is None
-    assert json.loads(about["evaluated"]) == {"mode": "whole", "window": 65}
+    assert json.loads(about["evaluated"]) == {"mode": "whole", "window": 65, "windows": "inside"}
+    assert json.loads(about["channels"]) == 3 and about["orientation"] == "shown"
     mask, photo, _ = run_script_of_docs("onnxruntime", tmp_path, monkeypatch, 3)
     assert agrees(mask, photo, loaded.model) > 0.999
 

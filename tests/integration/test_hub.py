@@ -8,8 +8,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from allspark.__main__ import main
+from allspark.engine.checkpoint import save_checkpoint
 from allspark.hub import CARD, CONFIG, WEIGHTS
 from allspark.utils.errors import run_main
+from helpers.runs import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +41,33 @@ def test_model_folder_predicts_as_the_run(finished, pushed, predicted, tmp_path)
     assert predict(finished.run, finished, tmp_path) == predicted and predicted[0] == 0 and len(predicted[1]) > 1
     assert str(finished.root) not in (pushed / CONFIG).read_text()
     assert run_main(main, ["eval", "--checkpoint", str(pushed), f"--data-root={finished.root}"]) == 0
+
+
+def test_nothing_else_is_replaced(finished, pushed, tmp_path, capsys):
+    """Neither a run's recipe nor a README; a model of this program is."""
+    before = (finished.run / "config.yaml").read_bytes()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for target, told in (
+        (finished.run, "config.yaml: exists, and is not of a model of this program"),
+        (tmp_path / "project", "README.md: exists, and is not"),
+        (tmp_path / "file", "file: is a file; give a folder"),
+    ):
+        assert run_main(main, ["weights", "push", str(finished.run), str(target)]) == 2
+        assert told in capsys.readouterr().err
+    assert (finished.run / "config.yaml").read_bytes() == before and not (finished.run / WEIGHTS).exists()
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
+    assert run_main(main, ["weights", "push", str(finished.run), str(pushed), "--license", "CC BY 4.0"]) == 0
+
+
+def test_card_of_a_run_between_evaluations(finished, tmp_path):
+    """Scores are those of the weights' step, or none."""
+    content = load(finished.run / "latest.pth")
+    shutil.copytree(finished.run, tmp_path / "run")
+    save_checkpoint(tmp_path / "run" / "latest.pth", {**content, "step": content["step"] - 1})
+    assert run_main(main, ["weights", "push", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert "| class |" not in (tmp_path / "model" / CARD).read_text(encoding="utf-8")
 
 
 def test_model_card(finished, pushed):

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import socket
+import time
 
 import pytest
 
@@ -89,3 +90,17 @@ def test_two_processes_stop_and_resume_bit_identical(pair, two_processes, finish
     assert content["step"] == 2 and any("running_mean" in name for name in content["ranks"])
     assert pair(train_in_group, words, "seed_step", 0, 1, signal.SIGTERM) == [0, 0]
     assert_same_run(tmp_path / "run", two_processes[0])
+
+
+def test_signal_to_the_launcher(start_process, finished, tmp_path):
+    """It passes on SIGUSR1 as it does SIGTERM; torchrun alone would die of it and leave its processes running."""
+    launcher = ["-m", "allspark.torchrun", "--standalone", "--local-addr=localhost", "--nproc_per_node=2"]
+    words = ["--config", finished.config, "--save-path", tmp_path / "run", "log.interval=1", "epochs=500"]
+    process = start_process([*launcher, "train.py", *words])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert load(tmp_path / "run" / "latest.pth")["step"] >= 1

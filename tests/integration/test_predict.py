@@ -378,6 +378,9 @@ def test_what_and_shares(predict, clip, photos, tmp_path):
     for name, *values in rows:
         counts = np.bincount(stored(out / f"{name}.png").ravel(), minlength=3)
         np.testing.assert_allclose(np.array(values, float), 100 * counts / counts.sum(), atol=1e-4)
+    again = tmp_path / "again.csv"
+    predict(photos, clip, "--what", "index", "--every", 5, "--shares", again, "--batch-size", 4, out="batched")
+    assert [row[0] for row in csv.reader(again.read_text().splitlines())] == [head[0], *(row[0] for row in rows)]
     with pytest.raises(UserError, match="shares.csv: already exists"):
         predict(photos, "--shares", shares, out="again")
     assert not (tmp_path / "again/a.png").exists()

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_results_without_checkpoints_stay(copy, capsys):
     for path in run.glob("*.pth"):
         path.unlink()
     assert_refused(words, run, "no checkpoint to continue it from", capsys)
+
+
+def test_fresh_in_the_current_folder(finished, tmp_path, monkeypatch):
+    """Which cannot be renamed as "."."""
+    shutil.copytree(finished.run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    with RunLock(Path(".")) as lock, pytest.raises(UserError, match="--save-path .: give the folder by its name"):
+        prepare_folder(lock, fresh=True)
+    assert (tmp_path / "run" / "latest.pth").is_file()
 
 
 def test_impossible_positions(copy, capsys):

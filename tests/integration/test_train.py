@@ -12,6 +12,7 @@ import yaml
 import train
 from allspark.config_io import load_recipe
 from allspark.engine.log import RunLog
+from allspark.engine.writers import read_metrics
 from allspark.inference import load_for_inference
 from allspark.utils.errors import run_main
 from helpers.networks import CASES, learning
@@ -75,6 +76,24 @@ def test_progress_line_every_minute(tmp_path, monkeypatch):
     lines = [line.partition("  ")[2] for line in (tmp_path / "train.log").read_text().splitlines()]
     assert [line.split(",")[0] for line in lines] == ["step 11/100", "step 17/100", "step 23/100", "step 29/100"]
     assert lines[1] == "step 17/100, epoch 2, loss 0.500, lr 1.00e-01, mIoU 42.00, 0.4 images/s, 13:50 left"
+
+
+def test_waiting_for_the_first_batch_is_no_training(tmp_path, monkeypatch):
+    """While workers start or a cache is filled; later waits count."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def batches():
+        for wait in (1000, 1, 1, 9):
+            now[0] += wait
+            yield wait
+
+    with RunLog(tmp_path, active=True, interval=2, start_step=0, total_steps=4) as log:
+        for step, _ in enumerate(log.timed(batches()), 1):
+            now[0] += 1
+            log.add({"loss": torch.tensor(0.5)}, step=step, epoch=0, lr=0.1, images=3)
+    speeds = [line["images_per_s"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert speeds == [2.0, 0.5]  # 6 images in 3 s, and in 12 s
 
 
 def test_checkpoints_hold_plain_values(finished):

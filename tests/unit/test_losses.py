@@ -37,6 +37,19 @@ def test_ohem_equals_loop(thresh, min_kept):
     assert abs(OHEM(thresh, min_kept)(logits, mask).item() - expected) < 1e-5
 
 
+def test_ohem_in_deterministic_mode():
+    """By sorting, because kthvalue has no deterministic implementation on a GPU in torch 2.6."""
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 5, 8, 9), torch.randint(0, 5, (2, 8, 9))
+    for kept in (1, 20, 10**6):
+        expected = OHEM(0.1, kept)(logits, mask)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert OHEM(0.1, kept)(logits, mask) == expected
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 def test_min_kept_binds():
     """All pixels are easy, so the threshold alone keeps none: the hardest min_kept are used, with 0 all of them."""
     logits, mask = torch.zeros(1, 2, 10, 10), torch.zeros(1, 10, 10, dtype=torch.long)
