@@ -129,7 +129,7 @@ def check_pages(image: Image.Image, path: Path) -> None:
 
 def check_depth(image: Image.Image, path: Path) -> None:
     """Raise BadSample for layouts with other than 8 bits that Pillow takes for something else; before it is loaded."""
-    colors, bits = image.mode in ("RGB", "RGBA"), 8
+    colors = image.mode in ("RGB", "RGBA")
     if image.format == "BMP" and image.mode in ("1", "L"):  # decides by the palette's colors, not by the bits
         bits = bmp_bits(path)
         if bits != {"1": 1, "L": 8}[image.mode]:
