@@ -213,6 +213,8 @@ def raw_mode(image: Image.Image) -> str:
 
 def orientation_of(image: Image.Image) -> int:
     """Its EXIF orientation; 1 if there is none, or none that can be read."""
+    if image.format == "PNG":
+        image.load()  # as getexif does, which looks behind the pixels; damaged ones are no damaged EXIF block
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # SyntaxError, struct.error, ... of a damaged block, which viewers ignore
