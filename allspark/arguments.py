@@ -456,11 +456,15 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--force", action="store_true", help="overwrite existing lists")
 
 
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="import|export|push|inspect|fetch")
     formats = "The format is recognized by the names of the tensors; pretrained_weights/README.md lists known formats."
     what = "convert a file of any public format to encoder weights or a checkpoint of this code"
-    convert = verbs.add_parser("import", help=what, description=f"{what[0].upper()}{what[1:]}. {formats}")
+    convert = verbs.add_parser("import", help=what, description=f"{sentence(what)} {formats}")
     convert.add_argument("source", type=path, metavar="SRC", help=".pth, .pt, .bin or .safetensors")
     convert.add_argument(
         "--out", type=path, required=True, metavar="DST", help=".pth; for encoder weights also .safetensors"
@@ -475,21 +479,21 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--output-stride", type=int, choices=(8, 16), help="of a complete model of iMAS, whose file does not tell it"
     )
     what = "write the network of a checkpoint to a small file to share: no optimizer, no absolute paths"
-    slim = verbs.add_parser("export", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    slim = verbs.add_parser("export", help=what, description=sentence(what))
     slim.add_argument("checkpoint", type=path, metavar="RUN|SRC", help="folder of a run, or its best.pth")
     slim.add_argument("--out", type=path, required=True, metavar="DST", help=".pth")
     what = "write a model folder, or upload it to the Hugging Face Hub; --checkpoint of every command takes both"
-    push = verbs.add_parser("push", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    push = verbs.add_parser("push", help=what, description=sentence(what))
     push.add_argument("checkpoint", type=path, metavar="RUN|SRC", help="folder of a run, or a checkpoint of this code")
     push.add_argument("target", metavar="DIR|hf://USER/NAME", help="gets model.safetensors, config.yaml, a model card")
     push.add_argument("--best", action="store_true", help="of a run, the epoch with the best mIoU on val")
     push.add_argument("--private", action="store_true", help="create a private repository")
     push.add_argument("--license", metavar="TEXT", help="license of the weights, for the model card")
     what = "show what a file contains: format, network, classes, missing tensors, hash, license"
-    inspect = verbs.add_parser("inspect", help=what, description=f"{what[0].upper()}{what[1:]}. {formats}")
+    inspect = verbs.add_parser("inspect", help=what, description=f"{sentence(what)} {formats}")
     inspect.add_argument("file", type=path, metavar="FILE", help=".pth, .pt, .bin or .safetensors")
     what = "download pretrained weights of an encoder from the first public mirror that has them, and convert them"
-    fetch = verbs.add_parser("fetch", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    fetch = verbs.add_parser("fetch", help=what, description=sentence(what))
     fetch.add_argument("name", metavar="NAME", help=f"one of {', '.join(PUBLISHED)}")
     fetch.add_argument(
         "--out",

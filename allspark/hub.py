@@ -41,17 +41,17 @@ def write_model_folder(folder: Path, content: Mapping[str, Any], card: str) -> N
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder for the model")
-    if not (folder / WEIGHTS).is_file() or not is_own(folder / CONFIG):
+    if not is_own(folder / CONFIG):
         for name in (WEIGHTS, CONFIG, CARD):
             if (folder / name).exists():
                 raise UserError(
                     f"{folder / name}: exists, and is not of a model of this program; choose another folder"
                 )
     folder.mkdir(parents=True, exist_ok=True)
+    about = {"format": FORMAT, **{key: value for key, value in content.items() if key != "model"}}
+    write_text(folder / CONFIG, yaml.safe_dump(about, sort_keys=False), REMEDY)  # first: it marks the folder as ours
     with atomic_path(folder / WEIGHTS, errors=(RuntimeError, SafetensorError)) as temporary:
         save_file({name: value.contiguous() for name, value in content["model"].items()}, temporary, {"format": "pt"})
-    about = {"format": FORMAT, **{key: value for key, value in content.items() if key != "model"}}
-    write_text(folder / CONFIG, yaml.safe_dump(about, sort_keys=False), REMEDY)
     write_text(folder / CARD, card, REMEDY)
 
 

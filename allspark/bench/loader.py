@@ -76,10 +76,8 @@ def bench_loader(case: LoaderCase, folder: Path, repeats: int, device: torch.dev
     data = DataConfig(dataset=like.dataset, data_root=str(folder), crop_size=like.crop, num_workers=case.workers)
     spec = spec_for(data)
     count = case.images or like.files
-    if count % case.batch:
-        raise UserError(
-            f"--images {count}: must be a multiple of the batch of {case.batch}"
-        )  # incomplete ones are dropped
+    if count % case.batch:  # our loader drops an incomplete batch, the plain one does not
+        raise UserError(f"--images {count}: must be a multiple of the batch of {case.batch}")
     samples = tuple(write_photos(folder / "files", like, spec, count))
     lists = Lists(samples, tuple(Sample(sample.image) for sample in samples), (), "", case.name)
     makers = {"ours": data, "ours, cache": replace(data, cache=str(folder / "cache"))}

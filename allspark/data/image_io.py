@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -163,10 +164,10 @@ def bmp_bits(path: Path) -> int:
 
 def jpeg2000_bits(path: Path) -> int:
     """Largest number of bits per channel of a JPEG 2000, from the SIZ segment of its codestream."""
-    head = path.read_bytes()  # any boxes may come first
-    start = head.find(b"\xff\x4f\xff\x51")
-    channels = int.from_bytes(head[start + 40 : start + 42], "big")
-    depths = head[start + 42 : start + 42 + 3 * channels : 3]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # of any size
+        start = content.find(b"\xff\x4f\xff\x51")  # any boxes may come first
+        channels = int.from_bytes(content[start + 40 : start + 42], "big")
+        depths = content[start + 42 : start + 42 + 3 * channels : 3]
     return max((depth & 0x7F) + 1 for depth in depths) if start >= 0 and depths else 8
 
 

@@ -48,19 +48,18 @@ declare -A rows=(
     [supervised_frozen]="supervised burn_in_epochs=0 method.name=norm_statistics:SupervisedFrozen"
     [fixmatch_frozen]="fixmatch method.name=norm_statistics:FixMatchFrozen"
     [fixmatch_unused]="fixmatch method.name=norm_statistics:FixMatchUnused"
-    [allspark_no_attention]="allspark $own.attention=none"
-    [allspark_random_grouping]="allspark $own.grouping_input=random"
-    [allspark_labeled_context]="allspark $own.context=labeled"
     [allspark_12_epochs]="allspark epochs=12" [allspark_12_epochs_threshold]="allspark epochs=12 method.threshold=0.95"
     [allspark_12_epochs_own_channels]="allspark epochs=12 $own.own_channels=true"
     [allspark]="allspark" [allspark_revised]="allspark_revised"
     [allspark_revised_without]="allspark_revised $own=none"
-    [allspark_revised_no_attention]="allspark_revised $own.attention=none"
     [allspark_revised_never_read]="allspark_revised $own.warmup_epochs=null"
-    [allspark_revised_random_grouping]="allspark_revised $own.grouping_input=random"
-    [allspark_revised_labeled_context]="allspark_revised $own.context=labeled"
     [allspark_revised_own_channels]="allspark_revised $own.own_channels=true"
 )
+for row in allspark allspark_revised; do
+    rows[${row}_no_attention]="$row $own.attention=none"
+    rows[${row}_random_grouping]="$row $own.grouping_input=random"
+    rows[${row}_labeled_context]="$row $own.context=labeled"
+done
 for row in supervised fixmatch; do
     for p in 0.5 1; do
         rows[${row}_strong_$p]="${rows[$row]} data.photometric_probability=$p"
