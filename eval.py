@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         val = {"name": val_name(recipe, args), "sha256": splits.hash_samples(dataset.samples, root)}
         folder = prepare_outputs(args, dataset)
         warn(changed_lists(loaded, val, args))
-        with loading.precision_context(args, device):
+        with loading.precision_context(args.precision, device):
             scores = evaluate(
                 loaded.model,
                 dataset,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         if args.json is not None:
             result = {**summary(scores, spec, loaded, val), **inference_settings(inference, args)}
             text = json.dumps(result, indent=2, allow_nan=False)
-            write_text(args.json, f"{text}\n", "make room or choose another --json")
+            write_text(args.json, f"{text}\n", "free disk space or choose another --json")
 
 
 def recipe_for(loaded: InferenceModel, args: argparse.Namespace) -> Recipe:
@@ -130,7 +130,7 @@ class NamedImages(SegmentationDataset):
         if self.samples[index].mask is not None:
             image, mask, _ = super().__getitem__(index)
         else:
-            image = to_tensor(read_image(self.samples[index].image, self.spec.images))
+            image = to_tensor(read_image(self.samples[index].image, self.spec.reading))
             mask = torch.full(image.shape[1:], self.spec.ignore_index, dtype=torch.uint8)
         return image, mask, self.names[index]
 

@@ -29,8 +29,9 @@ from allspark.config import Recipe
 from allspark.config_io import to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.worker_pool import worker_count
-from allspark.engine.checkpoint import BEST, LATEST, Position, has_checkpoint, is_finished
+from allspark.engine.checkpoint import BEST, LATEST, has_checkpoint
 from allspark.engine.optim import poly_lr
+from allspark.engine.position import Position, is_finished
 from allspark.engine.stepper import autocast, micro_batch_size
 from allspark.engine.stop import Stop
 from allspark.evaluation.evaluate import evaluate
@@ -96,7 +97,9 @@ def train_epoch(run: Run, position: Position) -> Position:
     run.network.train()
     run.loader.set_epoch(position.epoch, start_step=position.step - first)
     run.stepper.save_buffers()
-    for labeled, unlabeled in run.log.timed(run.loader.on(run.device, run.log.info)) if position.step < end else ():
+    for labeled, unlabeled in (
+        run.log.exclude_startup(run.loader.on(run.device, run.log.info)) if position.step < end else ()
+    ):
         lr = poly_lr(run.optim, position.step, run.total_steps)
         losses = train_step(run, labeled, unlabeled, position, lr)
         position = position.next_step()

@@ -45,7 +45,7 @@ def predict(
 
     Args:
         model: from load_checkpoint.
-        image: (H, W, 3) uint8 RGB, or the path of an image file.
+        image: (H, W, C) uint8, RGB if C is 3, or the path of an image file.
         mode: whole, sliding_window or center_crop; default: that of the recipe, else that of the data set.
         options: scales=(0.75, 1.0) and flip=True average several predictions.
 
@@ -59,7 +59,7 @@ def predict(
         check_pixels(image, model.spec.channels)
         pixels, name = image, "image"
     else:
-        pixels, name = read_image(Path(image), model.spec.images), str(image)
+        pixels, name = read_image(Path(image), model.spec.reading), str(image)
     device, inference = next(model.model.parameters()).device, model.inference(mode, **options)
     masks = evaluate.predict(model.model, to_tensor(pixels)[None], model.spec, device, inference, [name])
     return masks[0].cpu().numpy()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from allspark import __version__
 from allspark.config import DEVICES, MODES, PRECISIONS, WINDOWS
-from allspark.config_io import INSTALLED, closest_key
+from allspark.config_help import describe_keys
+from allspark.config_io import INSTALLED, closest_key, config_fields
 from allspark.split_lists.layouts import LAYOUTS
 from allspark.weights.mirrors import PUBLISHED
 
@@ -80,9 +81,31 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--save-path", type=path, metavar="DIR", help="folder of the run; default: exp/<dataset>/<method>/<split>"
     )
     parser.add_argument("--print-config", action="store_true", help="print the complete recipe and exit")
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        action=ShowKeys,
+        metavar="PART",
+        help="describe the keys of a recipe, or those that contain PART, and exit",
+    )
     parser.add_argument("--fresh", action="store_true", help="start over; an existing run is moved aside")
     parser.add_argument("--port", type=int, help="port of the process group, if no launcher sets MASTER_PORT")
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
+
+
+class ShowKeys(argparse.Action):
+    """Describe the keys and exit, as --help does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, option: str | None = None
+    ) -> None:
+        part = str(values)
+        if not any(part in path for path in config_fields()):
+            meant = closest_key(part)
+            parser.error(f"--keys {part}: no key contains it" + (f"; did you mean {meant}?" if meant else ""))
+        print(describe_keys(part))
+        parser.exit()
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Make the method and the loader of a recipe."""
+"""Build the method and the loader of a recipe."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ def check_schedule(recipe: Recipe, method: Method) -> None:
             "model.bottleneck.warmup_epochs",
             (bottleneck.name != "none" and bottleneck.warmup_epochs) or 0,
             "the memory is never read",
-            "to null to want that",
+            "to null to never read it",
         ),
     ):
         if method.views.unlabeled and value >= recipe.epochs:
             raise UserError(
-                f"{key}={value} and epochs={recipe.epochs}: {effect} (numbers of epochs do not follow when epochs is "
-                f"changed); set {key} below {recipe.epochs}, or {other}"
+                f"{key}={value} and epochs={recipe.epochs}: {effect} (epoch counts are not rescaled when epochs "
+                f"changes); set {key} below {recipe.epochs}, or {other}"
             )
     warmup = bottleneck.warmup_epochs if bottleneck.name != "none" and bottleneck.context == "labeled" else None
     if warmup is not None and warmup <= recipe.burn_in_epochs:  # reads before it writes

@@ -19,7 +19,6 @@ from allspark.engine.checkpoint import (
     LATEST,
     PREVIOUS,
     TO_RESUME,
-    Position,
     broadcast_choice,
     buffers_by_rank,
     explain_mismatch,
@@ -30,11 +29,12 @@ from allspark.engine.checkpoint import (
     save_checkpoint,
 )
 from allspark.engine.log import RunLog
+from allspark.engine.position import Position
 from allspark.engine.stop import SAVE, Stop, signal_name
 from allspark.train_step import TrainState
-from allspark.utils.errors import Stopped, UserError
+from allspark.utils.errors import Stopped, UserError, abbreviate
 
-DIVERGED = "stopped.pth"  # the state of a run that diverged, for inspection
+DIVERGED = "diverged.pth"  # the state of a run that diverged, for inspection
 
 
 class Checkpointer:
@@ -135,12 +135,11 @@ class Checkpointer:
         if distributed.is_main():
             save_checkpoint(self.folder / DIVERGED, {**content, "images": names})
         distributed.barrier()
-        listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise UserError(
             f"step {position.step}: {steps} steps had non-finite gradients and were skipped (last loss "
-            f"{float(self.log.last_loss)}, lr {self.log.last_lr:.2e}); images of the last step: {listed}. The state "
-            f"was saved to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at these images, or lower optim.lr "
-            f"and start over with --fresh"
+            f"{float(self.log.last_loss)}, lr {self.log.last_lr:.2e}); images of the last step: "
+            f"{abbreviate(names, 6)}. The state was saved to {self.folder / DIVERGED}, {LATEST} is unchanged. Look at "
+            f"these images, or lower optim.lr and start over with --fresh"
         )
 
 

@@ -1,6 +1,6 @@
 """The configuration of a run: frozen dataclasses in which each key has its type, default, range and meaning.
 
-config_io.py reads and writes them; the table of all keys in docs/recipes.md is generated from this file.
+config_io.py reads and writes them; `train.py --keys` describes them.
 "released code: x" in a description: x is the value that reproduces the published code of the AllSpark paper.
 """
 
@@ -16,6 +16,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 MODES, WINDOWS, PRECISIONS, DEVICES = map(typing.get_args, (Mode, Windows, Precision, Device))
 MAX = 2**31 - 1
+MIN_SIDE = 32  # pixels; the smallest image the models accept
 Size = int | tuple[int, int]  # side of a square, or height and width, in pixels
 
 
@@ -269,7 +270,10 @@ class CriterionConfig:
     name: Literal["ce", "ohem"] = option("ce", "labeled loss: cross-entropy, or that of the hardest pixels alone")
     thresh: float = option(0.7, "OHEM: pixels whose true class has a probability below this are hard", low=0, high=1)
     min_kept: int = option(
-        200_000, "OHEM: minimum number of pixels used, per process as released; 0: all pixels, as released", low=0
+        200_000, "OHEM: minimum number of pixels used in a forward pass; 0: all pixels, as released", low=0
+    )
+    min_kept_images: int | None = option(
+        None, "OHEM: labeled images that min_kept is for, in proportion for another number; null: for any number", low=1
     )
     class_weights: tuple[float, ...] | None = option(None, "cross-entropy: a weight per class")
     dice: float = option(0.0, "weight of an additional Dice loss, which counts each class equally", low=0, high=100)

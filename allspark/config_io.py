@@ -345,7 +345,7 @@ def bind_options(kind: type, options: Mapping[str, Any], path: str) -> dict[str,
             break
     for key in options:
         if key not in known:
-            raise UserError(f"{path}.{key}: unknown option; known are {', '.join(known) or 'none'}")
+            raise UserError(f"{path}.{key}: unknown option; choose one of {', '.join(known) or 'none'}")
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
             raise UserError(f"{path}.{name} is missing; it has no default")
@@ -431,7 +431,7 @@ def _recipe_file(folder: str, name: str) -> Path:
     path = CONFIG_ROOT / folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise UserError(f"--{folder.removesuffix('s')} {name}: {path} does not exist; known are {known}")
+        raise UserError(f"--{folder.removesuffix('s')} {name}: {path} does not exist; choose one of {known}")
     return path
 
 

@@ -42,7 +42,7 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if not available.get(name, False):
         reason = f": {why_no_cuda(torch.version.cuda, driver_cuda())}" if name == "cuda" else ""
         usable = ", ".join(kind for kind, is_available in available.items() if is_available)
-        raise UserError(f"device={name} is not available on this machine{reason}; use one of: auto, {usable}")
+        raise UserError(f"device={name} is not available on this machine{reason}; choose one of auto, {usable}")
     if name != "cuda":
         return torch.device(name)
     device = torch.device("cuda", local_rank % torch.cuda.device_count())  # each task may see only its own GPU

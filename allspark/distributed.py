@@ -38,10 +38,10 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
-    """Copy the tensor of rank `source` to all processes, in place."""
+def broadcast(tensor: Tensor) -> Tensor:
+    """Copy the tensor of rank 0 to all processes, in place."""
     if dist.is_initialized():
-        dist.broadcast(tensor, source)
+        dist.broadcast(tensor, 0)
     return tensor
 
 

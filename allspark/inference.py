@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -65,10 +64,10 @@ class InferenceModel:
         return inference_for(self.spec, self.crop_size, mode=mode, **options)
 
 
-def precision_context(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
-    """Context for forward passes in --precision; UserError if the device does not support it."""
-    set_precision(args.precision, device)
-    return autocast(args.precision, device)
+def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
+    """Context for forward passes in this precision; UserError if the device does not support it."""
+    set_precision(precision, device)
+    return autocast(precision, device)
 
 
 def load_for_inference(
@@ -143,14 +142,15 @@ def load_imported(content: Mapping[str, Any], path: str | Path, dataset: str | N
     base["data"]["crop_size"] = stated or recipe_crop
 
     def load() -> Segmentor:
-        model = build_model(recipe.model, num_classes, recipe.data.crop_size)
+        with prefix_errors(path):
+            model = build_model(recipe.model, num_classes, recipe.data.crop_size)
         load_state(model, content["model"], path)
         return model
 
     with prefix_errors(path):
         recipe = build_recipe({**base, "model": architecture}, None, "architecture")  # refuses unknown keys and values
-        with shapes_only():
-            load()
+    with shapes_only():
+        load()
     model = load()
     meta = {"source": string_section(content, "source", path)}
     if dataset is None:

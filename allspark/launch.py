@@ -30,7 +30,7 @@ JOIN_NOTICE = 3.0  # seconds after which a process says whom it waits for
 # Limit for a hanging collective. Crashed processes are noticed immediately. A process may legitimately be busy alone
 # until then: filling a cache, evaluating a larger share, writing a checkpoint to a slow disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-MAX_FACTS = 16  # compared by check_ranks_agree
+MAX_FACTS = 16  # of check_ranks_agree; fixed, so that ranks with different code exchange tensors of one shape
 
 
 def launcher_variables() -> tuple[str, str, str] | None:
@@ -63,7 +63,7 @@ def init(device: str = "auto", port: int | None = None) -> tuple[torch.device, d
     """
     rank_, world, local_rank = launcher_ranks()
     if world > 1 and not torch.cuda.is_available() and device == "mps":
-        raise UserError("device=mps takes one process: gloo has no collectives on it; start one, or set device=cpu")
+        raise UserError("device=mps supports one process (gloo has no collectives there); start one or set device=cpu")
     if int_from_env("SLURM_STEP_NUM_NODES", 1) > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("srun over several nodes without MASTER_ADDR; start it with sbatch scripts/slurm_train.sh")
     chosen = choose_device(device, local_rank)
@@ -142,8 +142,8 @@ def connect(rank: int, world: int, place: str) -> dist.Store:
 def how_to_run_alone() -> str:
     variable = launcher_variables()[1]
     return (
-        f"{variable}={os.environ[variable]} says how many were started. To run a single process, start it "
-        f"without that variable: env -u {variable} python ..."
+        f"{variable}={os.environ[variable]} sets the number of processes. To run a single one, unset it: "
+        f"env -u {variable} python ..."
     )
 
 
@@ -275,11 +275,7 @@ def has_ended(store: dist.Store) -> bool:
 
 
 def check_ranks_agree(**facts: str) -> None:
-    """Fail early if ranks disagree on code, config or file lists; a mismatch would deadlock the first collective.
-
-    Raises:
-        UserError: on every process, with the name of the first fact that differs from rank 0.
-    """
+    """Raise UserError on all ranks if a fact differs from rank 0's; otherwise a later collective would deadlock."""
     if world_size() == 1:
         return
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"

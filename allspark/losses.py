@@ -38,24 +38,33 @@ class OHEM(nn.Module):
 
     Kept are p <= max(thresh, the min_kept-th smallest p of the batch), ignored pixels counting as p = 1. With fewer
     valid pixels than min_kept, and as released with min_kept = 0, it is the plain cross-entropy.
+
+    Args:
+        thresh: probability of the true class up to which a pixel is hard.
+        min_kept: pixels that are kept at least.
+        ignore_index: of the mask.
+        images: min_kept is for so many images, and in proportion for batches of others; None: for any batch.
     """
 
-    def __init__(self, thresh: float = 0.7, min_kept: int = 200_000, ignore_index: int = 255) -> None:
+    def __init__(
+        self, thresh: float = 0.7, min_kept: int = 200_000, ignore_index: int = 255, images: int | None = None
+    ) -> None:
         super().__init__()
-        self.thresh, self.min_kept, self.ignore_index = thresh, min_kept, ignore_index
+        self.thresh, self.min_kept, self.ignore_index, self.images = thresh, min_kept, ignore_index, images
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
         valid = keep = mask != self.ignore_index
         loss = F.cross_entropy(logits, mask, ignore_index=self.ignore_index, reduction="none")
-        if self.min_kept:
+        least = self.min_kept if self.images is None else -(-self.min_kept * len(mask) // self.images)
+        if least:
             prob = torch.where(valid, (-loss.detach()).exp(), 1.0)  # softmax probability of the true class
-            rank = min(self.min_kept, prob.numel())
+            rank = min(least, prob.numel())
             if torch.are_deterministic_algorithms_enabled():  # kthvalue is refused then on a GPU, before torch 2.10
                 smallest = prob.flatten().sort().values[rank - 1]
             else:
                 smallest = prob.flatten().kthvalue(rank).values
             threshold = smallest.clamp(min=self.thresh)
-            keep = valid & ((prob <= threshold) | (valid.sum() < self.min_kept))
+            keep = valid & ((prob <= threshold) | (valid.sum() < least))
         return (loss * keep).sum() / keep.sum().clamp(min=1)
 
 
@@ -92,11 +101,17 @@ class WithDice(nn.Module):
 def consistency_loss(
     logits: Tensor, label: Tensor, keep: Tensor | None = None, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy against pseudo-labels, and the share of pixels that took part (mask_ratio).
+    """Cross-entropy against pseudo-labels.
 
-    label: classes (B, H, W), or soft labels (B, K, H, W), probabilities of each class.
-    keep (B, H, W) bool: confident pixels; valid (B, H, W) bool: not padding; None: all of them. The denominator is the
-    number of valid pixels, not of confident ones, so that little confidence also means little weight (UniMatch).
+    Args:
+        logits: (B, K, H, W).
+        label: classes (B, H, W), or soft labels (B, K, H, W), probabilities of each class.
+        keep: (B, H, W) bool, confident pixels; None: all.
+        valid: (B, H, W) bool, pixels that are not padding; None: all.
+
+    Returns:
+        The loss and the share of valid pixels that took part (mask_ratio). The loss is divided by the number of valid
+        pixels, not of confident ones, so that little confidence also means little weight (UniMatch).
     """
     loss = F.cross_entropy(logits, label, reduction="none")
     valid = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
@@ -111,9 +126,14 @@ def build_criterion(
     *,
     thresh: float,
     min_kept: int,
+    min_kept_images: int | None = None,
     class_weights: Sequence[float] | None = None,
     dice: float = 0.0,
 ) -> nn.Module:
     """The labeled loss of a recipe, `criterion.*`: ce | ohem, ce with a weight for each class, either with Dice."""
-    criterion = OHEM(thresh, min_kept, ignore_index) if name == "ohem" else CrossEntropy(ignore_index, class_weights)
+    criterion = (
+        OHEM(thresh, min_kept, ignore_index, min_kept_images)
+        if name == "ohem"
+        else CrossEntropy(ignore_index, class_weights)
+    )
     return WithDice(criterion, dice, ignore_index) if dice else criterion

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from allspark.config import Recipe, height_width
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.data.spec import DatasetSpec
-from allspark.engine.checkpoint import Position
 from allspark.engine.optim import build_optimizer
+from allspark.engine.position import Position
 from allspark.engine.stepper import AUTOCAST, Stepper, micro_batch_size
 from allspark.methods import Method
 from allspark.models.segmentor import Segmentor, build_model

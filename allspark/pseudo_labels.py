@@ -24,6 +24,7 @@ class Pseudo:
 
     @classmethod
     def of(cls, logits: Tensor) -> Pseudo:
+        """The pseudo-labels of logits (B, K, H, W)."""
         logits = logits.detach()
         best, label = logits.max(1)
         return cls(logits, label, (logits - best.unsqueeze(1)).exp_().sum(1).reciprocal())  # softmax of the maximum
@@ -46,6 +47,21 @@ class Pseudo:
             cutmix(self.label, box, partner.label),
             cutmix(self.confidence, box, partner.confidence),
         )
+
+
+def confident(label: Tensor, confidence: Tensor, threshold: float | Tensor | None) -> Tensor | None:
+    """The pixels whose pseudo-labels are used; NaN is never confident.
+
+    Args:
+        label: (B, H, W) int64.
+        confidence: (B, H, W).
+        threshold: minimum confidence, one for all classes or (K,) one per class.
+
+    Returns:
+        (B, H, W) bool; None, for all pixels, if the threshold is None.
+    """
+    minimum = threshold[label] if isinstance(threshold, Tensor) else threshold
+    return None if minimum is None else confidence >= minimum
 
 
 def cutmix(x: Tensor, box: Tensor, partner: Tensor | None = None) -> Tensor:

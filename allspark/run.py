@@ -27,9 +27,10 @@ from allspark.data.datasets import spec_for
 from allspark.data.loaders import TrainLoader
 from allspark.data.spec import DatasetSpec
 from allspark.data.splits import Lists, describe_lists, resolve
-from allspark.engine.checkpoint import LATEST, Position, has_checkpoint, is_finished
+from allspark.engine.checkpoint import LATEST, has_checkpoint
 from allspark.engine.log import TEXT, RunLog
 from allspark.engine.optim import build_optimizer, scale_lr
+from allspark.engine.position import Position, is_finished
 from allspark.engine.provenance import PROVENANCE, read_provenance, revision, write_provenance
 from allspark.engine.run_lock import LOCK, RunLock
 from allspark.engine.stepper import Stepper, has_bf16, micro_batch_size, set_deterministic, set_precision
@@ -41,7 +42,7 @@ from allspark.models.segmentor import Segmentor, build_model
 from allspark.models.sync_batch_norm import SyncBatchNorm
 from allspark.train_step import TrainState
 from allspark.utils.atomic import durable_write_text
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, abbreviate
 from allspark.weights.loading import load_pretrained
 
 CONFIG = "config.yaml"  # the complete recipe of a run
@@ -110,11 +111,6 @@ def build_run(
     measured = recipe.evaluation.pseudo_labels if method.views.unlabeled else 0
     hidden, hidden_notes = select_hidden(lists, spec, measured)
     data_notes += hidden_notes
-
-    lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
-    if distributed.is_main():
-        notes = [*notes, *prepare_folder(lock, fresh)]
-    distributed.barrier()
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)
     if fresh or not has_checkpoint(save_path):
@@ -124,6 +120,11 @@ def build_run(
     loader = build_loader(recipe, lists, spec, method.views)
     inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation)
 
+    # After all that a wrong recipe could stop: --fresh moves a run aside
+    lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
+    if distributed.is_main():
+        notes = [*notes, *prepare_folder(lock, fresh)]
+    distributed.barrier()
     state = TrainState(recipe, model, method, stepper, recipe.epochs * loader.steps_per_epoch, graphs=None)
     position, unlogged, resume_notes = resume(save_path, state, loader)
     if is_finished(recipe, position):
@@ -179,7 +180,7 @@ def prepare_folder(lock: RunLock, fresh: bool) -> list[str]:
     folder = lock.folder
     if fresh and (has_checkpoint(folder) or any((folder / name).exists() for name in (METRICS, PROVENANCE))):
         if not folder.name:
-            raise UserError(f"--fresh with --save-path {folder}: give the folder by its name, from another folder")
+            raise UserError("--fresh cannot rename the current folder; run the command from another one, with its name")
         target = folder.with_name(f"{folder.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
         lock.move_aside(target)
         return [f"{folder} was moved to {target}"]
@@ -190,11 +191,10 @@ def prepare_folder(lock: RunLock, fresh: bool) -> list[str]:
         for path in files:
             if path.name in (CONFIG, METRICS, TEXT):
                 raise UserError(
-                    f"{path}: a run writes a file of this name, and this one is not of a run; choose another "
-                    f"--save-path, or move the file"
+                    f"{path}: training would overwrite this file, which does not belong to a run; move it, or choose "
+                    f"another --save-path"
                 )
-        listed = ", ".join(path.name for path in files[:3]) + ", ..." * (len(files) > 3)
-        return [f"WARNING: {folder} has other files, too: {listed}"] if files else []
+        return [f"WARNING: {folder} has other files, too: {abbreviate([path.name for path in files])}"] if files else []
     if (folder / METRICS).is_file() and any("miou" in line for line in read_metrics(folder / METRICS)):
         raise UserError(
             f"{folder}: has the results of a run, but no checkpoint to continue it from; restore {LATEST}, choose "
@@ -262,7 +262,7 @@ def describe_run(state: TrainState, position: Position) -> list[str]:
         between_epochs = position.step * recipe.epochs == position.epoch * state.total_steps
         where = f"after epoch {position.epoch}" if between_epochs else f"in epoch {position.epoch + 1}"
         lines.append(f"resumed {where} (step {position.step})")
-        if position.world_size != world_size:
+        if position.world_size not in (None, world_size):
             lines.append(f"world size changed from {position.world_size} to {world_size}")
     return lines
 

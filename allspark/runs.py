@@ -18,7 +18,8 @@ from allspark.config import DataConfig, Recipe
 from allspark.config_io import build_recipe, load_config
 from allspark.data.spec import DatasetSpec
 from allspark.data.splits import check_files, find_data, val_entries
-from allspark.engine.checkpoint import LATEST, Position, is_finished
+from allspark.engine.checkpoint import LATEST
+from allspark.engine.position import Position, is_finished
 from allspark.engine.provenance import is_provenance, read_provenance
 from allspark.engine.writers import METRICS, is_line, is_number, read_metrics
 from allspark.evaluation.dataset import SegmentationDataset

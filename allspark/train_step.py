@@ -12,8 +12,8 @@ from allspark import distributed
 from allspark.config import Recipe
 from allspark.cuda_graph import GraphedUpdate
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, split_micro_batches
-from allspark.engine.checkpoint import Position
 from allspark.engine.optim import set_lr
+from allspark.engine.position import Position
 from allspark.engine.stepper import AUTOCAST, Stepper, autocast, mean_losses, micro_batch_size, sync_gradients
 from allspark.methods import Method, Progress
 from allspark.models.cast_weights import cast_weights

@@ -18,9 +18,9 @@ from allspark.bench.plain import plain_copy, plain_optimizer, plain_step
 from allspark.config import BottleneckConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, Recipe
 from allspark.cuda_graph import build_graphs
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
-from allspark.engine.checkpoint import Position
 from allspark.engine.onednn import torch_kernels
 from allspark.engine.optim import build_optimizer, poly_lr
+from allspark.engine.position import Position
 from allspark.engine.stepper import Stepper
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS

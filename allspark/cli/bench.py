@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 def write(result: dict[str, Any], path: Path | None) -> None:
     print(render(result), end="")  # before the file: a full disk must not lose the measurement
     if path is not None:
-        write_text(path, json.dumps(result, indent=1) + "\n", "make room or choose another --json")
+        write_text(path, json.dumps(result, indent=1) + "\n", "free disk space or choose another --json")
 
 
 def choose_precisions(args: argparse.Namespace, device: torch.device) -> list[str]:
@@ -112,7 +112,7 @@ def set_defaults(args: argparse.Namespace) -> None:
         if hasattr(args, option):
             names = getattr(args, option) or list(known)
             if unknown := [name for name in names if name not in known]:
-                raise UserError(f"--{option} {unknown[0]}: unknown; known are {', '.join(known)}")
+                raise UserError(f"--{option} {unknown[0]}: unknown; choose one of {', '.join(known)}")
             setattr(args, option, names)
 
 
@@ -151,7 +151,7 @@ def write_document(path: Path) -> None:
         figures = "".join(f"![{picture.stem}]({picture.name})\n\n" for picture in pictures)
         return figures + render_remarks(result) if pictures else render(result)
 
-    write_text(path, report.fill_tables(text, render_table), "make room or give another document")
+    write_text(path, report.fill_tables(text, render_table), "free disk space or choose another document")
     print(f"written: {', '.join(map(str, [path, *made]))}")
 
 

@@ -158,7 +158,7 @@ def disk_findings(memory: StepMemory, save_path: Path) -> AuditReport:
     sizes = f"{CHECKPOINTS} checkpoints need up to {needed / GB:.2f} GB, {free / GB:.2f} GB are free"
     note = f"disk space at {save_path}: {sizes}"
     if needed > free:
-        return AuditReport(problems=[f"{note}; make room or choose another --save-path"])
+        return AuditReport(problems=[f"{note}; free disk space or choose another --save-path"])
     return AuditReport(notes=[note])
 
 

@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"WARNING: {note}", file=sys.stderr)
     check_out(args.out)
     text = tables(rows, args.paired) + "".join(f"\n{note}\n" for note in notes)
-    write_text(args.out / "table.md", text, "make room or choose another --out")
+    write_text(args.out / "table.md", text, "free disk space or choose another --out")
     print(text, end="", flush=True)  # before the figures, which may fail for other reasons
     scores = {row.name: [run.points("miou") for run in row.runs] for row in rows}
     plot_curves(scores, "val mIoU (%)", args.out / "curves.png")
@@ -294,7 +294,7 @@ def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path
         own, inference = loaded.spec, loaded.inference()  # each reads and normalizes images as in its training
         column = []
         for place, (_, _, name) in zip(places, items, strict=True):
-            image = to_tensor(read_image(val.samples[place].image, own.images))[None]
+            image = to_tensor(read_image(val.samples[place].image, own.reading))[None]
             column.append(predict(loaded.model, image, own, device, inference, [name])[0].cpu())
         columns.append(column)
     examples = [

@@ -53,11 +53,11 @@ def main(args: argparse.Namespace) -> None:
     check_new([*clips.values(), *([args.shares] if args.shares is not None else [])])
     unreadable: dict[Path, UserError] = {}
     shares: list[list[object]] = []  # a row for each prediction: its name, percent of each class
-    check, reading = memory_check(loaded.model, inference, device), loaded.spec.images
+    check, reading = memory_check(loaded.model, inference, device), loaded.spec.reading
 
     def predictions(files: Mapping[Path, str]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         for batch, names in batches(files, args.batch_size, unreadable, args.every, check, reading):
-            with loading.precision_context(args, device):
+            with loading.precision_context(args.precision, device):
                 masks, prob = predict_with_confidence(loaded.model, batch, loaded.spec, device, inference, names)
             for name, image, mask, confidence in zip(names, batch, masks.cpu(), prob.cpu(), strict=True):
                 counts = torch.bincount(mask.flatten(), minlength=256)[: loaded.spec.num_classes]
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
         shares.sort(key=lambda row: order.get(row[0], order.get(str(row[0]).rpartition("/")[0], 0)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([["image", *loaded.spec.classes], *shares])
-        write_text(args.shares, text.getvalue(), "make room or choose another --shares")
+        write_text(args.shares, text.getvalue(), "free disk space or choose another --shares")
     num_images = sum(path not in unreadable for path in images)
     counts = [f"{num_images} of {len(images)} images"] if images or not videos else []
     counts += [f"{len(shares) - num_images} frames of {len(videos)} video(s)"] if videos else []

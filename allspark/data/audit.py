@@ -15,7 +15,7 @@ from tqdm import tqdm
 from allspark.config import CustomDataConfig, DataConfig, Size, height_width, size_text
 from allspark.data.datasets.custom import color_table, value_table
 from allspark.data.entries import make_exists_check
-from allspark.data.image_io import TURNS, BadSample
+from allspark.data.image_files import TURNS, BadSample
 from allspark.data.mask_io import format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample, pack_color
 from allspark.data.splits import Lists, prepare_hint, suggest_file
@@ -223,7 +223,7 @@ def describe_orientations(reports: Sequence[SampleReport], spec: DatasetSpec) ->
     turned = [path for path, orientation in images.items() if orientation in TURNS]
     if not turned:
         return []
-    done = "ignored (data.custom.orientation)" if spec.images.orientation == "stored" else "applied"
+    done = "ignored (data.custom.orientation)" if spec.reading.orientation == "stored" else "applied"
     return [f"{len(turned)} of {len(images)} images have an EXIF orientation, which is {done}, such as {turned[0]}"]
 
 
@@ -257,7 +257,7 @@ def report_masks(
         return result
     if no_val and seen["val"]:
         result.warnings.append(
-            f"classes in none of the val images{which}, so that their IoU says nothing: {', '.join(no_val)}"
+            f"classes that occur in no val image{which}, so their IoU is undefined: {', '.join(no_val)}"
         )
     if not absent:
         return result
@@ -355,7 +355,7 @@ def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: Custom
     entries = ", ".join(f"{quote}{name(value)}{quote}: {index}" for value, index in targets.items())
     classes = dict(enumerate(spec.classes)) | {IGNORE_INDEX: "ignored"}
     meaning = ", ".join(f"{name(value)} is {classes[index]}" for value, index in new.items())
-    other = " (else exchange the numbers)" if colored and len(free) > 1 else ""  # their order means nothing
+    other = " (otherwise swap the indices)" if colored and len(free) > 1 else ""  # their order means nothing
     return f"{text}If {meaning}, add to the config{other}: data.custom.{key}: {{{entries}}}"
 
 

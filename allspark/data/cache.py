@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from allspark import distributed
-from allspark.data.image_io import BadSample, read_image, read_size
+from allspark.data.image_files import BadSample, read_size
+from allspark.data.image_io import read_image
 from allspark.data.mask_io import check_same_size, read_mask
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.utils.errors import UserError
@@ -52,7 +53,7 @@ class SampleReader:
     def image(self, path: Path) -> np.ndarray:
         """As read_image."""
         cached = self.images.get(path) if self.images else None
-        return read_image(path, self.spec.images) if cached is None else cached
+        return read_image(path, self.spec.reading) if cached is None else cached
 
     def pair(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """As read_pair."""
@@ -83,11 +84,11 @@ def open_reader(
     name = re.sub(r"\W", "_", spec.name)
     # Masks are stored decoded, so whatever decides about decoding is part of the cache's key
     values = spec.decode_mask(np.arange(spec.max_stored + 1))
-    decoding = f"{spec.num_classes} {spec.ignore_index} {values.tolist()}{spec.colors or ''} {spec.images.orientation}"
-    read = partial(read_image, reading=spec.images)
+    decoding = f"{spec.num_classes} {spec.ignore_index} {values.tolist()}{spec.colors or ''} {spec.reading.orientation}"
+    read = partial(read_image, reading=spec.reading)
     return SampleReader(
         spec,
-        open_cache(root, f"{name}-images", images, read, spec.channels, str(spec.images), skip),
+        open_cache(root, f"{name}-images", images, read, spec.channels, str(spec.reading), skip),
         open_cache(root, f"{name}-masks", masks, partial(read_mask, spec=spec), 1, decoding, skip),
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allspark import distributed
-from allspark.data.image_io import walk
+from allspark.data.image_files import walk
 from allspark.data.spec import Sample, identity
 from allspark.utils.errors import UserError
 
@@ -47,7 +47,7 @@ def drop_repeats(entries: Sequence[Entry]) -> list[Entry]:
         if other.sample != entry.sample:
             raise UserError(f"{entry.source}: {entry.sample.image} has another mask in {other.source}; remove one")
     if len(first) < len(entries) and distributed.is_main():
-        print(f"{len(entries) - len(first)} lines repeat an image and are dropped")
+        print(f"{len(entries) - len(first)} repeated images are dropped")
     return list(first.values())
 
 
@@ -155,7 +155,7 @@ def folder_entries(
         place, stem = data_root / masks / image.relative_to(folder).parent, image.stem + mask_tail(mask_suffix)
         usual = place / (image.stem + mask_suffix)
         options = (place / (stem + suffix) for each in MASK_SUFFIXES for suffix in (each, each.upper()))
-        return next(filter(exists, options), usual)
+        return next(filter(exists, (usual, *options)), usual)
 
     exists = make_exists_check()
     samples = [Sample(check_name(image), mask_of(image)) for image in paths]

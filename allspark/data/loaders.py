@@ -21,7 +21,7 @@ from allspark import distributed
 from allspark.config import DataConfig
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
 from allspark.data.cache import SampleReader, open_reader
-from allspark.data.image_io import BadSample
+from allspark.data.image_files import BadSample
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.splits import Lists
 from allspark.data.transforms import OPERATIONS, PHOTOMETRIC, Geometry, cutmix_box, draw_geometry, to_tensor
@@ -312,7 +312,7 @@ def check_arguments(lists: Lists, views: Views, batch_size: int, epoch_of: str, 
     """Raise UserError if no batch can be built."""
     for name in (views.labeled, *views.strong):
         if name not in PHOTOMETRIC:
-            raise UserError(f"views: unknown photometric policy '{name}'; available: {', '.join(PHOTOMETRIC)}")
+            raise UserError(f"views: unknown photometric policy '{name}'; choose one of {', '.join(PHOTOMETRIC)}")
     if batch_size % world_size:
         raise UserError(f"batch_size: {batch_size} cannot be divided among {world_size} processes; use a multiple")
     if not lists.labeled:

@@ -9,18 +9,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from allspark.data.image_io import (
-    PHOTOMETRIC,
+from allspark.data.image_files import (
+    INTERPRETATION,
     BadSample,
     open_image,
     orientation_of,
     raw_mode,
-    read_image,
     read_size,
     retried,
-    turn,
 )
+from allspark.data.image_io import read_image, turn
 from allspark.data.spec import ColorTable, DatasetSpec, Sample, pack_color
+from allspark.utils.errors import abbreviate
 
 
 class MaskFile(NamedTuple):
@@ -61,7 +61,7 @@ def decode_mask_file(path: Path, spec: DatasetSpec) -> MaskFile:
     with open_image(path) as image:
         check_mask_format(image, path)
         raw, orientation = raw_mode(image), orientation_of(image)
-        image = turn(image, orientation, spec.images)
+        image = turn(image, orientation, spec.reading)
         mode, is_gray = image.mode, image.mode in ("1", "L") or image.mode.startswith("I")
         if spec.colors is not None or not (is_gray or mode == "P"):
             if ";16" in raw:
@@ -86,7 +86,7 @@ def check_mask_format(image: Image.Image, path: Path) -> None:
     if image.format in ("JPEG", "MPO", "JPEG2000") or compression in ("jpeg", "tiff_jpeg", "webp"):
         name = f"TIFF with {compression} compression" if image.format == "TIFF" else image.format
         raise BadSample(f"{path}: a {name} mask; {name} changes values. Save masks as PNG, from the originals")
-    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+    if image.format == "TIFF" and image.tag_v2.get(INTERPRETATION) == 0:
         raise BadSample(f"{path}: a TIFF mask in which 0 is white (MinIsWhite); save it as 8-bit PNG")
     if image.mode == "F":
         raise BadSample(f"{path}: a mask of floating-point values; save the class indices as 8-bit PNG")
@@ -131,7 +131,7 @@ def format_counts(values: np.ndarray) -> str:
     """'7 (3 pixels), 9 (1 pixel)'; at most eight values, then the number of further ones."""
     pairs = zip(*np.unique(values, return_counts=True), strict=True)
     items = [f"{value} ({count} pixel{'s' if count > 1 else ''})" for value, count in pairs]
-    return ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+    return abbreviate(items, 8)
 
 
 def format_color(packed: int) -> str:
@@ -188,8 +188,9 @@ def check_palette(file: MaskFile, path: Path, spec: DatasetSpec) -> None:
             continue
         raise BadSample(
             f"{path}: index {index} of its palette has the color {format_color(color)} of class "
-            f"{spec.classes[colors.index(color)]}, but is the index of class {spec.classes[target]}. If colors count, "
-            "list them in data.custom.color_map; if indices count, give the classes' colors in data.custom.palette"
+            f"{spec.classes[colors.index(color)]}, but is the index of class {spec.classes[target]}. If the colors "
+            "define the classes, list them in data.custom.color_map; if the indices do, give the classes' colors in "
+            "data.custom.palette"
         )
 
 
@@ -212,7 +213,7 @@ def decode_colors(packed: np.ndarray, colors: ColorTable, path: Path) -> np.ndar
 def read_pair(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) uint8 and mask (H, W) uint8 of a labeled sample; raises BadSample if their sizes differ."""
     assert sample.mask is not None, f"{sample.image} is unlabeled"
-    image, mask = read_image(sample.image, spec.images), read_mask(sample.mask, spec)
+    image, mask = read_image(sample.image, spec.reading), read_mask(sample.mask, spec)
     check_same_size(sample, image, mask)
     return image, mask
 

@@ -88,7 +88,7 @@ def frame_number(image: Path) -> tuple[tuple[Path, str, str], int] | None:
 
 def tiny_image(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     """16 x 16 pixels, float."""
-    return cv2.resize(read_image(sample.image, spec.images), (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
+    return cv2.resize(read_image(sample.image, spec.reading), (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
 def mismatched_masks(labeled: Sequence[Sample], spec: DatasetSpec) -> list[str]:

@@ -106,6 +106,10 @@ class DatasetSpec:
     """Everything the code needs to know about a data set.
 
     Args:
+        name: of the data set.
+        classes: names in the order of their indices.
+        palette: RGB color of each class.
+        ignore_index: value of decoded masks where no class is known.
         eval_mode: whole, center_crop or sliding_window.
         decode_mask: stored values 0..max_stored -> class indices with `ignore_index`, of the same shape. It must not
             raise: read_mask, which knows the file name, reports invalid values.
@@ -118,7 +122,7 @@ class DatasetSpec:
         background: index of the class for everything that belongs to no other class; None: there is no such class.
         colors: read masks as RGB colors, ignoring decode_mask; None: read masks as values.
         statistics: of the images, one value per channel.
-        images: how image files are read.
+        reading: how image files are read.
         is_custom: whether data.custom describes it.
     """
 
@@ -137,13 +141,13 @@ class DatasetSpec:
     background: int | None = None
     colors: ColorTable | None = None
     statistics: Statistics = IMAGENET
-    images: ImageReading = DEFAULT_READING
+    reading: ImageReading = DEFAULT_READING
     is_custom: bool = False
 
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return self.images.channels
+        return self.reading.channels
 
     @property
     def num_classes(self) -> int:

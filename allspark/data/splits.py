@@ -33,6 +33,8 @@ class Lists:
     """The samples of a run.
 
     Args:
+        labeled, val: images with masks.
+        unlabeled: images whose masks, if any, are not opened.
         hash: sha256 of the three `hashes`.
         name: of the split, or the list file that was given.
         hashes: labeled, unlabeled, val -> list_hash of the list.
@@ -70,8 +72,13 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
     list may be empty.
 
     Args:
+        data: the data section of a recipe.
+        splits_root: folder of the splits.
         problems: if given, errors in the val list are appended here, and files are not checked; for `check`, which
             reports all problems at once.
+
+    Returns:
+        The samples and what identifies them.
 
     Raises:
         UserError: a list or file is missing, or a line is wrong.
@@ -145,7 +152,7 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     if data.val_id_path is None and custom is not None and custom.val_images is not None:
         return folder_entries(root, custom.val_images, custom.val_masks, custom.mask_suffix)
     key = "the default of data.val_id_path" if data.val_id_path is None else "data.val_id_path"
-    places = [root / spec.splits / "val.txt" for root in split_roots(splits_root)]
+    places = [folder / "val.txt" for folder in split_folders(spec, splits_root)]
     path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
     remedy = fetch_hint(spec.splits, None, "val") if data.val_id_path is None else ""
     if custom is not None and data.val_id_path is None:
@@ -221,7 +228,7 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
 
 
 def describe_others(folder: Path, others: Sequence[Path]) -> str:
-    """'images: 3 files are no images by their suffix (.heic: 2, none: 1), such as images/a.heic'."""
+    """'images: 3 files are left out, no images by their suffix (.heic: 2, none: 1), such as images/a.heic'."""
     kinds = Counter(path.suffix or "none" for path in others)
     text = ", ".join(f"{suffix}: {count}" for suffix, count in kinds.most_common(5))
     example = others[0]
@@ -273,7 +280,7 @@ def prepare_hint(spec: DatasetSpec) -> str:
 
 
 def find_split(data: DataConfig, spec: DatasetSpec, splits_root: Path) -> Path:
-    folders = [root / spec.splits for root in split_roots(splits_root)]
+    folders = split_folders(spec, splits_root)
     for folder in folders:
         if data.split and (folder / data.split / "labeled.txt").is_file():
             return folder / data.split
@@ -288,8 +295,13 @@ def find_split(data: DataConfig, spec: DatasetSpec, splits_root: Path) -> Path:
     )
 
 
+def split_folders(spec: DatasetSpec, splits_root: Path) -> list[Path]:
+    """The folders that may have splits of the data set."""
+    return [root / spec.splits for root in split_roots(splits_root)]
+
+
 def split_names(spec: DatasetSpec, splits_root: Path) -> str:
-    folders = [root / spec.splits for root in split_roots(splits_root)]
+    folders = split_folders(spec, splits_root)
     names = {path.parent.name for folder in folders for path in folder.glob("*/labeled.txt")}
     return ", ".join(sorted(names)) or "none"
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from allspark.data.image_io import MIN_SIDE, STRIP, TURNS, BadSample, ImageFile, load_image, retried
+from allspark.config import MIN_SIDE
+from allspark.data.image_files import TURNS, BadSample, retried
+from allspark.data.image_io import STRIP, ImageFile, load_image
 from allspark.data.mask_io import MaskFile, check_palette, decode_mask, format_color, load_mask, size_mismatch
 from allspark.data.spec import DatasetSpec, Sample, pack_color
 from allspark.utils.errors import UserError
 
-MAX_COLORS = 4096  # different colors in a mask, above which it is no mask
+MAX_COLORS = 4096  # a file with more different colors is not a mask
 RANGES = (255, 1023, 4095, 16383)  # of cameras with 8 to 14 bits
 NO_PIXELS = np.empty(0, np.uint8)
 
@@ -51,7 +53,7 @@ def inspect_sample(kind: str, sample: Sample, spec: DatasetSpec) -> SampleReport
     """Read image and mask as training does."""
     found, errors = SampleReport(kind, sample), []
     try:
-        image = load_image(sample.image, spec.images)
+        image = load_image(sample.image, spec.reading)
         height, width = image.pixels.shape[:2]
         digest = hashlib.blake2b(retried(sample.image.read_bytes, sample.image), digest_size=16).digest()
         found = replace(found, size=(width, height), digest=digest, image=image._replace(pixels=NO_PIXELS))
@@ -103,7 +105,7 @@ def count_values(mask: MaskFile, sample: Sample) -> Counter:
 
 
 def find_contradictions(reports: Sequence[SampleReport], spec: DatasetSpec) -> tuple[list[str], list[str]]:
-    """What files that are good one by one leave open, or say differently from others -> problems, warnings."""
+    """Ambiguities and contradictions among files that are valid one by one -> problems, warnings."""
     # A file of several lists counts once
     masks = list({each.sample.mask: each for each in reports if each.values}.values())
     images = list({each.sample.image: each for each in reports if each.image}.values())
@@ -112,7 +114,7 @@ def find_contradictions(reports: Sequence[SampleReport], spec: DatasetSpec) -> t
     warnings: list[str] = []
     if not spec.is_custom:  # the answers are keys of data.custom
         problems, warnings = warnings, problems
-    white = spec.images.image_max or 65535
+    white = spec.reading.image_max or 65535
     brighter = [each for each in images if (each.image.peak or 0) > white]
     if brighter:
         most = max(brighter, key=lambda each: each.image.peak)
@@ -144,7 +146,7 @@ def compare_bits(masks: Sequence[SampleReport]) -> Iterator[str]:
 
 
 def compare_whites(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterator[str]:
-    """Where 255 is ignored: some masks hold only 0 and 255, and no other one with a class has 255. Both may mean it."""
+    """Some masks hold 0 and 255 alone, and no other mask with a class holds 255: it may be a class or ignored there."""
     masks = list({each.sample.mask: each for each in masks}.values())  # a file of several lists counts once
     white = [each for each in masks if each.values.keys() == {0, 255}]
     others = [each for each in masks if each.values.keys() - {0, 255}]
@@ -162,7 +164,7 @@ def compare_palettes(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterat
 
     Programs that reduce colors number those of each file anew.
     """
-    remedy = "if colors count, list them in data.custom.color_map; if indices count,"
+    remedy = "if the colors define the classes, list them in data.custom.color_map; if the indices do,"
     known: dict[int, tuple[int, SampleReport]] = {}  # index -> its color, and a file that uses it
     classes = list(map(pack_color, spec.palette))
     with_palette = [each for each in masks if each.mask.palette]
@@ -194,7 +196,7 @@ def compare_palettes(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iterat
 def check_ranges(images: Sequence[SampleReport], spec: DatasetSpec) -> Iterator[str]:
     """Whether white is known of images with more than 8 bits per channel."""
     deep = sorted((each for each in images if each.image.peak is not None), key=lambda each: each.image.peak)
-    if not deep or spec.images.image_max is not None:
+    if not deep or spec.reading.image_max is not None:
         return
     most, least = deep[-1], next((each for each in deep if each.image.peak), deep[-1])  # not an all black one
     peak = most.image.peak
@@ -220,7 +222,7 @@ def check_orientations(masks: Sequence[SampleReport], spec: DatasetSpec) -> Iter
     """Whether it is known if masks are turned like photos with an EXIF orientation; sizes tell for quarter turns."""
     pairs = [each for each in masks if each.image]
     turned = [each for each in pairs if turn_of(each.image) != turn_of(each.mask)]
-    if not turned or spec.images.orientation is not None:
+    if not turned or spec.reading.orientation is not None:
         return
     sizes_tell = any(
         each.size[0] != each.size[1] and (turn_of(each.image) >= 5) != (turn_of(each.mask) >= 5) for each in turned

@@ -270,14 +270,15 @@ PHOTOMETRIC: dict[str, Policy] = {"weak": weak, "strong": strong, "imas": imas, 
 def cutmix_box(rng: Generator, size: Size, probability: float) -> np.ndarray:
     """Bool array of `size`: with the given probability True in a random box, else False everywhere. (UniMatch)
 
-    The area is U(0.02, 0.4) of the crop. The aspect ratio U(0.3, 1 / 0.3) and the place are drawn until the box fits;
-    the ratio must be redrawn with the place, because 0.4 of the area at 3.3 is higher than a square crop.
+    The area is U(0.02, 0.4) of the crop, at most the square of its shorter side, which crops up to 2.5 : 1 never reach.
+    The aspect ratio U(0.3, 1 / 0.3) and the place are drawn until the box fits; the ratio must be redrawn with the
+    place, because 0.4 of the area at 3.3 is higher than a square crop.
     """
     rows, columns = height_width(size)
     box = np.zeros((rows, columns), bool)
     if rng.random() >= probability:
         return box
-    area = rng.uniform(0.02, 0.4) * rows * columns
+    area = min(rng.uniform(0.02, 0.4) * rows * columns, min(rows, columns) ** 2)
     while True:
         ratio = rng.uniform(0.3, 1 / 0.3)
         width, height = int(np.sqrt(area / ratio)), int(np.sqrt(area * ratio))

@@ -8,10 +8,8 @@ imported one holds a model: {"model", "architecture": {"model", "num_classes", "
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import torch
 from torch import Tensor
 
 from allspark import distributed
-from allspark.config import Recipe
 from allspark.utils.atomic import durable_write
 from allspark.utils.errors import UserError, reason_of
 from allspark.utils.retry import retry_transient, system_error
@@ -35,42 +32,6 @@ TO_RESUME = (*TO_PREDICT, "optimizer", "best")
 IMPORTED = ("model", "architecture", "source")  # content of an imported checkpoint
 
 
-@dataclass(frozen=True)
-class Position:
-    """Training position: `step` optimizer steps done, in `epoch`.
-
-    After the last step of an epoch the evaluation comes first; after it, the same step belongs to the next epoch.
-
-    Args:
-        epoch: current epoch, from 0.
-        step: optimizer steps done in all epochs.
-        best: mIoU and epoch of the best evaluation so far.
-        world_size: number of processes of the run so far; None for a new run.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best: dict[str, float] = dataclasses.field(default_factory=lambda: {"miou": -1.0, "epoch": -1})
-    world_size: int | None = None
-
-    def next_step(self) -> Position:
-        return dataclasses.replace(self, step=self.step + 1)
-
-    def next_epoch(self) -> Position:
-        return dataclasses.replace(self, epoch=self.epoch + 1)
-
-    def with_score(self, miou: float) -> Position:
-        """After an evaluation of this epoch."""
-        improved = miou > self.best["miou"]
-        return dataclasses.replace(self, best={"miou": miou, "epoch": self.epoch}) if improved else self
-
-
-def is_finished(recipe: Recipe, position: Position) -> bool:
-    """Whether the run ends before the epoch of this position: after the last one, or by early stopping."""
-    patience, waited = recipe.evaluation.patience, position.epoch - 1 - position.best["epoch"]
-    return position.epoch >= recipe.epochs or (patience is not None and waited >= patience)
-
-
 def checkpoint_in(path: str | Path, best: bool = False) -> Path:
     """The checkpoint of a run's folder: of the last epoch, or of the best one. The path of a file is returned as it is.
 
@@ -79,7 +40,7 @@ def checkpoint_in(path: str | Path, best: bool = False) -> Path:
     """
     path = Path(path)
     if best and path.is_file():
-        raise UserError(f"--best with {path}: it chooses in the folder of a run; give that, or leave --best out")
+        raise UserError(f"--best needs the folder of a run, and {path} is a file; give the folder, or omit --best")
     return path / (BEST if best else LATEST) if path.is_dir() else path
 
 
@@ -119,7 +80,7 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
 
     Raises:
         UserError: the file is damaged or no checkpoint of this program.
-        OSError: the system does not allow to read it, which is no statement about its content.
+        OSError: a system error prevented reading; the file may be intact.
     """
     path = Path(path)
     if not path.is_file():
@@ -163,7 +124,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | No
 
     Raises:
         UserError: there are checkpoints, but none can be read.
-        OSError: the system does not allow to read a file now, which is no reason to resume from an older one.
+        OSError: a system error prevented reading; the file may be intact, so no older one is taken in its place.
     """
     if not has_checkpoint(folder):
         return None
@@ -173,7 +134,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | No
             content = load_checkpoint(folder / name, TO_RESUME)
             check_position(content, folder / name)
             why = ", ".join(map(str, errors.values()))
-            note = f"WARNING: resuming from {name}, step {content['step']}, because of {why}"
+            note = f"WARNING: resuming from {name} (step {content['step']}): {why}"
             return folder / name, content, [note] * bool(errors)
         except UserError as error:
             if (folder / name).exists() or name == LATEST:
@@ -202,7 +163,9 @@ def check_position(content: Mapping[str, Any], path: Path) -> None:
     valid = valid and isinstance(log, list) and all(isinstance(one, dict) for one in log)
     valid = valid and isinstance(content["split"], dict) and {"name", "sha256"} <= content["split"].keys()
     if not (valid and all(isinstance(value, Tensor) and not value.ndim for one in log for value in one.values())):
-        raise UserError(f"{path}: the position of its run is missing; use another checkpoint, or --fresh to start over")
+        raise UserError(
+            f"{path}: its training position is missing or malformed; use another checkpoint, or --fresh to start over"
+        )
 
 
 @contextlib.contextmanager

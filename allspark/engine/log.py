@@ -91,8 +91,8 @@ class RunLog:
                 tqdm.write(message)
                 self._append(message)
 
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches. Waiting for the first one of a process, while workers start or a cache fills, is no training."""
+    def exclude_startup(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches; the wait for the first one (workers, cache) is not counted as training time."""
         for batch in batches:
             if self.active and math.isnan(self.last_lr):  # no step yet
                 self.since = time.perf_counter()

@@ -17,8 +17,8 @@ from torch import Tensor
 from allspark.utils.processor import is_amd
 
 MIN_WORK = 1 << 17  # multiplications; with fewer, the call costs more than it saves
-LONG_SUM = 2  # sums of so many times the shorter side of the result: faster as the weight gradient of a convolution
-ROWS = range(16, 257)  # images of a batch that torch gives to oneDNN with one thread, too
+LONG_SUM = 2  # times the shorter side of the result; longer sums are faster as the weight gradient of a convolution
+ROWS = range(16, 257)  # batch sizes for which torch uses oneDNN even with one thread
 
 aten = torch.ops.aten
 library: torch.library.Library | None = None  # its kernels are registered while it exists

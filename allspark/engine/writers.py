@@ -218,10 +218,9 @@ WRITERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl under names such as train/loss, eval/miou and eval_iou/<class>."""
-    if "miou" not in line:
-        return {f"train/{name}": value for name, value in line.items() if value is not None}
-    named = {f"eval/{name}": line[name] for name in line if name not in ("step", "epoch", "iou", "memory")}
-    named |= {f"eval_iou/{name}": value for name, value in line["iou"].items()}
+    kind = "eval" if "miou" in line else "train"
+    named = {f"{kind}/{name}": line[name] for name in line if name not in ("step", "epoch", "iou", "memory")}
+    named |= {f"eval_iou/{name}": value for name, value in line.get("iou", {}).items()}
     named |= {f"memory/{name}": value for name, value in line.get("memory", {}).items()}
     return {name: value for name, value in named.items() if value is not None}
 

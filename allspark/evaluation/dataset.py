@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from allspark.config import Size, height_width
-from allspark.data.image_io import MIN_SIDE
+from allspark.config import MIN_SIDE, Size, height_width
 from allspark.data.mask_io import read_pair
 from allspark.data.spec import DatasetSpec, Sample
 from allspark.data.transforms import to_tensor
 from allspark.utils.errors import UserError
 
-Item = tuple[Tensor, Tensor, str]  # image (3, H, W) uint8, mask (H, W) uint8, name
+Item = tuple[Tensor, Tensor, str]  # image (C, H, W) uint8, mask (H, W) uint8, name
 
 
 class SegmentationDataset(Dataset):
-    """Labeled images for evaluation; an item is image (3, H, W) uint8, mask (H, W) uint8, file name without suffix.
+    """Labeled images for evaluation; an item is image (C, H, W) uint8, mask (H, W) uint8, file name without suffix.
 
     Args:
+        samples: images with masks.
+        spec: of their data set.
         center_crop: cut images and masks to their center, at most of this size.
     """
 

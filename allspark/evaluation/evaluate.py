@@ -43,9 +43,18 @@ def evaluate(
     Args:
         model: evaluated in eval mode; training flags are restored afterwards.
         dataset: yields evaluation.dataset.Item.
+        spec: classes, palette and normalization of the data set.
+        device: of the model.
+        inference: whole images, windows or the center; scales and flip.
+        batch_size: images per forward pass; only images of equal size are batched.
+        num_workers: loader processes.
+        progress: show a bar.
         timeout: seconds without a batch after which a loader worker counts as hung.
         save: called with each image on the rank that has it; prediction is ignore_index outside the center crop.
         absent_as_zero: count classes absent from prediction and label as IoU 0 in the mean, as the released code does.
+
+    Returns:
+        Metrics over all images.
 
     Raises:
         UserError: the dataset is empty, or a file is unreadable.
@@ -106,7 +115,7 @@ def predict_tiled(
     label = torch.empty(image[:, 0].shape, dtype=torch.uint8, device=device)
     prob = torch.empty(label.shape, device=device)
     with eval_mode(model):
-        for rows, scores in tiled_scores(model, image, inference, device, spec.statistics):
+        for rows, scores in tiled_scores(model, image, device, inference, spec.statistics):
             check_classes(scores, spec)
             prob[:, rows], best = scores.max(1)
             label[:, rows] = best.to(torch.uint8)

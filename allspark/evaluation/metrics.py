@@ -15,7 +15,10 @@ class EvalResult:
     """Metrics in percent.
 
     Args:
+        miou: mean of `iou` over the classes that are not nan.
         iou: per class in index order; nan for a class absent from prediction and label.
+        pixel_accuracy: share of the labeled pixels with the right class.
+        num_images: evaluated.
         confusion: pixel counts (K, K), rows = label, columns = prediction.
     """
 

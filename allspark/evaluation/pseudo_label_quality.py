@@ -13,6 +13,7 @@ from allspark.data.batch import normalize
 from allspark.data.worker_pool import TIMEOUT, iterate, make_loader
 from allspark.evaluation.dataset import SegmentationDataset, Shard, group_by_size
 from allspark.evaluation.metrics import ConfusionMatrix, nan_to_none
+from allspark.pseudo_labels import confident
 from allspark.utils.errors import UserError
 
 # normalized images (B, 3, H, W), valid (B, H, W) bool -> pseudo-labels (B, H, W) int64, their confidence (B, H, W)
@@ -77,9 +78,8 @@ def measure_pseudo_labels(
             normalized = normalize(image.to(device), spec.statistics)
             label, confidence = labeler(normalized, torch.ones_like(mask, dtype=torch.bool))
             labeled += (mask != spec.ignore_index).sum()
-            minimum = threshold[label] if isinstance(threshold, Tensor) else threshold
-            unsure = torch.zeros_like(mask, dtype=torch.bool) if minimum is None else confidence < minimum
-            confusion.update(label, mask.masked_fill(unsure, spec.ignore_index))
+            used = confident(label, confidence, threshold)
+            confusion.update(label, mask if used is None else mask.masked_fill(~used, spec.ignore_index))
             if show is not None:
                 for name, *tensors in zip(names, image, truth, label.cpu(), confidence.cpu(), strict=True):
                     show(name, *tensors)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allspark.config import MODES, WINDOWS, EvaluationConfig, Size, height_width
-from allspark.data.image_io import MIN_SIDE
+from allspark.config import MIN_SIDE, MODES, WINDOWS, EvaluationConfig, Size, height_width
 from allspark.data.spec import DatasetSpec
 from allspark.evaluation.dataset import center_region, check_min_size
 from allspark.models.eval_mode import eval_mode
+from allspark.models.resize import check_scales, scaled_size
 from allspark.utils.errors import UserError
 
 
@@ -47,8 +47,7 @@ class Inference:
             raise UserError(f"unknown evaluation windows '{self.windows}'; choose one of {', '.join(WINDOWS)}")
         if self.mode != "whole" and (self.window is None or min(height_width(self.window)) < MIN_SIDE):
             raise UserError(f"evaluation window {self.window}: {self.mode} needs a side of at least {MIN_SIDE} pixels")
-        if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
-            raise UserError(f"evaluation scales {self.scales}: give one or more factors above 0 and at most 16")
+        check_scales(self.scales, "scales")
 
     @property
     def averaged(self) -> bool:
@@ -72,6 +71,8 @@ def inference_for(
     """The Inference of a config; the defaults are the data set's mode and the training crop size.
 
     Args:
+        spec: of the data set.
+        crop_size: of the training crops.
         evaluation: of the config.
         mode, windows: in place of those of the config.
         **options: scales and flip.
@@ -82,7 +83,7 @@ def inference_for(
 
 
 def class_scores(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
-    """Class scores of normalized images (B, 3, H, W) -> (B, K, H, W): logits, or probabilities if `averaged`.
+    """Class scores of normalized images (B, C, H, W) -> (B, K, H, W): logits, or probabilities if `averaged`.
 
     For center_crop the caller cuts `inference.region` from the image.
     """
@@ -99,7 +100,7 @@ def best_class(scores: Tensor, inference: Inference) -> tuple[Tensor, Tensor]:
 
 
 def average_views(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
-    """Probabilities averaged over scales and flips: normalized images (B, 3, H, W) -> (B, K, H, W)."""
+    """Probabilities averaged over scales and flips: normalized images (B, C, H, W) -> (B, K, H, W)."""
     total, views = None, 0
     with eval_mode(model):
         for scale in inference.scales:
@@ -121,7 +122,7 @@ def predict_sliding(model: nn.Module, image: Tensor, inference: Inference) -> Te
 
     Args:
         model: in eval mode.
-        image: (B, 3, H, W) normalized. An image smaller than the window is one window of its own size.
+        image: (B, C, H, W) normalized. An image smaller than the window is one window of its own size.
 
     Returns:
         (B, K, H, W).
@@ -182,14 +183,6 @@ def check_size(image: Tensor, name: object, inference: Inference) -> None:
                 f"{name}: with evaluation.windows=released its last window has a side of {min(sides)} pixels; the "
                 f"model needs at least {MIN_SIDE}; use inside"
             )
-
-
-def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Height and width at `scale`, at least MIN_SIDE; unchanged at scale 1."""
-    if scale == 1:
-        return tuple(size)
-    height, width = (max(MIN_SIDE, round(side * scale)) for side in size)
-    return height, width
 
 
 def resize_antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from allspark.data.batch import normalize
 from allspark.data.spec import IMAGENET, Statistics
-from allspark.evaluation.sliding_window import Inference, resize_antialiased, scaled_size, window_batches
+from allspark.evaluation.sliding_window import Inference, resize_antialiased, window_batches
+from allspark.models.resize import scaled_size
 
 MAX_SCORES = 2 * 10**8  # scores of a batch in memory: 0.8 GB, and two to three times that while they are averaged
 ROWS = 64  # per yielded strip
@@ -26,13 +27,13 @@ Size = tuple[int, int]  # height, width
 
 
 def needs_tiling(shape: torch.Size, num_classes: int, inference: Inference) -> bool:
-    """Whether images (B, 3, H, W) exceed MAX_SCORES. Only sliding windows can be tiled."""
+    """Whether images (B, C, H, W) exceed MAX_SCORES. Only sliding windows can be tiled."""
     batch, _, height, width = shape
     return inference.mode == "sliding_window" and batch * num_classes * height * width > MAX_SCORES
 
 
 def tiled_scores(
-    model: nn.Module, image: Tensor, inference: Inference, device: torch.device, statistics: Statistics = IMAGENET
+    model: nn.Module, image: Tensor, device: torch.device, inference: Inference, statistics: Statistics = IMAGENET
 ) -> Iterator[tuple[slice, Tensor]]:
     """The result of class_scores from top to bottom.
 
@@ -63,7 +64,7 @@ def tiled_scores(
 
 @dataclass(frozen=True)
 class View:
-    """Images (B, 3, H, W) uint8 resized to `size` and optionally flipped; windows are computed on demand."""
+    """Images (B, C, H, W) uint8 resized to `size` and optionally flipped; windows are computed on demand."""
 
     image: Tensor
     size: Size

@@ -13,7 +13,7 @@ from allspark.losses import consistency_loss
 from allspark.methods.ema import EMATeacher
 from allspark.models.segmentor import Segmentor
 from allspark.models.student import Student
-from allspark.pseudo_labels import Pseudo
+from allspark.pseudo_labels import Pseudo, confident
 from allspark.utils.errors import UserError
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -21,7 +21,14 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """Optimizer step and epoch, both counted from 0, steps of the whole run, and epochs of its supervised start."""
+    """Where training is.
+
+    Args:
+        step: optimizer step, from 0.
+        epoch: of the step, from 0.
+        total_steps: of the whole run.
+        burn_in_epochs: supervised epochs at its start.
+    """
 
     step: int
     epoch: int
@@ -56,7 +63,7 @@ class Method(nn.Module, ABC):
         self.criterion, self.threshold = criterion, threshold
 
     def attach(self, model: Segmentor) -> None:
-        """Create teachers, and put modules that are trained besides the decoder into model.heads.
+        """Create teachers, and put modules that are trained in addition to the decoder into model.heads.
 
         Called once, before a checkpoint is loaded, the optimizer is built and DDP wraps the model.
         """
@@ -65,7 +72,17 @@ class Method(nn.Module, ABC):
     def losses(
         self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        """The losses of one forward pass: "loss" is minimized, all entries are logged."""
+        """The losses of one forward pass.
+
+        Args:
+            student: the network.
+            labeled: images (B, C, H, W) with masks.
+            unlabeled: views of as many unlabeled images; None if `views.unlabeled` is False.
+            progress: where training is.
+
+        Returns:
+            Scalars by name: "loss" is minimized, all entries are logged.
+        """
 
     def after_step(self, student: Student, progress: Progress) -> None:
         """Called after each optimizer step, including skipped ones, which left the network unchanged."""
@@ -82,7 +99,7 @@ class Method(nn.Module, ABC):
 
         Args:
             student: the network.
-            image: (B, 3, H, W), the weak view.
+            image: (B, C, H, W), the weak view.
             valid: (B, H, W) bool, False on padding.
         """
         return student.predict(image)
@@ -106,8 +123,8 @@ class TeacherMethod(Method):
 
     Args:
         criterion: the labeled loss.
-        threshold: as for Method.
         teacher_momentum: of the moving average; None: no teacher, the student labels for itself.
+        threshold: as for Method.
     """
 
     def __init__(self, criterion: Criterion, teacher_momentum: float | None, threshold: float | None = None) -> None:
@@ -152,6 +169,4 @@ def pseudo_loss(
     Returns:
         The loss and the share of valid pixels that were used (mask_ratio), both scalars.
     """
-    minimum = threshold[pseudo.label] if isinstance(threshold, Tensor) else threshold
-    confident = None if minimum is None else pseudo.confidence >= minimum
-    return consistency_loss(logits, pseudo.label, confident, valid)
+    return consistency_loss(logits, pseudo.label, confident(pseudo.label, pseudo.confidence, threshold), valid)

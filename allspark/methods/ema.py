@@ -28,7 +28,7 @@ class EMATeacher(nn.Module):
         return super().train(False)
 
     def predict(self, image: Tensor, share_keys: bool = False) -> Pseudo:
-        """Pseudo-labels of image (B, 3, H, W); see `allspark.models.student.predict`."""
+        """Pseudo-labels of image (B, C, H, W); see `allspark.models.student.predict`."""
         return predict(self.model, image, share_keys)
 
     @torch.no_grad()

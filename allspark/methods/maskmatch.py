@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from allspark.data.batch import LabeledBatch, UnlabeledBatch, Views
-from allspark.data.image_io import MIN_SIDE
 from allspark.methods.base import Criterion, Progress, TeacherMethod, pseudo_loss
 from allspark.methods.ema import EMATeacher
-from allspark.models.resize import resize
+from allspark.models.resize import check_scales, resize, scaled_size
 from allspark.models.student import Student
 from allspark.pseudo_labels import Pseudo, cutmix
 from allspark.utils.errors import UserError
@@ -52,8 +51,7 @@ class MaskMatch(TeacherMethod):
             raise UserError(f"method.masked={masked} is a share of the patches and must be in 0..1")
         if patch_size < 1:
             raise UserError(f"method.patch_size={patch_size} must be at least 1 pixel")
-        if not scales or not all(0 < scale <= 16 for scale in scales):
-            raise UserError(f"method.scales={list(scales)}: give one or more factors above 0 and at most 16")
+        check_scales(scales, "method.scales")
         self.views = Views(labeled="weak", strong=("strong",), cutmix=cutmix)
         self.masked, self.patch_size = masked, patch_size
         self.scales = scales
@@ -82,7 +80,7 @@ def predict_multi_scale(teacher: EMATeacher | Student, image: Tensor, scales: tu
 
     Args:
         teacher: network that predicts.
-        image: (B, 3, H, W).
+        image: (B, C, H, W).
         scales: factors of the sides of the image; no side gets smaller than MIN_SIDE.
 
     Returns:
@@ -90,8 +88,7 @@ def predict_multi_scale(teacher: EMATeacher | Student, image: Tensor, scales: tu
     """
     total, size = 0.0, image.shape[-2:]
     for scale in scales:
-        scaled = [max(MIN_SIDE, round(side * scale)) for side in size]
-        prob = teacher.predict(resize(image, scaled)).logits.softmax(1)
+        prob = teacher.predict(resize(image, scaled_size(size, scale))).logits.softmax(1)
         total = total + resize(prob, size)
     prob = total / len(scales)
     return Pseudo.of(prob.clamp(min=torch.finfo(prob.dtype).tiny).log())
@@ -101,13 +98,15 @@ def hide_patches(image: Tensor, patch_size: int, masked: float) -> Tensor:
     """Random patch sampling: set patches of each image to 0, which is the mean color of normalized images.
 
     Args:
-        image: (B, 3, H, W), normalized.
-        patch_size: b, side of a patch in pixels.
-        masked: round(masked n) of the n = ceil(H / b) ceil(W / b) patches are hidden, chosen uniformly per image.
+        image: (B, C, H, W), normalized.
+        patch_size: b, the largest side of a patch in pixels.
+        masked: round(masked n) of the n = ceil(H / b) ceil(W / b) patches are hidden, chosen uniformly per image. They
+            are of equal size, up to a pixel.
     """
     batch, _, height, width = image.shape
     rows, columns = math.ceil(height / patch_size), math.ceil(width / patch_size)
     rank = torch.rand(batch, rows * columns, device=image.device).argsort(1)  # a random permutation
     visible = (rank >= round(masked * rows * columns)).view(batch, 1, rows, columns)
-    visible = visible.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)  # nearest, to whole patches
-    return image * visible[..., :height, :width]
+    down = torch.arange(height, device=image.device) * rows // height
+    across = torch.arange(width, device=image.device) * columns // width
+    return image * visible[:, :, down[:, None], across]

@@ -20,7 +20,7 @@ CUTOUT = 50 / 513  # half the side of the cut-out square, as a share of the crop
 
 
 class PseudoSeg(Method):
-    """One network without teacher and threshold; an image classifier and SGC are trained besides the decoder.
+    """One network without teacher and threshold; an image classifier and SGC are trained in addition to the decoder.
 
     The consistency loss is computed at the size of the image, as in every method here. Released: at stride 4, which
     differs by bilinear interpolation at edges; padding and the cut-out square are exact only here.

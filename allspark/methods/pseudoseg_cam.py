@@ -55,6 +55,9 @@ class ImageClassifier(nn.Module):
         return cam / cam.amax((2, 3), keepdim=True).clamp(min=torch.finfo(cam.dtype).tiny)
 
 
+DIM = 128  # channels of queries and keys
+
+
 class SelfAttentionCAM(nn.Module):
     """SGC: class activation maps spread to similar places, as logits of all classes (PseudoSeg, section 3.2).
 
@@ -62,8 +65,7 @@ class SelfAttentionCAM(nn.Module):
         channels: widths of the last two feature maps, which form the hypercolumn for queries and keys.
         num_classes: K.
         background: whether one of the classes has no activation map; its score is what the others leave.
-        dim: channels of queries and keys.
-        multiple: side of the encoder's padding, in pixels (TimmEncoder).
+        multiple: the encoder pads the sides of images to multiples of this (TimmEncoder).
         align_corners: as the decoder resizes, so that both logits lie on the image alike.
     """
 
@@ -72,13 +74,12 @@ class SelfAttentionCAM(nn.Module):
         channels: Sequence[int],
         num_classes: int,
         background: bool,
-        dim: int = 128,
         *,
         multiple: int = 1,
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        self.q, self.k = (nn.Conv2d(sum(channels), dim, 1, bias=False) for _ in range(2))
+        self.q, self.k = (nn.Conv2d(sum(channels), DIM, 1, bias=False) for _ in range(2))
         self.classifier = nn.Conv2d(num_classes, num_classes, 1, bias=False)
         self.norm = nn.BatchNorm2d(num_classes)
         self.background = background

@@ -101,7 +101,7 @@ class AllSparkBottleneck(nn.Module):
         channels: C.
         memory: holds channels of unlabeled images by class.
         num_heads: of the attention in both branches.
-        dropout: after the attention.
+        dropout: of the attention weights and of the output projection.
         grouping_input: what decides the class of a channel, "logits" (Released) or "probabilities"; for ablations
             "random": the classes that the logits give are exchanged among the channels.
         context: "unlabeled" (Released); for ablations "labeled": labeled images attend to channels of labeled images,
@@ -224,7 +224,9 @@ class AllSparkBottleneck(nn.Module):
             f"feature map {size} does not match the memory's size {self.memory.size}"
         )
         if self.grouping_input == "probabilities":  # Released: raw logits, called pseudo_prob_map
-            class_maps = class_maps.softmax(1)
+            # Each class's probabilities up to a factor, which a cosine does not see: very small ones would underflow
+            log = class_maps.float().log_softmax(1)
+            class_maps = (log - log.amax((2, 3), keepdim=True)).exp()
         channels = tokens.transpose(1, 2).to(self.memory.queue.dtype)  # (B, C, N)
         classes = group_channels(channels.unflatten(2, size), class_maps)
         if self.grouping_input == "random":

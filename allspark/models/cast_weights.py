@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 LAYERS = (nn.Linear, nn.Conv2d)  # not their subclasses, which may need float32 weights
-GROUP = 100  # tensors; in several groups, so that DDP can start to exchange gradients before the last one is there
+GROUP = 100  # tensors; in several groups, so that DDP can start to exchange gradients before all are ready
 
 
 @contextmanager
 def cast_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """In this context, linear layers and convolutions have weights and biases of the dtype.
 
-    The forward pass is the same as under autocast, which would launch one kernel per weight, again after each pass
-    without gradients. The backward pass may come later; it gives the parameters their gradients.
+    The forward pass is the same as under autocast, which would cast each weight with its own kernel, and again after
+    each pass without gradients (eval_mode clears its cache). The backward pass may come later; it gives the parameters
+    their gradients.
 
     Args:
         encoders: their layers only call F.linear and F.conv2d with these weights.

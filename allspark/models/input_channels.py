@@ -22,7 +22,7 @@ def set_input_channels(encoder: nn.Module, channels: int) -> None:
     """Replace the first convolution of an encoder by one for `channels` input channels, see adapt_filters."""
     if channels == 3:
         return
-    name, first = next((name, m) for name, m in encoder.named_modules() if isinstance(m, nn.Conv2d))
+    first = next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
     first.weight = nn.Parameter(adapt_filters(first.weight.detach(), channels))
     first.in_channels = channels
     for buffer in ("scale", "shift"):  # TimmEncoder's change of normalization, (3, 1, 1)

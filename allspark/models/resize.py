@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from allspark.config import MIN_SIDE
+from allspark.utils.errors import UserError
+
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """Bilinear resizing of x (B, C, h, w) to (B, C, *size); x itself if it has that size."""
@@ -20,8 +23,22 @@ def resize_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def nearest_multiple(side: int, multiple: int) -> int:
-    """At least `multiple`; a side in the middle between two becomes the larger one."""
+    """The multiple nearest to `side`, at least `multiple`; ties round up."""
     return max((2 * side + multiple) // (2 * multiple), 1) * multiple
+
+
+def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """Height and width at `scale`, at least MIN_SIDE; unchanged at scale 1."""
+    if scale == 1:
+        return size[0], size[1]
+    height, width = (max(MIN_SIDE, round(side * scale)) for side in size)
+    return height, width
+
+
+def check_scales(scales: Sequence[float], name: str) -> None:
+    """UserError unless there are scales, all above 0 and at most 16."""
+    if not scales or not all(0 < scale <= 16 for scale in scales):
+        raise UserError(f"{name}={list(scales)}: give one or more factors above 0 and at most 16")
 
 
 def pad_to_multiple(maps: Tensor, multiple: int, mode: str = "constant") -> Tensor:

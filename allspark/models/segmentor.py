@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from allspark.config import ModelConfig, Size, height_width
 from allspark.models import mit, resnet
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch
+from allspark.models.decoders import DECODERS, build_decoder
 from allspark.models.input_channels import set_input_channels
 from allspark.models.memory import SemanticMemory
-from allspark.models.mlp_decoder import DECODERS, build_decoder
 from allspark.models.resize import nearest_multiple, pad_to_multiple, resize, resize_to_image, resize_to_multiple
 from allspark.models.timm_encoder import DINOV2, PREFIX, DINOv2, TimmEncoder
 from allspark.utils.errors import UserError
 
-# name -> function of the drop-path rate that makes an encoder: (B, 3, H, W) -> four feature maps, finest first. It has
+# name -> function of the drop-path rate that makes an encoder: (B, C, H, W) -> four feature maps, finest first. It has
 # the attributes `channels` and `strides` of its maps and `decoder_channels`, the default width of the decoder, and the
 # method `set_grad_checkpointing`; with a list `blocks`, it can be frozen in part and have a layer-wise learning rate.
 ENCODERS: dict[str, Callable[[float], nn.Module]] = {
@@ -93,7 +93,7 @@ class Segmentor(nn.Module):
         """Predict the classes of all pixels.
 
         Args:
-            image: (B, 3, H, W).
+            image: (B, C, H, W).
             cross: describes a training batch of labeled and unlabeled images; None: inference, no image depends on
                 another.
             share_keys: in inference, the images of the batch share the keys of the bottleneck (Released, for
@@ -168,14 +168,14 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: i
     decoder = build_decoder(cfg, encoder, num_classes)
     bottleneck, on_tokens = None, False
     if cfg.bottleneck.name == "allspark":
-        channels, stride = encoder.channels[-1], encoder.strides[-1]
+        width, stride = encoder.channels[-1], encoder.strides[-1]
         if cfg.bottleneck.place == "tokens":
             if not getattr(encoder, "is_vit", False):
                 raise UserError(
                     f"model.bottleneck.place=tokens with model.encoder={cfg.encoder}: only a plain ViT, such as "
                     f"dinov2_small, has tokens before its pyramid; set model.bottleneck.place=pyramid"
                 )
-            channels, stride = encoder.token_channels, encoder.token_stride
+            width, stride = encoder.token_channels, encoder.token_stride
             on_tokens = encoder.pyramid is not None  # with decoder=dpt they are the deepest map
         multiple = getattr(encoder, "multiple", 1)
         fitted = [
@@ -188,9 +188,9 @@ def build_model(cfg: ModelConfig, num_classes: int, crop_size: Size, channels: i
                 f"that are a multiple of {stride} plus 1; set data.crop_size={fitted[0] // stride * stride + 1}"
             )
         rows, columns = (math.ceil(side / stride) for side in fitted)
-        memory = SemanticMemory(num_classes, channels, (rows, columns), cfg.bottleneck.memory_policy)
+        memory = SemanticMemory(num_classes, width, (rows, columns), cfg.bottleneck.memory_policy)
         bottleneck = AllSparkBottleneck(
-            channels,
+            width,
             memory,
             num_heads=cfg.bottleneck.num_heads,
             dropout=cfg.bottleneck.dropout,

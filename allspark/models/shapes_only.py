@@ -1,4 +1,4 @@
-"""Building a network without memory, to compare its shapes with those in an untrusted file."""
+"""Building networks on the meta device, to compare shapes with an untrusted file without allocating them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SkipNormal(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Context in which modules are built without values: a recipe may ask for a network of any size."""
+    """Context in which modules get shapes but no storage: a recipe may ask for a network of any size."""
     with torch.device("meta"), SkipNormal(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # only shapes are compared
         yield

@@ -18,7 +18,7 @@ def predict(model: nn.Module, image: Tensor, share_keys: bool = False) -> Pseudo
 
     Args:
         model: a Segmentor.
-        image: (B, 3, H, W), normalized.
+        image: (B, C, H, W), normalized.
         share_keys: the images of the batch share the keys of the bottleneck (Released).
     """
     with eval_mode(model):
@@ -50,18 +50,18 @@ class Student:
         return self.model.bottleneck is not None
 
     def predict(self, image: Tensor, share_keys: bool = False) -> Pseudo:
-        """Pseudo-labels of image (B, 3, H, W) in evaluation mode; see `allspark.models.student.predict`."""
+        """Pseudo-labels of image (B, C, H, W) in evaluation mode; see `allspark.models.student.predict`."""
         return predict(self.model, image, share_keys)  # not through DDP: there is nothing to synchronize
 
     def labeled(self, image: Tensor) -> SegOutput:
-        """A pass of labeled images (B, 3, H, W) alone."""
+        """A pass of labeled images (B, C, H, W) alone."""
         return self.network(image)
 
     def unlabeled(self, image: Tensor, perturb: Perturb | None = None) -> Tensor:
         """Logits (B, K, H, W) of a further pass, of unlabeled images alone; it does not write to the memory.
 
         Args:
-            image: (B, 3, H, W).
+            image: (B, C, H, W).
             perturb: applied to the features before they are decoded.
         """
         cross = CrossBatch(num_labeled=0) if self.couples_images else None
@@ -71,8 +71,8 @@ class Student:
         """One pass of labeled and unlabeled images.
 
         Args:
-            labeled: (B_x, 3, H, W).
-            unlabeled: (B_u, 3, H, W).
+            labeled: (B_x, C, H, W).
+            unlabeled: (B_u, C, H, W).
             pseudo: pseudo-labels of `unlabeled`, which decide the classes of what is written to the memory; None: they
                 are predicted here if the network needs them.
 

@@ -35,7 +35,7 @@ class TimmEncoder(nn.Module):
         body: timm's network, with timm's names in the state_dict.
         pyramid: SimplePyramid for a plain ViT, never pretrained; else None.
         is_vit: whether it is a plain ViT, whose last map has token_channels channels and the stride token_stride.
-        multiple: padding of the image, in pixels.
+        multiple: the sides of images are padded to multiples of this.
     """
 
     decoder_channels = 256

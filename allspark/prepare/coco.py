@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from allspark.data.datasets.coco import CLASSES
-from allspark.data.image_io import max_megapixels
+from allspark.data.image_files import max_megapixels
 from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.archives import Index, Kind
 from allspark.prepare.images import encode_png

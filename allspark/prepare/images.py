@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image
 
-from allspark.data.image_io import open_limited
+from allspark.data.image_files import open_limited
 from allspark.data.mask_io import format_counts
 from allspark.utils.errors import UserError
 

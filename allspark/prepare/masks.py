@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from allspark.data.entries import image_files
-from allspark.data.image_io import open_image, read_shown_size, read_size
+from allspark.data.image_files import open_image, read_shown_size, read_size
 from allspark.data.mask_io import look_up_gray
 from allspark.data.spec import IGNORE_INDEX
 from allspark.prepare.coco import check_pycocotools, draw_instances

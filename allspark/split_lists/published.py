@@ -37,7 +37,7 @@ UNRECORDED = {  # accepted for a list whose own hash is unknown
 def folder_of(dataset: str) -> str:
     """The folder of splits/ with a data set's lists."""
     if dataset not in DATASETS:
-        raise UserError(f"--dataset {dataset}: unknown data set; available: {', '.join(DATASETS)}")
+        raise UserError(f"--dataset {dataset}: unknown data set; choose one of {', '.join(DATASETS)}")
     return DATASETS[dataset].splits
 
 
@@ -220,7 +220,7 @@ def select_lists(folder: str, names: Sequence[str] | None) -> list[ListRef]:
     for split, kind, record in lists:
         by_name.setdefault(split.name.partition("/")[2] or kind, []).append((split, kind, record))
     if unknown := [name for name in names or () if name not in by_name]:
-        raise UserError(f"--split {unknown[0]}: not published for {folder}; available: {', '.join(by_name)}")
+        raise UserError(f"--split {unknown[0]}: not published for {folder}; choose one of {', '.join(by_name)}")
     return [ref for name in names or by_name for ref in by_name[name]]
 
 

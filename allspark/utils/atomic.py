@@ -20,7 +20,7 @@ TEMPORARY = ".writing"  # suffix of the folders of atomic_path
 
 @contextmanager
 def atomic_path(
-    path: Path, remedy: str = "make room or choose another path", errors: tuple[type[Exception], ...] = ()
+    path: Path, remedy: str = "free disk space or choose another path", errors: tuple[type[Exception], ...] = ()
 ) -> Iterator[Path]:
     """Context manager giving a temporary path, which is renamed to `path` at the end.
 

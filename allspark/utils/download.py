@@ -105,8 +105,8 @@ def fetch(
         reasons = fetch_first(urls, target, Requirements(digest, check, size_limit, timeout, wait))
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({os_error_reason(error)}); make room or choose another path, and run this "
-            "again (it resumes where it stopped)"
+            f"{target}: cannot be written ({os_error_reason(error)}); free disk space or choose another path, and run "
+            "this again (it resumes where it stopped)"
         ) from None
     if target.exists():
         return target

@@ -51,6 +51,12 @@ def short_repr(value: object) -> str:
         return f"a {type(value).__name__} of thousands of digits"
 
 
+def abbreviate(names: Sequence[str], limit: int = 4) -> str:
+    """The first names, and the number of the others."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def int_from_env(name: str, default: int | None = None, least: int = 0, most: int = 10**6) -> int:
     """Integer value of an environment variable; UserError if it is invalid, or unset without a default."""
     text = os.environ.get(name) or ("" if default is None else str(default))

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from allspark.data.image_io import open_limited
+from allspark.data.image_files import open_limited
 from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError
 

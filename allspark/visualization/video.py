@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from allspark.data.image_io import BadSample, max_megapixels
+from allspark.data.image_files import BadSample, max_megapixels
 from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError
 

@@ -19,7 +19,7 @@ from allspark.models.input_channels import adapt_filters
 from allspark.models.segmentor import Segmentor, build_encoder, build_model
 from allspark.models.shapes_only import shapes_only
 from allspark.models.timm_encoder import DINOV2, DINOv2, TimmEncoder
-from allspark.utils.errors import UserError, reason_of
+from allspark.utils.errors import UserError, abbreviate, reason_of
 from allspark.utils.retry import retry_transient
 from allspark.utils.safe_load import has_valid_values, load_tensors, same_kind
 from allspark.weights.key_maps import (
@@ -31,6 +31,7 @@ from allspark.weights.key_maps import (
     rename_weights,
     strip_wrappers,
 )
+from allspark.weights.mirrors import PUBLISHED
 
 ENCODER_SIZES = {**mit.SIZES, **resnet.SIZES}  # encoders that can be recognized by tensor shapes
 DINOV2_SIZES = dict(zip(DINOV2, ((384, 12), (768, 12), (1024, 24), (1536, 40)), strict=True))  # width, blocks
@@ -39,7 +40,7 @@ OURS_TEACHER = "teacher.model."  # in the state of a method of this code
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
 # Classifier weights that come with an encoder, or that the original SegFormer head contains but never uses
 LEFTOVERS = re.compile(r"(head|fc|classifier|decode_head\.conv_seg)\.(weight|bias)")
-PUBLISHED = ("decoder.allspark.embeddings.", "decoder.allspark.encoder.")
+RELEASED_ONLY = ("decoder.allspark.embeddings.", "decoder.allspark.encoder.")  # of AllSpark's published checkpoints
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ def read_weights(path: str | Path, student: bool = False) -> WeightFile:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the file in it, such as {path / 'model.safetensors'}")
     if not path.is_file():
-        name = path.stem if path.stem in ENCODER_SIZES else "mit_b5"
+        name = path.stem if path.stem in PUBLISHED else "NAME"
         raise UserError(
             f"{path}: no such weight file; give its path, 'none' to start without weights, "
-            f"or fetch ImageNet weights: python -m allspark weights fetch {name}"
+            f"or fetch published ones: python -m allspark weights fetch {name}"
         )
     if SHARD.search(path.name):
         raise UserError(
@@ -170,19 +171,13 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path, sources: Mapping[str
             raise UserError(f"{path}: {label} contains NaN, infinite or huge values; use another copy of the file")
 
 
-def abbreviate(names: Sequence[str], limit: int = 4) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
 # Loading into a model that a config describes
 
 
 def load_encoder(model: Segmentor, path: str | Path) -> str:
     """Load encoder weights (`model.pretrained`) from an encoder or model file of any format -> a log line."""
-    encoder = getattr(model, "encoder", None)
-    if isinstance(encoder, TimmEncoder):
-        encoder.check_file(Path(path))
+    if isinstance(model.encoder, TimmEncoder):
+        model.encoder.check_file(Path(path))
     file = read_weights(path)
     result = load_matching(model.encoder, encoder_tensors(model.encoder, file), "encoder.")
     own = model.encoder.state_dict()
@@ -252,8 +247,20 @@ def init_from(model: Segmentor, path: str | Path) -> str:
     return f"init_from {path}{of_teacher(file)}: loaded {len(loaded)} tensors; newly initialized: {', '.join(fresh)}"
 
 
-def load_pretrained(model: nn.Module, pretrained: str, init: str) -> list[str]:
-    """Load the files of model.pretrained and model.init_from, unless 'none' -> log lines. Files must exist."""
+def load_pretrained(model: Segmentor, pretrained: str, init: str) -> list[str]:
+    """Load weights into a new model.
+
+    Args:
+        model: a Segmentor.
+        pretrained: file of encoder weights, or none.
+        init: file of a complete model to fine-tune, or none; loaded second.
+
+    Returns:
+        A log line for each file.
+
+    Raises:
+        UserError: a file is missing, damaged or does not fit.
+    """
     reports = []
     if pretrained != "none":
         reports.append(load_encoder(model, pretrained))
@@ -349,7 +356,7 @@ def recognize(file: WeightFile, encoder_only: bool = False, stride: int | None =
 
 
 def reject_published(file: WeightFile) -> None:
-    if any(name.startswith(PUBLISHED) for name in file.tensors):
+    if any(name.startswith(RELEASED_ONLY) for name in file.tensors):
         raise UserError(
             f"{file.path}: is one of the checkpoints published by the authors of AllSpark. They belong to a different "
             f"architecture than the released code (patch embeddings and encoder layers in the bottleneck; no map_in, "
@@ -381,11 +388,12 @@ def infer_architecture(tensors: Mapping[str, Tensor], path: Path, is_model: bool
                 f"{path}: bare weights of a ViT with a bottleneck; import the checkpoint of the run instead"
             )
         rows, columns = get_shape(tensors, "bottleneck.cross_branch.q.weight", 2, path)
-        slots = get_shape(tensors, "bottleneck.memory.queue", 3, path)[2]
-        side = math.isqrt(slots)
-        if side**2 != slots or not slots:
+        cells = get_shape(tensors, "bottleneck.memory.queue", 3, path)[2]
+        side = math.isqrt(cells)
+        if side**2 != cells or not cells:
             raise UserError(
-                f"{path}: its memory has {slots} slots per channel, which is not a square number; the file is damaged"
+                f"{path}: its memory holds maps of {cells} cells, not a square number, so the crop is unknown; import "
+                "the checkpoint of the run instead"
             )
         bottleneck = BottleneckConfig(name="allspark", num_heads=max(1, rows // max(1, columns)))
         crop = ENCODER_SIZES[encoder].strides[-1] * (side - 1) + 1  # the released code: side = crop // 32 + 1

@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md: the settings of each recipe, the memory and computation of its steps, and all keys.
+"""The tables of docs/recipes.md: the settings of each recipe, the memory and computation of its steps.
 
 python docs/tools/recipe_tables.py                             # writes them, from the code and benchmarks/recipes.json
 python docs/tools/recipe_tables.py count pascal allspark imas  # counts these recipes again: a minute each, no GPU
@@ -10,10 +10,8 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import MISSING, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from allspark.bench.measure import aten, convolution_backward_flops
 from allspark.build import build_method, complete
-from allspark.config import MAX, Recipe
-from allspark.config_io import CONFIG_ROOT, config_fields, load_recipe, section_type, type_hints, type_text
+from allspark.config import Recipe
+from allspark.config_io import CONFIG_ROOT, load_recipe
 from allspark.data.datasets import DATASETS
 from allspark.data.spec import DatasetSpec
 from allspark.memory_estimate import GB, FakeMemoryCounter, TrainingStep, predict_step
@@ -151,38 +149,9 @@ def markdown(table: list[list[str]]) -> str:
     return "".join((head, "|---" * len(table[0]) + "|\n", *rows))
 
 
-def keys_text() -> str:
-    """All keys with default, type, range, resume rule and meaning, from allspark/config.py."""
-    rows = [["key", "default", "values", "meaning"]]
-    for path, key in config_fields().items():
-        default = "required" if key.default is MISSING else f"`{json.dumps(key.default)}`"
-        kind = type_text(type_of(path))
-        values = (kind.removesuffix(" or null") if key.default is None else kind) + range_text(key.metadata)
-        mark = " *" if key.metadata["runtime"] else ""
-        rows.append([f"`{path}`{mark}", default, values, key.metadata["help"].replace("<", "&lt;")])
-    return markdown(rows)
-
-
-def type_of(path: str) -> Any:
-    """The type of a key."""
-    kind: Any = Recipe
-    for name in path.split("."):
-        kind = type_hints(section_type(kind))[name]
-    return kind
-
-
-def range_text(bounds: Mapping[str, Any]) -> str:
-    low, above, high = bounds["low"], bounds["above"], bounds["high"]
-    if low is above is None:
-        return ""
-    if high == MAX:
-        return f" > {above}" if low is None else f" >= {low:g}"
-    return f" > {above}, <= {high:g}" if low is None else f" {low:g} to {high:g}"
-
-
 def render(text: str) -> str:
     """The page with new tables."""
-    for name, content in (("settings", settings_text()), ("counted", counted_text()), ("keys", keys_text())):
+    for name, content in (("settings", settings_text()), ("counted", counted_text())):
         before, start, rest = text.partition(f"<!-- recipes: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         assert start and end, name

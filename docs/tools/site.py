@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allspark.arguments import COMMANDS, make_parser
+from allspark.config_help import describe_keys
 
 PAGES = {  # file of the repository -> page
     "README.md": "index.md",
@@ -41,11 +42,14 @@ REFERENCE = {  # heading -> objects
     "For a method of your own": [
         "allspark.methods.base.Method",
         "allspark.methods.base.TeacherMethod",
+        "allspark.methods.base.Progress",
         "allspark.models.student.Student",
         "allspark.data.batch.Views",
         "allspark.data.batch.LabeledBatch",
         "allspark.data.batch.UnlabeledBatch",
+        "allspark.methods.ema.EMATeacher",
         "allspark.pseudo_labels.Pseudo",
+        "allspark.pseudo_labels.cutmix",
         "allspark.losses.consistency_loss",
     ],
 }
@@ -55,7 +59,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not in docs/."""
     made = {page: (ROOT / source).read_text(encoding="utf-8") for source, page in PAGES.items()}
     made["index.md"] = re.sub(r"^\[!\[.*\n", "", made["index.md"], flags=re.MULTILINE)  # badges are on another server
-    for page, text in {**made, "commands.md": commands(), "reference.md": reference()}.items():
+    for page, text in {**made, "commands.md": commands(), "keys.md": keys(), "reference.md": reference()}.items():
         files.append(File.generated(config, page, content=text))
     return files
 
@@ -111,6 +115,11 @@ def commands() -> str:
         text += [f"## {name}", "", f"{what}.", "", "```text"]
         text += ["\n\n".join(help.rstrip() for help in helps(make_parser(name))), "```", ""]
     return "\n".join(text)
+
+
+def keys() -> str:
+    """The page of all keys: what `train.py --keys` prints."""
+    return f"# Keys of a recipe\n\nWhat `train.py --keys` prints.\n\n```text\n{describe_keys()}\n```\n"
 
 
 def helps(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -22,8 +22,8 @@ from allspark.config_io import load_recipe
 from allspark.cuda_graph import build_graphs
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.data.datasets import spec_for
-from allspark.engine.checkpoint import Position
 from allspark.engine.optim import build_optimizer
+from allspark.engine.position import Position
 from allspark.engine.stepper import Stepper, set_deterministic, set_precision
 from allspark.models.segmentor import build_model
 from allspark.train_step import TrainState, train_step

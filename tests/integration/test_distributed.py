@@ -13,8 +13,8 @@ from torch import nn
 
 from allspark import distributed, launch
 from allspark.checkpointer import Checkpointer
-from allspark.engine.checkpoint import Position
 from allspark.engine.log import RunLog
+from allspark.engine.position import Position
 from allspark.engine.stepper import Stepper
 from allspark.engine.stop import Stop
 from allspark.models.bottleneck import AllSparkBottleneck, CrossBatch

@@ -103,7 +103,7 @@ def test_waiting_for_other_ranks(variable, number, monkeypatch):
         os.kill(child, number)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
         assert "Traceback" not in errors.read()
-    assert line.startswith(f"rank 0 of 3 waits for 2 other process(es); {variable}=3 says")
+    assert line.startswith(f"rank 0 of 3 waits for 2 other process(es); {variable}=3 sets the number of processes")
     assert f"env -u {variable} python" in line
 
 

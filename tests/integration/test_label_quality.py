@@ -135,6 +135,16 @@ def test_accuracy_and_coverage_equal_loops(samples, threshold):
         assert list(vars(quality(samples, threshold, **options)).values()) == approx(expected), options
 
 
+def test_nan_is_not_confident(samples):
+    """As in the loss."""
+
+    def diverged(image, valid):
+        return torch.zeros_like(valid, dtype=torch.long), torch.full(valid.shape, float("nan"))
+
+    crops = SegmentationDataset(samples, SPEC, CROP)
+    assert measure_pseudo_labels(diverged, crops, CPU, threshold=0.5).coverage == 0
+
+
 def test_nothing_confident(samples):
     found = quality(samples, 1e9)
     assert found == PseudoLabelQuality(None, 0.0, None)

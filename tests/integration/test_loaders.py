@@ -377,7 +377,7 @@ def test_error_is_the_default(lists):
         ({"batch_size": 3, "world_size": 2}, "batch_size: 3 .*2 processes"),
         ({"batch_size": 12}, "11 unlabeled images are less than one batch of 12.*epoch_of=labeled"),
         ({"batch_size": 6, "epoch_of": "labeled"}, "5 labeled images are less than one batch of 6"),
-        ({"views": Views(strong=("loud",))}, "'loud'; available: weak, strong"),
+        ({"views": Views(strong=("loud",))}, "'loud'; choose one of weak, strong"),
     ],
 )
 def test_impossible_settings(lists, options, message):

@@ -104,7 +104,7 @@ def test_data_without_faults(check, place):
     assert "weights: none, tiny starts from random initialization (model.pretrained=FILE, see" in text
     assert re.search(r"disk space at .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
     rewrite(place.root / "masks/val/val1.png", lambda mask: np.where(mask == 2, 1, mask).astype(np.uint8))
-    told = "WARNING: classes in none of the val images, so that their IoU says nothing: right"
+    told = "WARNING: classes that occur in no val image, so their IoU is undefined: right"
     assert told not in text and told in check("--data-only")[1]
 
 

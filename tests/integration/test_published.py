@@ -261,7 +261,7 @@ def test_fetch_from_checkout(manifest, tmp_path, capsys):
         splits(*words, tmp_path / "out" / "pascal" / "3")
     with pytest.raises(UserError, match="nope: no such folder"):
         splits(*words, "nope")
-    with pytest.raises(UserError, match="--split 1_3: not published for pascal; available: val, 3"):
+    with pytest.raises(UserError, match="--split 1_3: not published for pascal; choose one of val, 3"):
         splits(*words, tmp_path / "checkout", "--split", "1_3")
 
 

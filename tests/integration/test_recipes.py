@@ -36,6 +36,7 @@ FOOTING = {
     "criterion.name": ("ce", "ohem", "ce", "ce", "ce", "ce"),
     "criterion.thresh": (0.7,) * 6,
     "criterion.min_kept": (200_000,) * 6,
+    "criterion.min_kept_images": (None, 2, None, None, None, None),
     "criterion.class_weights": (None,) * 6,
     "criterion.dice": (0.0,) * 6,
     "optim.name": ("sgd", "sgd", "sgd", "adamw", "adamw", "adamw"),
@@ -48,7 +49,8 @@ FOOTING = {
 }
 EXCEPTIONS = {  # released: configs/*_baseline_sup.yaml and *_baseline_semi.yaml; ours: allspark_revised
     ("supervised", "pascal"): {"batch_size": 16, "epoch_of": "labeled"},
-    ("supervised", "cityscapes"): {"batch_size": 16, "epoch_of": "labeled", "optim.lr": 0.001},
+    ("supervised", "cityscapes"): {"batch_size": 16, "epoch_of": "labeled", "optim.lr": 0.001}
+    | {"criterion.min_kept_images": 4},
     ("supervised", "coco"): {"batch_size": 32, "epoch_of": "labeled"},
     ("selftrain", "cityscapes"): {"optim.lr": 0.001},
     **{

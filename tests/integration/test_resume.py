@@ -10,7 +10,7 @@ import torch
 import train
 from allspark import checkpointer, train_step
 from allspark.config_io import build_recipe
-from allspark.engine.checkpoint import Position, is_finished
+from allspark.engine.position import Position, is_finished
 from allspark.engine.run_lock import RunLock
 from allspark.utils.errors import run_main
 from helpers.runs import At, assert_same_run, assert_same_tensors, load, sending, without_speed
@@ -196,7 +196,7 @@ def test_skipped_steps_without_log_lines(place, capsys):
         run_main(train.main, place.train("optim.max_skipped=1", "optim=sgd", "optim.lr=1e9", "log_interval=100")) == 2
     )
     assert "step 2: the last 1 steps had non-finite gradients" in capsys.readouterr().err
-    assert load(place.run / "stopped.pth")["step"] == 2
+    assert load(place.run / "diverged.pth")["step"] == 2
 
 
 def test_early_stopping(place, capsys, monkeypatch):
@@ -231,7 +231,7 @@ def test_run_without_steps_is_no_result(place, capsys):
     """Too short for optim.max_skipped: it would end with the score of the first step's weights."""
     assert run_main(train.main, place.train("optim.lr=2e9", "optim=sgd")) == 2
     assert "step 6: 5 of 6 steps had non-finite gradients" in capsys.readouterr().err
-    assert load(place.run / "latest.pth")["epoch"] == 1 and load(place.run / "stopped.pth")["step"] == 6
+    assert load(place.run / "latest.pth")["epoch"] == 1 and load(place.run / "diverged.pth")["step"] == 6
 
 
 def test_diverged_run_is_aborted(place, capsys):
@@ -240,5 +240,5 @@ def test_diverged_run_is_aborted(place, capsys):
     assert "optim.lr" in message and "step 3: the last 2 steps had non-finite gradients" in message
     assert "images/labeled/labeled" in message and "images/unlabeled/unlabeled" in message
     assert not (place.run / "latest.pth").exists()
-    content = load(place.run / "stopped.pth")
+    content = load(place.run / "diverged.pth")
     assert content["step"] == 3 and len(content["images"]) == 4

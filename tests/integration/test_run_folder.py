@@ -102,7 +102,7 @@ def test_checkpoint_of_a_run(finished, tmp_path):
     for path, best, name in ((finished.run, False, "latest.pth"), (finished.run, True, "best.pth")):
         assert load_for_inference(path, torch.device("cpu"), best=best).meta["step"] == steps[name]
         assert checkpoint_in(finished.run / name) == finished.run / name
-    with pytest.raises(UserError, match="--best with .*best.pth: it chooses in the folder of a run"):
+    with pytest.raises(UserError, match="--best needs the folder of a run, and .*best.pth is a file"):
         checkpoint_in(finished.run / "best.pth", best=True)
     with pytest.raises(UserError, match=r"latest\.pth: no such checkpoint; give the folder of a run"):
         load_for_inference(tmp_path, torch.device("cpu"))
@@ -127,9 +127,16 @@ def test_fresh_in_the_current_folder(finished, tmp_path, monkeypatch):
     """Which cannot be renamed as "."."""
     shutil.copytree(finished.run, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    with RunLock(Path(".")) as lock, pytest.raises(UserError, match="--save-path .: give the folder by its name"):
+    with RunLock(Path(".")) as lock, pytest.raises(UserError, match="--fresh cannot rename the current folder"):
         prepare_folder(lock, fresh=True)
     assert (tmp_path / "run" / "latest.pth").is_file()
+
+
+@pytest.mark.parametrize("wrong", ["model.encoder=nope", "model.pretrained=no.pth", "evaluation.window=16"])
+def test_fresh_with_a_wrong_recipe_moves_nothing(copy, tmp_path, wrong, capsys):
+    words, run = copy
+    assert_refused([*words, "--fresh", wrong], run, "error: ", capsys)
+    assert [path.name for path in run.parent.glob(f"{run.name}*")] == [run.name]
 
 
 def test_impossible_positions(copy, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from allspark.build import complete
 from allspark.cli.weights import license_of_trained
 from allspark.config import ModelConfig
 from allspark.config_io import build_recipe
@@ -192,6 +193,22 @@ def test_own_checkpoint(finished, call, tmp_path):
             assert torch.equal(model(x).logits, trained.model(x).logits)
 
 
+def test_own_checkpoint_with_heads(finished, call, tmp_path):
+    """PseudoSeg's heads, which only training uses, are not imported."""
+    content = torch.load(finished.run / "best.pth", weights_only=True)
+    content["recipe"] = {**content["recipe"], "method": {"name": "pseudoseg"}}
+    recipe = complete(build_recipe(content["recipe"], None, "test"))
+    spec = spec_for(recipe.data)
+    model, method = build_model(recipe.model, spec.num_classes, 65), build_method(recipe, spec)
+    method.attach(model)
+    assert any(name.startswith("heads.") for name in model.state_dict())
+    content |= {"model": model.state_dict(), "method": method.state_dict()}
+    torch.save(content, tmp_path / "best.pth")
+    call("import", tmp_path / "best.pth", "--out", tmp_path / "ours.pth")
+    imported = load_for_inference(tmp_path / "ours.pth", CPU).model
+    assert imported.state_dict().keys() <= model.state_dict().keys()
+
+
 def test_own_checkpoint_with_teacher(finished, call, tmp_path):
     content = torch.load(finished.run / "best.pth", weights_only=True)
     content["recipe"]["method"]["teacher"] = "ema"
@@ -307,7 +324,7 @@ def test_damaged_encoder(damage, told, original, call, tmp_path):
         (without("decoder.decoder.linear_pred.weight"), ("decoder.classifier.weight is missing",)),
         (without("decoder.decoder.linear_fuse.bn.running_mean"), ("missing", "decoder.fuse.bn.running_mean")),
         (without("decoder.allspark.map_in.0.bias"), ("missing", "bottleneck.map_in.bias")),
-        (replaced("decoder.allspark.attn.kv_queue", 21, 256, 10), ("10 slots", "not a square number")),
+        (replaced("decoder.allspark.attn.kv_queue", 21, 256, 10), ("10 cells", "not a square number")),
         (replaced("decoder.allspark.attn.k_u.weight", 256, 256), ("bottleneck.self_branch.k.weight", "(512, 256)")),
     ],
     ids=["classifier", "statistics", "bottleneck", "memory", "heads"],
@@ -341,6 +358,8 @@ def test_invalid_sources(source, original, call, tmp_path):
         ("half.pth", ("not a readable weight file",)),
         ("code.pth", ("it contains argparse.Namespace", "save only its state_dict")),
         ("absent.pth", ("no such weight file",)),
+        ("resnet50s_imas.pth", ("no such weight file", "weights fetch NAME")),
+        ("dinov2_small.pth", ("no such weight file", "weights fetch dinov2_small")),
         (".", ("is a folder", "model.safetensors")),
     ):
         said = call("import", tmp_path / name, "--out", tmp_path / "ours.pth", code=2)

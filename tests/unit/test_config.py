@@ -88,7 +88,7 @@ def test_missing_base(tmp_path, monkeypatch):
     (tmp_path / "datasets" / "x.yaml").write_text("epochs: 1")
     (tmp_path / "methods" / "mine.yaml").write_text("base: mien")
     monkeypatch.setattr("allspark.config_io.CONFIG_ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"--method mien: .*mien\.yaml does not exist; known are mine"):
+    with pytest.raises(UserError, match=r"--method mien: .*mien\.yaml does not exist; choose one of mine"):
         load_recipe("x", "mine")
     (tmp_path / "methods" / "mine.yaml").write_text("base: mine")
     with pytest.raises(UserError, match=r"base='mine' leads back to the same file \(mine -> mine\)"):
@@ -207,6 +207,18 @@ def test_every_key_is_documented():
     for path, key in config_io.config_fields().items():
         help_text = key.metadata["help"]
         assert help_text and not help_text.endswith(".") and len(help_text) < 160, path
+
+
+def test_keys_are_described(capsys):
+    for words, code in (["--keys"], 0), (["--keys", "optim.lr"], 0), (["--keys", "lrr"], 2):
+        with pytest.raises(SystemExit) as end:
+            parse("train", words)
+        assert end.value.code == code
+    every, error = capsys.readouterr()
+    every, _, some = every.rpartition("Keys are set")
+    assert all(f"\n{path}" in every for path in config_io.config_fields())
+    assert "evaluation.interval * = 1    (int >= 1)\n" in every and "optim.lr = 0.001    (float > 0)\n" in some
+    assert "momentum" not in some and "--keys lrr: no key contains it; did you mean optim.lr?" in error
 
 
 def test_yaml_floats_without_dot():

@@ -17,8 +17,9 @@ from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.engine.optim import build_optimizer
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
+from allspark.models.decoders import DECODERS
 from allspark.models.deeplab import DeepLabV3Plus
-from allspark.models.mlp_decoder import DECODERS, MLPDecoder
+from allspark.models.mlp_decoder import MLPDecoder
 from allspark.models.segmentor import ENCODERS
 from allspark.models.student import Student
 from allspark.utils.errors import UserError, run_main

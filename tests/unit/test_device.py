@@ -71,7 +71,7 @@ def test_no_cpu_fallback_in_gpu_job(monkeypatch, name, value):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_by_name(monkeypatch):
-    with pytest.raises(UserError, match="device=cuda is not available on this machine: .*; use one of: auto, "):
+    with pytest.raises(UserError, match="device=cuda is not available on this machine: .*; choose one of auto, "):
         choose_device("cuda")
 
 

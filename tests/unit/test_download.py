@@ -386,7 +386,9 @@ def test_full_disk_then_resume(get, server, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the largest file that may be written
     try:
-        with pytest.raises(UserError, match=r"file.bin: cannot be written \(the disk is full\); make room") as caught:
+        with pytest.raises(
+            UserError, match=r"file.bin: cannot be written \(the disk is full\); free disk space"
+        ) as caught:
             get("good", "good")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

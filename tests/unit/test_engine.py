@@ -260,7 +260,7 @@ def test_damaged_checkpoint_falls_back(saved, harm):
     harm(saved / "latest.pth")
     path, content, notes = find_checkpoint(saved)
     assert (path.name, content["step"]) == ("previous.pth", 1)
-    assert "resuming from previous.pth, step 1, because of" in notes[0] and "latest.pth: " in notes[0]
+    assert "resuming from previous.pth (step 1): " in notes[0] and "latest.pth: " in notes[0]
     harm(saved / "previous.pth")
     assert find_checkpoint(saved)[0].name == "best.pth"
     harm(saved / "best.pth")

@@ -68,6 +68,12 @@ def test_mask_suffix(make, tmp_path, masks):
         assert "c_mask.png" in found(tmp_path, masks=masks, mask_suffix="_mask.png").left_out[0]
 
 
+def test_mask_suffix_before_other_formats(make, tmp_path):
+    make("images/a.jpg", "masks/a.png", "masks/a.tif")
+    for suffix in (".tif", ".png"):
+        assert [s.mask.name for s in found(tmp_path, mask_suffix=suffix).labeled] == [f"a{suffix}"]
+
+
 def test_several_unlabeled_folders(make, tmp_path):
     make("images/a.png", "masks/a.png", "u1/b.png", "u1/notes.txt", "u2/x/c.png", "u2/b.png")
     lists = found(tmp_path, unlabeled=("u1", "u2", "u1"))

@@ -9,7 +9,8 @@ from PIL import Image
 from allspark.config import CustomDataConfig, ModelConfig
 from allspark.data.batch import normalize
 from allspark.data.datasets.custom import make_spec
-from allspark.data.image_io import BadSample, read_image, read_size
+from allspark.data.image_files import BadSample, read_size
+from allspark.data.image_io import read_image
 from allspark.data.spec import ImageReading
 from allspark.data.transforms import CV2, PHOTOMETRIC, PILLOW, draw_geometry, to_tensor
 from allspark.models.input_channels import adapt_filters

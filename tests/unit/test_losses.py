@@ -50,6 +50,14 @@ def test_ohem_in_deterministic_mode():
             torch.use_deterministic_algorithms(False)
 
 
+def test_min_kept_in_proportion_to_the_images():
+    """What a process of 2 images keeps, one of 6 keeps three times."""
+    logits, mask = torch.randn(6, 3, 5, 4), torch.randint(3, (6, 5, 4))
+    for count, least in ((1, 6), (2, 11), (4, 22), (6, 33)):
+        batch = logits[:count], mask[:count]
+        assert torch.equal(OHEM(0.0, 11, images=2)(*batch), OHEM(0.0, least)(*batch))
+
+
 def test_min_kept_binds():
     """All pixels are easy, so the threshold alone keeps none: the hardest min_kept are used, with 0 all of them."""
     logits, mask = torch.zeros(1, 2, 10, 10), torch.zeros(1, 10, 10, dtype=torch.long)

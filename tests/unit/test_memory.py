@@ -126,6 +126,19 @@ def test_grouping_input():
         assert memory.filled.tolist() == torch.bincount(expected.flatten(), minlength=4).clamp(max=6).tolist()
 
 
+def test_grouping_by_very_small_probabilities():
+    """A class that is improbable everywhere has a direction like any other."""
+    tokens, logits = torch.randn(2, 4, 40), torch.randn(2, 4, 20, 20)
+    logits[:, 1:] -= torch.tensor([40.0, 60.0, 80.0]).view(3, 1, 1)
+    maps = F.interpolate(logits.double().softmax(1), (2, 2), mode="bilinear").flatten(2)
+    cosine = (maps / maps.norm(dim=2, keepdim=True)) @ tokens.double()
+    expected = cosine.argmax(1).flatten()
+    memory = SemanticMemory(4, 40, 2)
+    AllSparkBottleneck(40, memory, grouping_input="probabilities").write_memory(tokens, logits, (2, 2))
+    assert memory.filled.tolist() == torch.bincount(expected, minlength=4).clamp(max=40).tolist()
+    assert len(expected.unique()) > 1
+
+
 def test_random_grouping_exchanges_the_classes_of_channels():
     tokens, logits = torch.randn(2, 4, 60), 3 * torch.randn(2, 4, 20, 20)
     memories = {}

@@ -102,7 +102,7 @@ def test_variant_mismatch(torchvision_net, tmp_path):
         load_pretrained(make_model("resnet50s", decoder_channels=8), str(tmp_path / "resnet50.pth"), "none")
     (tmp_path / "resnet50.pth").unlink()
     with pytest.raises(UserError, match="weights fetch resnet101"):
-        load_pretrained(torch.nn.Module(), str(tmp_path / "resnet101.pth"), "none")
+        load_pretrained(make_model("resnet50s", decoder_channels=8), str(tmp_path / "resnet101.pth"), "none")
 
 
 @pytest.mark.parametrize(("decoder", "crop"), [("deeplab", 321), ("mlp", 65), ("mlp_bn", 513)])

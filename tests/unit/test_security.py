@@ -25,7 +25,8 @@ import eval as eval_script
 from allspark.__main__ import main
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.config_io import load_config, load_recipe, parse_overrides, to_plain
-from allspark.data.image_io import BadSample, read_image
+from allspark.data.image_files import BadSample
+from allspark.data.image_io import read_image
 from allspark.data.worker_pool import evaluation_workers, worker_count
 from allspark.engine.checkpoint import load_checkpoint, save_checkpoint
 from allspark.inference import load_for_inference

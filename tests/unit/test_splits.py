@@ -409,7 +409,7 @@ def test_make_draws_images_not_lines(make, tmp_path, capsys):
     lines = (tmp_path / "train.txt").read_text().splitlines()
     (tmp_path / "twice.txt").write_text("\n".join([*lines, *lines[:3]]))
     run_verb(*make, str(tmp_path / "twice.txt"), "--force")
-    assert "3 lines repeat an image and are dropped" in capsys.readouterr().out
+    assert "3 repeated images are dropped" in capsys.readouterr().out
     assert drawn == {path: path.read_bytes() for path in drawn}
     (tmp_path / "twice.txt").write_text("\n".join([*lines, f"{lines[0].split()[0]} {lines[1].split()[1]}"]))
     with pytest.raises(UserError, match=r"twice\.txt line 13: .* has another mask in .*twice\.txt line 1; "):

@@ -31,7 +31,7 @@ def pixels(*shape):
 def in_strips(model, picture, inference):
     """All rows of strip_scores, one below the other."""
     with eval_mode(model):
-        found = list(strips.tiled_scores(model, picture, inference, CPU))
+        found = list(strips.tiled_scores(model, picture, CPU, inference))
     assert [rows.start for rows, _ in found] == list(range(0, picture.shape[-2], strips.ROWS))
     return torch.cat([scores for _, scores in found], 2)
 
@@ -72,7 +72,7 @@ def test_memory_of_one_strip():
     def peak(height):
         picture, ledger = pixels(1, 3, height, 64), MemoryCounter()
         with eval_mode(model), ledger:
-            for _ in strips.tiled_scores(model, picture, inference, CPU):
+            for _ in strips.tiled_scores(model, picture, CPU, inference):
                 pass
         return ledger.peak
 

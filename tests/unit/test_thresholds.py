@@ -6,7 +6,7 @@ import torch
 from allspark.methods.base import pseudo_loss
 from allspark.methods.self_training import BINS, ClassThresholds
 from allspark.models.student import Student
-from allspark.pseudo_labels import Pseudo
+from allspark.pseudo_labels import Pseudo, confident
 from allspark.utils.errors import UserError
 from helpers.networks import CLASSES, FIRST, attached, make_method, make_model, random_batches
 
@@ -81,6 +81,13 @@ def test_threshold_per_class_in_loss():
     loss, ratio = pseudo_loss(logits, pseudo, torch.tensor([0.9, 0.7]), torch.ones(1, 1, 4, dtype=torch.bool))
     assert ratio == 0.25
     torch.testing.assert_close(loss, -logits.log_softmax(1)[0, 1, 0, 2] / 4)
+
+
+def test_nan_is_not_confident():
+    label, confidence = torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0.9, float("nan"), 0.8]]])
+    assert confident(label, confidence, 0.5).tolist() == [[[True, False, True]]]
+    assert confident(label, confidence, torch.tensor([0.95, 0.7])).tolist() == [[[False, False, True]]]
+    assert confident(label, confidence, None) is None
 
 
 def test_learns_from_unsure_class():

@@ -8,8 +8,8 @@ from torch import nn
 
 from allspark.build import complete
 from allspark.config_io import load_recipe
-from allspark.engine.checkpoint import Position
 from allspark.engine.optim import build_optimizer
+from allspark.engine.position import Position
 from allspark.engine.stepper import Stepper
 from allspark.train_step import TrainState, train_step
 from helpers.networks import make_method, make_model, quiet_model, random_batches

@@ -345,6 +345,13 @@ def test_cutmix_box_fits_crops_that_are_not_square():
     assert 0.01 < area.min() and area.max() <= 0.4 and boxes.any((0, 1)).all() and boxes.any((0, 2)).all()
 
 
+@pytest.mark.parametrize("size", [(64, 1024), (1600, 64)])
+def test_cutmix_box_of_long_crops_ends(size):
+    """Two fifths of such a crop fit in it at no aspect ratio."""
+    area = np.array([cutmix_box(np.random.default_rng(seed), size, 1.0).sum() for seed in range(200)])
+    assert area.min() > 0 and area.max() <= min(size) ** 2
+
+
 @pytest.mark.parametrize(("probability", "frequency"), [(0.0, 0), (1.0, 50)])
 def test_cutmix_probability(probability, frequency):
     boxes = [cutmix_box(np.random.default_rng(seed), 64, probability).any() for seed in range(50)]

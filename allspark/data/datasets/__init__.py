@@ -26,7 +26,7 @@ def spec_for(data: DataConfig) -> DatasetSpec:
         return custom.make_spec(data.dataset, data.custom)
     if data.dataset not in DATASETS:
         raise UserError(
-            f"data.dataset: unknown data set '{data.dataset}'; available: {', '.join(DATASETS)}. "
+            f"data.dataset: unknown data set '{data.dataset}'; choose one of {', '.join(DATASETS)}. "
             "For your own data describe it in data.custom (at least its classes) and start with --config FILE"
         )
     return DATASETS[data.dataset]

@@ -51,7 +51,7 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
         colors=None if custom.color_map is None else ColorTable.from_mapping(color_table(custom)),
         statistics=Statistics.of(custom.channels, custom.mean, custom.std),
         is_custom=True,
-        images=ImageReading(custom.image_max, custom.orientation, custom.channels),
+        reading=ImageReading(custom.image_max, custom.orientation, custom.channels),
         mask_hint=f"Correct the mask (ignored pixels hold {custom.ignore_index}), or define its values with "
         "data.custom.classes, ignore_index, value_map",
     )

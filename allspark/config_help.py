@@ -1,0 +1,47 @@
+"""The list of all keys of a recipe: `train.py --keys`, and a page of the documentation."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from dataclasses import MISSING
+from typing import Any
+
+from allspark.config import MAX, Recipe
+from allspark.config_io import config_fields, section_type, type_hints, type_text
+
+INTRODUCTION = """\
+Keys are set by key=value, e.g. optim.lr=0.01, or by the last part of the key if it is unique: lr=0.01. Those with an
+asterisk can be changed when a run is resumed: they affect where and how it runs; micro_batch also what batch norm sees,
+and evaluation.interval which epochs can be the best. The options of the methods, method.*, are in docs/methods.md."""
+
+
+def describe_keys(part: str = "") -> str:
+    """Default, values and meaning of each key that contains `part`."""
+    lines = [INTRODUCTION, ""]
+    for path, key in config_fields().items():
+        if part in path:
+            default = "required" if key.default is MISSING else key.default
+            default = default if isinstance(default, str) else json.dumps(default)
+            values = type_text(_type_of(path))
+            values = (values.removesuffix(" or null") if key.default is None else values) + _range(key.metadata)
+            lines.append(f"{path}{' *' if key.metadata['runtime'] else ''} = {default}    ({values})")
+            lines.append(textwrap.fill(key.metadata["help"], 118, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(lines)
+
+
+def _type_of(path: str) -> Any:
+    kind: Any = Recipe
+    for name in path.split("."):
+        kind = type_hints(section_type(kind))[name]
+    return kind
+
+
+def _range(bounds: Mapping[str, Any]) -> str:
+    low, above, high = bounds["low"], bounds["above"], bounds["high"]
+    if low is above is None:
+        return ""
+    if high == MAX:
+        return f" > {above}" if low is None else f" >= {low:g}"
+    return f" > {above}, <= {high:g}" if low is None else f" {low:g} to {high:g}"
