@@ -78,9 +78,10 @@ COLUMNS: dict[str, Callable[[Values], str]] = {
 }
 
 
-def table(result: Values) -> list[list[str]]:
-    """The cells of a result, header first, without empty columns and repeated names of cases."""
-    columns = {title: [cell(row) for row in result["rows"]] for title, cell in COLUMNS.items()}
+def table(result: Values, omit: Sequence[str] = ()) -> list[list[str]]:
+    """The cells of a result, header first, without empty or omitted columns and repeated names of cases."""
+    kept = {title: cell for title, cell in COLUMNS.items() if title not in omit}
+    columns = {title: [cell(row) for row in result["rows"]] for title, cell in kept.items()}
     cases = columns["case"]
     columns["case"] = [case if case != before else "" for before, case in zip(["", *cases], cases, strict=False)]
     columns = {title: cells for title, cells in columns.items() if any(cells)}

@@ -123,9 +123,9 @@ def case_of(kind: type, args: argparse.Namespace) -> Any:
 BENCHES: dict[str, Bench] = {"step": step, "loader": loader, "eval": evaluation, "scale": scale}
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any], omit: Sequence[str] = ()) -> str:
     """A result as Markdown: table, machine, notes."""
-    return f"{markdown_table(report.table(result))}\n{render_remarks(result)}"
+    return f"{markdown_table(report.table(result, omit))}\n{render_remarks(result)}"
 
 
 def render_remarks(result: dict[str, Any]) -> str:
@@ -149,7 +149,7 @@ def write_document(path: Path) -> None:
         pictures = report.plot_scale(result, path.parent)
         made.extend(pictures)
         figures = "".join(f"![{picture.stem}]({picture.name})\n\n" for picture in pictures)
-        return figures + render_remarks(result) if pictures else render(result)
+        return figures + render_remarks(result) if pictures else render(result, omit=("images/s", "GFLOP"))
 
     write_text(path, report.fill_tables(text, render_table), "free disk space or choose another document")
     print(f"written: {', '.join(map(str, [path, *made]))}")

@@ -33,6 +33,7 @@ from allspark.split_lists.manifest import load_manifest
 PAGE = ROOT / "docs" / "recipes.md"
 COUNTED = ROOT / "docs" / "benchmarks" / "recipes.json"
 SPLITS = {"pascal": "1_8", "cityscapes": "1_8", "coco": "1_128", "ade20k": "1_8", "camvid": "1_8", "shapes": "1_30"}
+SMALL = ("camvid", "shapes")  # whose steps need less than 1 GB
 FAMILIES = {"dinov2": "DINOv2", "_r50": "ResNet", "_r101": "ResNet"}  # part of a method's name -> family of its encoder
 WAYS = {  # column -> processes that share the batch, precision
     "1 GPU, fp32": (1, "fp32"),
@@ -65,12 +66,11 @@ def family(method: str) -> str:
 def settings(dataset: str, method: str) -> tuple[str, ...]:
     """The cells of a recipe's row after the first."""
     recipe = recipe_of(dataset, method)
-    optim, supervised = recipe.optim, recipe.method.name == "supervised"
-    batch = f"{recipe.batch_size}" if supervised else f"{recipe.batch_size} + {recipe.batch_size}"
+    optim = recipe.optim
     rate = f"{optim.name} {optim.lr:g} (x {optim.lr_multi:g})"
     passes = f"{recipe.epochs}" if recipe.epoch_of == "unlabeled" else f"{recipe.epochs} (labeled)"
     count = f"{steps(recipe, dataset):,}"
-    return str(recipe.data.crop_size), batch, rate, recipe.criterion.name, passes, count
+    return str(recipe.data.crop_size), str(recipe.batch_size), rate, recipe.criterion.name, passes, count
 
 
 def group_text(names: list[str]) -> str:
@@ -91,7 +91,8 @@ def settings_text() -> str:
         rows: dict[tuple[str, ...], list[str]] = {}
         for method in methods():
             rows.setdefault(settings(dataset, method), []).append(method)
-        table += [[f"{dataset} `{split}`", group_text(names), *cells] for cells, names in rows.items()]
+        first = [f"{dataset} `{split}`", *[""] * (len(rows) - 1)]
+        table += [[name, group_text(names), *cells] for name, (cells, names) in zip(first, rows.items(), strict=True)]
     return markdown(table)
 
 
@@ -137,7 +138,7 @@ def counted_text() -> str:
     head = ["data set", "method", *WAYS, "TFLOP per step", "EFLOP per run"]
     rows = []
     for dataset, counted in json.loads(COUNTED.read_text(encoding="utf-8")).items():
-        for method, row in counted.items():
+        for method, row in counted.items() if dataset not in SMALL else ():
             total = row["TFLOP"] * steps(recipe_of(dataset, method), dataset) / 1e6
             cells = [f"{row[name]:.1f}" for name in WAYS]
             rows.append([dataset, f"`{method}`", *cells, f"{row['TFLOP']:.2f}", f"{total:.3g}"])
