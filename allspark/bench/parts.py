@@ -14,6 +14,7 @@ from allspark.engine.stepper import set_precision
 
 RUNS = 3
 OPERATORS = 5  # that are named
+LARGEST = "largest operators"
 
 
 def describe_parts(side: Side, device: torch.device) -> str:
@@ -25,7 +26,7 @@ def describe_parts(side: Side, device: torch.device) -> str:
     set_precision(side.precision, device)
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in step_parts(side, device).items())
     operators = ", ".join(f"{name} {100 * share:.0f} %" for name, share in largest_operators(side, device).items())
-    return f"{side.name}, {side.precision}: {shares}; largest operators: {operators}"
+    return f"{side.name}, {side.precision}: {shares}; {LARGEST}: {operators}"
 
 
 class Stopwatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from allspark.bench import report
 from allspark.bench.evaluation import EvalCase, bench_eval
 from allspark.bench.loader import LoaderCase, bench_loader
 from allspark.bench.measure import Row
+from allspark.bench.parts import LARGEST
 from allspark.bench.photos import LIKENESSES
 from allspark.bench.scale import SWEEPS, bench_scale
 from allspark.bench.step import StepCase, bench_step
@@ -146,6 +147,7 @@ def write_document(path: Path) -> None:
             print(f"{source}: does not exist, its table is unchanged")
             return None
         result = read_result(source)
+        result["notes"] = [note for note in result["notes"] if LARGEST not in note]  # they stay in the JSON file
         pictures = report.plot_scale(result, path.parent)
         made.extend(pictures)
         figures = "".join(f"![{picture.stem}]({picture.name})\n\n" for picture in pictures)
