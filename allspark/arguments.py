@@ -511,6 +511,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     push.add_argument("target", metavar="DIR|hf://USER/NAME", help="gets model.safetensors, config.yaml, a model card")
     push.add_argument("--best", action="store_true", help="of a run, the epoch with the best mIoU on val")
     push.add_argument("--private", action="store_true", help="create a private repository")
+    push.add_argument("--force", action="store_true", help="replace the model in DIR")
     push.add_argument("--license", metavar="TEXT", help="license of the weights, for the model card")
     what = "show what a file contains: format, network, classes, missing tensors, hash, license"
     inspect = verbs.add_parser("inspect", help=what, description=f"{sentence(what)} {formats}")

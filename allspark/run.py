@@ -111,7 +111,8 @@ def build_run(
     measured = recipe.evaluation.pseudo_labels if method.views.unlabeled else 0
     hidden, hidden_notes = select_hidden(lists, spec, measured)
     data_notes += hidden_notes
-    torch.manual_seed(recipe.seed)
+    # New layers of a fine-tuned network must not start where those of its first run, of the same seed, started
+    torch.manual_seed(recipe.seed if recipe.model.init_from == "none" else recipe.seed + 2**31)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)
     if fresh or not has_checkpoint(save_path):
         data_notes += load_pretrained(model, recipe.model.pretrained, recipe.model.init_from)

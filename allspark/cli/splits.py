@@ -82,6 +82,8 @@ def train_images(
             raise UserError("--train: give a list or a folder; only with data.custom.labeled_images it may be omitted")
         train, masks = custom.labeled_images, custom.labeled_masks
     if masks is None:
+        if Path(train).is_dir():
+            raise UserError(f"--train {train}: is a folder; add the folder of its masks, --masks, or give a list")
         entries, no_mask = drop_repeats(read_entries(require_file(Path(train), "--train"), root, spec.mask_path)), []
     else:
         suffix = ".png" if custom is None else custom.mask_suffix

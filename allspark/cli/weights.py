@@ -23,7 +23,7 @@ from allspark.config_io import build_recipe, to_plain, without_absolute_paths
 from allspark.data.spec import IMAGENET
 from allspark.engine.checkpoint import FORMAT, checkpoint_in, is_imported, load_checkpoint, save_checkpoint
 from allspark.hub import PREFIX as HUB
-from allspark.hub import model_card, repository, upload, write_model_folder
+from allspark.hub import is_model, model_card, repository, upload, write_model_folder
 from allspark.inference import load_for_inference, string_section
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import PREFIX
@@ -83,6 +83,8 @@ def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
     """The network that a checkpoint of this code predicts with: of a method with a teacher, the teacher."""
     loaded = load_for_inference(file.path, torch.device("cpu"))
     content = load_checkpoint(file.path)
+    if not is_imported(content) and content["method"] is None:
+        raise UserError(f"{file.path}: is a file of `weights export`, which every command takes as it is")
     if (loaded.spec.channels, loaded.spec.statistics) != (3, IMAGENET):
         raise UserError(
             f"{file.path}: an imported file does not hold data.custom, which says how images of {loaded.spec.channels} "
@@ -120,6 +122,13 @@ def slim_content(path: Path) -> dict[str, Any]:
 
 def push_weights(args: argparse.Namespace) -> None:
     """Write a model folder, and upload it if the target is on the Hub."""
+    on_hub, folder = args.target.startswith(HUB), Path(args.target)
+    if on_hub:
+        repository(args.target)
+    elif args.target.startswith("hf:"):
+        raise UserError(f"{args.target}: write {HUB}USER/NAME, or the path of a folder")
+    elif is_model(folder) and not args.force:
+        raise UserError(f"{folder}: already holds a model; choose another folder, or replace it with --force")
     content = slim_content(checkpoint_in(args.checkpoint, args.best))
     scores = read_run(args.checkpoint).evaluations if args.checkpoint.is_dir() else []
     scores = next((line for line in scores if line["step"] == content.get("step")), None)
@@ -128,11 +137,10 @@ def push_weights(args: argparse.Namespace) -> None:
     else:
         license = license_of_trained(build_recipe(content["recipe"], None, str(args.checkpoint)).model)
     card = model_card(content, args.target, scores, args.license or license)
-    if not args.target.startswith(HUB):
-        write_model_folder(Path(args.target), content, card)
-        print(f"{args.target}: a model for --checkpoint")
+    if not on_hub:
+        write_model_folder(folder, content, card)
+        print(f"{folder}: a model for --checkpoint")
         return
-    repository(args.target)
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(Path(folder), content, card)
         print(f"{upload(Path(folder), args.target, args.private)}: a model for --checkpoint {args.target}")

@@ -317,6 +317,8 @@ def fetch_hint(folder: str, split: str | None, kind: str) -> str:
 
 
 def require_file(path: Path, key: str, remedy: str = "") -> Path:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, and {key} takes a list: a file with one image per line")
     if not path.is_file():
         raise UserError(f"{path}: this list does not exist; it is set by {key}{'. ' if remedy else ''}{remedy}")
     return path

@@ -61,8 +61,10 @@ def distance_to_decoder(
     if not 1 <= frozen <= count:
         key = f"freeze={cfg.freeze}" if isinstance(cfg.freeze, int) else f"layer_decay={cfg.layer_decay:g}"
         has = f"it has {count} blocks" if count else "MiT, ResNet and plain ViTs have a list of blocks, and it has none"
+        few = f" or 1 to {count}" if count else ""
         raise UserError(
-            f"optim.{key} does not suit this encoder: {has}; use optim.freeze=none or encoder and no optim.layer_decay"
+            f"optim.{key} does not suit this encoder: {has}; use optim.freeze=none, encoder{few}, and no "
+            "optim.layer_decay"
         )
     number = {parameter: i for i, block in enumerate(blocks, start=1) for parameter in block.parameters()}
     distance, layer = {}, 0

@@ -50,8 +50,9 @@ def split_samples(index: Index, split: str, ignore_unknown: bool) -> list[Sample
         instances: dict[int, list] = defaultdict(list)
         for annotation in content["annotations"]:
             known = class_of.get(annotation["category_id"], IGNORE_INDEX)
-            value = IGNORE_INDEX if annotation.get("iscrowd") else known
-            instances[annotation["image_id"]].append((annotation["id"], value, annotation["segmentation"]))
+            crowd = bool(annotation.get("iscrowd"))
+            value = IGNORE_INDEX if crowd else known
+            instances[annotation["image_id"]].append((annotation["id"], value, crowd, annotation["segmentation"]))
         images = {image["id"]: image for image in content["images"]}
         if lost := instances.keys() - images.keys():
             raise UserError(f"{where}: annotations of image {min(lost)}, which is not among its images; {REMEDY}")
@@ -105,20 +106,20 @@ def draw_mask(content: None, name: str, where: str, height: int, width: int, ins
     return encode_png(mask)
 
 
-def draw_instances(mask: np.ndarray, instances: Iterable[tuple[Any, int, Any]], where: str, remedy: str) -> None:
+def draw_instances(mask: np.ndarray, instances: Iterable[tuple[Any, int, bool, Any]], where: str, remedy: str) -> None:
     """Draw annotations into a mask (H, W) uint8: crowd regions first, then the others, the largest first.
 
     Args:
-        instances: (id of the annotation, class index or IGNORE_INDEX, segmentation).
+        instances: (id of the annotation, class index or IGNORE_INDEX, whether it is a crowd, segmentation).
         where, remedy: for the message about a bad segmentation.
     """
     from pycocotools import mask as coder
 
     regions = []
-    for annotation, value, segmentation in instances:
+    for annotation, value, crowd, segmentation in instances:
         place = f"{where}: annotation {short_repr(annotation)}"
         region = encode_segmentation(segmentation, *mask.shape, place, remedy)
-        regions.append((value != IGNORE_INDEX, -int(coder.area(region)), value, region))
+        regions.append((not crowd, -int(coder.area(region)), value, region))
     for *_, value, region in sorted(regions, key=lambda drawn: drawn[:2]):
         np.copyto(mask, value, where=coder.decode(region).view(bool))
 

@@ -272,7 +272,7 @@ def draw_coco(
     instances = []
     for annotation in annotations:
         number, category = annotation.get("id"), annotation.get("category_id")
-        crowd, where = annotation.get("iscrowd"), f"{source}: annotation {short_repr(number)}"
+        crowd, where = bool(annotation.get("iscrowd")), f"{source}: annotation {short_repr(number)}"
         if not isinstance(category, (int, str)) or (category not in names and not labels.ignore_unknown):
             raise UserError(f"{where}: category_id {short_repr(category)} is not among its categories")
         index = IGNORE_INDEX if crowd else labels.index(names.get(category), where)
@@ -282,7 +282,7 @@ def draw_coco(
                 f"{where}: has no region (a polygon is a list x, y, x, y, ... of at least 3 points); boxes alone are "
                 "for detection: export segmentations"
             )
-        instances.append((number, index, segmentation))
+        instances.append((number, index, crowd, segmentation))
     draw_instances(mask, instances, str(source), "correct it, or export it again")
 
 
@@ -299,6 +299,8 @@ FORMATS: dict[str, Callable[[Path, Sequence[Path], Labels], dict[str, Draw]]] = 
 
 
 def read_json(path: Path) -> Any:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the JSON file")
     try:
         return json.loads(read_file(path))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, numbers of thousands of digits

@@ -100,9 +100,13 @@ def group_by_name(pattern: str, root: Path) -> Callable[[Entry], str]:
         raise UserError(f"--group '{pattern}': not a regular expression ({error})") from None
 
     def group(entry: Entry) -> str:
-        found = expression.search(os.path.relpath(entry.sample.image, root))
+        name = os.path.relpath(entry.sample.image, root)
+        found = expression.search(name)
         if found is None:
-            raise UserError(f"--group '{pattern}': does not match {entry.sample.image}")
+            raise UserError(
+                f"--group '{pattern}': does not match {name}, the path below the data root; every image must match "
+                "(a trailing |$ makes a group of all others)"
+            )
         return "/".join(part or "" for part in found.groups()) if expression.groups else found[0]
 
     return group

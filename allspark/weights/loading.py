@@ -68,7 +68,8 @@ def read_weights(path: str | Path, student: bool = False) -> WeightFile:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the file in it, such as {path / 'model.safetensors'}")
+        name = "latest.pth" if (path / "latest.pth").is_file() else "model.safetensors"
+        raise UserError(f"{path}: is a folder; give the file in it, such as {path / name}")
     if not path.is_file():
         name = path.stem if path.stem in PUBLISHED else "NAME"
         raise UserError(

@@ -44,7 +44,7 @@ def test_model_folder_predicts_as_the_run(finished, pushed, predicted, tmp_path)
 
 
 def test_nothing_else_is_replaced(finished, pushed, tmp_path, capsys):
-    """Neither a run's recipe nor a README; a model of this program is."""
+    """Neither a run's recipe nor a README, and a model only with --force."""
     before = (finished.run / "config.yaml").read_bytes()
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "README.md").write_text("mine")
@@ -53,12 +53,14 @@ def test_nothing_else_is_replaced(finished, pushed, tmp_path, capsys):
         (finished.run, "config.yaml: exists, and is not of a model of this program"),
         (tmp_path / "project", "README.md: exists, and is not"),
         (tmp_path / "file", "file: is a file; give a folder"),
+        (pushed, "already holds a model; choose another folder, or replace it with --force"),
+        ("hf:/lab/cracks", "hf:/lab/cracks: write hf://USER/NAME"),
     ):
         assert run_main(main, ["weights", "push", str(finished.run), str(target)]) == 2
         assert told in capsys.readouterr().err
     assert (finished.run / "config.yaml").read_bytes() == before and not (finished.run / WEIGHTS).exists()
     assert (tmp_path / "project" / "README.md").read_text() == "mine"
-    assert run_main(main, ["weights", "push", str(finished.run), str(pushed), "--license", "CC BY 4.0"]) == 0
+    assert run_main(main, ["weights", "push", str(finished.run), str(pushed), "--license", "CC BY 4.0", "--force"]) == 0
 
 
 def test_card_of_a_run_between_evaluations(finished, tmp_path):

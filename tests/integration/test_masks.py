@@ -176,6 +176,11 @@ def test_coco(convert, tmp_path):
     assert np.array_equal(convert("coco", tmp_path / "coco.json", "--force")[1]["a"], 2 * small)
     write(categories=[{"id": 3, "name": "nucleus"}, {"id": 9, "name": "tree"}])
     assert "annotation 2: label 'tree' is not among" in convert("coco", tmp_path / "coco.json", "--force")[3]
+    write(categories=[{"id": 3, "name": "tree"}, {"id": 9, "name": "cell"}])  # an unknown object inside a known one
+    masks = convert("coco", tmp_path / "coco.json", "--force", "--ignore-unknown")[1]
+    assert np.array_equal(masks["a"], np.where(small, 255, large))
+    message = convert("coco", tmp_path, "--force")[3]
+    assert f"{tmp_path}: is a folder; give the JSON file" in message
     write(annotations=[{"id": 1, "image_id": 7, "category_id": 3, "segmentation": [[1e12] * 8]}])
     assert "not a segmentation of a 56 x 40 image" in convert("coco", tmp_path / "coco.json", "--force")[3]
     write(images={})

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 import train
@@ -89,7 +90,7 @@ def test_waiting_for_the_first_batch_is_no_training(tmp_path, monkeypatch):
             yield wait
 
     with RunLog(tmp_path, active=True, interval=2, start_step=0, total_steps=4) as log:
-        for step, _ in enumerate(log.timed(batches()), 1):
+        for step, _ in enumerate(log.exclude_startup(batches()), 1):
             now[0] += 1
             log.add({"loss": torch.tensor(0.5)}, step=step, epoch=0, lr=0.1, images=3)
     speeds = [line["images_per_s"] for line in read_metrics(tmp_path / "metrics.jsonl")]
@@ -266,6 +267,20 @@ def test_fine_tuning_to_other_classes_and_crop(finished, place, capsys):
     said = capsys.readouterr().out + (place.run / "train.log").read_text(encoding="utf-8")
     assert said.count(f"init_from {source}: loaded {len(taken | statistics)} tensors") == 2
     assert "decoder.classifier" in said and "bottleneck.memory" in said
+
+
+def test_new_layers_of_fine_tuning_start_elsewhere(place):
+    """With the seed of the first run they would start where its layers of the same size did, close to their ends."""
+    words = ("--method", "supervised", "batch_size=4", NO_STEP)
+    assert run_main(train.main, place.lists(*words, "--save-path", place.run)) == 0
+    start = load(place.run / "latest.pth")["model"]["decoder.classifier.weight"]
+    other = {**load(place.run / "latest.pth"), "format": "allspark-1"}
+    other["model"] = {name: value for name, value in other["model"].items() if "classifier" not in name}
+    torch.save(other["model"], place.root / "others.pth")
+    again = (*words, f"model.init_from={place.root / 'others.pth'}", "--save-path", place.run.with_name("fine"))
+    assert run_main(train.main, place.lists(*again)) == 0
+    fresh = load(place.run.with_name("fine") / "latest.pth")["model"]["decoder.classifier.weight"]
+    assert F.cosine_similarity(start.flatten(1), fresh.flatten(1)).abs().max() < 0.9
 
 
 def test_pretrained_encoder_names(place):
