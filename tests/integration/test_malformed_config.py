@@ -187,7 +187,7 @@ def test_lists(name, place, refused):
     ("words", "told"),
     [
         (["--labeled-id-path", "/dev/zero"], "does not exist"),
-        (["--labeled-id-path", "/"], "does not exist"),
+        (["--labeled-id-path", "/"], "is a folder"),
         (["--labeled-id-path", "a\0b"], "plain text"),
         (["--split", "../../etc"], "does not exist"),
         (["--split", "x" * 300], "data.split"),

@@ -105,7 +105,7 @@ def test_damaged_checkpoint_resumes_from_previous(finished, place, monkeypatch):
     (place.run / "latest.pth").write_bytes((place.run / "latest.pth").read_bytes()[:-999])
     assert run_main(train.main, words) == 0
     log = (place.run / "train.log").read_text(encoding="utf-8")
-    assert "resuming from previous.pth, step 5" in log or "resuming from previous.pth, step 4" in log
+    assert "resuming from previous.pth (step 5)" in log or "resuming from previous.pth (step 4)" in log
     assert (place.run / "damaged.pth").is_file()
     assert_same_run(place.run, finished.run)
 
