@@ -30,6 +30,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 Bench = Callable[[argparse.Namespace, torch.device, Path], tuple[list[Row], list[str]]]
 
+NO_BF16 = "bf16 was not measured"
+
 
 def main(args: argparse.Namespace) -> None:
     if args.bench == "docs":
@@ -65,7 +67,7 @@ def choose_precisions(args: argparse.Namespace, device: torch.device) -> list[st
     if args.precision is None:
         args.precision = ["fp32", "bf16"] if has_bf16(device) else ["fp32"]
         if not has_bf16(device):
-            notes.append("bf16 was not measured: this processor only emulates it (--precision fp32 bf16 measures it)")
+            notes.append(f"{NO_BF16}: this processor only emulates it (--precision fp32 bf16 measures it)")
     for precision in args.precision:
         set_precision(precision, device)
     return notes
@@ -147,7 +149,8 @@ def write_document(path: Path) -> None:
             print(f"{source}: does not exist, its table is unchanged")
             return None
         result = read_result(source)
-        result["notes"] = [note for note in result["notes"] if LARGEST not in note]  # they stay in the JSON file
+        # The JSON file keeps the notes that are left out
+        result["notes"] = [note for note in result["notes"] if not any(words in note for words in (LARGEST, NO_BF16))]
         pictures = report.plot_scale(result, path.parent)
         made.extend(pictures)
         figures = "".join(f"![{picture.stem}]({picture.name})\n\n" for picture in pictures)

@@ -43,7 +43,11 @@ RUNS = ROOT / "docs" / "runs"
 OUT = ROOT / "exp" / "results"
 ARCHIVE = "runs.jsonl.gz"
 BASE = "supervised"  # the first row of a table
-PAIRED = (BASE, "allspark_no_attention", "allspark_revised_no_attention")  # rows that the others are compared with, where they are
+PAIRED = (
+    BASE,
+    "allspark_no_attention",
+    "allspark_revised_no_attention",
+)  # rows that the others are compared with, where they are
 DIGITS = 4  # significant digits of a loss; losses are drawn, not tabulated
 
 
