@@ -176,7 +176,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--absent-as-zero", action="store_true", help="count a class that never occurs as IoU 0")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the scores to this file")
     parser.add_argument(
-        "--confusion", type=path, metavar="FILE.png", help="draw the confusion matrix; its counts are in --json"
+        "--confusion",
+        type=path,
+        metavar="FILE.png",
+        help="draw the confusion matrix; its counts are in --json, rows are labels",
     )
     parser.add_argument(
         "--save-dir",

@@ -291,7 +291,10 @@ class EvaluationConfig:
     )
     interval: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1, runtime=True)
     patience: int | None = option(
-        None, "epochs without a better mIoU on val after which the run ends (early stopping); null: never", low=1
+        None,
+        "epochs without a better mIoU on val after which the run ends (early stopping; the learning rate still follows "
+        "`epochs`); null: never",
+        low=1,
     )
     pictures: int = option(
         4,
@@ -353,7 +356,7 @@ class Recipe:
     checkpoint_minutes: float = option(
         30.0, "minutes after which a checkpoint is saved inside an epoch; 0: never", low=0, high=1e6, runtime=True
     )
-    deterministic: bool = option(False, "use deterministic algorithms where there are any; slower on a GPU")
+    deterministic: bool = option(False, "use deterministic algorithms, an error where there is none; slower on a GPU")
     precision: Precision = option("fp32", "precision of the forward and backward pass; weights are always float32")
     compile: bool = option(
         False, "compile encoder and decoder with torch.compile, which takes a minute or more", runtime=True
