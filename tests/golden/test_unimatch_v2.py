@@ -20,7 +20,8 @@ from allspark.methods.unimatch_v2 import ComplementaryDropout
 from allspark.models.segmentor import build_model
 from allspark.models.student import Student
 from allspark.weights.key_maps import KEY_MAPS
-from allspark.weights.loading import WeightFile, load_matching, read_weights, recognize, to_our_names
+from allspark.weights.loading import WeightFile, load_matching, read_weights, to_our_names
+from allspark.weights.recognize import recognize
 from helpers.released import GOLDEN, close, formula, image, label
 
 pytestmark = pytest.mark.usefixtures("one_thread")

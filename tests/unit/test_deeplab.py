@@ -23,7 +23,7 @@ from allspark.models.mlp_decoder import MLPDecoder
 from allspark.models.segmentor import ENCODERS
 from allspark.models.student import Student
 from allspark.utils.errors import UserError, run_main
-from allspark.weights.loading import find_encoder
+from allspark.weights.recognize import find_encoder
 from helpers.deeplab import CLASSES, CROP, TIMM_NAMES, filled, make_model
 
 FIRST = Progress(step=0, epoch=0, total_steps=10)

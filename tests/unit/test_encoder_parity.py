@@ -15,7 +15,8 @@ from allspark.models import mit
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import embed_positions
 from allspark.utils.errors import UserError
-from allspark.weights.loading import WeightFile, load_encoder, read_weights, recognize
+from allspark.weights.loading import WeightFile, load_encoder, read_weights
+from allspark.weights.recognize import recognize
 from helpers.parity import filled, same_maps
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,8 +13,9 @@ from allspark.__main__ import main
 from allspark.inference import load_for_inference, training_crop
 from allspark.models.segmentor import ENCODERS
 from allspark.utils.errors import UserError, run_main
-from allspark.weights.loading import WeightFile, infer_architecture, load_pretrained, recognize, to_our_names
+from allspark.weights.loading import WeightFile, load_pretrained, to_our_names
 from allspark.weights.mirrors import MIT_LICENSE, license_of, mirrors
+from allspark.weights.recognize import infer_architecture, recognize
 from helpers.deeplab import CLASSES, TIMM_NAMES, filled, make_model
 
 

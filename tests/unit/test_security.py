@@ -38,7 +38,8 @@ from allspark.utils.download import fetch
 from allspark.utils.errors import UserError
 from allspark.utils.safe_load import check_tensors, load_tensors
 from allspark.utils.safe_yaml import parse_yaml
-from allspark.weights.loading import WeightFile, read_weights, recognize
+from allspark.weights.loading import WeightFile, read_weights
+from allspark.weights.recognize import recognize
 from helpers import archives as mini
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
