@@ -118,7 +118,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=path,
         metavar="FILE",
-        help="a complete recipe instead of --dataset; --method, if given, replaces its method",
+        help="a complete recipe instead of --dataset; --method, if given, replaces its method and what belongs to it",
     )
     parser.add_argument("--split", help="use splits/<dataset>/<split>/{labeled,unlabeled}.txt")
     parser.add_argument("--labeled-id-path", metavar="FILE", help="list of labeled images instead of --split")

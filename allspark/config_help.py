@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
-from dataclasses import MISSING
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from allspark.config import MAX, Recipe
@@ -20,15 +20,31 @@ and evaluation.interval which epochs can be the best. The options of the methods
 def describe_keys(part: str = "") -> str:
     """Default, values and meaning of each key that contains `part`."""
     lines = [INTRODUCTION, ""]
-    for path, key in config_fields().items():
-        if part in path:
-            default = "required" if key.default is MISSING else key.default
-            default = default if isinstance(default, str) else json.dumps(default)
-            values = type_text(_type_of(path))
-            values = (values.removesuffix(" or null") if key.default is None else values) + _range(key.metadata)
-            lines.append(f"{path}{' *' if key.metadata['runtime'] else ''} = {default}    ({values})")
-            lines.append(textwrap.fill(key.metadata["help"], 118, initial_indent="    ", subsequent_indent="    "))
+    for key in keys_with_help():
+        if part in key.path:
+            lines.append(f"{key.path}{' *' if key.runtime else ''} = {key.default}    ({key.values})")
+            lines.append(textwrap.fill(key.help, 118, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class KeyHelp:
+    """What is said about a key. runtime: a resumed run may change it."""
+
+    path: str
+    runtime: bool
+    default: str
+    values: str
+    help: str
+
+
+def keys_with_help() -> Iterator[KeyHelp]:
+    for path, key in config_fields().items():
+        default = "required" if key.default is MISSING else key.default
+        default = default if isinstance(default, str) else json.dumps(default)
+        values = type_text(_type_of(path))
+        values = (values.removesuffix(" or null") if key.default is None else values) + _range(key.metadata)
+        yield KeyHelp(path, key.metadata["runtime"], default, values, key.metadata["help"])
 
 
 def _type_of(path: str) -> Any:

@@ -6,6 +6,7 @@ The pages of docs/ are written for GitHub: links lead to files of the repository
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import posixpath
 import re
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from allspark.arguments import COMMANDS, make_parser
-from allspark.config_help import describe_keys
+from allspark.config_help import INTRODUCTION, keys_with_help
 
 PAGES = {  # file of the repository -> page
     "README.md": "index.md",
@@ -75,6 +76,10 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
     )
 
 
+def on_page_content(html: str, page: Page, config: Any, files: Files) -> str:
+    return html.replace(" ± ", "&nbsp;±&nbsp;")  # a value and its deviation stay on one line
+
+
 def rewrite(text: str, page: str, source: str, repository: str | None, files: Files) -> str:
     """Links and formulas of a page outside of its code blocks.
 
@@ -109,7 +114,7 @@ def formula_block(block: str) -> str:
 
 def commands() -> str:
     """The page of all commands: their --help."""
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "90"  # the width of a page
     text = ["# Commands", "", "What `--help` of each command prints.", ""]
     for name, (what, _) in COMMANDS.items():
         text += [f"## {name}", "", f"{what}.", "", "```text"]
@@ -118,8 +123,20 @@ def commands() -> str:
 
 
 def keys() -> str:
-    """The page of all keys: what `train.py --keys` prints."""
-    return f"# Keys of a recipe\n\nWhat `train.py --keys` prints.\n\n```text\n{describe_keys()}\n```\n"
+    """The page of all keys: what `train.py --keys` prints, section by section."""
+    text = ["# Keys of a recipe", "", f"What `train.py --keys` prints. {INTRODUCTION}"]
+    for section, group in itertools.groupby(keys_with_help(), lambda key: key.path.rpartition(".")[0]):
+        text += ["", f"## {section or 'Other keys'}"]
+        for key in group:
+            star = " \\*" if key.runtime else ""
+            default = key.default if key.default == "required" else f"= `{key.default}`"
+            text += ["", f"`{key.path}`{star} {default} ({escape(key.values)})", f":   {escape(key.help)}"]
+    return "\n".join(text) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text without the characters that Markdown and HTML use."""
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", text).replace("<", "&lt;")
 
 
 def helps(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -316,4 +316,4 @@ def test_site_builds(tmp_path):
     text = (tmp_path / "site" / "methods.html").read_text(encoding="utf-8")
     assert text.count("<math") > 15 and "$`" not in text
     assert "--save-path" in (tmp_path / "site" / "commands.html").read_text(encoding="utf-8")
-    assert "evaluation.interval *" in (tmp_path / "site" / "keys.html").read_text(encoding="utf-8")
+    assert "<code>evaluation.interval</code> *" in (tmp_path / "site" / "keys.html").read_text(encoding="utf-8")
