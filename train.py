@@ -191,7 +191,7 @@ def describe_end(
         f"last epoch ({position.epoch}{early}) {scores.miou:.2f}, best {best['miou']:.2f} in epoch {best['epoch'] + 1} "
         f"(selected on val)",
         f"{save_path}: {LATEST} is the last epoch, {BEST} the best one",
-        "next, with --best for the best epoch:",
+        "next (eval and predict use the last epoch, with --best the best one):",
         f"  {PROG} eval --checkpoint {folder}",
         f"  {PROG} predict --checkpoint {folder} --out predictions IMAGES",
         f"  {PROG} report {folder} --out report.html",

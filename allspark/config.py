@@ -85,7 +85,7 @@ class CustomDataConfig:
         "files do not contradict",
     )
     palette: tuple[tuple[int, int, int], ...] | None = option(
-        None, "RGB color of each class; null: those of color_map, else of PASCAL VOC"
+        None, "RGB color of each class, black is transparent; null: those of color_map, else of PASCAL VOC"
     )
     background: int | None = option(None, "index of the background class, if the data set has one")
     eval_mode: Mode = option("whole", "how images are evaluated unless evaluation.mode is set")

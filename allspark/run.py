@@ -107,10 +107,10 @@ def build_run(
     optim = scale_lr(recipe.optim, recipe.batch_size)
     micro_batch_size(recipe, distributed.world_size())  # refuses one that does not fit, before a file is touched
     method = build_method(recipe, spec).to(device)
-    data_notes = [*describe_lists(lists, spec), *preflight(recipe.data, spec, lists)]
+    data_notes = [describe_lists(lists), *preflight(recipe.data, spec, lists)]
     measured = recipe.evaluation.pseudo_labels if method.views.unlabeled else 0
-    hidden, hidden_notes = select_hidden(lists, spec, measured)
-    data_notes += hidden_notes
+    hidden, about_hidden = select_hidden(lists, spec, measured)
+    data_notes += about_hidden.lines
     # New layers of a fine-tuned network must not start where those of its first run, of the same seed, started
     torch.manual_seed(recipe.seed if recipe.model.init_from == "none" else recipe.seed + 2**31)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
 
 def print_findings(found: AuditReport) -> None:
     """Print notes, warnings and problems, a line each. UserError if there are problems."""
-    print(printable("\n".join((*found.notes, *(f"WARNING: {line}" for line in found.warnings)))))
+    print(printable("\n".join(found.lines)))
     if not found.problems:
         print("no problems found")
         return
@@ -83,9 +83,8 @@ def data_findings(recipe: Recipe, spec: DatasetSpec, lists: Lists, quick: bool) 
     """Origin of the lists and content of their files."""
     found = audit(recipe.data, spec, lists, QUICK_FILES if quick else None)
     found.warnings += doubts(lists, spec)
-    for line in (*describe_lists(lists, spec), *select_hidden(lists, spec, recipe.evaluation.pseudo_labels)[1]):
-        warning = line.removeprefix("WARNING: ")
-        (found.notes if warning == line else found.warnings).append(warning)
+    found.notes.append(describe_lists(lists))
+    found.extend(select_hidden(lists, spec, recipe.evaluation.pseudo_labels)[1])
     return found
 
 

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     loaded = loading.load_for_inference(args.checkpoint, device, args.dataset, args.best)
     inference = loaded.inference(args.mode, windows=args.windows, scales=args.scales, flip=args.flip)
     palette = loaded.spec.palette
-    folder = PredictionWriter(args.out, palette, kinds=args.what)
+    folder = PredictionWriter(args.out, palette, kinds=args.what, classes=loaded.spec.classes)
     named = dict(zip(found, unique_names(found), strict=True))
     images = {path: name for path, name in named.items() if not is_video(path)}
     videos = {path: name for path, name in named.items() if is_video(path)}
@@ -220,7 +220,7 @@ def expand(argument: str, out: Path, data_root: Path | None) -> list[Path]:
         files = (Path(match) for match in glob.glob(str(path), recursive=True))
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     else:
-        raise UserError(f"{argument}: no such image, folder or list; correct the path")
+        raise UserError(f"{argument}: no such image, folder or list; correct the path, and quote it if it has blanks")
     named = (file for file in files if file.suffix.lower() in suffixes and out not in real_path(file).parents)
     images = [file for file in named if file.is_file() or not file.exists()]  # a broken link is an error later
     if not images:

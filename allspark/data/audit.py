@@ -20,6 +20,7 @@ from allspark.data.mask_io import format_color
 from allspark.data.spec import IGNORE_INDEX, DatasetSpec, Sample, pack_color
 from allspark.data.splits import Lists, prepare_hint, suggest_file
 from allspark.data.survey import SampleReport, compare_bits, compare_whites, find_contradictions, inspect_sample
+from allspark.split_lists.manifest import name_clash
 from allspark.utils.errors import UserError
 from allspark.utils.parallel import THREADS, summarize_errors
 from allspark.utils.progress import disable_bar
@@ -50,6 +51,11 @@ class AuditReport:
         for name, lines in vars(other).items():
             getattr(self, name).extend(lines)
 
+    @property
+    def lines(self) -> list[str]:
+        """Notes and warnings, as they are printed."""
+        return [*self.notes, *(f"WARNING: {line}" for line in self.warnings)]
+
 
 def preflight(data: DataConfig, spec: DatasetSpec, lists: Lists) -> list[str]:
     """Open a part of the files before training: all labeled samples up to 500, else 200; 50 val; 20 unlabeled images.
@@ -67,7 +73,7 @@ def preflight(data: DataConfig, spec: DatasetSpec, lists: Lists) -> list[str]:
         first, *others = report.problems
         more = f" (and {len(others)} more problems; `python -m allspark check` lists all)" if others else ""
         raise UserError(f"{first}{more}")
-    return [report.notes[0], *(f"WARNING: {line}" for line in report.warnings)]
+    return AuditReport(report.notes[:1], report.warnings).lines
 
 
 def audit(data: DataConfig, spec: DatasetSpec, lists: Lists, limit: int | None = None) -> AuditReport:
@@ -83,8 +89,8 @@ def audit(data: DataConfig, spec: DatasetSpec, lists: Lists, limit: int | None =
     return report
 
 
-def select_hidden(lists: Lists, spec: DatasetSpec, limit: int) -> tuple[list[Sample], list[str]]:
-    """Choose the unlabeled samples, with known masks, that pseudo-labels are measured on -> samples, messages to log.
+def select_hidden(lists: Lists, spec: DatasetSpec, limit: int) -> tuple[list[Sample], AuditReport]:
+    """Choose the unlabeled samples, with known masks, that pseudo-labels are measured on.
 
     Unreadable samples are left out with a warning: a label that training does not use must not stop a run.
     """
@@ -93,10 +99,14 @@ def select_hidden(lists: Lists, spec: DatasetSpec, limit: int) -> tuple[list[Sam
         reports = list(pool.map(lambda sample: inspect_sample("val", sample, spec), chosen))
     good = [report.sample for report in reports if report.is_good]
     bad = [error for report in reports for error in (*report.errors, report.illegal) if error is not None]
-    notes = [f"WARNING: pseudo-labels are not measured here: {summarize_errors(bad, len(chosen))}"] if bad else []
+    found = AuditReport()
+    if bad:
+        found.warnings.append(f"pseudo-labels are not measured here: {summarize_errors(bad, len(chosen))}")
     if good:
-        notes.append(f"pseudo-labels are measured on {len(good)} unlabeled images; training never opens their labels")
-    return good, notes
+        found.notes.append(
+            f"pseudo-labels are measured on {len(good)} unlabeled images; training never opens their labels"
+        )
+    return good, found
 
 
 def spread(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
@@ -129,6 +139,8 @@ def check_samples(
     every = len(samples["labeled"]) == len(lists.labeled)
     report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
     report.warnings += [*lists.left_out, *find_repeats(lists), *find_shared_masks(lists)]
+    if clash := name_clash(lists.name, lists.hashes.get("labeled", ""), spec.splits):
+        report.warnings.append(clash)
     return report, reports
 
 
@@ -142,7 +154,7 @@ def find_missing(lists: Lists, spec: DatasetSpec) -> tuple[list[str], dict[str, 
             absent = sorted(path for path in paths if not exists(path))
             if not absent:
                 continue
-            remedy = "correct the list, data.custom or data_root"
+            remedy = "add it, or correct the list, data.custom or data_root"
             likely = suggest_file(absent[0], is_mask=name == "mask")
             lines = [f"{path}: does not exist ({kind}); {remedy}" for path in absent]
             lines[0] = f"{absent[0]}: does not exist ({kind}){likely}; {remedy}"
@@ -243,7 +255,8 @@ def report_masks(
         result.problems += compare_whites(masks, spec)
     labeled = [each for each in legal if each.kind == "labeled"]
     statistics = {kind: class_statistics([m for m in legal if m.kind == kind], spec) for kind in ("labeled", "val")}
-    result.notes += format_class_table(spec, statistics)
+    if legal:
+        result.notes += format_class_table(spec, statistics)
     for kind in ("labeled", "val"):
         if any(each.kind == kind for each in legal) and not any(images for images, _ in statistics[kind]):
             result.problems.append(f"no pixel of the {kind} masks has a class, all are {spec.ignore_index}")
@@ -348,7 +361,11 @@ def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: Custom
     if guess is None:
         if len(values) > 2 * spec.num_classes + 2:
             return f"{text}So many come from JPEG or smooth resizing: save masks as PNG, resize with nearest-neighbor"
-        return f"{text}{len(values)} {kind} for {spec.num_classes} classes: define each one in data.custom.{key}"
+        example = '{"0,0,0": 0, "255,0,0": 1}' if colored else "{0: 0, 1: 1, 9: 255}"
+        return (
+            f"{text}{len(values)} {kind} for {spec.num_classes} classes: add the missing names to data.custom.classes, "
+            f"or define each one in data.custom.{key}, such as {example}; {custom.ignore_index} is ignored"
+        )
     quote = '"' if colored else ""
     new = {value: IGNORE_INDEX if number == IGNORE_INDEX else free[number] for value, number in guess.items()}
     targets = {value: custom.ignore_index if index == IGNORE_INDEX else index for value, index in (given | new).items()}
@@ -356,7 +373,14 @@ def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: Custom
     classes = dict(enumerate(spec.classes)) | {IGNORE_INDEX: "ignored"}
     meaning = ", ".join(f"{name(value)} is {classes[index]}" for value, index in new.items())
     other = " (otherwise swap the indices)" if colored and len(free) > 1 else ""  # their order means nothing
-    return f"{text}If {meaning}, add to the config{other}: data.custom.{key}: {{{entries}}}"
+    suggestion = f"{text}If {meaning}, add to the config{other}: data.custom.{key}: {{{entries}}}"
+    if guess.get(0) == IGNORE_INDEX and not given and not colored:  # as likely the last value is the void
+        *others, last = guess
+        entries = ", ".join(f"{value}: {index}" for index, value in enumerate(others))
+        suggestion += (
+            f"; if instead {last} is ignored, and 0 is {spec.classes[0]}: {{{entries}, {last}: {custom.ignore_index}}}"
+        )
+    return suggestion
 
 
 def stored_values(custom: CustomDataConfig, colored: bool) -> dict[int, int]:

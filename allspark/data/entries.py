@@ -10,7 +10,7 @@ from pathlib import Path
 from allspark import distributed
 from allspark.data.image_files import walk
 from allspark.data.spec import Sample, identity
-from allspark.utils.errors import UserError
+from allspark.utils.errors import UserError, abbreviate
 
 MAX_LIST = 256 << 20  # bytes; the longest published list has 6 MB
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")  # lossless formats; the first is the default
@@ -142,7 +142,9 @@ def folder_entries(
         return drop_repeats([entry for one in images for entry in folder_entries(data_root, one, masks, mask_suffix)])
     folder = data_root / images
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; correct data.custom or data_root")
+        there = sorted(each.name for each in folder.parent.iterdir() if each.is_dir()) if folder.parent.is_dir() else []
+        found = f" ({folder.parent} has {abbreviate(there)})" if there else ""
+        raise UserError(f"{folder}: no such folder{found}; correct data.custom or data_root")
     paths, _ = image_files(folder)
     if not paths:
         raise UserError(

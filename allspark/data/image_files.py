@@ -23,6 +23,7 @@ from allspark.utils.retry import TRANSIENT, retry_transient
 MAX_MEGAPIXELS = 250  # per image, unless ALLSPARK_MAX_MEGAPIXELS is set
 MAX_PAGES = 16  # of a TIFF: the image and smaller copies of it
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not all of Pillow's: EPS runs a program
+UNSUPPORTED = (".heic", ".heif", ".avif", ".dng", ".cr2", ".nef", ".arw")  # photos that have to be converted
 RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the file's
 # Tags of TIFF and EXIF
 SUBFILE, WIDTH, HEIGHT, BITS, INTERPRETATION = 254, 256, 257, 258, 262
@@ -80,6 +81,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
                 f"{path}: a TIFF of {layout}, which cannot be read; save images as RGB with 8 or 16 bits per channel, "
                 "masks as 8-bit PNG"
             ) from None
+        if path.suffix.lower() in UNSUPPORTED:
+            raise BadSample(f"{path}: {path.suffix} files are not supported; convert it to JPEG or PNG") from None
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
         raise BadSample(
             f"{path}: truncated or not an image ({reason}); copy it again or remove it from the list"

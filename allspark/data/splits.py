@@ -23,8 +23,9 @@ from allspark.data.entries import (
     mask_tail,
     read_entries,
 )
+from allspark.data.image_files import UNSUPPORTED
 from allspark.data.spec import DatasetSpec, Sample
-from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, name_clash, published_name, split_roots
+from allspark.split_lists.manifest import SPLITS_ROOT, list_hash, load_manifest, published_name, split_roots
 from allspark.utils.errors import UserError
 
 
@@ -151,15 +152,16 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     custom = data.custom
     if data.val_id_path is None and custom is not None and custom.val_images is not None:
         return folder_entries(root, custom.val_images, custom.val_masks, custom.mask_suffix)
-    key = "the default of data.val_id_path" if data.val_id_path is None else "data.val_id_path"
     places = [folder / "val.txt" for folder in split_folders(spec, splits_root)]
     path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
-    remedy = fetch_hint(spec.splits, None, "val") if data.val_id_path is None else ""
-    if custom is not None and data.val_id_path is None:
-        train = "" if custom.labeled_images else "--train LIST "
-        remedy = "Set data.custom.val_images and val_masks, or create it from your images, together with a split: "
-        remedy += f"python -m allspark splits make --config FILE {train}--val 1_5 --write-recipe"
-    return read_entries(require_file(path, key, remedy), root, spec.mask_path)
+    if data.val_id_path is None and not path.exists():
+        remedy = fetch_hint(spec.splits, None, "val")
+        if custom is not None:
+            train = "" if custom.labeled_images else "--train LIST "
+            remedy = "Set data.custom.val_images and val_masks, or draw them from your labeled images: "
+            remedy += f"python -m allspark splits make --config FILE {train}--val 1_5 --write-recipe"
+        raise UserError(f"no validation images: {path} does not exist. {remedy}")
+    return read_entries(require_file(path, "data.val_id_path"), root, spec.mask_path)
 
 
 def build_lists(
@@ -232,7 +234,9 @@ def describe_others(folder: Path, others: Sequence[Path]) -> str:
     kinds = Counter(path.suffix or "none" for path in others)
     text = ", ".join(f"{suffix}: {count}" for suffix, count in kinds.most_common(5))
     example = others[0]
-    return f"{folder}: {len(others)} files are left out, no images by their suffix ({text}), such as {example}"
+    photos = any(path.suffix.lower() in UNSUPPORTED for path in others)
+    remedy = "; convert photos to JPEG or PNG" if photos else ""
+    return f"{folder}: {len(others)} files are left out, no images by their suffix ({text}), such as {example}{remedy}"
 
 
 def find_hidden(labeled: list[Entry], unlabeled: list[Entry]) -> tuple[Sample, ...]:
@@ -242,17 +246,15 @@ def find_hidden(labeled: list[Entry], unlabeled: list[Entry]) -> tuple[Sample, .
     return tuple(s for s in samples if s.mask is not None and s.image not in known and exists(s.mask))
 
 
-def describe_lists(lists: Lists, spec: DatasetSpec) -> list[str]:
-    """Log lines: hashes and origin of the lists, and a warning if a published split name is used for other lists."""
+def describe_lists(lists: Lists) -> str:
+    """A log line: hashes and origin of the lists."""
 
     def describe(kind: str) -> str:
         sha256 = lists.hashes[kind]
         name = published_name(sha256)
         return f"{kind} list sha256 {sha256[:12]} ({f'= {name}' if name else 'not published'})"
 
-    warning = name_clash(lists.name, lists.hashes["labeled"], spec.splits)
-    lines = [f"split {lists.name}: {describe('labeled')}, {describe('val')}"]
-    return [*lines, f"WARNING: {warning}"] if warning else lines
+    return f"split {lists.name}: {describe('labeled')}, {describe('val')}"
 
 
 def find_data(data: DataConfig, spec: DatasetSpec, create: bool = True) -> Path:
@@ -357,6 +359,7 @@ def check_files(entries: Sequence[Entry], hint: str = "") -> None:
         path, entry = missing[0]
         raise UserError(
             f"{entry.source}: {path} does not exist ({len(missing)} of {len(paths)} files are missing)"
-            f"{suggest_file(path, is_mask=path == entry.sample.mask)}; correct the list, data.custom or data_root"
+            f"{suggest_file(path, is_mask=path == entry.sample.mask)}; add it, or correct the list, data.custom or "
+            f"data_root"
             f"{hint if len(missing) == len(paths) else ''}"
         )

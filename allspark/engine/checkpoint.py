@@ -19,7 +19,7 @@ from torch import Tensor
 
 from allspark import distributed
 from allspark.utils.atomic import durable_write
-from allspark.utils.errors import UserError, reason_of
+from allspark.utils.errors import UserError, abbreviate, reason_of
 from allspark.utils.retry import retry_transient, system_error
 from allspark.utils.safe_load import load_tensors, same_kind
 
@@ -71,6 +71,15 @@ def verify_checksums(path: Path) -> None:
         raise OSError(f"damaged: the checksum of {wrong} is wrong")
 
 
+def no_checkpoint(path: Path) -> str:
+    """The message for a checkpoint that does not exist, with the runs that are in the folder."""
+    folder = path.parent if path.name in (LATEST, BEST) else path
+    runs = sorted(str(file.parent) for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{LATEST}"))
+    if runs and folder != Path(folder.root):
+        return f"{path}: no such checkpoint; give one of the runs in {folder}: {abbreviate(runs)}"
+    return f"{path}: no such checkpoint; give the folder of a run, which train.py prints, or the path of a checkpoint"
+
+
 def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> dict[str, Any]:
     """Load a checkpoint to the CPU. Code in the file cannot run.
 
@@ -84,7 +93,7 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> di
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give the folder of a run, or the path of a checkpoint")
+        raise UserError(no_checkpoint(path))
     try:
         content = retry_transient(partial(read_verified, path))
     except Exception as error:  # truncated, damaged, foreign or with code in it: torch raises many types

@@ -201,11 +201,16 @@ def example_panels(example: GridRow, palette: Palette, width: int, overlaid: boo
 
 
 def draw_legend(examples: Sequence[GridRow], classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
-    """Color and name of each class that occurs in a mask, in as many columns as fit into `width`."""
+    """Color and name of each class that occurs in a mask."""
     occurring = set().union(*(np.unique(mask).tolist() for example in examples for mask in example.masks))
     entries = [(classes[value], tuple(palette[value])) for value in sorted(occurring) if value < len(classes)]
     if any(value >= len(classes) for value in occurring):
         entries.append(("ignored", NO_CLASS_COLOR))
+    return draw_names(entries, width)
+
+
+def draw_names(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> Image.Image:
+    """Each color with its name, in as many columns as fit into `width`."""
     swatch, line, text = 16, 26, font(14)
     cell = 2 * swatch + 12 + max((round(text.getlength(name)) for name, _ in entries), default=0)
     columns = max(1, width // cell)

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from allspark.utils.errors import UserError
-from allspark.visualization.pictures import Palette, colorize, is_own_file, overlay, save_index_png, save_pixels
+from allspark.visualization.pictures import (
+    Palette,
+    colorize,
+    draw_names,
+    is_own_file,
+    overlay,
+    save_image,
+    save_index_png,
+    save_pixels,
+)
 
+LEGEND, LEGEND_WIDTH = "legend.png", 480
 LONGEST = 255  # bytes; limit of common file systems
 BAND = 2**22  # pixels blended at a time: blending takes 60 bytes per pixel
 
@@ -63,6 +73,7 @@ class PredictionWriter:
     Args:
         encode: class indices -> values of <name>.png, written as 8-bit gray; None: class indices with palette (mode P).
         kinds: which to write; "index" is <name>.png.
+        classes: names for legend.png, which is written beside pictures in color; empty: without.
     """
 
     def __init__(
@@ -72,9 +83,11 @@ class PredictionWriter:
         *,
         encode: Callable[[np.ndarray], np.ndarray] | None = None,
         kinds: Sequence[str],
+        classes: Sequence[str] = (),
     ) -> None:
         self.folder, self.palette, self.encode = folder, palette, encode
         self.kinds = ["" if kind == "index" else f"_{kind}" for kind in kinds]
+        self.classes = classes if {"_color", "_overlay"} & {*self.kinds} else ()
 
     def prepare(
         self,
@@ -114,9 +127,15 @@ class PredictionWriter:
             if any(folder / name in path.parents for path in inputs) or next(others, None):
                 raise UserError(f"{self.folder / name}: this folder contains other images; choose another --out")
             owners[f"{name}/"] = video
+        if find_conflict(folder / LEGEND, Path(), owners.get(LEGEND), inputs):
+            self.classes = ()
 
     def write(self, name: str, image: Tensor, prediction: Tensor, confidence: Tensor | None = None) -> None:
         """image (3, H, W) uint8, prediction (H, W) uint8, confidence (H, W) in 0..1, all on the CPU."""
+        if self.classes:  # with the first prediction
+            names = list(zip(self.classes, self.palette, strict=True))
+            save_image(draw_names(names, LEGEND_WIDTH), self.folder / LEGEND)
+            self.classes = ()
         for kind in self.kinds:
             path = self.folder / f"{name}{kind}.png"
             if kind == "_color":

@@ -20,7 +20,7 @@ import train
 from allspark import launch
 from allspark.build import build_method, complete
 from allspark.config import CustomDataConfig, DataConfig, MethodConfig, ModelConfig, Recipe
-from allspark.data.audit import select_hidden
+from allspark.data.audit import AuditReport, select_hidden
 from allspark.data.batch import normalize
 from allspark.data.datasets import spec_for
 from allspark.data.image_io import read_image
@@ -253,15 +253,16 @@ def test_hidden_label_lookup(tmp_path, samples):
     (tmp_path / "splits" / "mine" / "few" / "unlabeled.txt").write_text(images_alone)
     again = resolve(data, tmp_path / "splits")
     assert again.hidden == () and again.hash == found.hash and again.unlabeled == found.unlabeled
-    assert select_hidden(again, SPEC, 64) == ([], [])
+    assert select_hidden(again, SPEC, 64) == ([], AuditReport())
 
 
 def test_sample_is_evenly_spaced(samples):
     lists = Lists((), (), (), hash="", name="tiny", hidden=tuple(samples))
     assert select_hidden(lists, SPEC, 3)[0] == samples[::2]
-    good, (note,) = select_hidden(lists, SPEC, 64)
+    good, found = select_hidden(lists, SPEC, 64)
+    (note,) = found.lines
     assert good == samples and "6 unlabeled images" in note
-    assert select_hidden(lists, SPEC, 0) == ([], [])
+    assert select_hidden(lists, SPEC, 0) == ([], AuditReport())
 
 
 def damage_bytes(sample):
@@ -294,9 +295,9 @@ def make_folder(sample):
 def test_unreadable_labels_are_skipped(samples, damage):
     whole = quality([samples[0], *samples[2:]], 0.6)
     damage(samples[1])
-    good, notes = select_hidden(Lists((), (), (), hash="", name="tiny", hidden=tuple(samples)), SPEC, 64)
+    good, found = select_hidden(Lists((), (), (), hash="", name="tiny", hidden=tuple(samples)), SPEC, 64)
     assert good == [samples[0], *samples[2:]]
-    (warning,) = (note for note in notes if "WARNING" in note)
+    (warning,) = found.warnings
     assert str(samples[1].image if damage in (damage_image, make_tiny) else samples[1].mask) in warning
     assert quality(samples, 0.6) == whole  # broken since the start of the run
 
@@ -305,7 +306,8 @@ def test_many_broken_labels_warn_once(samples):
     for sample in samples:
         sample.mask.write_bytes(b"no mask")
     lists = Lists((), (), (), hash="", name="tiny", hidden=tuple(samples))
-    good, (warning,) = select_hidden(lists, SPEC, 64)
+    good, found = select_hidden(lists, SPEC, 64)
+    (warning,) = found.warnings
     assert good == [] and str(samples[0].mask) in warning and "and 5 more of 6" in warning and "\n" not in warning
 
 

@@ -299,7 +299,7 @@ def test_allspark_without_bottleneck_is_self_training(check):
     [
         ("{}.jpg", "found labeled0.jpg, whose format may have changed the values: save masks as PNG"),
         ("{}_mask.png", "found labeled0_mask.png: a mask must have its image's name"),
-        ("other_{}.png", "; correct the list, data.custom or data_root"),
+        ("other_{}.png", "; add it, or correct the list, data.custom or data_root"),
     ],
 )
 def test_renamed_masks_hint(check, place, name, told):

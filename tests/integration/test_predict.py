@@ -61,7 +61,9 @@ def stored(path):
 
 
 def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """The files of a folder but legend.png."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != "legend.png")
 
 
 def test_pictures_show_model_prediction(predict, photos, finished):
@@ -79,9 +81,19 @@ def test_pictures_show_model_prediction(predict, photos, finished):
         np.testing.assert_array_equal(np.array(picture.convert("RGB")), stored(out / "b_color.png"))
     np.testing.assert_array_equal(stored(out / "b_color.png"), colorize(prediction, loaded.spec.palette))
     np.testing.assert_array_equal(stored(out / "b_overlay.png"), overlay(image, prediction, loaded.spec.palette))
+    assert {*loaded.spec.palette} < {tuple(color) for row in stored(out / "legend.png").tolist() for color in row}
     with Image.open(out / "b_confidence.png") as picture:
         assert picture.mode == "L"
         assert np.abs(np.array(picture) - 255 * prob.numpy()).max() < 0.51
+
+
+def test_legend_replaces_no_other_file(predict, photos, tmp_path):
+    assert not (predict(photos / "b.png", "--what", "index", out="index") / "legend.png").exists()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "legend.png").write_bytes(b"mine")
+    assert (predict(photos / "b.png", out="used") / "legend.png").read_bytes() == b"mine"
+    (photos / "a.png").rename(photos / "legend.png")
+    assert stored(predict(photos / "legend.png", out="named") / "legend.png").shape == SIZES["a"]
 
 
 def test_mode_scales_and_flip_reach_the_model(predict, photos, finished):

@@ -182,7 +182,7 @@ def test_missing_published_list(tmp_path):
         own = tmp_path / "own.txt"
         own.write_text("")
         data = replace(data, labeled_id_path=str(own), unlabeled_id_path=str(own))
-        with pytest.raises(UserError, match=rf"{folder}/val.txt: this list does not exist.*{command} val"):
+        with pytest.raises(UserError, match=rf"{folder}/val.txt does not exist.*{command} val"):
             resolve(data, tmp_path / "splits")
     (tmp_path / "splits" / "coco" / "1_512").mkdir(parents=True)
     (tmp_path / "splits" / "coco" / "1_512" / "labeled.txt").write_text("")
@@ -196,12 +196,14 @@ def test_run_names_origin_of_lists(data, tmp_path):
     labeled = list_hash(f"train/{i:03}.jpg" for i in range(6))
     assert lists.split == {"name": "few", "sha256": lists.hash, **lists.hashes} and lists.hashes["labeled"] == labeled
     assert lists.hashes["val"] == list_hash(f"val/{i:03}.jpg" for i in range(4))
-    (note,) = describe_lists(lists, spec_for(data))
+    note = describe_lists(lists)
     assert note.startswith(f"split few: labeled list sha256 {labeled[:12]} (not published), val list sha256 ")
+    clash = "WARNING: split 1_8 has the name of shapes/1_8"
+    shapes = replace(spec_for(data), split_folder="shapes")
+    assert not any(line.startswith(clash) for line in preflight(data, shapes, lists))
+    assert any(line.startswith(clash) for line in preflight(data, shapes, replace(lists, name="1_8")))
     lists = resolve(DataConfig(dataset="shapes", data_root="data/shapes", crop_size=64, split="1_8"))
-    assert "(= shapes/1_8 of this project)" in describe_lists(lists, DATASETS["shapes"])[0]
-    other = replace(lists, hashes={**lists.hashes, "labeled": labeled})
-    assert describe_lists(other, DATASETS["shapes"])[1].startswith("WARNING: split 1_8 has the name of shapes/1_8")
+    assert "(= shapes/1_8 of this project)" in describe_lists(lists)
 
 
 def test_missing_root(data, tmp_path):
@@ -215,7 +217,7 @@ def test_missing_lists_are_named(data, tmp_path):
     with pytest.raises(UserError, match=r"no labeled images: set data.split \(--split NAME; splits of mine: few\)"):
         resolve(replace(data, split=None), tmp_path / "splits")
     (tmp_path / "splits" / "mine" / "val.txt").unlink()
-    with pytest.raises(UserError, match=r"mine/val.txt: this list does not exist.*val_id_path"):
+    with pytest.raises(UserError, match=r"no validation images: .*mine/val.txt does not exist.*val_images"):
         resolve(data, tmp_path / "splits")
 
 

@@ -18,6 +18,7 @@ from allspark.data.spec import (
 from allspark.utils.errors import UserError
 
 MAX_STORED = 2**16 - 1  # in a mask of 16 bits
+BACKGROUNDS = ("background", "other", "none", "void", "unlabeled")  # names of a class 0 that pictures leave transparent
 
 
 def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
@@ -58,11 +59,14 @@ def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
 
 
 def default_palette(custom: CustomDataConfig) -> tuple[tuple[int, int, int], ...]:
-    """The masks' own colors if color_map has one for each class, else those of VOC."""
+    """The masks' own colors if color_map has one for each class, else those of VOC: black only for a background."""
     colors = {} if custom.color_map is None else {i: color for color, i in reversed(color_table(custom).items())}
     if all(index in colors for index in range(len(custom.classes))):
         return tuple(colors[index] for index in range(len(custom.classes)))
-    return voc_palette(len(custom.classes))
+    first = custom.classes[0].lower()
+    if custom.background == 0 or first == "bg" or any(word in first for word in BACKGROUNDS):
+        return voc_palette(len(custom.classes))
+    return voc_palette(len(custom.classes) + 1)[1:]
 
 
 def color_table(custom: CustomDataConfig) -> dict[tuple[int, int, int], int]:
