@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from allspark.arguments import parse
+if __name__ == "__main__":  # before anything large is imported: answer --help and wrong arguments
+    from allspark.utils.environment import check_environment
 
-if __name__ == "__main__":
-    parse("eval", sys.argv[1:])  # answer --help and wrong arguments before torch is imported
+    check_environment()
+    from allspark.arguments import parse
+
+    parse("eval", sys.argv[1:])
 
 import argparse
 import json
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from allspark import distributed, launch
 from allspark import inference as loading
+from allspark.arguments import parse
 from allspark.config import Recipe
 from allspark.data import splits
 from allspark.data.entries import drop_repeats, read_entries, read_list

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # before anything large is imported: handle signals, answer --help and wrong arguments
+    from allspark.utils.environment import check_environment
     from allspark.utils.signals import exit_on_signals
 
     exit_on_signals()
+    check_environment()
     from allspark.arguments import PROG, parse
 
     parse("train", sys.argv[1:])

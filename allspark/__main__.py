@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from allspark.utils.environment import check_environment
 from allspark.utils.errors import UserError, run_main
 from allspark.utils.signals import exit_on_signals
 
@@ -49,6 +50,7 @@ def run() -> int:
     """Entry point of the command `allspark`, which so far has imported little."""
     if sys.argv[1:2] == ["train"]:
         exit_on_signals()
+    check_environment()
     return run_main(main)
 
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from allspark import __version__
 from allspark.config import DEVICES, MODES, PRECISIONS, WINDOWS
 from allspark.config_help import describe_keys
-from allspark.config_io import CONFIG_ROOT, INSTALLED, closest_key, config_fields
+from allspark.config_io import INSTALLED, closest_key, config_fields
 from allspark.split_lists.layouts import LAYOUTS
 from allspark.weights.mirrors import PUBLISHED
 
@@ -42,17 +40,13 @@ def parse_command(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of one command; the process exits with code 2 if they are wrong, or torch is not installed."""
+    """The arguments of one command; the process exits with code 2 if they are wrong."""
     parser = make_parser(command)
     if command not in ("train", "check"):
-        args = parser.parse_args(argv)
-    else:
-        args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between the overrides
-        if unknown:
-            parser.error(advice(unknown[0], argv))
-    if find_spec("torch") is None:
-        remedy = "" if INSTALLED else f", or once in this shell: cd {CONFIG_ROOT.parent} && . scripts/setup.sh"
-        parser.exit(2, f"error: torch is not installed for {sys.executable}; activate its environment{remedy}\n")
+        return parser.parse_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between the overrides
+    if unknown:
+        parser.error(advice(unknown[0], argv))
     return args
 
 

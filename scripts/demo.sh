@@ -15,10 +15,10 @@ export OMP_NUM_THREADS=1 # results do not depend on the number of cores
 train() { # a pipe has the exit status of its last command; the file records that of the first
     name=$1 && shift
     { python -u train.py --dataset shapes --split "$split" --save-path "$out/$name" "$@" 2>&1 && : >"$out/$name/done"; } |
-        sed "s/^/$name: /"
+        while IFS= read -r line; do printf '%s: %s\n' "$name" "$line"; done # sed would buffer its output in a log
 }
 
-echo "demo: training supervised and AllSpark side by side, five to six minutes on two cores"
+echo "demo: training supervised (labeled images) and allspark_revised (all images): five to six minutes on two cores"
 mkdir -p "$out"
 rm -f "$out/supervised/done" "$out/allspark/done"
 set -- epochs=12 burn_in_epochs=6 evaluation.interval=3 seed="$seed" "$@" # half of the recipe's schedule
@@ -29,7 +29,12 @@ if [ ! -e "$out/supervised/done" ] || [ ! -e "$out/allspark/done" ]; then
     echo "demo: a training did not finish, see above" >&2
     exit 1
 fi
-python -m allspark compare --out "$out" "supervised=$out/supervised" "AllSpark=$out/allspark"
+python -m allspark compare --out "$out" "supervised=$out/supervised" "allspark_revised=$out/allspark" >/dev/null
+sed '/^$/q' "$out/table.md" # its first table
 python -m allspark predict --checkpoint "$out/allspark" --what overlay,index --out "$out/photo" \
     "${photo:-data/shapes/images/val/0000.png}"
-[ -n "${photo:-}" ] || echo "demo: photo=/path/to/photo.jpg sh scripts/demo.sh segments a photo of yours (into shapes)"
+cat <<EOF
+demo: $out/predictions.png shows validation images, their ground truth and both predictions. One seed is no comparison:
+docs/results.md has several. photo=/path/to/photo.jpg sh scripts/demo.sh segments a photo of yours, but into shapes:
+for your own classes see "Your own data" in README.md, after \`. scripts/setup.sh\` in this shell.
+EOF

@@ -143,6 +143,17 @@ def test_binary_masks_0_255(check, place):
     assert check(two, f"data.custom.value_map={found}", "--data-only")[0] == 0
 
 
+def test_void_may_be_first_or_last(check, place):
+    """Values 0..3 for three classes: 0 may be the void value, and 3 as well."""
+    for path in masks_of(place.root):
+        rewrite(path, lambda mask: np.where(mask == 255, 3, mask))
+    code, _, err = check("--data-only")
+    first, last = err.split("; if instead 3 is ignored, and 0 is ground: ")
+    assert code == 2 and offered(first, "value_map") == {0: 255, 1: 0, 2: 1, 3: 2}
+    assert yaml.safe_load(last) == {0: 0, 1: 1, 2: 2, 3: 255}
+    assert check(f"data.custom.value_map={last.strip()}", "--data-only")[0] == 0
+
+
 def test_color_masks(check, place):
     colors = np.zeros((256, 3), np.uint8)
     colors[[1, 2, 255]] = (200, 0, 0), (0, 90, 0), (255, 255, 255)

@@ -106,6 +106,8 @@ def test_checkpoint_of_a_run(finished, tmp_path):
         checkpoint_in(finished.run / "best.pth", best=True)
     with pytest.raises(UserError, match=r"latest\.pth: no such checkpoint; give the folder of a run"):
         load_for_inference(tmp_path, torch.device("cpu"))
+    with pytest.raises(UserError, match=rf"give one of the runs in {finished.run.parent}: {finished.run}"):
+        load_for_inference(finished.run.parent, torch.device("cpu"))
 
 
 def test_the_checkpoint_that_is_there_is_named(copy, capsys):

@@ -41,6 +41,14 @@ def test_help_imports_no_torch(command):
     assert text.startswith("usage: ")
 
 
+@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "allspark", "report", "exp"]])
+def test_no_environment(command):
+    """A Python without site-packages, as before `. scripts/setup.sh`."""
+    done = subprocess.run([sys.executable, "-S", *command], capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: yaml is not installed for "), done.stderr
+    assert done.stderr.endswith(f"cd {REPO} && . scripts/setup.sh\n") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("module", ["argparse", "torch"])
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "allspark", "train"]], ids=" ".join)

@@ -44,6 +44,14 @@ def test_spec_is_consistent(spec):
     assert set(range(spec.num_classes)) | {255} <= set(decoded.tolist())
 
 
+def test_only_a_background_is_black():
+    """Black is transparent in pictures."""
+    for classes, black in ((("sky", "road"), False), (("Background", "cell"), True), (("bg", "cell"), True)):
+        palette = make_spec("mine", CustomDataConfig(classes=classes)).palette
+        assert ((0, 0, 0) in palette) == black and len(set(palette)) == 2
+    assert (0, 0, 0) in make_spec("mine", CustomDataConfig(classes=("sky", "road"), background=0)).palette
+
+
 def test_class_counts():
     counts = {"pascal": 21, "cityscapes": 19, "cityscapes_labelids": 19, "coco": 81, "camvid": 11}
     assert {name: DATASETS[name].num_classes for name in counts} == counts

@@ -103,6 +103,7 @@ def test_left_out_files_are_named(make, tmp_path):
     make("images/d", "images/e.heic", "images/f.heic", "images/.hidden", "masks/g.png", "more/h.jpg", "more/.x/i.jpg")
     others, masks = found(tmp_path, unlabeled="more").left_out
     assert "3 files are left out, no images by their suffix (.heic: 2, none: 1), such as" in others
+    assert others.endswith("; convert photos to JPEG or PNG")
     assert masks.startswith(f"{tmp_path}/masks: 1 masks have no image, such as {tmp_path}/masks/g.png")
     (tmp_path / "list.txt").write_text("images/a.jpg masks/a.png\n")
     by_list = {f"{kind}_id_path": str(tmp_path / "list.txt") for kind in ("labeled", "unlabeled")}
