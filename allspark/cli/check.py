@@ -31,6 +31,7 @@ from allspark.weights.loading import load_pretrained
 
 REMEDIES = "micro_batch, a smaller crop_size, precision=bf16 or model.checkpointing=true needs less"
 QUICK_FILES = 200  # of each list, with --quick
+LOW_RATE = 3e-4  # of AdamW: half of the lowest that a recipe from random weights has
 CHECKPOINTS = 4  # latest, previous, best, and the one being written
 
 
@@ -127,6 +128,11 @@ def model_findings(recipe: Recipe, spec: DatasetSpec) -> AuditReport:
         if isinstance(model.encoder, TimmEncoder):
             remedy = model.encoder.download_hint() or "model.pretrained=FILE"
         found.notes.append(f"weights: none, {recipe.model.encoder} starts from random initialization ({remedy})")
+        if recipe.optim.name == "adamw" and recipe.optim.lr < LOW_RATE:
+            found.warnings.append(
+                f"optim.lr={recipe.optim.lr:g} is a rate for pretrained weights; from random ones training hardly "
+                "progresses (the recipes of camvid and shapes have 6e-4 and 1e-3)"
+            )
     return found
 
 
