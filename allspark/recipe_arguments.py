@@ -34,19 +34,22 @@ def command(args: argparse.Namespace) -> str:
 
 
 def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
-    """The differences from the recipe in configs/, as lines of a table; file lists and data_root are not compared."""
-    if args.config is not None:
+    """The differences from the recipe in configs/, or in --config, as lines of a table; without lists and data_root."""
+    source = "configs/" if args.config is None else args.config
+    try:
+        written = load_recipe(args.dataset, args.method) if args.config is None else load_config(args.config)
+        written = complete(written, trusted=True)
+    except UserError:  # the file is complete only with the arguments
         return []
-    published = complete(load_recipe(args.dataset, args.method))
     ignored = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
-    changed = differences(to_plain(published), to_plain(recipe))
+    changed = differences(to_plain(written), to_plain(recipe))
     rows = [(key, str(old), str(new)) for key, old, new in changed if key not in (*ignored, "optim.lr_batch")]
     lr = scale_lr(recipe.optim, recipe.batch_size).lr
     if lr != recipe.optim.lr:
         old, new = f"{recipe.optim.lr:g} (batch {recipe.optim.lr_batch})", f"{lr:g} (batch {recipe.batch_size})"
         rows.append(("learning rate", old, new))
     if not rows:
-        return ["the recipe is that of configs/"]
-    table = [("differs from configs/", "there", "here"), *rows]
+        return [f"the recipe is that of {source}"]
+    table = [(f"differs from {source}", "there", "here"), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(2)]
     return [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in table]

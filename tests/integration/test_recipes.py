@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 import train
+from allspark import recipe_arguments
+from allspark.arguments import parse
 from allspark.build import build_method, complete
 from allspark.config_io import CONFIG_ROOT, load_config, load_recipe, to_plain
 from allspark.data.datasets import spec_for
@@ -245,3 +247,24 @@ def test_warmup_source_is_named(dataset):
     text = (CONFIG_ROOT / "datasets" / f"{dataset}.yaml").read_text(encoding="utf-8")
     (comment,) = re.findall(r"warmup_epochs: \d+\} # (.*)", text)
     assert ("default, ours" in comment) != (dataset in ("pascal", "cityscapes")), comment
+
+
+def test_changes_are_shown(tmp_path):
+    """From configs/, and from a file whose keys another method replaces."""
+
+    def shown(*words):
+        args = parse("train", words)
+        return recipe_arguments.changes(args, recipe_arguments.recipe_of(args))
+
+    shapes = ("--dataset", "shapes", "--method", "fixmatch", "--split", "1_30")
+    assert shown(*shapes) == ["the recipe is that of configs/"]
+    assert [line.split() for line in shown(*shapes, "lr=1")[1:]] == [["optim.lr", "0.001", "1.0"]]
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(to_plain(load_recipe("shapes", "fixmatch"))), encoding="utf-8")
+    assert shown("--config", str(file), "--split", "1_30") == [f"the recipe is that of {file}"]
+    head, *rows = shown("--config", str(file), "--split", "1_30", "--method", "unimatch_v2_dinov2_s")
+    assert head.split() == ["differs", "from", str(file), "there", "here"]
+    assert {"model.encoder", "model.decoder", "optim.lr", "method.name"} <= {row.split()[0] for row in rows}
+    file.write_text("method: fixmatch\nmodel: {encoder: mit_b0}\nepochs: 2\n", encoding="utf-8")  # complete only with the arguments
+    words = ("data.dataset=shapes", "data.data_root=data/shapes", "data.crop_size=97")
+    assert shown("--config", str(file), "--split", "1_30", *words) == []
