@@ -118,7 +118,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=path,
         metavar="FILE",
-        help="a complete recipe instead of --dataset; --method, if given, replaces its method and what belongs to it",
+        help="a complete recipe instead of --dataset; --method, if given, replaces its method and all keys that the "
+        "method's recipe sets",
     )
     parser.add_argument("--split", help="use splits/<dataset>/<split>/{labeled,unlabeled}.txt")
     parser.add_argument("--labeled-id-path", metavar="FILE", help="list of labeled images instead of --split")
@@ -179,7 +180,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--confusion",
         type=path,
         metavar="FILE.png",
-        help="draw the confusion matrix; its counts are in --json, rows are labels",
+        help="draw the confusion matrix (a row per label); --json has its counts",
     )
     parser.add_argument(
         "--save-dir",

@@ -85,7 +85,9 @@ class CustomDataConfig:
         "files do not contradict",
     )
     palette: tuple[tuple[int, int, int], ...] | None = option(
-        None, "RGB color of each class, black is transparent; null: those of color_map, else of PASCAL VOC"
+        None,
+        "RGB color of each class; black is transparent in overlays. null: those of color_map, else of PASCAL VOC, with "
+        "black only for a background",
     )
     background: int | None = option(None, "index of the background class, if the data set has one")
     eval_mode: Mode = option("whole", "how images are evaluated unless evaluation.mode is set")
@@ -356,7 +358,9 @@ class Recipe:
     checkpoint_minutes: float = option(
         30.0, "minutes after which a checkpoint is saved inside an epoch; 0: never", low=0, high=1e6, runtime=True
     )
-    deterministic: bool = option(False, "use deterministic algorithms, an error where there is none; slower on a GPU")
+    deterministic: bool = option(
+        False, "use deterministic algorithms, and stop with an error where there is none; slower on a GPU"
+    )
     precision: Precision = option("fp32", "precision of the forward and backward pass; weights are always float32")
     compile: bool = option(
         False, "compile encoder and decoder with torch.compile, which takes a minute or more", runtime=True

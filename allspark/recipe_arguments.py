@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 
 from allspark.build import complete
@@ -36,16 +37,14 @@ def command(args: argparse.Namespace) -> str:
 def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     """The differences from the recipe in configs/, or in --config, as lines of a table; without lists and data_root."""
     source = "configs/" if args.config is None else args.config
-    try:
-        written = load_recipe(args.dataset, args.method) if args.config is None else load_config(args.config)
-        written = complete(written, trusted=True)
-    except UserError:  # the file is complete only with the arguments
-        return []
+    written = _without_overrides(args)
+    if written is None:
+        return [f"{source} is complete only with these arguments"]
     ignored = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
     changed = differences(to_plain(written), to_plain(recipe))
     rows = [(key, str(old), str(new)) for key, old, new in changed if key not in (*ignored, "optim.lr_batch")]
     lr = scale_lr(recipe.optim, recipe.batch_size).lr
-    if lr != recipe.optim.lr:
+    if lr != recipe.optim.lr and lr != scale_lr(written.optim, written.batch_size).lr:
         old, new = f"{recipe.optim.lr:g} (batch {recipe.optim.lr_batch})", f"{lr:g} (batch {recipe.batch_size})"
         rows.append(("learning rate", old, new))
     if not rows:
@@ -53,3 +52,13 @@ def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     table = [(f"differs from {source}", "there", "here"), *rows]
     widths = [max(len(row[column]) for row in table) for column in range(2)]
     return [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in table]
+
+
+def _without_overrides(args: argparse.Namespace) -> Recipe | None:
+    """The recipe of configs/, or of --config with its own method if it has one of this package; None: incomplete."""
+    if args.config is None:
+        return complete(load_recipe(args.dataset, args.method))
+    for method in (None, args.method):
+        with contextlib.suppress(UserError):
+            return complete(load_config(args.config, None, method), trusted=method == args.method)
+    return None

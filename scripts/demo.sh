@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1 # results do not depend on the number of cores
 train() { # a pipe has the exit status of its last command; the file records that of the first
     name=$1 && shift
     { python -u train.py --dataset shapes --split "$split" --save-path "$out/$name" "$@" 2>&1 && : >"$out/$name/done"; } |
-        while IFS= read -r line; do printf '%s: %s\n' "$name" "$line"; done # sed would buffer its output in a log
+        while IFS= read -r line || [ -n "$line" ]; do printf '%s: %s\n' "$name" "$line"; done # sed would buffer its output in a log
 }
 
 echo "demo: training supervised (labeled images) and allspark_revised (all images): five to six minutes on two cores"
@@ -35,6 +35,6 @@ python -m allspark predict --checkpoint "$out/allspark" --what overlay,index --o
     "${photo:-data/shapes/images/val/0000.png}"
 cat <<EOF
 demo: $out/predictions.png shows validation images, their ground truth and both predictions. One seed is no comparison:
-docs/results.md has several. photo=/path/to/photo.jpg sh scripts/demo.sh segments a photo of yours, but into shapes:
-for your own classes see "Your own data" in README.md, after \`. scripts/setup.sh\` in this shell.
+docs/results.md has several. photo=/path/to/photo.jpg sh scripts/demo.sh segments your photo, but only into the classes
+of shapes. For your own classes, run \`. scripts/setup.sh\` in this shell, and follow "Your own data" in README.md.
 EOF

@@ -128,10 +128,11 @@ def model_findings(recipe: Recipe, spec: DatasetSpec) -> AuditReport:
         if isinstance(model.encoder, TimmEncoder):
             remedy = model.encoder.download_hint() or "model.pretrained=FILE"
         found.notes.append(f"weights: none, {recipe.model.encoder} starts from random initialization ({remedy})")
-        if recipe.optim.name == "adamw" and recipe.optim.lr < LOW_RATE:
+        lr = scale_lr(recipe.optim, recipe.batch_size).lr
+        if recipe.optim.name == "adamw" and lr < LOW_RATE:
             found.warnings.append(
-                f"optim.lr={recipe.optim.lr:g} is a rate for pretrained weights; from random ones training hardly "
-                "progresses (the recipes of camvid and shapes have 6e-4 and 1e-3)"
+                f"the learning rate {lr:g} is low for random weights: training hardly progresses (the recipes of "
+                "camvid and shapes have 6e-4 and 1e-3)"
             )
     return found
 

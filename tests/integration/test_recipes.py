@@ -265,6 +265,12 @@ def test_changes_are_shown(tmp_path):
     head, *rows = shown("--config", str(file), "--split", "1_30", "--method", "unimatch_v2_dinov2_s")
     assert head.split() == ["differs", "from", str(file), "there", "here"]
     assert {"model.encoder", "model.decoder", "optim.lr", "method.name"} <= {row.split()[0] for row in rows}
-    file.write_text("method: fixmatch\nmodel: {encoder: mit_b0}\nepochs: 2\n", encoding="utf-8")  # complete only with the arguments
+    # complete only with the arguments
+    file.write_text("method: fixmatch\nmodel: {encoder: mit_b0}\nepochs: 2\n", encoding="utf-8")
     words = ("data.dataset=shapes", "data.data_root=data/shapes", "data.crop_size=97")
-    assert shown("--config", str(file), "--split", "1_30", *words) == []
+    assert shown("--config", str(file), "--split", "1_30", *words) == [f"{file} is complete only with these arguments"]
+    scaled = {**to_plain(load_recipe("shapes", "fixmatch")), "method": "nowhere:Method"}
+    scaled["optim"] = {**scaled["optim"], "lr_scaling": "linear", "lr_batch": 16}
+    file.write_text(yaml.safe_dump(scaled), encoding="utf-8")  # its method cannot be imported, and is replaced
+    words = ("--config", str(file), "--split", "1_30", "--method", "fixmatch")
+    assert shown(*words) == [f"the recipe is that of {file}"]

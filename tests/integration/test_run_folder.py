@@ -9,7 +9,7 @@ import torch
 
 import train
 from allspark.cli.check import disk_findings
-from allspark.engine.checkpoint import check_position, checkpoint_in, save_checkpoint
+from allspark.engine.checkpoint import check_position, checkpoint_in, find_runs, save_checkpoint
 from allspark.engine.run_lock import RunLock
 from allspark.engine.writers import read_metrics
 from allspark.inference import load_for_inference
@@ -108,6 +108,8 @@ def test_checkpoint_of_a_run(finished, tmp_path):
         load_for_inference(tmp_path, torch.device("cpu"))
     with pytest.raises(UserError, match=rf"give one of the runs in {finished.run.parent}: {finished.run}"):
         load_for_inference(finished.run.parent, torch.device("cpu"))
+    assert str(finished.run) in find_runs(finished.run.parent.parent) and find_runs(Path("/dev/zero")) == []
+    assert find_runs(finished.run.parent, most=0) == []
 
 
 def test_the_checkpoint_that_is_there_is_named(copy, capsys):

@@ -1,6 +1,7 @@
 """Imports at startup: --help without torch, a lazy public API; one version everywhere."""
 
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,9 +45,10 @@ def test_help_imports_no_torch(command):
 @pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "allspark", "report", "exp"]])
 def test_no_environment(command):
     """A Python without site-packages, as before `. scripts/setup.sh`."""
-    done = subprocess.run([sys.executable, "-S", *command], capture_output=True, text=True, cwd=REPO, timeout=60)
+    words = [sys.executable, "-S", *command]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPO, timeout=60, env={})
     assert done.returncode == 2 and done.stderr.startswith("error: yaml is not installed for "), done.stderr
-    assert done.stderr.endswith(f"cd {REPO} && . scripts/setup.sh\n") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f"cd {shlex.quote(str(REPO))} && . scripts/setup.sh\n") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -10,7 +10,8 @@ import pytest
 from allspark.__main__ import main
 from allspark.config import CustomDataConfig, DataConfig
 from allspark.data.datasets import spec_for
-from allspark.data.entries import read_entries
+from allspark.data.entries import folder_entries, read_entries
+from allspark.data.image_io import read_image
 from allspark.data.splits import check_files, find_data, resolve
 from allspark.utils.errors import UserError, run_main
 
@@ -104,6 +105,10 @@ def test_left_out_files_are_named(make, tmp_path):
     others, masks = found(tmp_path, unlabeled="more").left_out
     assert "3 files are left out, no images by their suffix (.heic: 2, none: 1), such as" in others
     assert others.endswith("; convert photos to JPEG or PNG")
+    with pytest.raises(UserError, match=r"e\.heic: \.heic files are not supported; convert them to JPEG or PNG"):
+        read_image(tmp_path / "images/e.heic")
+    with pytest.raises(UserError, match=r"picture: no such folder \(.* has images, masks, more\); correct data.custom"):
+        folder_entries(tmp_path, "picture", None)
     assert masks.startswith(f"{tmp_path}/masks: 1 masks have no image, such as {tmp_path}/masks/g.png")
     (tmp_path / "list.txt").write_text("images/a.jpg masks/a.png\n")
     by_list = {f"{kind}_id_path": str(tmp_path / "list.txt") for kind in ("labeled", "unlabeled")}

@@ -18,7 +18,7 @@ from allspark.data.spec import (
 from allspark.utils.errors import UserError
 
 MAX_STORED = 2**16 - 1  # in a mask of 16 bits
-BACKGROUNDS = ("background", "other", "none", "void", "unlabeled")  # names of a class 0 that pictures leave transparent
+BACKGROUNDS = ("background", "bg", "other", "others", "none", "nothing", "void", "unlabeled", "no data")
 
 
 def make_spec(name: str, custom: CustomDataConfig) -> DatasetSpec:
@@ -63,8 +63,7 @@ def default_palette(custom: CustomDataConfig) -> tuple[tuple[int, int, int], ...
     colors = {} if custom.color_map is None else {i: color for color, i in reversed(color_table(custom).items())}
     if all(index in colors for index in range(len(custom.classes))):
         return tuple(colors[index] for index in range(len(custom.classes)))
-    first = custom.classes[0].lower()
-    if custom.background == 0 or first == "bg" or any(word in first for word in BACKGROUNDS):
+    if custom.background == 0 or custom.classes[0].lower().replace("_", " ").strip() in BACKGROUNDS:
         return voc_palette(len(custom.classes))
     return voc_palette(len(custom.classes) + 1)[1:]
 
