@@ -77,7 +77,9 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
 
 
 def on_page_content(html: str, page: Page, config: Any, files: Files) -> str:
-    return html.replace(" ± ", "&nbsp;±&nbsp;")  # a value and its deviation stay on one line
+    parts = re.split(r"(<pre.*?</pre>)", html, flags=re.DOTALL)  # code is copied
+    joined = (part if part.startswith("<pre") else part.replace(" ± ", "&nbsp;±&nbsp;") for part in parts)
+    return "".join(joined)  # a value and its deviation stay on one line
 
 
 def rewrite(text: str, page: str, source: str, repository: str | None, files: Files) -> str:
