@@ -7,6 +7,11 @@ import os
 import signal
 import sys
 
+if __name__ == "__main__":
+    from allspark.utils.environment import check_environment
+
+    check_environment()
+
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -42,7 +42,9 @@ def test_help_imports_no_torch(command):
     assert text.startswith("usage: ")
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "allspark", "report", "exp"]])
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["eval.py"], ["-m", "allspark", "report"], ["-m", "allspark.torchrun"]]
+)
 def test_no_environment(command):
     """A Python without site-packages, as before `. scripts/setup.sh`."""
     words = [sys.executable, "-S", *command]
