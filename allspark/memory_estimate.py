@@ -210,7 +210,7 @@ class GPUKernels(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             dtype = torch.get_autocast_dtype("cpu") if self.mixed else args[0].dtype
             return KernelAttention.apply(*(each.to(dtype) for each in args[:3]))
-        if self.mixed and func in (F.layer_norm, F.softmax, Tensor.softmax, torch.softmax):
+        if torch.is_autocast_enabled("cpu") and func in (F.layer_norm, F.softmax, Tensor.softmax, torch.softmax):
             args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
 

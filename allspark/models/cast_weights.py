@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from allspark.models.mit import LayerNorm
+
 LAYERS = (nn.Linear, nn.Conv2d)  # not their subclasses, which may need float32 weights
+GPU_LAYERS = (*LAYERS, LayerNorm)
 GROUP = 100  # tensors; in several groups, so that DDP can start to exchange gradients before all are ready
 
 
 @contextmanager
 def cast_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """In this context, linear layers and convolutions have weights and biases of the dtype.
+    """In this context, linear layers and convolutions, on a GPU also MiT's norms, have weights and biases of the dtype.
 
     The forward pass is the same as under autocast, which would cast each weight with its own kernel, and again after
     each pass without gradients (eval_mode clears its cache). The backward pass may come later; it gives the parameters
@@ -25,7 +28,9 @@ def cast_weights(encoders: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[
         encoders: their layers only call F.linear and F.conv2d with these weights.
         dtype: of autocast.
     """
-    layers = [layer for encoder in encoders for layer in encoder.modules() if type(layer) in LAYERS]
+    modules = [module for encoder in encoders for module in encoder.modules()]
+    kinds = LAYERS if next(modules[0].parameters()).is_cpu else GPU_LAYERS
+    layers = [module for module in modules if type(module) in kinds]
     slots = [(layer._parameters, name) for layer in layers for name in ("weight", "bias") if name in layer._parameters]
     slots = [(parameters, name) for parameters, name in slots if parameters[name] is not None]
     originals = [parameters[name] for parameters, name in slots]

@@ -35,13 +35,27 @@ SIZES = {
 }
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the precision of its input; its sums are float32 inside the kernel.
+
+    On a GPU autocast would make input and output float32, and with them all sums of a block: a quarter of the memory
+    traffic of a step in half precision.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu:  # its kernel takes maps in bf16 with float32 weights
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class OverlapPatchEmbed(nn.Module):
     """Overlapping patches, (B, C_in, H, W) -> map (B, H', W', C): convolution, then LayerNorm (eps 1e-5)."""
 
     def __init__(self, in_channels: int, channels: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2)
-        self.norm = nn.LayerNorm(channels, eps=1e-5)
+        self.norm = LayerNorm(channels, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
@@ -58,7 +72,7 @@ class EfficientSelfAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         if reduction > 1:
             self.sr = nn.Conv2d(channels, channels, reduction, reduction)
-            self.norm = nn.LayerNorm(channels, eps=1e-5)
+            self.norm = LayerNorm(channels, eps=1e-5)
         self.reduction = reduction
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +81,7 @@ class EfficientSelfAttention(nn.Module):
         if self.reduction > 1:  # a (B, H, W, C) map seen as NCHW is channels-last: no copy
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         kv = self.kv(x).view(batch, -1, 2, self.heads, channels // self.heads)  # (B, M, 2, heads, d), k first
-        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, M, d)
+        k, v = (each.transpose(1, 2) for each in kv.unbind(2))  # each (B, heads, M, d); their gradients need no copy
         out = attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, channels))
 
@@ -100,18 +114,24 @@ class Block(nn.Module):
     """Pre-norm attention and Mix-FFN on a (B, H, W, C) map, each with a residual connection."""
 
     def __init__(self, channels: int, heads: int, reduction: int, drop_path: float) -> None:
-        from timm.layers import DropPath  # takes as long to import as torch
-
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm1 = LayerNorm(channels, eps=1e-6)
         self.attn = EfficientSelfAttention(channels, heads, reduction)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm2 = LayerNorm(channels, eps=1e-6)
         self.ffn = MixFFN(channels)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        x = self.add(x, self.attn(self.norm1(x)))
+        return self.add(x, self.ffn(self.norm2(x)))
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + branch; in training some images go without the branch (stochastic depth), for the others it is scaled."""
+        if not (self.training and self.drop_path):
+            return x + branch
+        keep = 1 - self.drop_path
+        kept = branch.new_empty(len(branch), 1, 1, 1).bernoulli_(keep)
+        return torch.addcmul(x, branch, kept, value=1 / keep)
 
 
 class Stage(nn.Module):
@@ -122,7 +142,7 @@ class Stage(nn.Module):
         kernel, stride = (7, 4) if index == 0 else (3, 2)
         self.patch_embed = OverlapPatchEmbed(in_channels, channels, kernel, stride)
         self.blocks = nn.Sequential(*(Block(channels, HEADS[index], REDUCTIONS[index], rate) for rate in drop_paths))
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.norm = LayerNorm(channels, eps=1e-6)
         self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
