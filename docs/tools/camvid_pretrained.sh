@@ -46,6 +46,7 @@ declare -A rows=(
     [supervised_ceiling]="supervised burn_in_epochs=0 epoch_of=labeled batch_size=8 --labeled-id-path $out/ceiling.txt"
     [selftrain]="selftrain" [fixmatch]="fixmatch" [unimatch]="unimatch" [unimatch_v2]="unimatch_v2"
     [imas]="imas" [maskmatch]="maskmatch" [pseudoseg]="pseudoseg"
+    [pseudoseg_decoder]="pseudoseg method.gamma=1"
     [supervised_frozen]="supervised burn_in_epochs=0 method.name=norm_statistics:SupervisedFrozen"
     [fixmatch_frozen]="fixmatch method.name=norm_statistics:FixMatchFrozen"
     [fixmatch_unused]="fixmatch method.name=norm_statistics:FixMatchUnused"
