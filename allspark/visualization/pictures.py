@@ -224,9 +224,11 @@ def draw_names(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> Im
     return legend
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's built-in font, the same on every machine."""
-    return ImageFont.load_default(size)
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek and Cyrillic letters, the same on every machine."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def plot_curves(rows: Mapping[str, Sequence[Points]], title: str, path: Path) -> None:

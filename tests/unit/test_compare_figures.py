@@ -1,6 +1,7 @@
 """The figures of `allspark compare`: bands, dots, colors, legends, grids."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from allspark.visualization import pictures
@@ -83,3 +84,10 @@ def test_wide_grid_wraps():
     for row, shown in enumerate((range(0, 8), (0, *range(8, 15)), (0, *range(15, 21)))):
         for column, index in enumerate(shown):
             assert page.getpixel((margin + (1 + column) * step + 30, top + row * band)) == palette[index]
+
+
+@pytest.mark.parametrize("name", ["Straße", "дорога", "τοίχος"])
+def test_names_in_other_alphabets(name):
+    """No letter is drawn as the box of a missing one."""
+    box = bytes(pictures.font(14).getmask("\uffff"))
+    assert all(bytes(pictures.font(14).getmask(letter)) != box for letter in name)
