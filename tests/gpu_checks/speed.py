@@ -75,16 +75,19 @@ def c1_step(out: Path, found: dict[str, Any]) -> None:
 
 
 def c2_profile(out: Path, found: dict[str, Any]) -> None:
-    """Kernels of one eager step of B5 in bf16."""
-    case = StepCase(encoder="mit_b5", crop=513, batch=2)
-    with GPU:
-        model = build_model(case.model, case.classes, case.crop)
-    batch = StepBatch.of(case, GPU)
-    with GPU:
-        side = our_side(case, model, "bf16", batch, cuda_graph=False)
-    for _ in range(3):
-        side.run()
-    found |= profile(side.run, out / "profile_mit_b5_2_bf16.txt")
+    """Kernels of one eager step of B5 in bf16, with 2 and with 8 labeled images."""
+    for images in (2, 8):
+        case = StepCase(encoder="mit_b5", crop=513, batch=images)
+        with GPU:
+            model = build_model(case.model, case.classes, case.crop)
+        batch = StepBatch.of(case, GPU)
+        with GPU:
+            side = our_side(case, model, "bf16", batch, cuda_graph=False)
+        for _ in range(3):
+            side.run()
+        found[f"{images}+{images}"] = profile(side.run, out / f"profile_mit_b5_{images}_bf16.txt")
+        del model, batch, side
+        free_memory()
 
 
 def c3_bottleneck(out: Path, found: dict[str, Any]) -> None:
