@@ -14,7 +14,8 @@ from pathlib import Path
 from allspark import __version__
 from allspark.config import DEVICES, MODES, PRECISIONS, WINDOWS
 from allspark.config_help import describe_keys
-from allspark.config_io import INSTALLED, closest_key, config_fields
+from allspark.config_io import INSTALLED
+from allspark.config_keys import closest_key, config_fields
 from allspark.split_lists.layouts import LAYOUTS
 from allspark.weights.mirrors import PUBLISHED
 

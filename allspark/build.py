@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from allspark import distributed
 from allspark.config import CriterionConfig, MethodConfig, Recipe
-from allspark.config_io import CONFIG_ROOT, bind_options
+from allspark.config_io import CONFIG_ROOT
+from allspark.config_keys import bind_options
 from allspark.data.batch import Views
 from allspark.data.loaders import TrainLoader
 from allspark.data.spec import DatasetSpec

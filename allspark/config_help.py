@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from allspark.config import MAX, Recipe
-from allspark.config_io import config_fields, section_type, type_hints, type_text
+from allspark.config_keys import config_fields, section_type, type_hints, type_text
 
 INTRODUCTION = """\
 Keys are set by key=value, e.g. optim.lr=0.01, or by the last part of the key if it is unique: lr=0.01. Those with an

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from allspark.config import DataConfig, size_text
-from allspark.config_io import is_runtime, to_plain
+from allspark.config_io import to_plain
+from allspark.config_keys import is_runtime
 from allspark.data.datasets import spec_for
 from allspark.data.spec import DatasetSpec
 from allspark.data.worker_pool import evaluation_workers

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from allspark.config import BottleneckConfig, ModelConfig
-from allspark.config_io import bind_options
+from allspark.config_keys import bind_options
 from allspark.data.batch import LabeledBatch, UnlabeledBatch
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress

@@ -20,7 +20,8 @@ from allspark import recipe_arguments as recipe_words
 from allspark.__main__ import main as allspark_main
 from allspark.arguments import parse
 from allspark.build import method_class
-from allspark.config_io import bind_options, load_recipe
+from allspark.config_io import load_recipe
+from allspark.config_keys import bind_options
 from allspark.methods import METHODS
 from allspark.split_lists.manifest import load_manifest
 from allspark.utils.errors import UserError, run_main

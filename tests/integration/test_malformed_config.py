@@ -8,7 +8,7 @@ import yaml
 
 import train
 from allspark.config import Recipe
-from allspark.config_io import type_hints
+from allspark.config_keys import type_hints
 from allspark.utils.errors import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -53,7 +53,7 @@ import eval as eval_script
 import train
 from allspark import __main__ as commands
 from allspark import launch
-from allspark.config_io import config_fields
+from allspark.config_keys import config_fields
 from allspark.utils.download import fetch
 from allspark.utils.errors import run_main
 from helpers import archives, tiny_dataset

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from allspark import config_io
+from allspark import config_io, config_keys
 from allspark.arguments import parse
 from allspark.build import complete
 from allspark.config_io import (
@@ -103,9 +103,9 @@ def test_a_required_option_is_missing():
     class Required:
         def __init__(self, *, threshold: float, cutmix: float = 0.5) -> None: ...
 
-    assert config_io.bind_options(Required, {"threshold": 1}, "method") == {"threshold": 1.0, "cutmix": 0.5}
+    assert config_keys.bind_options(Required, {"threshold": 1}, "method") == {"threshold": 1.0, "cutmix": 0.5}
     with pytest.raises(UserError, match=r"method\.threshold is missing"):
-        config_io.bind_options(Required, {}, "method")
+        config_keys.bind_options(Required, {}, "method")
 
 
 def test_short_keys():
@@ -204,7 +204,7 @@ def test_translation_may_be_a_function(monkeypatch):
 
 
 def test_every_key_is_documented():
-    for path, key in config_io.config_fields().items():
+    for path, key in config_keys.config_fields().items():
         help_text = key.metadata["help"]
         assert help_text and not help_text.endswith(".") and len(help_text) < 160, path
 
@@ -216,7 +216,7 @@ def test_keys_are_described(capsys):
         assert end.value.code == code
     every, error = capsys.readouterr()
     every, _, some = every.rpartition("Keys are set")
-    assert all(f"\n{path}" in every for path in config_io.config_fields())
+    assert all(f"\n{path}" in every for path in config_keys.config_fields())
     assert "evaluation.interval * = 1    (int >= 1)\n" in every and "optim.lr = 0.001    (float > 0)\n" in some
     assert "momentum" not in some and "--keys lrr: no key contains it; did you mean optim.lr?" in error
 
