@@ -52,11 +52,7 @@ def main() -> int:
         print(f"skipped: {reason}")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["sh", str(args.stub / "build.sh"), folder, sys.executable], check=True, capture_output=True)
-        library = f"{folder}/libcuda.so.1"
-        stubbed = {"NULL_CUDA": library, "LD_PRELOAD": library, "TORCH_CUDNN_V8_API_DISABLED": "1"}
-        stubbed["PYTHONOPTIMIZE"] = "1"  # values mean nothing, so that an assertion about one may fail
-        env = {**os.environ, **stubbed}
+        env = build_stub(args.stub, folder)
         gpus = {"NULLCUDA_DEVICES": str(args.processes)}
         failed = subprocess.run([*python(args.processes), *sys.argv], env={**env, **gpus}, check=False).returncode
         build = "from allspark.config import ModelConfig; from allspark.models.segmentor import build_model; "
@@ -71,6 +67,15 @@ def main() -> int:
         failed += not ends_with("error: out of memory", [*python(), *train], {**env, **little})
         failed += not ends_with("error: ranks 0 and 1 share one GPU", [*python(2), *train], env)
     return int(failed > 0)
+
+
+def build_stub(stub: Path, folder: str | Path) -> dict[str, str]:
+    """Compile the stub into a folder; returns the environment of processes that are to use it."""
+    subprocess.run(["sh", str(stub / "build.sh"), str(folder), sys.executable], check=True, capture_output=True)
+    library = f"{folder}/libcuda.so.1"
+    stubbed = {"NULL_CUDA": library, "LD_PRELOAD": library, "TORCH_CUDNN_V8_API_DISABLED": "1"}
+    stubbed["PYTHONOPTIMIZE"] = "1"  # values mean nothing, so that an assertion about one may fail
+    return {**os.environ, **stubbed}
 
 
 def python(processes: int = 1) -> list[str]:
