@@ -1,4 +1,4 @@
-"""Kernel launches of a training step, counted with a stub in place of CUDA; tests/stress/launches.py has all methods."""
+"""Kernel launches of a step, counted with a stub in place of CUDA; tests/stress/launches.py does all methods."""
 
 import subprocess
 import sys
