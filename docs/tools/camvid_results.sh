@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All rows of "From ImageNet weights" in docs/results.md, one run after the other: days on one core.
+# The rows of "From ImageNet weights" in docs/results.md, but for the three frames of `splits make`, one run after the
+# other: days on one core. Finished runs are skipped, interrupted ones resumed.
 #
 #     docs/tools/camvid_results.sh DATA_ROOT OUT    # VIT=FILE: also the rows of the ViT-S, from its weights
 set -euo pipefail
@@ -10,6 +11,9 @@ LIST=1_16 SEEDS=0 rows "$out" supervised_lr1e-4 supervised_lr2e-4 supervised_lr4
     supervised_12_epochs supervised supervised_ceiling fixmatch
 python docs/tools/parts.py "$out/1_16/supervised/seed_0/latest.pth" # what the deepest map is worth
 LIST=1_16 SEEDS=0 rows "$out" supervised_flattened                  # trained without it
+LIST=1_16 SEEDS=1 rows "$out" supervised
+LIST=1_16 SEEDS=0 rows "$out" supervised_all
+LIST=1_61 SEEDS=0 rows "$out" supervised supervised_ceiling fixmatch
 for draw in 0 1 2; do
     LIST=random_6_$draw rows "$out" supervised allspark_revised allspark_revised_no_attention allspark \
         allspark_no_attention

@@ -14,7 +14,7 @@ COUNT = "import launches; print(*launches.count('allspark', 'allspark', 'fp16'))
 
 
 def test_launches_of_a_step(tmp_path):
-    """No wait for the device; with float32 norms there would be 1,430 launches, 360 of them casts and copies."""
+    """No wait for the device. With float32 norms (revision 3939c72) there were 1,446 launches, 358 of them copies."""
     if reason := launches.why_not(launches.STUB):
         pytest.skip(reason)
     env = launches.build_stub(launches.STUB, tmp_path) | {"NULLCUDA_DEVICES": "1"}
