@@ -368,6 +368,11 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
         help="per-class: a pixel in several files gets the last of their classes in --classes, such as a nucleus in a "
         "cell; default: an error",
     )
+    parser.add_argument(
+        "--crowds",
+        choices=("ignore", "class"),
+        help="coco: ignore regions with iscrowd=1, or draw them like others, as CVAT's brush masks; default: an error",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
@@ -474,7 +479,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
         "--group",
         metavar="REGEX",
         help="with --val: images in whose path it finds the same text (or the same in its parentheses) stay together, "
-        "such as the frames of a video: '^(.*)_[0-9]+'",
+        "such as the frames of a video: '([^/]*)_[0-9]+[.]'",
     )
     make.add_argument(
         "--write-recipe", action="store_true", help="write the lists (of several sizes the first) into --config FILE"

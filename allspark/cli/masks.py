@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a folder for the masks")
     background = None if args.background is None else classes.index(args.background)
-    labels = Labels(classes, background, args.ignore_unknown, args.nested)
+    labels = Labels(classes, background, args.ignore_unknown, args.nested, args.crowds)
     images = image_files(args.images)[0]
     draw = FORMATS[args.format](args.source, images, labels)
     names = match_images(images, args.images, draw, suffix=args.format == "coco")

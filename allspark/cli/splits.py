@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import yaml
 
@@ -90,7 +90,7 @@ def train_images(
         entries, no_mask = split_by_mask(folder_entries(root, train, masks, suffix))
     if custom is not None and custom.unlabeled_images is not None:
         known = {path for entry in (*entries, *no_mask) for path in (entry.sample.image, entry.sample.mask)}
-        others = folder_entries(root, custom.unlabeled_images, None)
+        others = folder_entries(root, custom.unlabeled_images, None, custom.mask_suffix)
         no_mask += [entry for entry in others if entry.sample.image not in known]
     return entries, no_mask
 
@@ -120,12 +120,25 @@ def draw_val(
     if args.group is None:
         return *hold_out(entries, count, args.seed), no_mask
     group = group_by_name(args.group, root)
+    warn_of_folders(args.group, {group(entry) for entry in entries}, {group(entry) for entry in no_mask})
     val, entries = hold_out(entries, count, args.seed, group)
     groups = {group(entry) for entry in val}
     kept = [entry for entry in no_mask if group(entry) not in groups]
     left_out = len(no_mask) - len(kept)
     print(f"{len(groups)} groups to evaluate on, such as {min(groups)}; {left_out} images without a mask are left out")
     return val, entries, kept
+
+
+def warn_of_folders(pattern: str, groups: set[str], others: set[str]) -> None:
+    """Print a warning if groups of images with and without a mask differ in their folders alone."""
+    names = {PurePath(group).name: group for group in groups}
+    same = sorted(group for group in others if PurePath(group).name in names)
+    if same and not groups & others:
+        print(
+            f"WARNING: --group '{pattern}': {names[PurePath(same[0]).name]} and {same[0]} are two groups. If they are "
+            "of one video, its images without a mask would be trained on and the others evaluated on: use a pattern "
+            "without the folder, such as '([^/]*)_[0-9]+[.]'"
+        )
 
 
 def use_lists(args: argparse.Namespace, data: DataConfig, out: Path, split: str, val: bool) -> None:

@@ -137,7 +137,7 @@ def folder_entries(
     """All images below a folder or several, sorted in each.
 
     A mask has the same relative path below `masks`, with `mask_suffix` or another lossless format. If images and masks
-    are in one folder, files that are masks are no images.
+    are in one folder, files that are masks are no images; also not if `masks` is None, for unlabeled images.
     """
     if not isinstance(images, str):
         return drop_repeats([entry for one in images for entry in folder_entries(data_root, one, masks, mask_suffix)])
@@ -154,17 +154,17 @@ def folder_entries(
             f"{folder}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))}); correct data.custom or data_root"
         )
 
-    def mask_of(image: Path) -> Path | None:
-        if masks is None:
-            return None
-        place, stem = data_root / masks / image.relative_to(folder).parent, image.stem + mask_tail(mask_suffix)
+    exists, mask_folder = make_exists_check(), folder if masks is None else data_root / masks
+
+    def mask_of(image: Path) -> Path:
+        place, stem = mask_folder / image.relative_to(folder).parent, image.stem + mask_tail(mask_suffix)
         usual = place / (image.stem + mask_suffix)
         options = (place / (stem + suffix) for each in MASK_SUFFIXES for suffix in (each, each.upper()))
         return next(filter(exists, (usual, *options)), usual)
 
-    exists = make_exists_check()
-    samples = [Sample(check_name(image), mask_of(image)) for image in paths]
-    masks_here = {sample.mask for sample in samples}
+    pairs = [(check_name(image), mask_of(image)) for image in paths]
+    masks_here = {mask for image, mask in pairs if masks is not None or mask != image}
+    samples = [Sample(image, None if masks is None else mask) for image, mask in pairs]
     entries = [Entry(sample, f"{folder}") for sample in samples if sample.image not in masks_here]
     if not entries:
         raise UserError(

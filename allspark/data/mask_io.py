@@ -118,7 +118,7 @@ def look_up_gray(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
     entries = np.array(image.getpalette("RGB"), np.int32).reshape(-1, 3)
     if (entries == entries[:, :1]).all():
         used = np.flatnonzero(np.bincount(indices.ravel()))
-        alike = len(np.unique(entries[:, 0])) == 1  # also in a file that uses one index
+        alike = len(entries) > 1 and len(np.unique(entries[:, 0])) == 1  # also in a file that uses one index
         if alike or used[-1] >= len(entries) or len(np.unique(entries[used, 0])) < len(used):
             return indices, ()
         table = np.zeros(256, np.uint8)

@@ -45,50 +45,71 @@ def few_steps(lists: Lists, epoch_of: str, epochs: int, steps: int, batch_size: 
 def neighboring_frames(lists: Lists, spec: DatasetSpec) -> list[str]:
     """A warning if val images are frames of videos of which training images are frames, too.
 
-    They are if their numbers are near, and if images with near numbers look more alike than others do.
+    They are if their numbers are near, and if images with near numbers look more alike than others do. A video is
+    first looked for in one folder, then in folders of one name (train/a and val/a), then in any (train and val).
     """
-    videos: dict[tuple[Path, str, str], list[tuple[int, Sample]]] = defaultdict(list)
+    for folder_of in (lambda folder: folder, lambda folder: folder.name, lambda folder: None):
+        pairs = pair_frames(lists, folder_of)
+        if len(pairs) >= max(6, len(lists.val) / 10) and look_alike(pairs, spec):
+            image, neighbor = (sample.image for sample in pairs[0])
+            return [
+                f"{len(pairs)} of {len(lists.val)} val images seem to be frames within {FRAMES} frames of a training "
+                f"image, such as {image} and {neighbor}: the score is too good. Draw whole videos for evaluation: "
+                "splits make --val SIZE --group REGEX"
+            ]
+    return []
+
+
+def pair_frames(lists: Lists, folder_of: Callable[[Path], Any]) -> list[tuple[Sample, Sample]]:
+    """Val images, each with the training image of the nearest number if it is near.
+
+    Args:
+        lists: of the run.
+        folder_of: folder of an image -> what is equal for the folders of a video.
+    """
+    videos: dict[Any, list[tuple[int, Sample]]] = defaultdict(list)
     val = {sample.image for sample in lists.val}  # an image in two lists is reported as such
     for sample in (*lists.labeled, *lists.unlabeled):
-        if sample.image not in val and (place := frame_number(sample.image)) is not None:
+        if sample.image not in val and (place := frame_number(sample.image, folder_of)) is not None:
             videos[place[0]].append((place[1], sample))
     for frames in videos.values():
         frames.sort(key=itemgetter(0))
     pairs = []
     for sample in lists.val:
-        video, number = frame_number(sample.image) or (None, 0)
+        video, number = frame_number(sample.image, folder_of) or (None, 0)
         frames = videos.get(video, [])
         index = bisect_left(frames, number, key=itemgetter(0))
         around = [(abs(other - number), neighbor) for other, neighbor in frames[max(index - 1, 0) : index + 1]]
         if around and (nearest := min(around, key=itemgetter(0)))[0] <= FRAMES:
             pairs.append((sample, nearest[1]))
-    if len(pairs) < max(6, len(lists.val) / 10):
-        return []
+    return pairs
+
+
+def frame_number(image: Path, folder_of: Callable[[Path], Any]) -> tuple[tuple[Any, str, str], int] | None:
+    """The video of a frame (folder, name before and after the last number) and its number; None without a number."""
+    found = re.fullmatch(r"(.*?)(\d{1,18})(\D*)", image.stem)
+    return found and ((folder_of(image.parent), found[1], found[3]), int(found[2]))
+
+
+def look_alike(pairs: Sequence[tuple[Sample, Sample]], spec: DatasetSpec) -> bool:
+    """Whether the images of a pair differ less than images of different pairs."""
     some = pairs[:: -(-len(pairs) // OPENED)]
     read = [small for pair in some if len(small := read_each(pair, lambda s: tiny_image(s, spec))) == 2]
     if len(read) < 6:
-        return []
-    val, near = map(np.array, zip(*read, strict=True))
-    others = [np.abs(val - np.roll(near, shift, axis=0)).mean() for shift in range(1, len(near))]
-    if np.abs(val - near).mean() > 0.6 * np.median(others):
-        return []
-    sample, neighbor = pairs[0]
-    return [
-        f"{len(pairs)} of {len(lists.val)} val images seem to be frames within {FRAMES} frames of a training image, "
-        f"such as {sample.image} and {neighbor.image}: the score is too good. Draw whole videos for evaluation: splits "
-        "make --val SIZE --group REGEX"
-    ]
-
-
-def frame_number(image: Path) -> tuple[tuple[Path, str, str], int] | None:
-    """The video of a frame (folder, name before and after the last number) and its number; None without a number."""
-    found = re.fullmatch(r"(.*?)(\d{1,18})(\D*)", image.stem)
-    return found and ((image.parent, found[1], found[3]), int(found[2]))
+        return False
+    first, second = map(np.array, zip(*read, strict=True))
+    others = [np.abs(first - np.roll(second, shift, axis=0)).mean() for shift in range(1, len(second))]
+    return np.abs(first - second).mean() <= 0.6 * np.median(others)
 
 
 def tiny_image(sample: Sample, spec: DatasetSpec) -> np.ndarray:
-    """16 x 16 pixels, float."""
-    return cv2.resize(read_image(sample.image, spec.reading), (16, 16), interpolation=cv2.INTER_AREA).astype(np.float32)
+    """16 x 16 pixels of the first three bands."""
+    return shrink(read_image(sample.image, spec.reading), 16)
+
+
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """The first three bands (H, W, C) uint8 at side x side, float32; OpenCV cannot average more than four."""
+    return cv2.resize(image[..., :3], (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
 def mismatched_masks(labeled: Sequence[Sample], spec: DatasetSpec) -> list[str]:
@@ -125,9 +146,7 @@ def edges_and_borders(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np
         UserError: unreadable, or the image or the mask has one value everywhere.
     """
     image, mask = read_pair(sample, spec)
-    image = cv2.GaussianBlur(
-        cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32), (0, 0), 1
-    )
+    image = cv2.GaussianBlur(shrink(image, SIDE), (0, 0), 1)
     gradient = np.hypot(cv2.Sobel(image, cv2.CV_32F, 1, 0), cv2.Sobel(image, cv2.CV_32F, 0, 1))
     gradient = gradient.reshape(SIDE, SIDE, -1).sum(2)
     mask = cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)

@@ -98,7 +98,7 @@ def resolve(data: DataConfig, splits_root: Path = SPLITS_ROOT, problems: list[st
         )
     unlabeled, from_folder = train_entries(data, "unlabeled", spec, root, splits_root), False
     if unlabeled is None and custom.unlabeled_images is not None:
-        unlabeled = folder_entries(root, custom.unlabeled_images, None)
+        unlabeled = folder_entries(root, custom.unlabeled_images, None, custom.mask_suffix)
         from_folder = True
     val: list[Entry] = []
     try:

@@ -76,15 +76,24 @@ class PseudoSeg(Method):
     def losses(
         self, student: Student, labeled: LabeledBatch, unlabeled: UnlabeledBatch, progress: Progress
     ) -> dict[str, Tensor]:
-        pseudo, soft_label = self.soft_labels(student, unlabeled.weak, unlabeled.valid)
         strong, hole = cut_out(unlabeled.strong[0])
-        out = student.joint_output(labeled.image, strong, pseudo)
-        num_labeled = len(labeled.image)
-        features = [feature[:num_labeled] for feature in out.features[-2:]]
-        logits_x, logits_u = out.logits.split((num_labeled, len(strong)))
+        counted = unlabeled.valid & ~hole
+        pseudo, soft_label = self.soft_labels(student, unlabeled.weak, counted)
+        logits_x, features, logits_u = self.student_output(student, labeled.image, strong, pseudo)
         losses = self.labeled_losses(student, logits_x, features, labeled.mask)
-        loss_u, _ = consistency_loss(logits_u, soft_label, None, unlabeled.valid & ~hole)
+        loss_u, _ = consistency_loss(logits_u, soft_label, None, counted)
         return {"loss": sum(losses.values()) + self.unlabeled_weight * loss_u, **losses, "loss_u": loss_u}
+
+    def student_output(
+        self, student: Student, labeled: Tensor, strong: Tensor, pseudo: Pseudo
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Logits and last two feature maps of the labeled images, and logits of the strong view."""
+        if not student.couples_images:  # Released: two passes, batch norm sees labeled and unlabeled images separately
+            out = student.labeled(labeled)
+            return out.logits, out.features[-2:], student.unlabeled(strong)
+        out = student.joint_output(labeled, strong, pseudo)
+        logits_x, logits_u = out.logits.split((len(labeled), len(strong)))
+        return logits_x, [feature[: len(labeled)] for feature in out.features[-2:]], logits_u
 
     def supervised_losses(self, student: Student, labeled: LabeledBatch) -> dict[str, Tensor]:
         out = student.labeled(labeled.image)
@@ -116,7 +125,7 @@ class PseudoSeg(Method):
         Args:
             student: the network.
             weak: (B, 3, H, W), the weak view.
-            valid: (B, H, W) bool, False on padding.
+            valid: (B, H, W) bool, what self-attention may look at; also without the strong view's square (Released).
         """
         network = student.model
         with eval_mode(network):

@@ -39,12 +39,14 @@ class Labels:
         background: index of pixels without annotation; None: the first class, if no pixel is annotated as such.
         ignore_unknown: pixels of other labels are ignored instead of an error.
         nested: of several files per image, the later class covers the earlier one instead of an error.
+        crowds: "ignore" or "class": what COCO's regions with iscrowd become; None: an error.
     """
 
     classes: tuple[str, ...]
     background: int | None
     ignore_unknown: bool
     nested: bool
+    crowds: str | None
 
     def index(self, label: Any, where: str) -> int:
         if label in self.classes:
@@ -216,13 +218,15 @@ def draw_labelme(mask: np.ndarray, path: Path, names: set[str], labels: Labels) 
             if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) <= 4 * max(mask.shape)).all():
                 raise ValueError("points far outside of the image, or not pairs")
             index, corners = labels.index(shape["label"], where), [tuple(point) for point in points]
+            if kind == "circle" and len(points) == 2:  # center, and a point of the circle
+                points = points[0] + np.array([[-1], [1]]) * math.dist(*points)
+            check_place(points, mask, where)
             if kind == "polygon" and len(points) >= 3:
                 drawing.polygon(corners, fill=index, outline=index)
             elif kind == "rectangle" and len(points) == 2:
                 drawing.rectangle([*points.min(0), *points.max(0)], fill=index)
             elif kind == "circle" and len(points) == 2:
-                radius = math.dist(*points)
-                drawing.ellipse([*(points[0] - radius), *(points[0] + radius)], fill=index)
+                drawing.ellipse(points.ravel().tolist(), fill=index)
             else:
                 raise ValueError(f"a {short_repr(kind)} of {len(points)} points; draw polygons, rectangles or circles")
         except UserError:
@@ -240,8 +244,8 @@ def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw
     check_pycocotools()
     content = read_json(source)
     try:
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        regions: dict[Any, list[Mapping]] = {image["id"]: [] for image in content["images"]}
+        names = unique_ids(content["categories"], "name", source)
+        regions: dict[Any, list[Mapping]] = {key: [] for key in unique_ids(content["images"], "file_name", source)}
         for annotation in content["annotations"]:
             if annotation["image_id"] not in regions:
                 place = f"{source}: annotation {short_repr(annotation.get('id'))}"
@@ -265,6 +269,19 @@ def coco(source: Path, images: Sequence[Path], labels: Labels) -> dict[str, Draw
         raise UserError(f"{source}: not COCO's format of instances ({error!r}); export it again") from None
 
 
+def unique_ids(items: Sequence[Mapping], key: str, source: Path) -> dict[Any, Any]:
+    """The value of a key by the id of its item; UserError if two items with one id differ in it."""
+    found: dict[Any, Any] = {}
+    for item in items:
+        if found.setdefault(item["id"], item[key]) != item[key]:
+            both = f"{short_repr(found[item['id']])} and {short_repr(item[key])}"
+            raise UserError(
+                f"{source}: {both} have the same id {short_repr(item['id'])}, so their annotations cannot be told "
+                "apart; were files joined without new ids? Convert them one by one"
+            )
+    return found
+
+
 def draw_coco(
     mask: np.ndarray, image: Mapping, annotations: Sequence[Mapping], names: Mapping, source: Path, labels: Labels
 ) -> None:
@@ -272,9 +289,15 @@ def draw_coco(
     instances = []
     for annotation in annotations:
         number, category = annotation.get("id"), annotation.get("category_id")
-        crowd, where = bool(annotation.get("iscrowd")), f"{source}: annotation {short_repr(number)}"
+        where = f"{source}: annotation {short_repr(number)}"
         if not isinstance(category, (int, str)) or (category not in names and not labels.ignore_unknown):
             raise UserError(f"{where}: category_id {short_repr(category)} is not among its categories")
+        crowd = annotation.get("iscrowd") in (1, "1") and labels.crowds != "class"
+        if crowd and labels.crowds is None:
+            raise UserError(
+                f"{where}: has iscrowd=1. COCO means a region of many objects by it, CVAT any mask that was drawn with "
+                "the brush; add --crowds ignore, or --crowds class to draw such regions like others"
+            )
         index = IGNORE_INDEX if crowd else labels.index(names.get(category), where)
         segmentation = annotation.get("segmentation")
         if not segmentation or (isinstance(segmentation, list) and not any(is_polygon(part) for part in segmentation)):
@@ -282,6 +305,10 @@ def draw_coco(
                 f"{where}: has no region (a polygon is a list x, y, x, y, ... of at least 3 points); boxes alone are "
                 "for detection: export segmentations"
             )
+        if isinstance(segmentation, list):
+            parts = filter(is_polygon, segmentation)
+            points = [pair for part in parts for pair in zip(part[::2], part[1::2], strict=False)]
+            check_place(np.array(points, float), mask, where)
         instances.append((number, index, crowd, segmentation))
     draw_instances(mask, instances, str(source), "correct it, or export it again")
 
@@ -314,6 +341,16 @@ def check_size(path: Path, stated: tuple[Any, Any], mask: np.ndarray) -> None:
             f"{path}: was drawn on an image of {short_repr(stated[1])} x {short_repr(stated[0])} pixels, the image has "
             f"{size_of(mask)}; give the images that were annotated"
         )
+
+
+def check_place(points: np.ndarray, mask: np.ndarray, where: str) -> None:
+    """UserError if the points (N, 2) of a shape, as x and y, cannot be pixels of the image."""
+    if (points.max(0) < 0).any() or (points.min(0) > mask.shape[::-1]).any():
+        raise UserError(
+            f"{where}: lies outside of the image, which has {size_of(mask)} pixels; give the images that were annotated"
+        )
+    if ((points >= 0) & (points <= 1)).all() and (points % 1).any():
+        raise UserError(f"{where}: all coordinates are between 0 and 1; export coordinates in pixels")
 
 
 def size_of(array: np.ndarray) -> str:

@@ -139,6 +139,9 @@ def test_labelme(convert, tmp_path):
         ([shape("cell", "line", (0, 0), (9, 9))], "shape 1: cannot be drawn (a 'line' of 2 points"),
         ([shape("cell", "polygon", (0, 0), (9, 9), (1e9, 3))], "far outside"),
         ([shape("sky", "rectangle", (0, 0), (9, 9))], "label 'sky' is not among"),
+        ([shape("cell", "rectangle", (60, 0), (69, 9))], "lies outside of the image, which has 56 x 40 pixels"),
+        ([shape("cell", "circle", (-9, 9), (-9, 12))], "lies outside of the image"),
+        ([shape("cell", "rectangle", (0.1, 0.2), (1, 1))], "all coordinates are between 0 and 1"),
     ]:
         write(*refused)
         code, _, _, err = convert("labelme", tmp_path, "--force")
@@ -153,10 +156,11 @@ def test_coco(convert, tmp_path):
     pytest.importorskip("pycocotools")
     large, small = expected((1, (3, 20), (5, 30))), expected((1, (10, 16), (10, 21)))
     polygon = [5, 3, 30, 3, 30, 20, 5, 20]
+    image = {"id": 7, "file_name": "photos/a.jpg", "height": SIZE[0], "width": SIZE[1]}
 
     def write(**changes):
         content = {
-            "images": [{"id": 7, "file_name": "photos/a.jpg", "height": SIZE[0], "width": SIZE[1]}],
+            "images": [image],
             "categories": [{"id": 3, "name": "nucleus"}, {"id": 9, "name": "cell"}],
             "annotations": [
                 {"id": 1, "image_id": 7, "category_id": 3, "iscrowd": 0, "segmentation": run_lengths(small)},
@@ -182,9 +186,45 @@ def test_coco(convert, tmp_path):
     message = convert("coco", tmp_path, "--force")[3]
     assert f"{tmp_path}: is a folder; give the JSON file" in message
     write(annotations=[{"id": 1, "image_id": 7, "category_id": 3, "segmentation": [[1e12] * 8]}])
-    assert "not a segmentation of a 56 x 40 image" in convert("coco", tmp_path / "coco.json", "--force")[3]
+    assert "lies outside of the image" in convert("coco", tmp_path / "coco.json", "--force")[3]
     write(images={})
     assert convert("coco", tmp_path / "coco.json", "--force")[0] == 2
+    for changes, told in [
+        (dict(annotations=[region([[200, 3, 230, 3, 230, 20]])]), "annotation 1: lies outside of the image, which has"),
+        (dict(annotations=[region([[0.1, 0.1, 0.5, 0.1, 0.5, 0.5]])]), "all coordinates are between 0 and 1"),
+        (dict(images=[image, {**image, "file_name": "b.jpg"}]), "'photos/a.jpg' and 'b.jpg' have the same id 7"),
+        (dict(categories=[{"id": 3, "name": "cell"}, {"id": 3, "name": "nucleus"}]), "'cell' and 'nucleus' have the"),
+    ]:
+        write(**changes)
+        code, _, _, err = convert("coco", tmp_path / "coco.json", "--force")
+        assert code == 2 and told in err
+
+
+@pytest.mark.parametrize("crowd", [1, True, "1"])
+def test_coco_crowds(convert, tmp_path, crowd):
+    """In COCO a region of many objects, in CVAT's export any mask drawn with the brush."""
+    pytest.importorskip("pycocotools")
+    large, small = expected((1, (3, 20), (5, 30))), expected((1, (10, 16), (10, 21)))
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg"}],
+        "categories": [{"id": 3, "name": "nucleus"}, {"id": 9, "name": "cell"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 9, "iscrowd": "0", "segmentation": [[5, 3, 30, 3, 30, 20, 5, 20]]},
+            {"id": 2, "image_id": 7, "category_id": 3, "iscrowd": crowd, "segmentation": run_lengths(small)},
+        ],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    code, _, _, err = convert("coco", tmp_path / "coco.json")
+    assert code == 2 and "annotation 2: has iscrowd=1" in err and "--crowds class" in err
+    assert np.array_equal(
+        convert("coco", tmp_path / "coco.json", "--force", "--crowds", "class")[1]["a"], np.where(small, 2, large)
+    )
+    ignored = convert("coco", tmp_path / "coco.json", "--force", "--crowds", "ignore")[1]["a"]
+    assert np.array_equal(ignored, large)  # where a single object covers the crowd
+
+
+def region(segmentation):
+    return {"id": 1, "image_id": 7, "category_id": 3, "segmentation": segmentation}
 
 
 def run_lengths(region):

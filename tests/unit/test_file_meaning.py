@@ -20,6 +20,7 @@ from allspark.data.mask_io import read_mask
 from allspark.data.spec import ImageReading, Sample
 from allspark.data.splits import Lists
 from allspark.data.survey import find_contradictions, inspect_sample
+from allspark.prepare.masks import read_region
 from allspark.utils.errors import UserError
 from allspark.utils.retry import retry_transient
 
@@ -477,6 +478,17 @@ def test_black_palette_in_every_file(tmp_path):
         image.putpalette([0, 0, 0] * 256)
         image.save(tmp_path / f"{name}.png")
         assert np.array_equal(read_mask(tmp_path / f"{name}.png", spec()), values)
+
+
+@pytest.mark.parametrize("gray", [0, 1, 255])
+def test_palette_of_one_gray(tmp_path, gray):
+    """As tools that drop unused entries write a mask of a single class, beside others with several grays."""
+    image = Image.new("P", (5, 4))
+    image.putpalette([gray] * 3)
+    image.save(tmp_path / "a.png")
+    assert np.asarray(Image.open(tmp_path / "a.png")).max() == 0
+    assert np.array_equal(read_mask(tmp_path / "a.png", spec()), np.full((4, 5), gray))
+    assert read_region(tmp_path / "a.png").all() == (gray > 0)
 
 
 def test_pbm_mask(tmp_path):

@@ -55,6 +55,16 @@ def test_images_and_masks_in_one_folder(make, tmp_path):
         found(tmp_path, "only", "only")
 
 
+def test_masks_among_unlabeled_images(make, tmp_path):
+    """As in exports with an image and its mask side by side in every folder."""
+    make("images/a.jpg", "masks/a_mask.png", "more/b.jpg", "more/b_mask.png", "more/c.png", "more/x/d_mask.jpg")
+    lists = found(tmp_path, unlabeled="more", mask_suffix="_mask.png")
+    assert names(lists.unlabeled) == ["b.jpg", "c.png", "d_mask.jpg"]
+    assert "more/b_mask.png" in lists.left_out[0]
+    make("masks/a.png", "more/b.tif")
+    assert names(found(tmp_path, unlabeled="more").unlabeled) == ["b.jpg", "b_mask.png", "c.png", "d_mask.jpg"]
+
+
 @pytest.mark.parametrize("masks", ["images", "masks"])
 def test_mask_suffix(make, tmp_path, masks):
     make("images/a.jpg", "images/x/b.v1.png", f"{masks}/a_mask.png", f"{masks}/x/b.v1_mask.tif")

@@ -1,11 +1,14 @@
 """Doubts about lists: few steps, masks of other images, frames of one video on both sides; and none without reason."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from allspark.data.plausibility import doubts, few_steps, mismatched_masks, neighboring_frames
-from allspark.data.spec import DatasetSpec, Sample, voc_palette
+from allspark.data.spec import DatasetSpec, ImageReading, Sample, voc_palette
 from allspark.data.splits import Lists
 
 SPEC = DatasetSpec("two", ("out", "in"), voc_palette(2))
@@ -69,6 +72,31 @@ def test_neighboring_frames(root):
     assert len(neighboring_frames(lists((), frames(root, range(0, 60, 5)), frames(root, range(3, 60, 9))), SPEC)) == 1
     assert neighboring_frames(lists(frames(root, range(12)), frames(root, range(45, 60))), SPEC) == []
     assert neighboring_frames(lists(frames(root, range(12)), frames(root, range(12))), SPEC) == []
+
+
+@pytest.mark.parametrize("folders", [("train", "val"), ("train/a", "val/a"), ("labeled/a", "test/a_val")])
+def test_neighboring_frames_in_two_folders(root, tmp_path, folders):
+    """A video of which every fifth frame was moved to the folder of validation images."""
+    found = []
+    for number, folder in enumerate(folders):
+        (tmp_path / folder).mkdir(parents=True)
+        for frame in frames(root, range(number, 60, 5)):
+            shutil.copy(frame.image, tmp_path / folder)
+        found.append(tuple(Sample(path) for path in sorted((tmp_path / folder).iterdir())))
+    (told,) = neighboring_frames(lists(*found), SPEC)
+    assert told.startswith("12 of 12 val images seem to be frames")
+
+
+def test_many_bands(tmp_path):
+    """OpenCV averages at most four bands."""
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed")
+    spec, rng = replace(SPEC, reading=ImageReading(channels=6)), np.random.default_rng(0)
+    for index in range(16):
+        tifffile.imwrite(tmp_path / f"{index:02}.tif", rng.integers(0, 255, (200, 300, 6), np.uint8), planarconfig=1)
+        Image.fromarray(rng.integers(0, 2, (200, 300), np.uint8)).save(tmp_path / f"{index:02}.png")
+    samples = tuple(Sample(tmp_path / f"{i:02}.tif", tmp_path / f"{i:02}.png") for i in range(16))
+    (told,) = doubts(lists(samples[::2], samples[1::2]), spec)
+    assert "do masks belong to their images?" in told
 
 
 def test_few_steps(root):

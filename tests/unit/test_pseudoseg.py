@@ -243,7 +243,7 @@ def test_soft_label_loss():
 @BOTTLENECKS
 @BACKGROUNDS
 def test_step_literal(bottleneck, background):
-    """Its whole step: evaluation pass of the weak view, joint pass, four losses of weight 1."""
+    """Its whole step: evaluation pass of the weak view, labeled images, strong view, four losses of weight 1."""
     model = quiet_model(bottleneck)
     method = attached(model, background)
     labeled, unlabeled = random_batches(method)
@@ -261,22 +261,25 @@ def test_step_literal(bottleneck, background):
         present = (classifier(weak.features[3]).sigmoid() >= 0.5).float()
         assert 0 < present.sum() < present.numel()
         cam = classifier.grad_cam(weak.features[3], present)
-        target = fuse(weak.logits, sgc(weak.features[2:], cam, unlabeled.valid), 0.5, 0.5)
-        model.train()
         torch.manual_seed(5)
         strong, hole = cut_out(unlabeled.strong[0])
-        cross = CrossBatch(2, weak.logits, read_memory=True) if on else None
-        out = model(torch.cat((labeled.image, strong)), cross=cross)
-        features = [feature[:2] for feature in out.features[2:]]
+        keep = unlabeled.valid & ~hole
+        target = fuse(weak.logits, sgc(weak.features[2:], cam, keep), 0.5, 0.5)
+        model.train()
+        if on:
+            out = model(torch.cat((labeled.image, strong)), cross=CrossBatch(2, weak.logits, read_memory=True))
+            (logits_x, logits_u), features = out.logits.split(2), [feature[:2] for feature in out.features[2:]]
+        else:
+            out, logits_u = model(labeled.image), model(strong).logits
+            logits_x, features = out.logits, out.features[2:]
         names = [k for k in range(CLASSES) if k != background]
         truth = torch.tensor([[float((mask == k).any()) for k in names] for mask in labeled.mask])
         sgc_logits = sgc(features, classifier.grad_cam(features[1], truth), labeled.mask != 255)
         prob = classifier(features[1]).sigmoid()
-    keep = unlabeled.valid & ~hole
     assert 0 < (unlabeled.valid & hole).sum() and 0 < keep.sum()
-    each = -(target * out.logits[2:].log_softmax(1)).sum(1)
+    each = -(target * logits_u.log_softmax(1)).sum(1)
     expected = {
-        "loss_x": F.cross_entropy(out.logits[:2], labeled.mask, ignore_index=255),
+        "loss_x": F.cross_entropy(logits_x, labeled.mask, ignore_index=255),
         "loss_sgc": F.cross_entropy(sgc_logits, labeled.mask, ignore_index=255),
         "loss_cls": -(truth * prob.log() + (1 - truth) * (1 - prob).log()).mean(),
         "loss_u": each[keep].sum() / keep.sum(),

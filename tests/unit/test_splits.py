@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from allspark.arguments import parse
@@ -440,6 +441,27 @@ def test_make_holds_out_whole_groups(tmp_path, capsys):
         with pytest.raises(UserError, match=told):
             run_verb(*words, str(tmp_path / "other"), "--group", pattern)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("pattern, alike", [("^(.*)_[0-9]+", True), ("([^/]*)_[0-9]+[.]", False)])
+def test_groups_in_two_folders(tmp_path, capsys, pattern, alike):
+    """A pattern that matches the folder as well would leave frames of a validation video among the unlabeled ones."""
+    custom = {"classes": ["a", "b"], "labeled_images": "photos", "labeled_masks": "masks", "unlabeled_images": "more"}
+    data = {"dataset": "mine", "data_root": str(tmp_path), "crop_size": 64, "custom": custom}
+    recipe = {"data": data, "model": {"encoder": "mit_b0"}, "method": "fixmatch", "epochs": 1}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    rng = np.random.default_rng(0)
+    for folder in ("photos", "masks", "more"):
+        (tmp_path / folder).mkdir()
+        for video, frame in itertools.product("abc", range(4)):
+            values = rng.integers(0, 2, (8, 8) if folder == "masks" else (8, 8, 3), np.uint8)
+            Image.fromarray(values).save(tmp_path / folder / f"{video}_{frame + 4 * (folder == 'more')}.png")
+    lists = ["--sizes", "1_1", "--out", str(tmp_path / "out")]
+    run_verb("make", "--config", str(tmp_path / "mine.yaml"), "--val", "1_3", "--group", pattern, *lists)
+    printed = capsys.readouterr().out
+    names = ("val", "1_1/unlabeled")
+    val, rest = ({s.image.name[0] for s in read_list(tmp_path / f"out/{name}.txt", tmp_path)} for name in names)
+    assert ("photos/a and more/a are two groups" in printed) == bool(val & rest) == alike
 
 
 def test_make_errors(make, tmp_path):
