@@ -140,6 +140,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     add_device(parser)
+    add_batch_size(parser)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="precision of the network")
 
 
@@ -160,6 +161,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=DEVICES, help="default: a GPU if there is one")
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=positive,
@@ -288,6 +292,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--images", type=positive, default=5, metavar="N", help="validation images in the grid of predictions"
     )
     parser.add_argument("--overlay", action="store_true", help="draw the masks over the images")
+    add_device(parser)
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -415,6 +420,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--best", action="store_true", help="evaluate the epoch with the best mIoU, not the last one")
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data set; default: that of the recipes")
     add_device(parser)
+    add_batch_size(parser)
 
 
 def add_splits(parser: argparse.ArgumentParser) -> None:

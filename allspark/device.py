@@ -19,6 +19,7 @@ ALLOCATIONS = {
     "SLURM_GPUS_ON_NODE": ("", "0"),
     "CUDA_VISIBLE_DEVICES": ("", "-1", "NoDevFiles"),
 }
+USE_CPU = "device=cpu for train.py, --device cpu for other commands"
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -36,7 +37,7 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         if not available["cuda"] and (variable := gpus_allocated()):
             raise UserError(
                 f"{variable}={os.environ[variable]} gives this process a GPU, but CUDA cannot be used: "
-                f"{why_no_cuda(torch.version.cuda, driver_cuda())}; or set device=cpu to train without it"
+                f"{why_no_cuda(torch.version.cuda, driver_cuda())}; or use the CPU: {USE_CPU}"
             )
         name = next(kind for kind, is_available in available.items() if is_available)
     if not available.get(name, False):
@@ -122,5 +123,5 @@ def check_architecture(name: str, capability: tuple[int, int], compiled: Sequenc
     remedy = reinstall((12, 6)) if is_old else "upgrade torch: pip install --upgrade torch torchvision"
     raise UserError(
         f"{name} has compute capability {capability[0]}.{capability[1]}, torch {torch.__version__} has kernels for "
-        f"{', '.join(compiled)}; {remedy}, or set device=cpu"
+        f"{', '.join(compiled)}; {remedy}, or use the CPU: {USE_CPU}"
     )

@@ -85,7 +85,9 @@ def load_for_inference(
     Raises:
         UserError: the file is missing, damaged, of another program, or does not match.
     """
-    if is_model(path) and not best:
+    if is_model(path):
+        if best:
+            raise UserError(f"--best needs the folder of a run, and {path} is one model; omit --best")
         path, content = read_model(path)
     else:
         path = checkpoint_in(path, best)

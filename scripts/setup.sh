@@ -1,9 +1,11 @@
 #!/bin/sh
 # Prepare the environment of the other scripts: the active venv or conda environment, else .venv in the repository root,
 # with everything in requirements.txt. Run it, or source it from the repository root as the other scripts do.
-case $0 in *setup.sh)
-    set -eu
-    cd -- "$(dirname -- "$0")/.." ;;
+case ${ZSH_EVAL_CONTEXT:-}:$0 in
+    *:file:*) ;; # sourced by zsh, where $0 is this file, too
+    *setup.sh)
+        set -eu
+        cd -- "$(dirname -- "$0")/.." ;;
 esac
 
 # By default glibc returns every large block to the system when it is freed, and the next step page-faults it in again.

@@ -23,8 +23,8 @@ set -euo pipefail
 dataset=${dataset:-pascal}
 method=${method:-fixmatch} # which method: docs/methods.md
 split=${split:-1_8}
-recipe=(--dataset "$dataset" --method "$method" --split "$split" --save-path "${save_path:-exp/$dataset/$method/$split}")
-[[ " $* " != *" --config"[\ =]* ]] || recipe=(${save_path:+--save-path "$save_path"})
+recipe=(${save_path:+--save-path "$save_path"})
+[[ " $* " == *" --config"[\ =]* ]] || recipe+=(--dataset "$dataset" --method "$method" --split "$split")
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     echo "usage: sbatch scripts/slurm_train.sh [key.path=value ...]" >&2
@@ -35,7 +35,7 @@ job=$SLURM_JOB_ID # in an array job, the id of this task
 # Slurm runs a copy of this file; the job record has the path of the original, followed by the arguments.
 script=$(scontrol show job "$job" | sed -n 's/^ *Command=//p')
 script=${script%%$'\n'*}
-cd -- "$(dirname -- "${script%%.sh*}.sh")/.."
+cd -- "${script%%/slurm_train.sh*}/.."
 . scripts/setup.sh
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -25,10 +25,10 @@ else
     set -- device=cpu "$@"
 fi
 case " $* " in
-    *" --config"[\ =]*) set -- train.py ${save_path:+--save-path "$save_path"} "$@" ;;
-    *) set -- train.py --dataset "$dataset" --method "$method" --split "$split" \
-        --save-path "${save_path:-exp/$dataset/$method/$split}" "$@" ;;
+    *" --config"[\ =]*) ;;
+    *) set -- --dataset "$dataset" --method "$method" --split "$split" "$@" ;;
 esac
+set -- train.py ${save_path:+--save-path "$save_path"} "$@"
 case $num_gpu in
     0 | 1) exec python "$@" ;;
     *) exec python -m allspark.torchrun --nproc_per_node="$num_gpu" --master_port="$port" \

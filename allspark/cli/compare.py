@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from allspark.config_io import differences, to_plain
 from allspark.data.datasets import spec_for
 from allspark.data.image_io import read_image
@@ -102,7 +104,8 @@ def main(args: argparse.Namespace) -> None:
             plot_panels(panels, args.out / name)
             made.append(name)
     if with_weights := [row for row in rows if row.runs[0].checkpoint.is_file()]:
-        draw_predictions(with_weights, args.images, args.overlay, args.out / "predictions.png")
+        device = choose_device(args.device)
+        draw_predictions(with_weights, args.images, args.overlay, args.out / "predictions.png", device)
         made.insert(0, "predictions.png")
     print(f"pictures: {', '.join(str(args.out / name) for name in made)}")
 
@@ -280,10 +283,10 @@ def class_panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Points]]]:
     }
 
 
-def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path) -> None:
+def draw_predictions(rows: Sequence[Row], count: int, overlaid: bool, path: Path, device: torch.device) -> None:
     """Image, truth and last prediction of each row's first run, for `count` images spread evenly over val."""
     data = rows[0].runs[0].recipe.data
-    spec, device = spec_for(data), choose_device("auto")
+    spec = spec_for(data)
     val = val_dataset(data, spec)
     count = min(count, len(val))
     places = [index * len(val) // count for index in range(count)]

@@ -52,7 +52,7 @@ def import_weights(args: argparse.Namespace) -> None:
     if args.out.exists() and args.out.samefile(args.source):
         raise UserError(f"--out {args.out}: is the source file; choose another name")
     if file.content.get("format") == FORMAT:
-        write_checkpoint(args.out, inference_checkpoint(file))
+        write_checkpoint(args.out, inference_checkpoint(file, args.student))
         return
     found = recognize(file, stride=args.output_stride)
     print(printable("\n".join(describe(found))))
@@ -80,8 +80,8 @@ def check_stride(found: RecognizedModel, stride: int | None) -> None:
         raise UserError(f"--output-stride {stride}: only for complete models of iMAS, not for {found.file.path}")
 
 
-def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
-    """The network that a checkpoint of this code predicts with: of a method with a teacher, the teacher."""
+def inference_checkpoint(file: WeightFile, student: bool) -> dict[str, Any]:
+    """The network that a checkpoint of this code predicts with, of a method with a teacher that; or the student."""
     loaded = load_for_inference(file.path, torch.device("cpu"))
     content = load_checkpoint(file.path)
     if not is_imported(content) and content["method"] is None:
@@ -96,7 +96,7 @@ def inference_checkpoint(file: WeightFile) -> dict[str, Any]:
     else:
         model = {**to_plain(loaded.recipe.model), "pretrained": "none", "init_from": "none"}
         architecture = {"model": model, "num_classes": loaded.spec.num_classes, "crop_size": loaded.crop_size}
-    state = {**content["model"], **loaded.model.state_dict()}  # a teacher has no memory
+    state = {**content["model"], **({} if student else loaded.model.state_dict())}  # a teacher has no memory
     state = {name: value for name, value in state.items() if not name.startswith("heads.")}  # for training alone
     check_finite(state, file.path)
     print(f"{file.path}: {OURS.title}, {architecture['model']['encoder']}, {len(state)} tensors")

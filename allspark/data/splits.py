@@ -269,7 +269,7 @@ def find_data(data: DataConfig, spec: DatasetSpec, create: bool = True) -> Path:
             spec.prepare(root)
         distributed.barrier()
     if not root.is_dir():
-        remedy = f"{'correct it' if create else 'give --data-root'} or set {root_variable(spec.name)}=DIR"
+        remedy = f"set {root_variable(spec.name)}=DIR, or {'correct it' if create else 'give --data-root'}"
         raise UserError(f"data.data_root: {root} is not a folder; {remedy}{prepare_hint(spec)}")
     return root
 

@@ -16,6 +16,7 @@ from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+MAX_BASE = 65535  # largest denominator of a frame's duration in MPEG-4 Part 2
 # Read by OpenCV's FFmpeg on first use: no output on stderr, and no playlists that point elsewhere
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "protocol_whitelist;file")
@@ -102,7 +103,10 @@ def write_video(path: Path, frames: Iterable[np.ndarray], rate: float) -> None:
     remedy = "free disk space or choose another path"
     with atomic_path(path, remedy) as temporary:
         size = (width // 2 * 2, height // 2 * 2)
+        rate = rate if rate * 1000 <= MAX_BASE else round(rate, 1)  # of cv2's thousandths of a second
         video = cv2.VideoWriter(str(temporary), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not video.isOpened():
+            raise UserError(f"{path}: OpenCV cannot write a video of {width} x {height} pixels, {rate} per second")
         count = 0
         for frame in itertools.chain([first], frames):
             video.write(cv2.cvtColor(frame[: size[1], : size[0]], cv2.COLOR_RGB2BGR))

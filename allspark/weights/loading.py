@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from allspark.weights.mirrors import PUBLISHED
 
 TEACHERS = ("model_ema", "teacher_state")  # where UniMatch V2 and iMAS keep the network that they report
 OURS_TEACHER = "teacher.model."  # in the state of a method of this code
+BLOCK = re.compile(r"((?:.*\.)?)(\d+)(\.\D.*)")  # name of a tensor, with the number of its innermost block
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.index\.json$")
 
 
@@ -165,16 +167,37 @@ def load_encoder(model: Segmentor, path: str | Path) -> str:
     if isinstance(model.encoder, TimmEncoder):
         model.encoder.check_file(Path(path))
     file = read_weights(path)
-    result = load_matching(model.encoder, encoder_tensors(model.encoder, file), "encoder.")
+    found = encoder_tensors(model.encoder, file)
+    result = load_matching(model.encoder, found, "encoder.")
     own = model.encoder.state_dict()
     if bad := [name for name in result.bad if not name.startswith("pyramid.")]:  # never in a file
         raise UserError(
             f"{path}: does not fit this encoder; {len(bad)} of {len(own)} tensors are missing or of another size, "
             f"first {bad[0]} {tuple(own[bad[0]].shape)}; is the file for another variant than model.encoder?"
         )
+    check_depth(own, [name.removeprefix("encoder.") for name in found.tensors], path)
     check_finite(result.loaded, file.path)
     left = f", unused: {abbreviate(result.unexpected)}" if result.unexpected else ""
     return f"encoder weights {path}{of_teacher(file)}: {len(result.loaded)} tensors{left}"
+
+
+def check_depth(own: Iterable[str], names: Iterable[str], path: str | Path) -> None:
+    """UserError if a file has more blocks than the network: variants of an encoder often differ in depth alone.
+
+    Args:
+        own: names of the network's tensors.
+        names: of the file's tensors.
+        path: of the file.
+    """
+    depths: dict[tuple[str, str], int] = {}  # what is before and after the number of a block -> the largest number
+    for block in filter(None, map(BLOCK.fullmatch, own)):
+        depths[block[1], block[3]] = max(depths.get((block[1], block[3]), 0), int(block[2]))
+    for block in filter(None, map(BLOCK.fullmatch, names)):
+        if int(block[2]) > depths.get((block[1], block[3]), math.inf):
+            raise UserError(
+                f"{path}: is of a deeper network than model.encoder, which has no {block[0]}; use the weights of its "
+                "own variant"
+            )
 
 
 def of_teacher(file: WeightFile) -> str:
@@ -228,9 +251,13 @@ def init_from(model: Segmentor, path: str | Path) -> str:
             f"first {bad[0]} {tuple(own[bad[0]].shape)}; use the model.encoder, decoder and decoder_channels it was "
             f"trained with (for encoder weights use model.pretrained)"
         )
+    check_depth(own, [name for name in found.tensors if not name.startswith(dropped)], path)
     check_finite(result.loaded, file.path)
     fresh = sorted({name.rsplit(".", 1)[0] for name in own if name not in loaded})
-    return f"init_from {path}{of_teacher(file)}: loaded {len(loaded)} tensors; newly initialized: {', '.join(fresh)}"
+    unused = [found.sources[name] for name in found.tensors if name not in own] + found.unknown
+    left = f"; unused: {abbreviate(unused)}" if unused else ""
+    new = ", ".join(fresh)
+    return f"init_from {path}{of_teacher(file)}: loaded {len(loaded)} tensors; newly initialized: {new}{left}"
 
 
 def load_pretrained(model: Segmentor, pretrained: str, init: str) -> list[str]:

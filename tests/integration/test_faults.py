@@ -89,7 +89,13 @@ def test_slurm_requeue(tmp_path, code, requeued):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="slurm_train.sh needs bash")
 def test_slurm_array_requeue(tmp_path):
-    """The array's first id is also that of one task, and shows all. A blank in the path; a recipe of one's own."""
-    called = submit(tmp_path / "my code", 75, ["--config", "my.yaml"], SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    """The array's first id is also that of one task, and shows all. An unusual path; a recipe of one's own."""
+    called = submit(
+        tmp_path / "lab.shared" / "my code",
+        75,
+        ["--config", "my.yaml"],
+        SLURM_ARRAY_JOB_ID="7",
+        SLURM_ARRAY_TASK_ID="2",
+    )
     assert "scontrol show job 7_2\n" in called and "scontrol requeue 7_2\n" in called
     assert "python train.py --config my.yaml\n" in called

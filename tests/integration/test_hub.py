@@ -43,6 +43,13 @@ def test_model_folder_predicts_as_the_run(finished, pushed, predicted, tmp_path)
     assert run_main(main, ["eval", "--checkpoint", str(pushed), f"--data-root={finished.root}"]) == 0
 
 
+def test_a_model_has_no_best_epoch(pushed, place, tmp_path, capsys):
+    for model in (pushed, "hf://lab/cracks"):
+        words = ["predict", "--checkpoint", str(model), "--best", "--out", str(tmp_path / "out"), str(place.root)]
+        assert run_main(main, words) == 2
+        assert f"--best needs the folder of a run, and {model} is one model; omit --best" in capsys.readouterr().err
+
+
 def test_nothing_else_is_replaced(finished, pushed, tmp_path, capsys):
     """Neither a run's recipe nor a README, and a model only with --force."""
     before = (finished.run / "config.yaml").read_bytes()

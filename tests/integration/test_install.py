@@ -145,6 +145,31 @@ def test_opencv_without_libgl(tmp_path, monkeypatch, capsys):
         command.load_module("bug")
 
 
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_setup_in_zsh(tmp_path):
+    """Where a sourced file is $0: the shell keeps its options and its folder."""
+    (tmp_path / "scripts").mkdir()
+    text = (REPO / "scripts" / "setup.sh").read_text().partition("\n# By default glibc")[0]
+    (tmp_path / "scripts" / "setup.sh").write_text(text)
+    command = 'cd /; . "$1"; false; echo "$PWD $-"'
+    done = subprocess.run(["zsh", "-fc", command, "zsh", tmp_path / "scripts/setup.sh"], capture_output=True, text=True)
+    assert done.stdout.startswith("/ ") and not {"e", "u"} & set(done.stdout.split()[1])
+
+
+@pytest.mark.parametrize("words", [["--dataset", "camvid", "--method", "imas"], ["--config", "my.yaml"], []])
+def test_train_script_leaves_the_folder_to_train(tmp_path, words):
+    """Else options after the defaults would train into the folder of the defaults."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(REPO / "scripts" / "train.sh", tmp_path / "scripts")
+    (tmp_path / "scripts" / "setup.sh").write_text(f"PATH={tmp_path}:$PATH\n")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    start = ["sh", tmp_path / "scripts/train.sh", "1", "29500", *words]
+    called = subprocess.run(start, capture_output=True, text=True).stdout.split()
+    recipe = [] if "--config" in words else ["--dataset", "pascal", "--method", "fixmatch", "--split", "1_8"]
+    assert called == ["train.py", *recipe, "device=cuda", *words]
+
+
 def test_no_posix_only_imports():
     for path in (*(REPO / "allspark").rglob("*.py"), REPO / "train.py", REPO / "eval.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -283,6 +283,15 @@ def test_teacher_is_used_to_start_from(with_teacher):
                 assert torch.equal(value, expected[name]), name
 
 
+def test_student_is_imported_on_request(with_teacher, tmp_path):
+    path, student, teacher = with_teacher
+    for words, network in (((), teacher), (("--student",), student)):
+        words = ["weights", "import", str(path), "--out", str(tmp_path / "a.pth"), "--force", *words]
+        assert run_main(verbs.main, words) == 0
+        tensors = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
+        assert all(torch.equal(tensors[name], value) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "do, words",
     [

@@ -414,6 +414,14 @@ def test_video_of_overlays(predict, clip, photos, tmp_path):
     assert video.frame_rate(slow / "clip.mp4") == 2.5
 
 
+@pytest.mark.parametrize("rate", [0.5, 29.97, 59.977, 119.947, 1000])
+def test_frame_rates(tmp_path, rate):
+    """MPEG-4 takes no more than 65535 parts of a second; the averages of variable rates have any value."""
+    frames = [np.full((64, 96, 3), 20 * number, np.uint8) for number in range(6)]
+    video.write_video(tmp_path / "a.mp4", frames, rate)
+    assert abs(video.frame_rate(tmp_path / "a.mp4") / rate - 1) < 1e-3
+
+
 def test_truncated_video(predict, clip, photos, tmp_path, capfd):
     whole = clip.read_bytes()
     clip.write_bytes(whole[: len(whole) * 7 // 10])

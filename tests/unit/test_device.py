@@ -62,7 +62,7 @@ def test_no_cpu_fallback_in_gpu_job(monkeypatch, name, value):
         monkeypatch.delenv(other, raising=False)
     assert gpus_allocated() is None
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"{name}={value} gives this process a GPU.*or set device=cpu"):
+    with pytest.raises(UserError, match=f"{name}={value} gives this process a GPU.*or use the CPU: device=cpu"):
         choose_device("auto")
     assert choose_device("cpu").type == "cpu"
     monkeypatch.setenv(name, "" if name != "SLURM_GPUS_ON_NODE" else "0")

@@ -106,6 +106,20 @@ def test_variant_mismatch(torchvision_net, tmp_path):
         load_pretrained(make_model("resnet50s", decoder_channels=8), str(tmp_path / "resnet101.pth"), "none")
 
 
+@pytest.mark.parametrize(
+    ("encoder", "deeper"), [("mit_b1", "mit_b2"), ("resnet50", "resnet101"), ("timm:resnet18", "timm:resnet34")]
+)
+def test_weights_of_a_deeper_variant(encoder, deeper, tmp_path):
+    """Variants that differ in depth alone: the file has all tensors that the network needs, and more."""
+    state = make_model(deeper, decoder="mlp", decoder_channels=8).state_dict()
+    torch.save({name: value for name, value in state.items() if name.startswith("encoder.")}, tmp_path / "a.pth")
+    torch.save(state, tmp_path / "whole.pth")
+    model = make_model(encoder, decoder="mlp", decoder_channels=8)
+    for files in ((str(tmp_path / "a.pth"), "none"), ("none", str(tmp_path / "whole.pth"))):
+        with pytest.raises(UserError, match="is of a deeper network than model.encoder, which has no "):
+            load_pretrained(model, *files)
+
+
 @pytest.mark.parametrize(("decoder", "crop"), [("deeplab", 321), ("mlp", 65), ("mlp_bn", 513)])
 def test_whole_model_by_shapes(decoder, crop):
     with torch.device("meta"):

@@ -237,7 +237,7 @@ def test_eval_follows_no_stranger(tmp_path):
     content = {"model": model, "method": {}, "epoch": 0, "step": 0, "recipe": to_plain(recipe), "split": {}}
     save_checkpoint(tmp_path / "x.pth", content)
     with pytest.raises(
-        UserError, match=f"{tmp_path / 'home'} is not a folder; give --data-root or set ALLSPARK_DATA_SHAPES=DIR$"
+        UserError, match=f"{tmp_path / 'home'} is not a folder; set ALLSPARK_DATA_SHAPES=DIR, or give --data-root$"
     ):
         eval_script.main(["--checkpoint", str(tmp_path / "x.pth"), "--device", "cpu"])
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
