@@ -54,7 +54,7 @@ labeled list: its sha256. minutes: mean training time of a run by its logged spe
 
 
 PAIRED_LEGEND = """
-95 % interval and p: of the mean difference, by a paired t-test over the runs that both rows have.
+95 % interval and p: of the mean difference, by a paired t-test over the {samples} that both rows have.
 """
 LISTS = ("data.split", "data.labeled_id_path", "data.unlabeled_id_path")  # differ between draws of the labeled images
 
@@ -73,8 +73,13 @@ class Row:
         return {self.label(run): run for run in self.runs}
 
     def label(self, run: Run) -> str:
-        data = run.recipe.data
-        return f"{f'{data.labeled_id_path or data.split} ' if self.draws else ''}seed {run.recipe.seed}"
+        return f"{f'{draw_of(run)} ' if self.draws else ''}seed {run.recipe.seed}"
+
+
+def draw_of(run: Run) -> str:
+    """Name of the labeled list."""
+    data = run.recipe.data
+    return str(data.labeled_id_path or data.split)
 
 
 Measure = Callable[[Run], float | None]  # a number of a run, None if it has none
@@ -205,26 +210,46 @@ def pseudo_keys(rows: Sequence[Row]) -> list[str]:
 
 
 def paired_table(rows: Sequence[Row], base: str) -> str:
-    """Markdown: last mIoU of each other row minus that of the row `base`, run by run, and a paired t-test."""
+    """Markdown: last mIoU of each other row minus that of the row `base`, run by run, and a paired t-test.
+
+    Runs on one draw of the labeled images are not independent, so a draw counts once, with the mean over its seeds.
+    """
     from scipy import stats  # takes a second to import
 
     by_name = {row.name: row for row in rows}
     if base not in by_name:
         raise UserError(f"--paired {base}: there is no such row; there are {', '.join(by_name)}")
-    base_runs = by_name[base].by_label
+    base_runs, draws, others = by_name[base].by_label, by_name[base].draws, []
     table = [[f"mIoU last, minus {base}", *base_runs, "mean ± std", "95 % interval", "p"]]
     for row in (row for row in rows if row.name != base):
         runs = row.by_label
         gains = [runs[label].last_miou - run.last_miou if label in runs else None for label, run in base_runs.items()]
         cells = [*(mean_std([gain], 2, "+") for gain in gains), mean_std(gains, 2, "+")]
-        paired = [gain for gain in gains if gain is not None]
+        groups = defaultdict(list)
+        for (label, run), gain in zip(base_runs.items(), gains, strict=True):
+            if gain is not None:
+                groups[draw_of(run) if draws else label].append(gain)
+        if any(label in runs and has_other_list(run, runs[label]) for label, run in base_runs.items()):
+            others.append(row.name)
+        paired = list(map(statistics.fmean, groups.values()))
         if len(set(paired)) < 2:  # one pair, or no spread
             table.append([row.name, *cells, "-", "-"])
             continue
         test = stats.ttest_1samp(paired, 0)
         low, high = test.confidence_interval(0.95)
         table.append([row.name, *cells, f"{low:+.2f} to {high:+.2f}", f"{test.pvalue:.2g}"])
-    return markdown_table(table) + PAIRED_LEGEND if len(table) > 1 else ""
+    if len(table) == 1:
+        return ""
+    legend = PAIRED_LEGEND.format(samples="draws of labeled images" if draws else "runs")
+    if others:
+        legend += f"\nOther labeled images than {base}: {', '.join(others)}.\n"
+    return markdown_table(table) + legend
+
+
+def has_other_list(run: Run, other: Run) -> bool:
+    """Whether both runs recorded their labeled images, and these differ."""
+    lists = [each.provenance.get("split", {}).get("labeled") for each in (run, other)]
+    return None not in lists and lists[0] != lists[1]
 
 
 def origin_table(rows: Sequence[Row]) -> str:

@@ -270,7 +270,8 @@ def report_masks(
         return result
     if no_val and seen["val"]:
         result.warnings.append(
-            f"classes that occur in no val image{which}, so their IoU is undefined: {', '.join(no_val)}"
+            f"classes that occur in no val image{which}: {', '.join(no_val)}; their IoU is 0 if they are predicted "
+            "anywhere, else left out of the mean"
         )
     if not absent:
         return result

@@ -17,6 +17,7 @@ from allspark.data.entries import (
     MASK_SUFFIXES,
     Entry,
     check_name,
+    drop_repeats,
     folder_entries,
     image_files,
     make_exists_check,
@@ -161,7 +162,7 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
             remedy = "Set data.custom.val_images and val_masks, or draw them from your labeled images: "
             remedy += f"python -m allspark splits make --config FILE {train}--val 1_5 --write-recipe"
         raise UserError(f"no validation images: {path} does not exist. {remedy}")
-    return read_entries(require_file(path, "data.val_id_path"), root, spec.mask_path)
+    return drop_repeats(read_entries(require_file(path, "data.val_id_path"), root, spec.mask_path))
 
 
 def build_lists(

@@ -29,11 +29,15 @@ class EvalResult:
     confusion: tuple[tuple[int, ...], ...]
 
     def per_class(self) -> dict[str, tuple[float, ...]]:
-        """IoU, Dice (F1), precision and recall of each class; nan where a quotient is 0 / 0."""
+        """IoU, Dice (F1), precision and recall of each class; nan in all or in none, a quotient 0 / 0 then being 0."""
         matrix = torch.tensor(self.confusion, dtype=torch.float64)
         hit, labeled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         more = {"dice": 2 * hit / (labeled + predicted), "precision": hit / predicted, "recall": hit / labeled}
-        return {"iou": self.iou, **{name: tuple((100 * values).tolist()) for name, values in more.items()}}
+        counted = [not math.isnan(value) for value in self.iou]
+        more = {
+            name: (100 * values).nan_to_num(0).where(torch.tensor(counted), math.nan) for name, values in more.items()
+        }
+        return {"iou": self.iou, **{name: tuple(values.tolist()) for name, values in more.items()}}
 
     def by_class(self, classes: Sequence[str], metric: str = "iou") -> dict[str, float | None]:
         """Class name -> value of a metric of per_class; None instead of nan, for JSON."""

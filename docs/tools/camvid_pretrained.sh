@@ -5,7 +5,7 @@
 #     ENCODER=vit_s WEIGHTS=FILE docs/tools/camvid_pretrained.sh ...
 #
 # Runs are in OUT/LIST/ROW/seed_N; finished ones are skipped, interrupted ones resumed. On one core, supervised rows take
-# 4 minutes, others 7 to 15. ENCODER=lite0, the default, is EfficientNet-Lite0 from the ImageNet weights of
+# 3 to 7 minutes, others 6 to 16. ENCODER=lite0, the default, is EfficientNet-Lite0 from the ImageNet weights of
 # `python -m allspark weights fetch efficientnet_lite0` (Apache 2.0). vit_s is dinov2_small with the DPT decoder, from
 # weights in timm's or DINOv2's format (WEIGHTS=none: random ones).
 set -euo pipefail

@@ -265,6 +265,16 @@ def test_difference_per_seed(write_run):
         paired_table(rows, "fixmatch")
 
 
+def test_pairs_with_other_labeled_images(write_run):
+    """They are compared, as for supervised training on more labels, but the table says so."""
+    words = []
+    for name, labeled in (("base", "6"), ("same", "6"), ("more", "23")):
+        run = write_run(name, 0, 20.0)
+        (run / "run.json").write_text(json.dumps({"split": {"labeled": labeled}}))
+        words.append(f"{name}={run}")
+    assert paired_table(read_rows(words), "base").endswith("\nOther labeled images than base: more.\n")
+
+
 def test_draws_of_the_labeled_images(write_run, tmp_path):
     """With --draws a row has runs on several lists; pairs are of one list and one seed."""
     base = {("a", 0): 20.0, ("b", 0): 30.0, ("b", 1): 31.0}
@@ -280,6 +290,11 @@ def test_draws_of_the_labeled_images(write_run, tmp_path):
     lines = paired_table(read_rows(words, draws=True), "base").splitlines()
     assert cells(lines[0])[1:4] == ["a seed 0", "b seed 0", "b seed 1"]
     assert cells(lines[2])[1:5] == ["+1.00", "-", "+2.00", "+1.50 ± 0.71"]
+    words.append(f"mine={write_run('more', 0, 31.0, data={'split': 'b'})}")  # draw a: +1; draw b: +1 and +2
+    lines = paired_table(read_rows(words, draws=True), "base").splitlines()
+    half = math.tan(0.475 * math.pi) * 0.25  # the standard error of 1 and 1.5
+    assert cells(lines[2])[4:6] == ["+1.33 ± 0.58", f"{1.25 - half:+.2f} to {1.25 + half:+.2f}"]
+    assert lines[4].endswith("over the draws of labeled images that both rows have.")
     main(["compare", *words, "--out", str(tmp_path / "out"), "--draws", "--paired", "base", "--paired", "mine"])
     table = (tmp_path / "out" / "table.md").read_text()
     assert "minus base" in table and "minus mine" in table

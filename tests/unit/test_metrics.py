@@ -62,7 +62,7 @@ def test_absent_class():
     assert scores.iou[:2] == (75.0, 0.0) and math.isnan(scores.iou[2])
     assert scores.miou == 37.5
     assert scores.by_class("abc", "precision") == {"a": 100.0, "b": 0.0, "c": None}
-    assert scores.by_class("abc", "recall") == {"a": 75.0, "b": None, "c": None}
+    assert scores.by_class("abc", "recall") == {"a": 75.0, "b": 0.0, "c": None}
     released = confusion.result(1, absent_as_zero=True)
     assert released.iou == (75.0, 0.0, 0.0) and released.miou == 25.0
 
@@ -90,3 +90,14 @@ def test_table_and_json():
     assert rows["sky"] == ["50.00", "66.67", "100.00", "50.00"] and rows["boat"] == ["-"] * 4
     assert rows["mean of 2 classes"] == ["50.00", "66.67", "75.00", "75.00"]
     assert json.loads(json.dumps(scores.by_class(classes)))["boat"] is None
+
+
+@pytest.mark.parametrize("absent_as_zero", [False, True])
+def test_means_are_over_the_same_classes(absent_as_zero):
+    """A class that is only labeled or only predicted has IoU, Dice, precision and recall 0; one in neither has none."""
+    confusion = ConfusionMatrix(4, 255)
+    confusion.update(torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1]))
+    scores = confusion.result(1, absent_as_zero=absent_as_zero)
+    for name, values in scores.per_class().items():
+        first = {"iou": 50, "dice": 200 / 3, "precision": 50, "recall": 100}[name]
+        np.testing.assert_allclose(values, [first, 0, 0, 0 if absent_as_zero else np.nan])
