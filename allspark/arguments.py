@@ -119,8 +119,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=path,
         metavar="FILE",
-        help="a complete recipe instead of --dataset; --method, if given, replaces its method and all keys that the "
-        "method's recipe sets",
+        help="a complete recipe instead of --dataset; --method, if given, replaces its method, its bottleneck "
+        "and all keys that the method's recipe sets",
     )
     parser.add_argument("--split", help="use splits/<dataset>/<split>/{labeled,unlabeled}.txt")
     parser.add_argument("--labeled-id-path", metavar="FILE", help="list of labeled images instead of --split")
@@ -460,7 +460,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--dataset", help="name of a built-in data set")
     which.add_argument("--config", metavar="FILE", help="recipe that describes your own data set")
     make.add_argument(
-        "--data-root", metavar="DIR", help="default: the recipe's, else ALLSPARK_DATA_<DATASET>, else data/<dataset>"
+        "--data-root", metavar="DIR", help="default: ALLSPARK_DATA_<DATASET>, else the recipe's or data/<dataset>"
     )
     make.add_argument(
         "--train",

@@ -175,6 +175,10 @@ def resume(
             f"{save_path}: contains a run with another recipe ({listed}); choose another --save-path, "
             f"or use --fresh to move the old run aside"
         )
+    if changed := differences(to_plain(saved_recipe), to_plain(recipe), runtime=True):
+        notes.append(
+            "changed since the last start: " + "; ".join(f"{key}: {old} -> {new}" for key, old, new in changed)
+        )
     if content["split"]["sha256"] != lists.hash:
         raise UserError(
             f"{path}: this run was started with other images in its lists (split {content['split']['name']}); restore "

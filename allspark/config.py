@@ -238,7 +238,7 @@ class OptimConfig:
     lr_multi: float = option(10.0, "factor on the learning rate of everything but the encoder", low=0, high=1e6)
     freeze: Literal["none", "encoder"] | int = option(
         "none",
-        "what is not trained: nothing, the encoder, or its first N blocks with everything before them; frozen batch "
+        "what is not trained: nothing, the encoder, or its first N blocks and all before block N + 1; frozen batch "
         "norm uses its running statistics",
     )
     layer_decay: float = option(

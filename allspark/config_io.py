@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel has configs, splits, train.py and eval.py inside the package
 CONFIG_ROOT = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"  # in a checkout they are beside it
 MAX_YAML = 4 << 20  # bytes
+SECTIONS = {"data", "model", "method", "optim", "criterion", "evaluation", "log"}  # of a complete recipe
 MAPS = ("value_map", "color_map")  # replaced as a whole; sections are merged key by key
 
 # Old key path -> new key path, or a function (content without the old key, its value) -> (content, note).
@@ -73,7 +74,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, me
             if isinstance(bottleneck, Mapping) and "warmup_epochs" in bottleneck:  # belongs to the data set
                 content["model"]["bottleneck"] = {"warmup_epochs": bottleneck["warmup_epochs"]}
         content = _with_method(content, _dataset_name(content), method, notes)
-    return build_recipe(_with_named_recipe(content, notes), overrides, str(path), notes)
+    else:
+        content = _with_named_recipe(content, notes)
+    return build_recipe(content, overrides, str(path), notes)
 
 
 def build_recipe(
@@ -209,16 +212,24 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(key path, old value, new value) of each key in which two plain recipes differ and that may change a result."""
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, runtime: bool = False
+) -> list[tuple[str, Any, Any]]:
+    """(key path, old value, new value) of each key in which two plain recipes differ.
+
+    Args:
+        old, new: the recipes.
+        prefix: of the key paths.
+        runtime: False: of keys that define a run; True: of those that a resumed run may change.
+    """
     changed = []
     for name in sorted({*old, *new}, key=str):  # the keys of a value_map are numbers
         path, a, b = f"{prefix}{name}", old.get(name), new.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             if path == "model.bottleneck" and a.get("name") == b.get("name") == "none":
                 continue  # its options have no effect
-            changed += differences(a, b, f"{path}.")
-        elif a != b and not is_runtime(path):
+            changed += differences(a, b, f"{path}.", runtime=runtime)
+        elif a != b and is_runtime(path) == runtime:
             changed.append((path, a, b))
     return changed
 
@@ -275,13 +286,13 @@ def _with_method(
 
 
 def _with_named_recipe(content: Mapping[str, Any], notes: list[str]) -> Mapping[str, Any]:
-    """content over the recipe that its method names, if that is one of configs/methods and not a method itself."""
+    """content over the recipe of configs/methods that its method names; as it is if it is complete, as of a run."""
     options = {"name": content.get("method")} if isinstance(content.get("method"), str) else content.get("method")
     name = str(options.get("name")) if isinstance(options, Mapping) else ""
     if not re.fullmatch(r"\w+", name) or not (CONFIG_ROOT / "methods" / f"{name}.yaml").is_file():
         return content
     recipe = _with_method({"method": {}}, _dataset_name(content), name, notes)
-    if recipe["method"]["name"] == name:
+    if recipe["method"]["name"] == name and content.keys() >= SECTIONS:
         return content
     return merge(recipe, {**content, "method": {key: value for key, value in options.items() if key != "name"}})
 

@@ -16,6 +16,8 @@ from allspark.utils.errors import UserError
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The complete recipe of the arguments; UserError for an unknown key, method or option."""
     overrides = parse_overrides(args.overrides)
+    if args.split is not None:  # takes precedence over the lists of a file
+        overrides = {"data.labeled_id_path": None, "data.unlabeled_id_path": None, **overrides}
     for key in ("split", "labeled_id_path", "unlabeled_id_path"):
         if (value := getattr(args, key)) is not None:
             overrides[f"data.{key}"] = value
@@ -42,6 +44,8 @@ def changes(args: argparse.Namespace, recipe: Recipe) -> list[str]:
         return [f"{source} is complete only with these arguments"]
     ignored = [f"data.{name}" for name in ("split", "labeled_id_path", "unlabeled_id_path", "val_id_path", "data_root")]
     changed = differences(to_plain(written), to_plain(recipe))
+    if recipe.micro_batch != written.micro_batch:  # a resumed run may change it, but it is no detail of the machine
+        changed.append(("micro_batch", written.micro_batch, recipe.micro_batch))
     rows = [(key, str(old), str(new)) for key, old, new in changed if key not in (*ignored, "optim.lr_batch")]
     lr = scale_lr(recipe.optim, recipe.batch_size).lr
     if lr != recipe.optim.lr and lr != scale_lr(written.optim, written.batch_size).lr:

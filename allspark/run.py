@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import warnings
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from allspark import distributed, launch
 from allspark.build import build_loader, build_method
 from allspark.checkpointer import Checkpointer, resume
-from allspark.config import OptimConfig, Recipe
+from allspark.config import OptimConfig, Recipe, height_width
 from allspark.config_io import to_plain
 from allspark.cuda_graph import build_graphs, why_eager
 from allspark.data.audit import preflight, select_hidden
@@ -254,6 +255,8 @@ def describe_run(state: TrainState, position: Position) -> list[str]:
         lines.append("gradient accumulation: batch norm, OHEM, CutMix and the memory see one micro-batch at a time")
     if (method.views.cutmix or method.uses_cutmix_partner) and micro_batch == 1:
         lines.append("micro-batches of one image: CutMix has no other image to paste from and is off")
+    if warning := ohem_without_effect(recipe, world_size):
+        lines.append(f"WARNING: {warning}")
     if recipe.precision == "bf16" and device.type == "cpu" and not has_bf16(device):
         lines.append("WARNING: precision=bf16 on a CPU without bf16 instructions is many times slower than fp32")
     if device.type == "cuda":
@@ -266,6 +269,19 @@ def describe_run(state: TrainState, position: Position) -> list[str]:
         if position.world_size not in (None, world_size):
             lines.append(f"world size changed from {position.world_size} to {world_size}")
     return lines
+
+
+def ohem_without_effect(recipe: Recipe, world_size: int) -> str | None:
+    """A warning if criterion=ohem keeps every pixel of a forward pass."""
+    criterion, images = recipe.criterion, micro_batch_size(recipe, world_size)
+    pixels = images * math.prod(height_width(recipe.data.crop_size))
+    kept = criterion.min_kept * (images / (criterion.min_kept_images or images))
+    if criterion.name != "ohem" or kept < pixels:
+        return None
+    return (
+        f"criterion=ohem has no effect: criterion.min_kept={criterion.min_kept} keeps all {pixels} pixels of a forward "
+        f"pass; set a smaller number, such as criterion.min_kept={pixels // 16}"
+    )
 
 
 def describe_batch(recipe: Recipe, world_size: int) -> str:

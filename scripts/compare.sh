@@ -49,7 +49,7 @@ for row in $methods; do
         echo "compare: run $number of $total: $row, seed $seed"
         if dataset=$dataset method=${row%%+*} split=$split save_path=$folder \
             sh scripts/train.sh "${gpus:-1}" "${port:-29500}" \
-            ${config:+--config "$config" --method "${row%%+*}"} ${config:+${split:+--split "$split"}} \
+            ${config:+--config "$config"} \
             "seed=$seed" ${budget:+"epochs=$budget"} ${bottleneck:+"model.bottleneck=$bottleneck"} "$@"; then
             finished="$finished
 $row=$folder"

@@ -12,7 +12,7 @@
 # One task per GPU. A task uses the GPU with the number of its SLURM_LOCALID, or the only one it sees
 # (--gpus-per-task=1). Two nodes of eight GPUs:
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm_train.sh batch_size=16
-# Another recipe: change the three lines below, or set them: method=imas split=1_4 sbatch scripts/slurm_train.sh
+# Another recipe: dataset=cityscapes method=imas split=1_4 sbatch scripts/slurm_train.sh (methods: docs/methods.md)
 # Your own recipe: sbatch scripts/slurm_train.sh --config my.yaml. Parallel runs need different folders:
 #   for seed in 0 1 2; do save_path=exp/voc/seed_$seed sbatch scripts/slurm_train.sh seed=$seed; done
 # Two minutes before the time limit, Slurm sends SIGUSR1: training finishes its step, saves and exits with code 75, and
@@ -20,11 +20,12 @@
 # within 60 s. Use --signal=USR1@300 if a step or a checkpoint takes long.
 # Compute nodes often have no network: run scripts/setup.sh once on the login node.
 set -euo pipefail
-dataset=${dataset:-pascal}
-method=${method:-fixmatch} # which method: docs/methods.md
-split=${split:-1_8}
 recipe=(${save_path:+--save-path "$save_path"})
-[[ " $* " == *" --config"[\ =]* ]] || recipe+=(--dataset "$dataset" --method "$method" --split "$split")
+if [[ " $* " == *" --config"[\ =]* ]]; then
+    recipe+=(${method:+--method "$method"} ${split:+--split "$split"})
+else
+    recipe+=(--dataset "${dataset:-pascal}" --method "${method:-fixmatch}" --split "${split:-1_8}")
+fi
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     echo "usage: sbatch scripts/slurm_train.sh [key.path=value ...]" >&2

@@ -1,14 +1,11 @@
 #!/bin/sh
 # sh scripts/train.sh <num_gpu> <port> [train.py options and key.path=value ...]
-# Another recipe: change the three lines below, or set them: method=imas split=1_4 sh scripts/train.sh 4 29500
+# Another recipe: dataset=cityscapes method=imas split=1_4 sh scripts/train.sh 4 29500 (methods: docs/methods.md)
 # Your own recipe: sh scripts/train.sh 4 29500 --config my.yaml
 # 0 GPUs: one process on the CPU. Several processes on the CPU: sh scripts/train.sh 2 29500 device=cpu
 # A run stopped by Ctrl-C or kill has saved its state; the same command resumes it. With max_restarts=3 set, several
 # processes are restarted up to three times if one of them dies, and resume from the last checkpoint.
 set -eu
-dataset=${dataset:-pascal}
-method=${method:-fixmatch} # which method: docs/methods.md
-split=${split:-1_8}
 
 case ${1:-x}${2:-x} in *[!0-9]*)
     echo "usage: sh scripts/train.sh <num_gpu> <port> [key.path=value ...]" >&2
@@ -25,8 +22,8 @@ else
     set -- device=cpu "$@"
 fi
 case " $* " in
-    *" --config"[\ =]*) ;;
-    *) set -- --dataset "$dataset" --method "$method" --split "$split" "$@" ;;
+    *" --config"[\ =]*) set -- ${method:+--method "$method"} ${split:+--split "$split"} "$@" ;;
+    *) set -- --dataset "${dataset:-pascal}" --method "${method:-fixmatch}" --split "${split:-1_8}" "$@" ;;
 esac
 set -- train.py ${save_path:+--save-path "$save_path"} "$@"
 case $num_gpu in

@@ -25,7 +25,7 @@ from allspark.evaluation.sliding_window import inference_for
 from allspark.memory_estimate import GB, StepMemory, free_memory, measure_step, predict_step, resident_peak
 from allspark.models.segmentor import build_model
 from allspark.models.timm_encoder import TimmEncoder
-from allspark.run import describe_batch
+from allspark.run import describe_batch, ohem_without_effect
 from allspark.utils.errors import UserError, is_out_of_memory, printable, reason_of
 from allspark.weights.loading import load_pretrained
 
@@ -54,6 +54,7 @@ def main(args: argparse.Namespace) -> None:
                 lists, recipe.epoch_of, recipe.epochs, loader.steps_per_epoch, recipe.batch_size
             )
             found.notes += recipe_args.changes(args, recipe)
+            found.warnings += filter(None, [ohem_without_effect(recipe, args.processes)])
     if args.data_only:
         return print_findings(found)
     with found.collect_errors():

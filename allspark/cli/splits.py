@@ -78,6 +78,8 @@ def train_images(
     custom = data.custom
     train, masks = args.train, args.masks
     if train is None:
+        if masks is not None:
+            raise UserError(f"--masks {masks}: belongs to --train; without it data.custom.labeled_masks are taken")
         if custom is None or custom.labeled_images is None:
             raise UserError("--train: give a list or a folder; only with data.custom.labeled_images it may be omitted")
         train, masks = custom.labeled_images, custom.labeled_masks

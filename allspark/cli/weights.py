@@ -20,7 +20,7 @@ from torch import Tensor
 
 from allspark.config import ModelConfig
 from allspark.config_io import build_recipe, to_plain, without_absolute_paths
-from allspark.data.spec import IMAGENET
+from allspark.data.spec import DEFAULT_READING, IMAGENET
 from allspark.engine.checkpoint import FORMAT, checkpoint_in, is_imported, load_checkpoint, save_checkpoint
 from allspark.hub import PREFIX as HUB
 from allspark.hub import is_model, model_card, repository, upload, write_model_folder
@@ -86,10 +86,10 @@ def inference_checkpoint(file: WeightFile, student: bool) -> dict[str, Any]:
     content = load_checkpoint(file.path)
     if not is_imported(content) and content["method"] is None:
         raise UserError(f"{file.path}: is a file of `weights export`, which every command takes as it is")
-    if (loaded.spec.channels, loaded.spec.statistics) != (3, IMAGENET):
+    if (loaded.spec.reading, loaded.spec.statistics) != (DEFAULT_READING, IMAGENET):
         raise UserError(
             f"{file.path}: an imported file does not hold data.custom, which says how images of {loaded.spec.channels} "
-            "channel(s) are normalized; use `weights export`, which keeps the recipe"
+            "channel(s) are read and normalized; use `weights export`, which keeps the recipe"
         )
     if is_imported(content):
         architecture = content["architecture"]

@@ -55,10 +55,10 @@ def test_script_takes_own_recipe(script, tmp_path):
     done = script(["epochs=2"], config="my own.yaml", split="1_8", methods=methods, seeds="3", out=str(out))
     assert done.returncode == 0 and "compare: my own 1_8: supervised fixmatch+allspark" in done.stdout
     trained = [line for line in called.read_text().splitlines() if line.startswith("train.py")]
-    own = "--config my own.yaml --method {} --split 1_8 seed=3"
+    own = "--method {} --split 1_8 device=cpu --config my own.yaml seed=3"
     assert trained == [
-        f"train.py --save-path {out}/supervised/seed_3 device=cpu {own.format('supervised')} epochs=2",
-        f"train.py --save-path {out}/fixmatch+allspark/seed_3 device=cpu {own.format('fixmatch')} "
+        f"train.py --save-path {out}/supervised/seed_3 {own.format('supervised')} epochs=2",
+        f"train.py --save-path {out}/fixmatch+allspark/seed_3 {own.format('fixmatch')} "
         "model.bottleneck=allspark epochs=2",
     ]
     rows = [f"{row}={out}/{row}/seed_3" for row in methods.split()]

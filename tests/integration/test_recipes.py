@@ -259,6 +259,7 @@ def test_changes_are_shown(tmp_path):
     shapes = ("--dataset", "shapes", "--method", "fixmatch", "--split", "1_30")
     assert shown(*shapes) == ["the recipe is that of configs/"]
     assert [line.split() for line in shown(*shapes, "lr=1")[1:]] == [["optim.lr", "0.001", "1.0"]]
+    assert [line.split() for line in shown(*shapes, "micro_batch=1")[1:]] == [["micro_batch", "None", "1"]]
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(to_plain(load_recipe("shapes", "fixmatch"))), encoding="utf-8")
     assert shown("--config", str(file), "--split", "1_30") == [f"the recipe is that of {file}"]

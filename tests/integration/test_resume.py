@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, damaged or started twice: resuming and refusals."""
 
+import re
 import shutil
 import signal
 import time
@@ -147,6 +148,17 @@ def test_resume_before_key_existed(finished, place, capsys):
     torch.save(content, place.run / "latest.pth")
     train.main(["--config", str(finished.config), "--save-path", str(place.run)])
     assert "is finished" in capsys.readouterr().out
+
+
+def test_changed_settings_are_logged(finished, place, monkeypatch):
+    """Those that a resumed run may change; the log shows what they were."""
+    words = ["--config", str(finished.config), "--save-path", str(place.run)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "seed_step", At(train_step.seed_step, 3, sending(signal.SIGTERM)))
+        assert run_main(train.main, words) == 75
+    assert run_main(train.main, [*words, "micro_batch=1", "log.interval=7"]) == 0
+    text = (place.run / "train.log").read_text()
+    assert re.search(r"changed since the last start: log.interval: \d+ -> 7; micro_batch: None -> 1\n", text)
 
 
 def test_finished_run_is_untouched(resumed, finished):

@@ -8,6 +8,7 @@ from allspark.__main__ import main
 from allspark.build import build_method, complete
 from allspark.config_io import load_recipe
 from allspark.data.datasets import DATASETS
+from allspark.run import ohem_without_effect
 from allspark.utils.errors import run_main
 
 SPEC = DATASETS["shapes"]
@@ -38,6 +39,23 @@ def test_prediction_matches_measurement(method, options):
     assert found.persistent == {**real.persistent, "DDP's buckets": 0}
     assert sum(found.persistent.values()) < found.peak
     assert (found.persistent["teacher"] > 0) == (method == "allspark_revised")
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({}, True),
+        ({"criterion.min_kept": 8000}, False),
+        ({"criterion.min_kept_images": 100}, False),
+        ({"micro_batch": 1}, True),
+        ({"criterion": "ce"}, False),
+    ],
+)
+def test_ohem_that_keeps_every_pixel(options, warned):
+    recipe = recipe_of("supervised", **{"criterion": "ohem", "criterion.min_kept": 8192, **options})
+    warning = ohem_without_effect(recipe, 1)
+    assert (warning is not None) == warned
+    assert not warned or f"such as criterion.min_kept={(recipe.micro_batch or 2) * 256}" in warning
 
 
 def test_prediction_for_ranks_and_gpu():

@@ -18,6 +18,7 @@ from allspark.config_io import (
     parse_overrides,
     to_plain,
 )
+from allspark.recipe_arguments import recipe_of
 from allspark.utils.errors import UserError
 
 MINIMAL = {
@@ -142,20 +143,41 @@ def test_mapping_is_replaced_whole(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.5}])
 def test_own_recipe_names_a_recipe(tmp_path, options):
-    """As --method of that name, but for what the file says itself; a name of a method stays that method alone."""
+    """As --method of that name, but for what the file says itself."""
     recipe = {
         "data": {"dataset": "mine", "data_root": "", "crop_size": 65},
         "epochs": 7,
         "model": {"encoder": "mit_b1"},
     }
     path, plain = tmp_path / "mine.yaml", tmp_path / "plain.yaml"
-    for name in ("allspark_revised", "fixmatch_r50"):
+    for name in ("allspark_revised", "fixmatch_r50", "allspark", "fixmatch"):
         path.write_text(yaml.safe_dump({**recipe, "method": {"name": name, **options} if options else name}))
         plain.write_text(yaml.safe_dump({**recipe, "method": "supervised"}))
         other = {f"method.{key}": value for key, value in options.items()} | {"model.encoder": "mit_b1"}
         assert complete(load_config(path)) == complete(load_config(plain, other, name))
     path.write_text(yaml.safe_dump({**recipe, "method": "fixmatch", "optim": {"lr": 0.5}}))
     assert load_config(path).optim == replace(build_recipe(MINIMAL, {}, "test").optim, lr=0.5)
+    recipe["data"]["dataset"] = "cityscapes"  # a section of its own in fixmatch.yaml
+    path.write_text(yaml.safe_dump({**recipe, "method": "fixmatch"}))
+    assert load_config(path).method.options["threshold"] == 0.0
+
+
+def test_complete_recipe_is_taken_as_it_is(tmp_path):
+    """That of a run, although today's recipe of its method may say something else."""
+    content = to_plain(load_recipe("cityscapes", "fixmatch"))
+    del content["method"]["threshold"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert "threshold" not in load_config(tmp_path / "config.yaml").method.options
+
+
+def test_split_takes_precedence_over_lists_of_a_file(tmp_path):
+    lists = {"data.labeled_id_path": "a.txt", "data.unlabeled_id_path": "b.txt"}
+    content = to_plain(load_recipe("shapes", "fixmatch", lists))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    words = ["--config", str(tmp_path / "mine.yaml"), "--split", "1_30"]
+    for more, lists in (([], (None, None)), (["--labeled-id-path", "c.txt"], ("c.txt", None))):
+        data = recipe_of(parse("train", [*words, *more])).data
+        assert (data.split, data.labeled_id_path, data.unlabeled_id_path) == ("1_30", *lists)
 
 
 def test_own_recipe_with_other_method(tmp_path):
