@@ -21,10 +21,11 @@ for draw in 0 1 2; do
         supervised_strong_1 fixmatch_strong_1 allspark_labeled_context
 done
 LIST=random_6_0 SEEDS=0 rows "$out" unimatch_v2 imas supervised_ceiling fixmatch_unused fixmatch_frozen supervised_frozen
-LIST=random_6_0 SEEDS=1 rows "$out" unimatch_v2 imas maskmatch pseudoseg supervised_ema allspark_random_grouping \
-    supervised_24_epochs fixmatch_24_epochs allspark_12_epochs allspark_12_epochs_threshold
-LIST=random_6_1 SEEDS=2 rows "$out" unimatch_v2 supervised_ema
-LIST=random_6_2 SEEDS=0 rows "$out" imas
+LIST=random_6_0 SEEDS=1 rows "$out" unimatch_v2 imas maskmatch pseudoseg pseudoseg_decoder supervised_ema \
+    allspark_random_grouping supervised_24_epochs fixmatch_24_epochs allspark_revised_24_epochs allspark_12_epochs \
+    allspark_12_epochs_threshold
+LIST=random_6_1 SEEDS=2 rows "$out" unimatch_v2 supervised_ema allspark_random_grouping supervised_ceiling
+LIST=random_6_2 SEEDS=0 rows "$out" imas allspark_random_grouping
 # Pretrained against random weights
 LIST=1_16 rows "$out" supervised_lr2e-4
 LIST=1_16 WEIGHTS=none rows "$out/scratch" supervised_lr2e-4
