@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     with Stop() as stop, launch.process_group(recipe.device, args.port) as device:
         notes = [*recipe.notes, *recipe_args.changes(args, recipe)]
         command = recipe_args.command(args)
-        fresh = args.fresh and not launch.is_restart()
+        fresh = args.fresh and not launch.is_restart(device)
         if fresh != args.fresh:
             notes.append("--fresh ignored: the job was restarted by slurm or torchrun, resuming")
         train(recipe, save_path, device, stop, fresh=fresh, command=command, notes=notes)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from allspark.device import choose_device
-from allspark.distributed import all_gather, is_main, rank, world_size
+from allspark.distributed import all_gather, all_reduce_max, is_main, rank, world_size
 from allspark.utils.errors import INTERRUPTED, STOPPED, Stopped, UserError, int_from_env, reason_of, user_error_message
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # all processes must have started by then
@@ -178,9 +178,13 @@ def store_prefix() -> str:
     return f"attempt {restarts}" if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "attempts"
 
 
-def is_restart() -> bool:
-    """Whether Slurm (requeue) or torchrun (max_restarts) started this process again."""
-    return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
+def is_restart(device: torch.device) -> bool:
+    """Whether Slurm (requeue) or torchrun (max_restarts) started any process again; a collective.
+
+    Of several nodes, torchrun counts a restart only on the one whose process failed.
+    """
+    own = any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
+    return bool(all_reduce_max(torch.tensor(int(own), device=device)))
 
 
 @contextmanager

@@ -12,11 +12,12 @@ if __name__ == "__main__":
 
     check_environment()
 
-from torch.distributed import run
+from torch.distributed import DistNetworkError, DistStoreError, run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
-from allspark.utils.errors import STOPPED
+from allspark.utils.errors import STOPPED, reason_of
 
 
 def main() -> int:
@@ -32,8 +33,15 @@ def main() -> int:
             f"rank {rank} failed first: {message['message'] if isinstance(message, dict) else message}", file=sys.stderr
         )
         return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException:  # passed on to the processes, which have saved
+    except SignalException:  # passed on to the processes, which have saved, unless that took them too long
         return STOPPED
+    except (RendezvousError, DistNetworkError, DistStoreError) as error:  # of the launcher: nothing has started
+        print(
+            f"error: the processes cannot be started ({reason_of(error)}): is the port in use, or does a node not "
+            "start? Choose another --master_port, or compare --nnodes, --rdzv_endpoint and --rdzv_id of the nodes",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

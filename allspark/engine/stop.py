@@ -24,7 +24,7 @@ NOTHING, SAVE = 0, 1  # requests; a larger one is 1 + the number of the signal t
 
 
 class Stop:
-    """Handles SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent by slurm before the time limit).
+    """Handles SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (sent by slurm before the time limit) and SIGHUP.
 
     At start-up and during an evaluation, when everything is saved, a signal stops the run immediately. Otherwise it is
     deferred: the step is finished and saved first. A second Ctrl-C ends the process at once, with exit code 130.

@@ -9,6 +9,8 @@ from types import FrameType
 from allspark.utils.errors import STOPPED
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+    SIGNALS.append(signal.SIGHUP)  # the terminal was closed
 
 
 def exit_on_signals() -> None:

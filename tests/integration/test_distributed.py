@@ -1,6 +1,7 @@
 """Two real gloo processes: what each memory policy leaves in the memory, and who owns the batch norm statistics."""
 
 import errno
+import os
 import socket
 import time
 from types import SimpleNamespace
@@ -170,6 +171,17 @@ def saves_last(folder):
     return time.time()
 
 
+def restarted(count):
+    """On the second of two nodes, torchrun counts a restart of the first one's process."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(distributed.rank() * count)
+    return launch.is_restart(torch.device("cpu"))
+
+
+def test_restart_is_one_of_any_process(pair):
+    """Else --fresh would move the run aside on the node that counts none."""
+    assert pair(restarted, 1) == [True, True] and pair(restarted, 0) == [False, False]
+
+
 def test_last_checkpoint_before_exit(pair, tmp_path):
     """srun --wait would kill process 0 in the middle of it."""
     first, second = pair(saves_last, tmp_path)
@@ -233,6 +245,18 @@ def test_restart_ignores_earlier_attempt(monkeypatch):
     names = {launch.store_prefix()}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert names == {launch.store_prefix()}
+
+
+def test_launcher_that_cannot_start(start_process, tmp_path):
+    (tmp_path / "nothing.py").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = ["--master_addr=127.0.0.1", f"--master_port={taken.getsockname()[1]}"]
+        process = start_process(["-m", "allspark.torchrun", *where, tmp_path / "nothing.py"], PYTHONPATH=".")
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "error: the processes cannot be started (" in errors
+    assert "Traceback" not in errors and "Choose another --master_port" in errors
 
 
 def test_taken_port(monkeypatch):
