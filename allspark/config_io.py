@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from allspark.config import MethodConfig, Recipe
-from allspark.config_keys import all_paths, check_ranges, convert, is_runtime
+from allspark.config_keys import all_paths, check_ranges, convert, is_runtime, type_hints
 from allspark.utils.errors import UserError, short_repr
 from allspark.utils.safe_yaml import parse_yaml
 
@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "configs").is_dir()  # a wheel has configs, splits, train.py and eval.py inside the package
 CONFIG_ROOT = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"  # in a checkout they are beside it
 MAX_YAML = 4 << 20  # bytes
-SECTIONS = {"data", "model", "method", "optim", "criterion", "evaluation", "log"}  # of a complete recipe
+SECTIONS = {name for name, kind in type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}  # of a whole recipe
 MAPS = ("value_map", "color_map")  # replaced as a whole; sections are merged key by key
 
 # Old key path -> new key path, or a function (content without the old key, its value) -> (content, note).

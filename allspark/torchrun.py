@@ -35,10 +35,10 @@ def main() -> int:
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException:  # passed on to the processes, which have saved, unless that took them too long
         return STOPPED
-    except (RendezvousError, DistNetworkError, DistStoreError) as error:  # of the launcher: nothing has started
+    except (RendezvousError, DistNetworkError, DistStoreError) as error:  # of the launcher itself
         print(
-            f"error: the processes cannot be started ({reason_of(error)}): is the port in use, or does a node not "
-            "start? Choose another --master_port, or compare --nnodes, --rdzv_endpoint and --rdzv_id of the nodes",
+            f"error: the launchers cannot meet ({reason_of(error)}): is the port in use, or was a node not started or "
+            "lost? Choose another --master_port, or compare --nnodes, --rdzv_endpoint and --rdzv_id of the nodes",
             file=sys.stderr,
         )
         return 2

@@ -81,7 +81,7 @@ def check_stride(found: RecognizedModel, stride: int | None) -> None:
 
 
 def inference_checkpoint(file: WeightFile, student: bool) -> dict[str, Any]:
-    """The network that a checkpoint of this code predicts with, of a method with a teacher that; or the student."""
+    """The network that a checkpoint of this code predicts with (the teacher, if there is one), or its student."""
     loaded = load_for_inference(file.path, torch.device("cpu"))
     content = load_checkpoint(file.path)
     if not is_imported(content) and content["method"] is None:

@@ -155,9 +155,12 @@ def folder_entries(
         )
 
     exists, mask_folder = make_exists_check(), folder if masks is None else data_root / masks
+    lossless = {path.with_suffix("") for path in paths if path.suffix.lower() in MASK_SUFFIXES}
 
-    def mask_of(image: Path) -> Path:
+    def mask_of(image: Path) -> Path | None:
         place, stem = mask_folder / image.relative_to(folder).parent, image.stem + mask_tail(mask_suffix)
+        if masks is None and place / stem not in lossless:  # as nearly always: checking all options takes long
+            return None
         usual = place / (image.stem + mask_suffix)
         options = (place / (stem + suffix) for each in MASK_SUFFIXES for suffix in (each, each.upper()))
         return next(filter(exists, (usual, *options)), usual)

@@ -255,7 +255,7 @@ def test_launcher_that_cannot_start(start_process, tmp_path):
         where = ["--master_addr=127.0.0.1", f"--master_port={taken.getsockname()[1]}"]
         process = start_process(["-m", "allspark.torchrun", *where, tmp_path / "nothing.py"], PYTHONPATH=".")
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and "error: the processes cannot be started (" in errors
+    assert process.returncode == 2 and "error: the launchers cannot meet (" in errors
     assert "Traceback" not in errors and "Choose another --master_port" in errors
 
 

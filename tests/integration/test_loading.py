@@ -283,6 +283,16 @@ def test_teacher_is_used_to_start_from(with_teacher):
                 assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("key, value", [("orientation", "stored"), ("image_max", 4095)])
+def test_import_keeps_how_images_are_read(finished, tmp_path, capsys, key, value):
+    """An imported file has no data.custom."""
+    content = torch.load(finished.run / "latest.pth", weights_only=True)
+    content["recipe"]["data"]["custom"][key] = value
+    save_checkpoint(tmp_path / "run.pth", {name: part for name, part in content.items() if name != "format"})
+    words = ["weights", "import", str(tmp_path / "run.pth"), "--out", str(tmp_path / "no.pth")]
+    assert run_main(verbs.main, words) == 2 and "use `weights export`" in capsys.readouterr().err
+
+
 def test_student_is_imported_on_request(with_teacher, tmp_path):
     path, student, teacher = with_teacher
     for words, network in (((), teacher), (("--student",), student)):
