@@ -27,7 +27,7 @@ UNSUPPORTED = (".heic", ".heif", ".avif", ".dng", ".cr2", ".nef", ".arw")  # pho
 RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the file's
 # Tags of TIFF and EXIF
 SUBFILE, WIDTH, HEIGHT, BITS, INTERPRETATION = 254, 256, 257, 258, 262
-ORIENTATION, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = 274, 277, 284, 338, 339
+ORIENTATION, SAMPLES, PLANAR, COLOR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT = 274, 277, 284, 320, 338, 339
 TURNS = {  # EXIF orientation -> how the image is turned for display
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -197,6 +197,8 @@ def check_depth(image: Image.Image, path: Path) -> None:
             f"{path}: a TIFF with 16 bits per channel, stored channel by channel or with an orientation tag; save it "
             "upright, pixel by pixel (INTERLEAVE=PIXEL), or as 16-bit PNG"
         )
+    elif image.format == "TIFF" and image.mode == "P" and 0 < max(image.tag_v2.get(COLOR_MAP, (0,))) < 256:
+        raise BadSample(f"{path}: a TIFF whose palette has 8 bits instead of 16, so all is black; save it as PNG")
 
 
 def check_bands(image: Image.Image, path: Path) -> None:

@@ -150,6 +150,22 @@ def test_palette_beside_gray(tmp_path, photo):
     assert str(gray) in found and str(colored) in found
 
 
+def test_tiff_palette_of_8_bits(tmp_path):
+    """TIFF palettes have 16 bits; the colors of one with 8 would all be black."""
+    tifffile = pytest.importorskip("tifffile")
+    path, by_color = tmp_path / "m.tif", spec("ab", color_map={"0,0,0": 0, "250,50,50": 1})
+    for scale in (1, 257):
+        colormap = np.zeros((3, 256), np.uint16)
+        colormap[:, 1] = np.array([250, 50, 50]) * scale
+        tifffile.imwrite(path, TRUTH % 2, photometric="palette", colormap=colormap)
+        if scale == 1:
+            for read in (read_image, lambda path: read_mask(path, by_color)):
+                with pytest.raises(UserError, match="palette has 8 bits instead of 16"):
+                    read(path)
+    np.testing.assert_array_equal(read_image(path), np.array([[0, 0, 0], [250, 50, 50]])[TRUTH % 2])
+    np.testing.assert_array_equal(read_mask(path, by_color), TRUTH % 2)
+
+
 def test_refused_masks(tmp_path):
     """Formats that change values, or do not say which of two meanings counts."""
     Image.fromarray(TRUTH).save(tmp_path / "m.jpg")
