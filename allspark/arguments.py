@@ -73,7 +73,9 @@ def advice(option: str, argv: Sequence[str]) -> str:
     if not equals:
         following = argv[argv.index(option) + 1 :] + ["VALUE"]
         value = "VALUE" if following[0].startswith("-") or "=" in following[0] else following[0]
-    return f"{option}: not an option but a key of the recipe; write {key}={value}"
+    exact = key.rpartition(".")[2] == name
+    what = "not an option but a key of the recipe; write" if exact else "no such option; did you mean"
+    return f"{option}: {what} {key}={value}"
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:

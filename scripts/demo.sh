@@ -20,18 +20,18 @@ train() { # a pipe has the exit status of its last command; the file records tha
 
 echo "demo: training supervised (labeled images) and allspark_revised (all images): five to six minutes on two cores"
 mkdir -p "$out"
-rm -f "$out/supervised/done" "$out/allspark/done"
+rm -f "$out/supervised/done" "$out/allspark_revised/done"
 set -- epochs=12 burn_in_epochs=6 evaluation.interval=3 seed="$seed" "$@" # half of the recipe's schedule
 train supervised --method supervised "$@" &
-train allspark --method allspark_revised warmup_epochs=7 "$@" &
+train allspark_revised --method allspark_revised warmup_epochs=7 "$@" &
 wait
-if [ ! -e "$out/supervised/done" ] || [ ! -e "$out/allspark/done" ]; then
+if [ ! -e "$out/supervised/done" ] || [ ! -e "$out/allspark_revised/done" ]; then
     echo "demo: a training did not finish, see above" >&2
     exit 1
 fi
-python -m allspark compare --out "$out" "supervised=$out/supervised" "allspark_revised=$out/allspark" >/dev/null
+python -m allspark compare --out "$out" "supervised=$out/supervised" "allspark_revised=$out/allspark_revised" >/dev/null
 sed '/^$/q' "$out/table.md" # its first table
-python -m allspark predict --checkpoint "$out/allspark" --what overlay,index --out "$out/photo" \
+python -m allspark predict --checkpoint "$out/allspark_revised" --what overlay,index --out "$out/photo" \
     "${photo:-data/shapes/images/val/0000.png}"
 cat <<EOF
 demo: $out/predictions.png shows validation images, their ground truth and both predictions. One seed is no comparison:

@@ -52,6 +52,7 @@ declare -A rows=(
     [fixmatch_unused]="fixmatch method.name=norm_statistics:FixMatchUnused"
     [supervised_24_epochs]="supervised burn_in_epochs=0 epochs=24" [fixmatch_24_epochs]="fixmatch epochs=24"
     [allspark_revised_24_epochs]="allspark_revised epochs=24"
+    [allspark_revised_without_24_epochs]="allspark_revised epochs=24 $own=none"
     [allspark_12_epochs]="allspark epochs=12" [allspark_12_epochs_threshold]="allspark epochs=12 method.threshold=0.95"
     [allspark_12_epochs_own_channels]="allspark epochs=12 $own.own_channels=true"
     [allspark]="allspark" [allspark_revised]="allspark_revised"

@@ -1,6 +1,6 @@
 """Ablate a trained network without training it again: mIoU on val of the same weights with one part disabled.
 
-    python docs/tools/parts.py exp/demo/supervised/best.pth exp/demo/allspark/best.pth
+    python docs/tools/parts.py exp/demo/supervised/best.pth exp/demo/allspark_revised/best.pth
     python docs/tools/parts.py --only memory --json parts.json copies/of/latest_*.pth   # over the steps of a run ...
     python docs/tools/parts.py --draw parts.json                                        # ... drawn as parts.png
 

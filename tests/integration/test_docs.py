@@ -256,7 +256,7 @@ def test_api_examples_run(place, tmp_path, monkeypatch, capsys):
             method_class(wrong, trusted=True)
 
     (tmp_path / "exp" / "demo").mkdir(parents=True)
-    place.run.rename(tmp_path / "exp" / "demo" / "allspark")
+    place.run.rename(tmp_path / "exp" / "demo" / "allspark_revised")
     Image.linear_gradient("L").resize((90, 70)).convert("RGB").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     for example in examples:

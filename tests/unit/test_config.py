@@ -37,6 +37,7 @@ MINIMAL = {
         (["--lr", "0.1", "seed=1"], "write optim.lr=0.1"),
         (["--batch-size", "seed=1"], "write batch_size=VALUE"),
         (["--num_workers"], "write data.num_workers=VALUE"),
+        (["--lr-mult", "5"], "did you mean optim.lr_multi=5"),
         (["--resume"], "resumes by itself"),
         (["--resume-from", "a.pth"], "resumes by itself"),
         (["--nonsense-of-mine"], "key.path=value"),
