@@ -102,7 +102,10 @@ def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Na
     if args.list is not None:
         entries = drop_repeats(read_entries(splits.require_file(args.list, "--list"), root, spec.mask_path))
     else:
-        entries = splits.val_entries(recipe.data, spec, root)
+        try:
+            entries = splits.val_entries(recipe.data, spec, root)
+        except UserError as error:
+            raise UserError(f"{error}; or give the images to evaluate with --list FILE") from None
     no_mask = [entry for entry in entries if entry.sample.mask is None]
     scores = args.json is not None or args.confusion is not None
     predict_only = len(no_mask) == len(entries) and args.save_dir is not None and not scores

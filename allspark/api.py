@@ -55,7 +55,7 @@ def predict(
     Raises:
         UserError: the array has another shape or dtype, or the file cannot be read.
     """
-    if isinstance(image, np.ndarray):
+    if not isinstance(image, str | Path):
         check_pixels(image, model.spec.channels)
         pixels, name = image, "image"
     else:
@@ -65,8 +65,10 @@ def predict(
     return masks[0].cpu().numpy()
 
 
-def check_pixels(image: np.ndarray, channels: int) -> None:
+def check_pixels(image: object, channels: int) -> None:
     """Raise UserError unless the array is an image with so many channels."""
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"image: is a {type(image).__name__}, must be an array (H, W, {channels}) of uint8, or a path")
     if image.ndim != 3 or image.shape[2] != channels or image.dtype != np.uint8 or image.size == 0:
         raise UserError(
             f"image: an array of shape {image.shape} and dtype {image.dtype}, must be a non-empty image of shape "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -558,7 +559,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 def path(text: str) -> Path:
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path, it contains a null character")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # shells leave --out=~/x as it is
 
 
 def kind_list(text: str) -> tuple[str, ...]:

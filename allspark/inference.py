@@ -186,7 +186,7 @@ def read_architecture(content: Any, path: str | Path) -> tuple[Mapping[str, Any]
     num_classes, crop = content["num_classes"], content["crop_size"]
     if type(num_classes) is not int or not 1 <= num_classes <= IGNORE_INDEX:
         raise UserError(f"{path}: architecture.num_classes={num_classes!r} must be 1..{IGNORE_INDEX}, masks are 8-bit")
-    sides = crop if isinstance(crop, list) and len(crop) == 2 else [crop]
+    sides = crop if isinstance(crop, list | tuple) and len(crop) == 2 else [crop]
     if crop is not None and not all(type(side) is int for side in sides):
         raise UserError(f"{path}: architecture.crop_size={crop!r} must be a number of pixels, two or None")
     return content["model"], num_classes, tuple(crop) if isinstance(crop, list) else crop

@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         for row in rows
         for label, run in row.by_label.items()
     }
-    notes = [*unfinished(rows), *differing_lists(splits)]
+    notes = [*unfinished(rows), *differing_lists(splits), *differing_unlabeled(rows)]
     for note in notes:
         print(f"WARNING: {note}", file=sys.stderr)
     check_out(args.out)
@@ -169,6 +169,17 @@ def unfinished(rows: Sequence[Row]) -> list[str]:
         for label, run in row.by_label.items()
         if not run.is_finished
     ]
+
+
+def differing_unlabeled(rows: Sequence[Row]) -> list[str]:
+    """Warnings about rows whose runs have equal labeled and other unlabeled images, as of a folder that has grown."""
+    notes = []
+    for row in rows:
+        splits = [run.provenance.get("split", {}) for run in row.runs]
+        pairs = {(split["labeled"], split["unlabeled"]) for split in splits if "unlabeled" in split}
+        if len(pairs) > len({labeled for labeled, _ in pairs}):
+            notes.append(f"{row.name}: its runs do not have the same unlabeled images; give each list a row of its own")
+    return notes
 
 
 def tables(rows: Sequence[Row], bases: Sequence[str] = ()) -> str:

@@ -27,6 +27,7 @@ from allspark.models.segmentor import Segmentor, SegOutput
 from allspark.utils.atomic import atomic_path
 from allspark.utils.errors import UserError, reason_of
 
+ONNX_LIMIT = 2**31 - 2**24  # bytes of weights; a file has at most 2 GiB
 Run = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 -> logits (B, K, H, W)
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
@@ -147,6 +148,9 @@ def save_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> No
     """One file, with the operator set that this version of torch writes by default."""
     import onnx
 
+    size = sum(x.numel() * x.element_size() for x in program.state_dict.values())
+    if size >= ONNX_LIMIT:
+        raise UserError(f"{size / 2**30:.1f} GiB of weights; an ONNX file holds less than 2 GiB, use --format torch")
     try:
         names = {"input_names": ["image"], "output_names": ["logits"]}
         proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto

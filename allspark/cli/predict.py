@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from allspark.evaluation.sliding_window import Inference, check_size
 from allspark.memory_estimate import GB, FakeMemoryCounter, free_memory
 from allspark.utils.atomic import write_text
 from allspark.utils.errors import UserError
+from allspark.visualization.pictures import is_own_file
 from allspark.visualization.prediction_writer import PredictionWriter, overlay_in_bands, real_path, unique_names
 from allspark.visualization.video import VIDEO_SUFFIXES, frame_count, frame_rate, is_video, read_frames, write_video
 
@@ -48,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     named = dict(zip(found, unique_names(found), strict=True))
     images = {path: name for path, name in named.items() if not is_video(path)}
     videos = {path: name for path, name in named.items() if is_video(path)}
-    folder.prepare(list(images.values()), list(images), videos=videos)
+    folder.prepare(list(images.values()), list(images), videos={} if args.video else videos)
     clips = {path: args.out / f"{name}.mp4" for path, name in videos.items()} if args.video else {}
     check_new([*clips.values(), *([args.shares] if args.shares is not None else [])])
     unreadable: dict[Path, UserError] = {}
@@ -133,6 +135,7 @@ def read_each(
         try:
             if is_video(path):
                 for number, frame in read_frames(path, every):
+                    frame = to_channels(frame, path, reading.channels)
                     yield to_checked_tensor(frame, path, check), f"{name}/{number:06d}"
             else:
                 image = load_image(path, reading)
@@ -155,8 +158,15 @@ def read_each(
             unreadable[path] = error
 
 
+def to_channels(frame: np.ndarray, path: Path, channels: int) -> np.ndarray:
+    """A frame (H, W, 3) as the model takes it: in RGB, or gray if it has one channel."""
+    if channels not in (1, 3):
+        raise UserError(f"{path}: a video has 3 channels, the model takes {channels}; predict images of that kind")
+    return frame if channels == 3 else cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[..., None]
+
+
 def to_checked_tensor(image: np.ndarray, path: Path, check: Check) -> Tensor:
-    """(H, W, 3) array -> (3, H, W) tensor; UserError from `check`."""
+    """(H, W, C) array -> (C, H, W) tensor; UserError from `check`."""
     tensor = to_tensor(image)
     check(tensor, path)
     return tensor
@@ -224,6 +234,9 @@ def expand(argument: str, out: Path, data_root: Path | None) -> list[Path]:
         raise UserError(f"{argument}: no such image, folder or list; correct the path, and quote it if it has blanks")
     named = (file for file in files if file.suffix.lower() in suffixes and out not in real_path(file).parents)
     images = [file for file in named if file.is_file() or not file.exists()]  # a broken link is an error later
+    if own := {file for file in images if file.suffix == ".png" and is_own_file(file)}:
+        print(f"WARNING: {argument}: {len(own)} pictures of this program are left out", file=sys.stderr)
+        images = [file for file in images if file not in own]
     if not images:
         kinds = ", ".join(sorted(suffixes))
         raise UserError(

@@ -95,7 +95,7 @@ def inference_checkpoint(file: WeightFile, student: bool) -> dict[str, Any]:
         architecture = content["architecture"]
     else:
         model = {**to_plain(loaded.recipe.model), "pretrained": "none", "init_from": "none"}
-        architecture = {"model": model, "num_classes": loaded.spec.num_classes, "crop_size": loaded.crop_size}
+        architecture = {"model": model, "num_classes": loaded.spec.num_classes, "crop_size": to_plain(loaded.crop_size)}
     state = {**content["model"], **({} if student else loaded.model.state_dict())}  # a teacher has no memory
     state = {name: value for name, value in state.items() if not name.startswith("heads.")}  # for training alone
     check_finite(state, file.path)
@@ -130,6 +130,10 @@ def push_weights(args: argparse.Namespace) -> None:
         raise UserError(f"{args.target}: write {HUB}USER/NAME, or the path of a folder")
     elif is_model(folder) and not args.force:
         raise UserError(f"{folder}: already holds a model; choose another folder, or replace it with --force")
+    if is_model(args.checkpoint):
+        raise UserError(
+            f"{args.checkpoint}: is a model already; push its run, or upload the folder: hf upload USER/NAME"
+        )
     content = slim_content(checkpoint_in(args.checkpoint, args.best))
     scores = read_run(args.checkpoint).evaluations if args.checkpoint.is_dir() else []
     scores = next((line for line in scores if line["step"] == content.get("step")), None)
@@ -206,10 +210,11 @@ def inspect_weights(args: argparse.Namespace) -> None:
     own = load_checkpoint(args.file) if file.content.get("format") == FORMAT else None
     if own is not None:
         print(printable(f"checkpoint of this code, {describe_origin(own, args.file)}"))
-    model = None if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file)).model
-    encoder = "" if model is None else model.encoder
+    recipe = None if own is None or is_imported(own) else build_recipe(own["recipe"], None, str(args.file))
+    model, encoder = (None, "") if recipe is None else (recipe.model, recipe.model.encoder)
     print(f"license: {describe_license(digest) if model is None else license_of_trained(model)}")
-    if encoder and not encoder.startswith(("mit_", "resnet", "dinov2")):
+    square = recipe is None or isinstance(recipe.data.crop_size, int)  # else the crop is not that of the memory's size
+    if encoder and not (square and encoder.startswith(("mit_", "resnet", "dinov2"))):
         names = "timm's" if encoder.startswith(PREFIX) else "its own"
         print(f"encoder {encoder}, with {names} tensor names; eval.py, predict and model.init_from accept it as it is")
         return

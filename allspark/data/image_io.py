@@ -85,7 +85,10 @@ def decode_image(path: Path, reading: ImageReading) -> ImageFile:
     if reading.channels != 3:
         values = read_bands(path, reading.orientation == "stored")
         if values.shape[2] != reading.channels:
-            raise BadSample(f"{path}: has {values.shape[2]} channels, data.custom.channels={reading.channels}")
+            raise BadSample(
+                f"{path}: has {values.shape[2]} channels, data.custom.channels={reading.channels}; leave it out, or "
+                "convert it"
+            )
         peak = None
         if values.dtype != np.uint8:
             values, peak = reduce_to_8_bits([values], reading.image_max, path)

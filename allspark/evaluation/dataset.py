@@ -55,7 +55,10 @@ def check_min_size(image: Tensor, name: object) -> None:
     """Raise UserError if an image (..., H, W) is smaller than the models accept."""
     height, width = image.shape[-2:]
     if min(height, width) < MIN_SIDE:
-        raise UserError(f"{name}: {width} x {height} pixels; the model needs at least {MIN_SIDE} on each side")
+        raise UserError(
+            f"{name}: {width} x {height} pixels; the model needs at least {MIN_SIDE} on each side; "
+            "leave it out, or enlarge it"
+        )
 
 
 class Shard(Dataset):

@@ -31,16 +31,20 @@ BAND = 2**22  # pixels blended at a time: blending takes 60 bytes per pixel
 def unique_names(images: Sequence[Path]) -> list[str]:
     """A unique output name for each image: its stem or, if stems collide, the path below the common folder.
 
-    Names that differ only in the suffix keep it.
+    Names that differ only in the suffix keep it. Case does not count, as in file systems of Windows and macOS.
     """
     names = [image.stem for image in images]
-    if len(set(names)) < len(names):
+    if len(Counter(map(str.casefold, names))) < len(names):
         images = [Path(os.path.abspath(image)) for image in images]  # no .. in the name of an output file
-        top = os.path.commonpath([image.parent for image in images])
+        try:
+            top = os.path.commonpath([image.parent for image in images])
+        except ValueError:
+            raise UserError("images of equal names on several drives; predict each drive on its own") from None
         images = [image.relative_to(top) for image in images]
         names = [image.with_suffix("").as_posix() for image in images]
-        count = Counter(names)
-        names = [name if count[name] == 1 else image.as_posix() for name, image in zip(names, images, strict=True)]
+        count = Counter(map(str.casefold, names))
+        pairs = zip(names, images, strict=True)
+        names = [name if count[name.casefold()] == 1 else image.as_posix() for name, image in pairs]
     return names
 
 
@@ -115,18 +119,18 @@ class PredictionWriter:
         owners: dict[str, Path] = {}
         for name, image in zip(names, images, strict=True):
             for file in (f"{name}{kind}.png" for kind in self.kinds):
-                if reason := find_conflict(folder / file, image, owners.get(file), inputs):
+                if reason := find_conflict(folder / file, image, owners.get(file.casefold()), inputs):
                     raise UserError(f"{self.folder / file}: {reason}")
-                owners[file] = image
+                owners[file.casefold()] = image
         for video, name in (videos or {}).items():
-            if other := next((owner for file, owner in owners.items() if file.startswith(f"{name}/")), None):
+            if other := next((owner for file, owner in owners.items() if file.startswith(f"{name}/".casefold())), None):
                 raise UserError(
                     f"{self.folder / name}: both {other} and the frames of {video} would be written there; rename one"
                 )
             others = (file for file in (folder / name).glob("*.png") if not is_own_file(file))
             if any(folder / name in path.parents for path in inputs) or next(others, None):
                 raise UserError(f"{self.folder / name}: this folder contains other images; choose another --out")
-            owners[f"{name}/"] = video
+            owners[f"{name}/".casefold()] = video
         taken = owners.get(LEGEND) or owners.get(f"{LEGEND}/")
         if find_conflict(folder / LEGEND, Path(), taken, inputs):
             self.classes = ()

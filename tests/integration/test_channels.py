@@ -1,5 +1,6 @@
 """A data set of RGB + near infrared, from its files to a trained, evaluated, predicted and reported model."""
 
+import cv2
 import numpy as np
 import pytest
 import yaml
@@ -50,6 +51,12 @@ def test_four_bands(place, tmp_path, capsys):
     run("eval", "--checkpoint", checkpoint, *words)  # as a test set, without masks
     saved = [np.asarray(Image.open(tmp_path / "masks" / mask.name)) for mask in val]
     assert all(np.array_equal(a, b) for a, b in zip(saved, predicted, strict=True))
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), 10, (96, 64))
+    writer.write(np.zeros((64, 96, 3), np.uint8))
+    writer.release()
+    words = ["predict", "--checkpoint", checkpoint, "--out", tmp_path / "frames", tmp_path / "clip.mp4"]
+    assert run_main(main, list(map(str, words))) == 2
+    assert "clip.mp4: a video has 3 channels, the model takes 4" in capsys.readouterr().err
     assert run_main(main, ["weights", "import", str(checkpoint), "--out", str(tmp_path / "no.pth")]) == 2
     assert "use `weights export`" in capsys.readouterr().err
     run("report", place.run, "--out", tmp_path / "report.html")

@@ -367,6 +367,19 @@ def test_different_images_under_one_name(finished, tmp_path, capsys):
         file.unlink()
 
 
+def test_other_unlabeled_images(write_run):
+    """A folder of unlabeled images that has grown between two seeds of a row."""
+    folders = [write_run("a", 0, 50.0), write_run("b", 1, 51.0)]
+    for unlabeled, notes in (("33", 0), ("34", 1)):
+        for folder, each in zip(folders, unlabeled, strict=True):
+            split = {"name": "own", "labeled": "1" * 64, "unlabeled": each * 64, "val": "2" * 64}
+            (folder / "run.json").write_text(json.dumps({"split": split}))
+        found = compare.differing_unlabeled(read_rows([f"x={folder}" for folder in folders]))
+        assert len(found) == notes and all(
+            "x: its runs do not have the same unlabeled images" in note for note in found
+        )
+
+
 def test_lists_in_table():
     a = {"name": "1_8", "sha256": "0", "labeled": "1" * 64, "val": "2" * 64}
     assert differing_lists({"a": a, "b": a, "older": {"name": "1_8", "sha256": "0"}}) == []

@@ -13,6 +13,7 @@ from PIL import Image
 import eval as eval_script
 import train
 from allspark.__main__ import main
+from allspark.cli import export as cli_export
 from allspark.cli.export import CHECKED, EXAMPLE, NEEDS, Exported, open_onnx, verify
 from allspark.config import ModelConfig
 from allspark.data.batch import normalize
@@ -127,6 +128,14 @@ def test_onnx(trained, tmp_path, monkeypatch):
     assert json.loads(about["channels"]) == 3 and about["orientation"] == "shown"
     mask, photo, _ = run_script_of_docs("onnxruntime", tmp_path, monkeypatch, 3)
     assert agrees(mask, photo, loaded.model) > 0.999
+
+
+def test_onnx_size(trained, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnx"), pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(cli_export, "ONNX_LIMIT", 1000)
+    assert export(trained[0], "onnx", tmp_path / "model.onnx") == 2
+    assert "an ONNX file holds less than 2 GiB, use --format torch" in capsys.readouterr().err
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_weights_to_hand_on(trained, tmp_path, tiny_root):

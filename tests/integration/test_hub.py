@@ -65,6 +65,8 @@ def test_nothing_else_is_replaced(finished, pushed, tmp_path, capsys):
     ):
         assert run_main(main, ["weights", "push", str(finished.run), str(target)]) == 2
         assert told in capsys.readouterr().err
+    assert run_main(main, ["weights", "push", str(pushed), "hf://lab/cracks"]) == 2
+    assert "is a model already; push its run" in capsys.readouterr().err
     assert (finished.run / "config.yaml").read_bytes() == before and not (finished.run / WEIGHTS).exists()
     assert (tmp_path / "project" / "README.md").read_text() == "mine"
     assert run_main(main, ["weights", "push", str(finished.run), str(pushed), "--license", "CC BY 4.0", "--force"]) == 0

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import struct
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from allspark import __main__ as verbs
 from allspark.cli import predict as verb
-from allspark.cli.predict import batches, find_images
+from allspark.cli.predict import batches, find_images, to_channels
 from allspark.data.batch import normalize
 from allspark.data.image_io import read_image
 from allspark.data.spec import ImageReading
@@ -25,6 +26,7 @@ from allspark.memory_estimate import MemoryCounter
 from allspark.utils.errors import UserError, run_main
 from allspark.visualization import video
 from allspark.visualization.pictures import colorize, is_own_file, overlay, save_image, save_pixels
+from allspark.visualization.prediction_writer import unique_names
 
 KINDS = ("", "_color", "_overlay", "_confidence")
 SIZES = {"a": (64, 80), "b": (70, 45), "c": (64, 80), "d": (33, 96), "e": (64, 80)}  # height, width
@@ -187,6 +189,27 @@ def test_earlier_predictions_are_skipped(predict, photos):
     assert files(predict(photos, "--index-only", out="photos/predicted")) == first
 
 
+def test_own_pictures_are_no_photos(predict, photos, tmp_path, capsys):
+    predict(photos, out="photos/predicted")
+    found = [path.stem for path in find_images([str(photos)], tmp_path / "other", None)]
+    assert found == ["a", "b", "c", "d", "e"] and "21 pictures of this program are left out" in capsys.readouterr().err
+
+
+def test_names_without_case():
+    """Names that are one file on Windows and macOS."""
+    assert unique_names([Path("x/A.jpg"), Path("y/a.jpg")]) == ["x/A", "y/a"]
+    assert unique_names([Path("x/A.jpg"), Path("x/a.png"), Path("x/b.png")]) == ["A.jpg", "a.png", "b"]
+
+
+def test_gray_video(clip, tmp_path):
+    """Frames for a model of one channel are gray, as images are."""
+    _, frame = next(video.read_frames(clip))
+    gray = to_channels(frame, clip, 1)
+    assert gray.shape == (64, 96, 1)
+    Image.fromarray(frame).save(tmp_path / "frame.png")
+    np.testing.assert_array_equal(gray, read_image(tmp_path / "frame.png", ImageReading(channels=1)))
+
+
 def test_equal_stems_use_folders(predict, photos):
     shutil.copy(photos / "b.png", photos / "more" / "a.png")
     out = predict(photos / "a.png", photos / "more" / "a.png", "--index-only")
@@ -340,7 +363,7 @@ def test_image_modes(predict, tmp_path):
     shown = as_every_kind(tmp_path / "kinds", rgb)
     (tmp_path / "as_rgb").mkdir()
     for name, pixels in shown.items():
-        save_pixels(pixels, tmp_path / "as_rgb" / f"{name}.png")
+        Image.fromarray(pixels).save(tmp_path / "as_rgb" / f"{name}.png")
     found, expected = (predict(tmp_path / kind, out=f"of_{kind}") for kind in ("kinds", "as_rgb"))
     assert len(shown) == 13
     for name in shown:
@@ -371,8 +394,9 @@ def test_video_frames(predict, clip, photos, capsys):
     decoded = dict(video.read_frames(clip, 4))
     assert sorted(decoded) == [0, 4, 8]
     assert decoded[8][30, 74, 0] > 200 > 90 > decoded[8][30, 20, 0], "red first, and each frame its own"
+    (photos / "frames").mkdir()
     for number, frame in decoded.items():
-        save_pixels(frame, photos / "frames" / f"{number:06d}.png")
+        Image.fromarray(frame).save(photos / "frames" / f"{number:06d}.png")
     expected = predict(photos / "frames", *alone, out="stills")
     for name in set(files(expected)) - {"legend.png"}:
         np.testing.assert_array_equal(stored(out / "clip" / name), stored(expected / name), err_msg=name)
@@ -409,6 +433,8 @@ def test_video_of_overlays(predict, clip, photos, tmp_path):
     assert np.abs(read[8][1].astype(int) - read[0][1]).mean() > 1
     with pytest.raises(UserError, match="clip.mp4: already exists"):
         predict(clip, "--video")
+    (tmp_path / "slow" / "clip").mkdir(parents=True)
+    shutil.copy(photos / "a.png", tmp_path / "slow" / "clip")  # the video is no folder of frames
     slow = predict(clip, "--video", "--every", 4, out="slow")
     assert len(list(video.read_frames(slow / "clip.mp4"))) == 3
     assert video.frame_rate(slow / "clip.mp4") == 2.5

@@ -125,6 +125,8 @@ def test_public_api(finished, tmp_path):
         given = re.escape(f"shape {wrong.shape} and dtype {wrong.dtype}, must be a non-empty image")
         with pytest.raises(UserError, match=given):
             allspark.predict(trained, wrong)
+    with pytest.raises(UserError, match=r"image: is a Image, must be an array \(H, W, 3\) of uint8, or a path"):
+        allspark.predict(trained, Image.fromarray(image))
     assert {"load_config", "build_model", "load_checkpoint", "predict", "__version__"} <= set(dir(allspark))
     with pytest.raises(AttributeError, match="has no attribute 'something'"):
         _ = allspark.something

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import yaml
 
 import train
+from allspark import __main__ as verbs
 from allspark.config_io import load_recipe
 from allspark.engine.log import RunLog
 from allspark.engine.writers import read_metrics
@@ -189,8 +190,8 @@ def test_every_method_trains(name, bottleneck, place, read_metrics):
     assert has_memory == (bottleneck == "allspark")
 
 
-def test_crops_that_are_not_square(place, read_metrics):
-    """Training, sliding windows, memory and checkpoint with crops of height 65 and width 97."""
+def test_crops_that_are_not_square(place, read_metrics, tmp_path, capsys):
+    """Training, sliding windows, memory, checkpoint and imported weights with crops of height 65 and width 97."""
     words = ("epochs=1", "warmup_epochs=0", "crop_size=[65, 97]", "vertical_flip=true", "rotate_90=true")
     train.main(place.train(*words, "evaluation.mode=sliding_window"))
     steps, evaluations = read_metrics(place.run)
@@ -199,6 +200,10 @@ def test_crops_that_are_not_square(place, read_metrics):
     loaded = load_for_inference(place.run / "latest.pth", torch.device("cpu"))
     assert (loaded.crop_size, loaded.inference("sliding_window").window) == ((65, 97), (65, 97))
     assert loaded.model.bottleneck.memory.size == (3, 4)
+    assert run_main(verbs.main, ["weights", "inspect", str(place.run / "latest.pth")]) == 0, capsys.readouterr().err
+    words = ["weights", "import", str(place.run / "latest.pth"), "--out", str(tmp_path / "imported.pth")]
+    assert run_main(verbs.main, words) == 0
+    assert load_for_inference(tmp_path / "imported.pth", torch.device("cpu")).crop_size == (65, 97)
     assert run_main(train.main, place.train("epochs=1", "warmup_epochs=0", "crop_size=[65]")) == 2
 
 

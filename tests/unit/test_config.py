@@ -1,6 +1,7 @@
 """Recipes: composition, overrides, and errors that name the key."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -48,6 +49,14 @@ def test_unknown_option_is_explained(words, told, capsys):
     with pytest.raises(SystemExit) as done:
         parse("train", words)
     assert done.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_home_folder():
+    """Shells do not expand --save-path=~/x."""
+    assert (
+        parse("train", ["--dataset", "shapes", "--method", "fixmatch", "--save-path=~/x"]).save_path
+        == Path.home() / "x"
+    )
 
 
 def test_precedence():
