@@ -125,6 +125,8 @@ def validate(run: Run, snapshots: Snapshots) -> tuple[EvalResult, PseudoLabelQua
         EvalResult, and the quality, None if no unlabeled image has a known label.
     """
     recipe = run.recipe
+    if run.graphs is not None:
+        run.graphs.make_room()
     # Evaluation images vary in size: run eagerly instead of recompiling
     stance = torch.compiler.set_stance("force_eager") if recipe.compile else contextlib.nullcontext()
     with autocast(recipe.precision, run.device), stance:

@@ -93,6 +93,15 @@ class GraphedUpdate:
             self.graph = self.capture(update, labeled, unlabeled)
         return update(labeled, unlabeled) if self.graph is None else self.graph.replay(labeled, unlabeled)
 
+    def make_room(self) -> None:
+        """Drop the graph, whose memory nothing else can use, if less than a quarter of the GPU is free.
+
+        Called before an evaluation. The next steps run eagerly until the next capture.
+        """
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 4:
+            self.seen, self.graph = 0, None
+
 
 class Graph:
     """One captured update, with the tensors that it reads and writes.

@@ -48,7 +48,7 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         return torch.device(name)
     device = torch.device("cuda", local_rank % torch.cuda.device_count())  # each task may see only its own GPU
     capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    check_architecture(name, capability, torch.cuda.get_arch_list())
+    check_architecture(name, capability, torch.cuda.get_arch_list(), driver_cuda())
     return device
 
 
@@ -76,12 +76,22 @@ def why_no_cuda(built_for: str | None, supported: tuple[int, int] | None) -> str
     return "the driver reports no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
-def reinstall(cuda: tuple[int, int] | None) -> str:
-    """The pip command for the newest torch that a driver with this CUDA version can run (None: the default wheel)."""
-    options = "torch torchvision"
-    if cuda is not None and cuda[0] < 13:
-        options = f"{options} --index-url https://download.pytorch.org/whl/{'cu126' if cuda[0] == 12 else 'cu118'}"
-    return f"install a torch that fits: pip install --force-reinstall {options}"
+def reinstall(cuda: tuple[int, int] | None, capability: tuple[int, int] | None = None) -> str:
+    """The pip command for the newest torch that driver and GPU can run; as scripts/setup.sh chooses it.
+
+    Args:
+        cuda: the newest CUDA version that the driver supports; None: unknown.
+        capability: compute capability of the GPU; None: unknown.
+    """
+    major, index = 13 if cuda is None else cuda[0], ""
+    if major < 12:
+        index = "cu118"
+    elif major == 12:
+        index = "cu128" if cuda >= (12, 8) and capability is not None and capability >= (10, 0) else "cu126"
+    elif capability is not None and capability < (7, 5):
+        index = "cu126"
+    options = f" --index-url https://download.pytorch.org/whl/{index}" if index else ""
+    return f"install a torch that fits: pip install --force-reinstall torch torchvision{options}"
 
 
 def driver_cuda() -> tuple[int, int] | None:
@@ -103,7 +113,9 @@ def driver_version() -> str:
     return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "of an unknown version")
 
 
-def check_architecture(name: str, capability: tuple[int, int], compiled: Sequence[str]) -> None:
+def check_architecture(
+    name: str, capability: tuple[int, int], compiled: Sequence[str], cuda: tuple[int, int] | None = None
+) -> None:
     """Raise UserError unless torch has kernels for this GPU.
 
     Args:
@@ -111,6 +123,7 @@ def check_architecture(name: str, capability: tuple[int, int], compiled: Sequenc
         capability: its compute capability, such as (7, 0).
         compiled: torch.cuda.get_arch_list(). sm_XY runs on X.Y and later minor versions, compute_XY on all later ones.
             Other names (gfx90a, of ROCm) are ignored; without any sm_ or compute_ name nothing is checked.
+        cuda: what `driver_cuda` returns.
     """
     found = [match for each in compiled if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", each))]
     versions = [(match[1], (int(match[2]), int(match[3]))) for match in found]
@@ -119,8 +132,9 @@ def check_architecture(name: str, capability: tuple[int, int], compiled: Sequenc
     for kind, version in versions:
         if version <= capability and (kind == "compute" or version[0] == capability[0]):
             return
-    is_old = capability < min(version for _, version in versions)
-    remedy = reinstall((12, 6)) if is_old else "upgrade torch: pip install --upgrade torch torchvision"
+    remedy = reinstall(cuda, capability)
+    if capability >= (10, 0) and cuda is not None and cuda < (12, 8):
+        remedy = f"update the driver, whose CUDA {cuda[0]}.{cuda[1]} does not know this GPU; then {reinstall(None)}"
     raise UserError(
         f"{name} has compute capability {capability[0]}.{capability[1]}, torch {torch.__version__} has kernels for "
         f"{', '.join(compiled)}; {remedy}, or use the CPU: {USE_CPU}"

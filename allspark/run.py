@@ -137,6 +137,8 @@ def build_run(
         return None
     state = replace(state, network=wrap_ddp(model, device), graphs=build_graphs(recipe, method, stepper))
     if recipe.compile:
+        # Splits of a compiled graph for DDP fail on custom functions in older torch; here parts are compiled one by one
+        torch._dynamo.config.optimize_ddp = False
         for network in state.networks:
             network.compile_parts()
     if distributed.is_main():

@@ -61,15 +61,28 @@ pip_install() {
     "$env/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
-driver_cuda() { # the major CUDA version that the NVIDIA driver supports; nothing without a driver
-    nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p'
+driver_cuda() { # the newest CUDA version that the NVIDIA driver supports, such as 12.8; nothing without a driver
+    nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*[.][0-9]*\).*/\1/p'
 }
 
-torch_for_driver() { # PyPI's torch is built for CUDA 13; older drivers need a wheel from PyTorch's own index
-    case $(driver_cuda) in
-        12) pip_install --index-url https://download.pytorch.org/whl/cu126 $(requirements | grep '^torch') ;;
-        11) pip_install --index-url https://download.pytorch.org/whl/cu118 $(requirements | grep '^torch') ;;
+gpu_capability() { # the compute capability of the first GPU, such as 9.0; nothing if the driver does not tell it
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^ *\([0-9]*[.][0-9]*\) *$/\1/p'
+}
+
+# PyPI's torch is built for CUDA 13 and GPUs since Turing (7.5). For older drivers and GPUs: the name of one of PyTorch's
+# own indices, of which only cu128 has Blackwell (10 to 12) for drivers of CUDA 12
+torch_index() { # CUDA version of the driver, compute capability
+    case "$1 $2" in
+        11.*) echo cu118 ;;
+        "12."[89]" 1"[0-9].*) echo cu128 ;;
+        12.* | *" "[3-6].* | *" 7."[0-4]) echo cu126 ;;
     esac
+}
+
+torch_for_driver() {
+    index=$(torch_index "$(driver_cuda)" "$(gpu_capability)")
+    [ -z "$index" ] ||
+        pip_install --index-url "https://download.pytorch.org/whl/$index" $(requirements | grep '^torch')
 }
 
 # mmcv-lite and mmengine are installed without dependencies, because they would bring opencv-python, which needs

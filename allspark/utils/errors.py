@@ -101,8 +101,8 @@ def user_error_message(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return (
             f"error: out of memory ({reason_of(error)}); for training, use micro_batch=1, model.checkpointing=true, "
-            "precision=bf16 or a smaller data.crop_size (`allspark check` predicts the memory); for eval and "
-            "predict, use --mode sliding_window or a smaller --batch-size"
+            "precision=bf16, cuda_graph=false or a smaller data.crop_size (`allspark check` predicts the memory); for "
+            "eval and predict, use --mode sliding_window or a smaller --batch-size"
         )
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
         return (  # of the networks here, timm's ViTs: they resize their position embedding

@@ -141,14 +141,29 @@ def test_prepare_help_names_archives(capsys):
         assert all(archive.name in text for archive in plan.archives)
 
 
-def test_setup_reads_driver(tmp_path):
+@pytest.mark.parametrize(
+    ("cuda", "capability", "index"),
+    [
+        ("12.2", "8.0", "cu126"),
+        ("12.8", "9.0", "cu126"),
+        ("12.8", "12.0", "cu128"),  # Blackwell: not in cu126
+        ("13.0", "12.0", ""),
+        ("13.0", "7.5", ""),
+        ("13.0", "7.0", "cu126"),  # V100: not in PyPI's wheel
+        ("13.0", "", ""),
+        ("11.4", "8.0", "cu118"),
+        ("", "", ""),  # no driver
+    ],
+)
+def test_torch_wheel_for_driver_and_gpu(tmp_path, cuda, capability, index):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\necho '| NVIDIA-SMI 535.183.01    Driver Version: 535.183.01    CUDA Version: 12.2     |'\n"
-    )
+    about = f"| NVIDIA-SMI 535.183.01    Driver Version: 535.183.01    CUDA Version: {cuda}     |" if cuda else ""
+    answer = capability or 'Field "compute_cap" is not a valid field to query.'
+    tool.write_text(f"#!/bin/sh\ncase $* in *compute_cap*) echo '{answer}' ;; *) echo '{about}' ;; esac\n")
     tool.chmod(0o755)
-    line = (REPO / "scripts" / "setup.sh").read_text().split("driver_cuda() {", 1)[1].split("\n}", 1)[0]
-    command = ["sh", "-c", f"driver_cuda() {{ {line}\n}}; driver_cuda"]
-    found = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
-    assert found.stdout == "12\n"
-    assert subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True).stdout in ("", "13\n")
+    text = (REPO / "scripts" / "setup.sh").read_text()
+    functions = text[text.index("driver_cuda() {") : text.index("torch_for_driver() {")]
+    script = f'{functions} torch_index "$(driver_cuda)" "$(gpu_capability)"'
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    found = subprocess.run(["sh", "-eu", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (found.stdout.strip(), found.stderr) == (index, "")

@@ -82,6 +82,20 @@ def test_another_kind_or_shape_is_captured_anew():
     assert len({id(graph) for graph in calls}) == 3
 
 
+def test_graph_makes_room_for_an_evaluation(monkeypatch):
+    """A graph is dropped if little memory is free, and captured again later."""
+    runner, update = GraphedUpdate(StaticTensors), make_update(nn.Conv2d(3, 2, 1))
+    for free, kept in ((50, True), (10, False)):
+        for _ in range(WARMUP + 1):
+            runner("kind", update, *batch(0))
+        assert runner.graph is not None
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 100))
+        runner.make_room()
+        assert (runner.graph is not None) == kept
+    runner("kind", update, *batch(0))
+    assert runner.graph is None
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -41,10 +41,13 @@ def test_gpus_with_kernels(capability):
 def test_gpus_without_kernels():
     with pytest.raises(UserError, match=r"V100 has compute capability 7.0, .* sm_75, .*whl/cu126"):
         check_architecture("V100", (7, 0), TODAY)
-    with pytest.raises(UserError, match="has compute capability 11.0, .* pip install --upgrade torch torchvision"):
-        check_architecture("a GPU", (11, 0), TODAY)
-    with pytest.raises(UserError, match="upgrade torch"):
-        check_architecture("a newer GPU", (13, 0), TODAY)
+    with pytest.raises(UserError, match="has compute capability 13.0, .* --force-reinstall torch torchvision, or use"):
+        check_architecture("a newer GPU", (13, 0), TODAY, (13, 1))
+    old = ["sm_50", "sm_90"]
+    with pytest.raises(UserError, match=r"RTX 5090 has .* --force-reinstall .*/whl/cu128, or use"):
+        check_architecture("RTX 5090", (12, 0), old, (12, 8))
+    with pytest.raises(UserError, match=r"update the driver, whose CUDA 12.4 .* torchvision, or use"):
+        check_architecture("RTX 5090", (12, 0), old, (12, 4))
     check_architecture("a later GPU", (11, 0), [*TODAY, "compute_90"])  # compiled when it is first used
 
 
