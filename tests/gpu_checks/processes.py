@@ -28,8 +28,8 @@ from gpu_checks.common import (
     CASES,
     DEVICE,
     GPU,
-    NULL,
     NO_DROPOUT,
+    NULL,
     ROOT,
     Trainer,
     digest,
@@ -116,7 +116,7 @@ def a9_resume(out: Path, found: dict[str, Any]) -> None:
 
 
 def a10_determinism(out: Path, found: dict[str, Any]) -> None:
-    """deterministic=true: the same bits twice, and again when resumed in the middle, where a graph replays no step yet."""
+    """deterministic=true: the same bits twice, and again when resumed in the middle, at first without a graph."""
     problems = []
     for (method, bottleneck), precision in itertools.product(
         (("fixmatch", "allspark"), ("fixmatch_r50", "none")), ("fp32", "bf16")
