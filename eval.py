@@ -111,8 +111,8 @@ def val_samples(recipe: Recipe, spec: DatasetSpec, root: Path, args: argparse.Na
     predict_only = len(no_mask) == len(entries) and args.save_dir is not None and not scores
     if no_mask and not predict_only:
         raise UserError(
-            f"{no_mask[0].source}: {no_mask[0].sample.image} has no mask; write `image mask` (without any mask, "
-            "use --save-dir without --json and --confusion)"
+            f"{no_mask[0].source}: {no_mask[0].sample.image} has no mask; write `image mask`, or give no masks at all "
+            "and --save-dir alone, without --json and --confusion"
         )
     splits.check_files(entries)
     return [entry.sample for entry in entries]
@@ -171,7 +171,7 @@ def changed_lists(loaded: InferenceModel, val: dict[str, str], args: argparse.Na
     name, labeled = str(split.get("name")), split.get("labeled")
     path = splits.SPLITS_ROOT / folder / name / "labeled.txt"
     notes = [] if labeled is None else [name_clash(name, labeled, folder)]
-    if notes == [None] and path.is_file():
+    if notes == [None] and path.is_file():  # the name is of no published list with other images
         images = [sample.image.as_posix() for sample in read_list(path, Path())]
         notes.append(difference(f"split {name}, {path}", labeled, splits.list_hash(images)))
     if args.list is None:
@@ -193,14 +193,15 @@ def warn(messages: Sequence[str]) -> None:
 
 def inference_settings(inference: Inference, args: argparse.Namespace) -> dict:
     """What decides the scores besides network and images."""
-    options = {
+    return {
+        "mode": inference.mode,
         "window": inference.window,
         "windows": inference.windows,
         "scales": list(inference.scales),
         "flip": inference.flip,
+        "precision": args.precision,
+        "absent_as_zero": args.absent_as_zero,
     }
-    more = {"precision": args.precision, "absent_as_zero": args.absent_as_zero}
-    return {"mode": inference.mode, **options, **more}
 
 
 def summary(scores: EvalResult, spec: DatasetSpec, loaded: InferenceModel, val: dict[str, str]) -> dict:

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before anything large is imported: handle signals,
 
     exit_on_signals()
     check_environment()
-    from allspark.arguments import PROG, parse
+    from allspark.arguments import parse
 
     parse("train", sys.argv[1:])
 
@@ -222,13 +222,13 @@ def main(argv: Sequence[str]) -> None:
         print(yaml.safe_dump(to_plain(recipe), sort_keys=False), end="")
         return
     save_path = args.save_path or default_path(recipe, args.method or recipe.method.name)
-    if args.fresh or not has_checkpoint(save_path):  # runs of earlier versions may end as they began
+    if args.fresh or not has_checkpoint(save_path):  # an older run may finish
         check_schedule(recipe, build_method(recipe, spec_for(recipe.data)))
     with Stop() as stop, launch.process_group(recipe.device, args.port) as device:
         notes = [*recipe.notes, *recipe_args.changes(args, recipe)]
         command = recipe_args.command(args)
         fresh = args.fresh and not launch.is_restart(device)
-        if fresh != args.fresh:
+        if args.fresh and not fresh:
             notes.append("--fresh ignored: the job was restarted by slurm or torchrun, resuming")
         train(recipe, save_path, device, stop, fresh=fresh, command=command, notes=notes)
 

@@ -122,7 +122,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=path,
         metavar="FILE",
-        help="a complete recipe instead of --dataset; --method, if given, replaces its method, its bottleneck "
+        help="a complete recipe, instead of --dataset; --method, if given, replaces its method, its bottleneck "
         "and all keys that the method's recipe sets",
     )
     parser.add_argument("--split", help="use splits/<dataset>/<split>/{labeled,unlabeled}.txt")
@@ -136,8 +136,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def add_inference(parser: argparse.ArgumentParser) -> None:
     """The arguments that select a checkpoint and how it predicts."""
     add_checkpoint(parser)
-    parser.add_argument("--mode", choices=MODES, help="default: that of the recipe, else that of the data set")
-    parser.add_argument("--windows", choices=WINDOWS, help="evaluation.windows; default: that of the recipe")
+    parser.add_argument("--mode", choices=MODES, help="how images are evaluated; default: the recipe's or data set's")
+    parser.add_argument("--windows", choices=WINDOWS, help="the last sliding windows: evaluation.windows")
     parser.add_argument(
         "--scales", type=scale_list, default=(1.0,), metavar="S,S", help="average over scales such as 0.75,1,1.25"
     )
@@ -153,8 +153,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text if text.startswith("hf://") else path(text),
         required=True,
         metavar="RUN|FILE",
-        help="folder of a run, whose last epoch is used, a file of train.py or `weights import`, or a folder or "
-        "hf://USER/NAME of `weights push`",
+        help="folder of a run (its last epoch), a checkpoint file, or a folder or hf://USER/NAME of `weights push`",
     )
     parser.add_argument("--best", action="store_true", help="of a run, use the epoch with the best mIoU on val")
     parser.add_argument(
@@ -256,7 +255,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def add_check(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--quick", action="store_true", help="open a sample of the files of each list")
+    parser.add_argument("--quick", action="store_true", help="open only a sample of each list's files")
     parser.add_argument("--data-only", action="store_true", help="skip the network, its weights and its memory")
     parser.add_argument(
         "--save-path", type=path, default=Path("exp"), metavar="DIR", help="where disk space is checked; default: exp"
@@ -373,8 +372,8 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nested",
         action="store_true",
-        help="per-class: a pixel in several files gets the last of their classes in --classes, such as a nucleus in a "
-        "cell; default: an error",
+        help="per-class: where masks overlap (a nucleus in a cell), the class that is last in --classes counts; "
+        "default: an error",
     )
     parser.add_argument(
         "--crowds",
@@ -487,8 +486,8 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "--group",
         metavar="REGEX",
-        help="with --val: images in whose path it finds the same text (or the same in its parentheses) stay together, "
-        "such as the frames of a video: '([^/]*)_[0-9]+[.]'",
+        help="with --val: keep images together whose paths have the same match (or the same groups), such as the "
+        "frames of a video: '([^/]*)_[0-9]+[.]'",
     )
     make.add_argument(
         "--write-recipe", action="store_true", help="write the lists (of several sizes the first) into --config FILE"

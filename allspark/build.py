@@ -90,7 +90,7 @@ def build_method(recipe: Recipe, spec: DatasetSpec) -> Method:
 
 
 def check_schedule(recipe: Recipe, method: Method) -> None:
-    """UserError if the run is over before the method uses unlabeled images, or before the bottleneck's memory is read.
+    """UserError if a run ends before the method uses unlabeled images, before the memory is read or it is evaluated.
 
     Not part of build_method, because an existing run of this kind can still be evaluated.
     """
@@ -109,6 +109,12 @@ def check_schedule(recipe: Recipe, method: Method) -> None:
                 f"{key}={value} and epochs={recipe.epochs}: {effect} (epoch counts are not rescaled when epochs "
                 f"changes); set {key} below {recipe.epochs}, or {other}"
             )
+    patience, interval = recipe.evaluation.patience, recipe.evaluation.interval
+    if patience is not None and patience < interval:
+        raise UserError(
+            f"evaluation.patience={patience} would end the run between two evaluations; set at least "
+            f"evaluation.interval={interval}"
+        )
     warmup = bottleneck.warmup_epochs if bottleneck.name != "none" and bottleneck.context == "labeled" else None
     if warmup is not None and warmup <= recipe.burn_in_epochs:  # reads before it writes
         raise UserError(

@@ -46,7 +46,8 @@ def option(
         low, high: inclusive bounds of a number, or of each number of a list; unbounded unless low or above is given.
         above: exclusive lower bound, in place of low.
         runtime: a resumed run may change the key, because it decides where and how a run executes
-            (micro_batch also what batch norm sees, evaluation.interval which epochs can be the best).
+            (micro_batch also what batch norm, OHEM, CutMix and memory see, evaluation.interval which epochs can be the
+            best).
     """
     return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high, "runtime": runtime})
 
@@ -81,8 +82,8 @@ class CustomDataConfig:
     )
     orientation: Literal["shown", "stored"] | None = option(
         None,
-        "whether masks were drawn on photos as shown, turned by their EXIF orientation, or as stored; null: shown, if "
-        "files do not contradict",
+        "masks fit photos as shown, turned by their EXIF orientation, or as stored; null: shown, unless the files "
+        "contradict it",
     )
     palette: tuple[tuple[int, int, int], ...] | None = option(
         None,
@@ -92,7 +93,7 @@ class CustomDataConfig:
     background: int | None = option(None, "index of the background class, if the data set has one")
     eval_mode: Mode = option("whole", "how images are evaluated unless evaluation.mode is set")
     labeled_images: str | None = option(None, "folder of labeled images, relative to data.data_root")
-    labeled_masks: str | None = option(None, "folder of their masks, with the images' file names and mask_suffix")
+    labeled_masks: str | None = option(None, "folder of their masks, named <image name><mask_suffix>")
     mask_suffix: str = option(
         ".png", "what replaces the suffix of an image in the name of its mask, e.g. _mask.png for a.jpg and a_mask.png"
     )
@@ -165,23 +166,23 @@ class BottleneckConfig:
     name: Literal["none", "allspark"] = option("none", "bottleneck between encoder and decoder")
     place: Literal["pyramid", "tokens"] = option(
         "pyramid",
-        "on a plain ViT: on the deepest map of its pyramid, or on its last tokens, from which the pyramid is made; "
-        "with decoder=dpt always on the tokens",
+        "on a plain ViT: after its pyramid, on the deepest map, or before it, on the last tokens; decoder=dpt has no "
+        "pyramid: always on the tokens",
     )
     warmup_epochs: int | None = option(
-        5, "epoch from which the memory is read; every step after the burn-in writes to it; null: never read", low=0
+        5, "epochs before the memory is read; every step after the burn-in writes to it; null: it is never read", low=0
     )
     num_heads: int = option(2, "attention heads", low=1, high=64)
     dropout: float = option(0.1, "dropout rate of the bottleneck", low=0, high=0.99)
     grouping_input: Literal["logits", "probabilities", "random"] = option(
         "logits",
-        "which prediction assigns channels to classes; released code: logits; random: the classes of the logits, "
-        "exchanged among the channels (for ablations)",
+        "prediction that assigns channels to classes; released code: logits; random (for ablations): as logits, then "
+        "shuffled among the channels",
     )
     context: Literal["unlabeled", "labeled"] = option(
         "unlabeled",
-        "images from whose channels labeled ones are reconstructed; for ablations labeled: those of earlier steps, and "
-        "before the memory is read those of the batch",
+        "images whose channels labeled images attend to; labeled (for ablations): those in the memory or, until it is "
+        "read, in the batch",
     )
     empty_slots: bool = option(True, "let memory slots that were never written enter the softmax; released code: true")
     own_channels: bool = option(
@@ -207,8 +208,8 @@ class ModelConfig:
     )
     decoder: Literal["mlp", "mlp_bn", "deeplab", "dpt"] = option(
         "mlp",
-        "mlp: SegFormer's; mlp_bn: mmsegmentation's, with a batch norm per level; deeplab: DeepLabV3+; dpt: of a plain "
-        "ViT alone, as in UniMatch V2",
+        "mlp: SegFormer's; mlp_bn: mmsegmentation's, with a batch norm per level; deeplab: DeepLabV3+; dpt: UniMatch "
+        "V2's, only for plain ViTs",
     )
     decoder_channels: int | None = option(
         None,
@@ -238,8 +239,8 @@ class OptimConfig:
     lr_multi: float = option(10.0, "factor on the learning rate of everything but the encoder", low=0, high=1e6)
     freeze: Literal["none", "encoder"] | int = option(
         "none",
-        "what is not trained: nothing, the encoder, or its first N blocks and all before block N + 1; frozen batch "
-        "norm uses its running statistics",
+        "what is not trained: nothing, the encoder, or all of it before block N + 1; frozen batch norm uses running "
+        "statistics",
     )
     layer_decay: float = option(
         1.0,
@@ -275,7 +276,7 @@ class CriterionConfig:
         200_000, "OHEM: minimum number of pixels used in a forward pass; 0: all pixels, as released", low=0
     )
     min_kept_images: int | None = option(
-        None, "OHEM: labeled images that min_kept is for, in proportion for another number; null: for any number", low=1
+        None, "OHEM: number of images that min_kept refers to; scaled in proportion for others; null: not scaled", low=1
     )
     class_weights: tuple[float, ...] | None = option(None, "cross-entropy: a weight per class")
     dice: float = option(0.0, "weight of an additional Dice loss, which counts each class equally", low=0, high=100)
@@ -295,12 +296,12 @@ class EvaluationConfig:
     patience: int | None = option(
         None,
         "epochs without a better mIoU on val after which the run ends (early stopping; the learning rate still follows "
-        "`epochs`); null: never",
+        "`epochs`); >= evaluation.interval; null: never",
         low=1,
     )
     pictures: int = option(
         4,
-        "validation and unlabeled images shown by the log writers, with predictions and pseudo-labels",
+        "number of validation images, and of unlabeled ones, that the log writers show with their predictions",
         low=0,
         high=1000,
         runtime=True,
@@ -353,7 +354,7 @@ class Recipe:
     seed: int = option(0, "seed of all random numbers", low=0)
     device: Device = option("auto", "device to train on; auto: a GPU if there is one", runtime=True)
     checkpoint_interval: int = option(
-        0, "steps between checkpoints inside an epoch; 0: only at the end of each epoch", low=0, runtime=True
+        0, "steps between checkpoints inside an epoch; 0: none after a number of steps", low=0, runtime=True
     )
     checkpoint_minutes: float = option(
         30.0, "minutes after which a checkpoint is saved inside an epoch; 0: never", low=0, high=1e6, runtime=True

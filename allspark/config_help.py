@@ -13,8 +13,9 @@ from allspark.config_keys import config_fields, section_type, type_hints, type_t
 
 INTRODUCTION = """\
 Keys are set by key=value, e.g. optim.lr=0.01, or by the last part of the key if it is unique: lr=0.01. Those with an
-asterisk can be changed when a run is resumed: they affect where and how it runs; micro_batch also what batch norm sees,
-and evaluation.interval which epochs can be the best. The options of the methods, method.*, are in docs/methods.md."""
+asterisk can be changed when a run is resumed: they affect where and how it runs; micro_batch also what batch norm,
+OHEM, CutMix and memory see, evaluation.interval which epochs can be the best. The options of the methods, method.*, are
+in docs/methods.md."""
 
 
 def describe_keys(part: str = "") -> str:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross-entropy over the pixels that are not ignored. weights: of each class, for a weighted mean."""
+    """Mean cross-entropy over the pixels that are not ignored.
+
+    Args:
+        ignore_index: of the mask.
+        weights: of each class, for a weighted mean.
+    """
 
     def __init__(self, ignore_index: int = 255, weights: Sequence[float] | None = None) -> None:
         super().__init__()
@@ -36,14 +41,14 @@ def sum_reduction(logits: Tensor) -> str:
 class OHEM(nn.Module):
     """Online hard example mining: mean cross-entropy over the pixels whose true class has the smallest probabilities.
 
-    Kept are p <= max(thresh, the min_kept-th smallest p of the batch), ignored pixels counting as p = 1. With fewer
-    valid pixels than min_kept, and as released with min_kept = 0, it is the plain cross-entropy.
+    Keeps pixels with p <= thresh, and at least the min_kept pixels with the smallest p (ignored pixels: p = 1). Plain
+    cross-entropy if fewer than min_kept are valid or, as released, if min_kept is 0.
 
     Args:
         thresh: probability of the true class up to which a pixel is hard.
-        min_kept: pixels that are kept at least.
+        min_kept: minimum number of pixels that are kept.
         ignore_index: of the mask.
-        images: min_kept is for so many images, and in proportion for batches of others; None: for any batch.
+        images: batch size that min_kept refers to; scaled in proportion for others. None: not scaled.
     """
 
     def __init__(

@@ -112,7 +112,7 @@ def build_run(
     measured = recipe.evaluation.pseudo_labels if method.views.unlabeled else 0
     hidden, about_hidden = select_hidden(lists, spec, measured)
     data_notes += about_hidden.lines
-    # New layers of a fine-tuned network must not start where those of its first run, of the same seed, started
+    # Fine-tuning: with the same seed, new layers would get the initial weights of the original run
     torch.manual_seed(recipe.seed if recipe.model.init_from == "none" else recipe.seed + 2**31)
     model = build_model(recipe.model, spec.num_classes, recipe.data.crop_size, spec.channels).to(device)
     if fresh or not has_checkpoint(save_path):
@@ -122,7 +122,7 @@ def build_run(
     loader = build_loader(recipe, lists, spec, method.views)
     inference = inference_for(spec, recipe.data.crop_size, recipe.evaluation)
 
-    # After all that a wrong recipe could stop: --fresh moves a run aside
+    # --fresh moves a run aside: only after every check of the recipe
     lock = stack.enter_context(RunLock(save_path, active=distributed.is_main()))
     if distributed.is_main():
         notes = [*notes, *prepare_folder(lock, fresh)]
@@ -137,7 +137,7 @@ def build_run(
         return None
     state = replace(state, network=wrap_ddp(model, device), graphs=build_graphs(recipe, method, stepper))
     if recipe.compile:
-        # Splits of a compiled graph for DDP fail on custom functions in older torch; here parts are compiled one by one
+        # DDP's graph splitting fails on custom autograd functions in older torch; parts are compiled one by one
         torch._dynamo.config.optimize_ddp = False
         for network in state.networks:
             network.compile_parts()
@@ -169,7 +169,7 @@ def check_same_start(recipe: Recipe, lists: Lists) -> None:
 
 
 def prepare_folder(lock: RunLock, fresh: bool) -> list[str]:
-    """Make sure that a run in the folder replaces nothing but what the same run wrote.
+    """Refuse a folder in which this run would overwrite files that it did not write.
 
     Args:
         lock: of the folder.
@@ -280,9 +280,10 @@ def ohem_without_effect(recipe: Recipe, world_size: int) -> str | None:
     kept = criterion.min_kept * (images / (criterion.min_kept_images or images))
     if criterion.name != "ohem" or kept < pixels:
         return None
+    smaller = pixels // 16 * (criterion.min_kept_images or images) // images
     return (
         f"criterion=ohem has no effect: criterion.min_kept={criterion.min_kept} keeps all {pixels} pixels of a forward "
-        f"pass; set a smaller number, such as criterion.min_kept={pixels // 16}"
+        f"pass; set a smaller number, such as criterion.min_kept={smaller}"
     )
 
 

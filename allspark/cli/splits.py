@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 from collections import defaultdict
@@ -18,7 +17,7 @@ from allspark.config_io import load_config, root_variable
 from allspark.data.datasets import DATASETS, spec_for
 from allspark.data.entries import Entry, drop_repeats, folder_entries, make_exists_check, read_entries, read_list
 from allspark.data.spec import DatasetSpec, Sample
-from allspark.data.splits import find_data, hash_samples, require_file, val_entries
+from allspark.data.splits import NoValList, find_data, hash_samples, require_file, val_entries
 from allspark.split_lists import published
 from allspark.split_lists.layouts import get_layout
 from allspark.split_lists.make_splits import group_by_name, hold_out, make_splits, parse_sizes, write_splits
@@ -54,9 +53,9 @@ def make(args: argparse.Namespace) -> None:
     spec = spec_for(data)
     root = find_data(data, spec)
     entries, no_mask = train_images(args, data, spec, root)
-    if args.val is None and not data.allow_overlap:
-        entries, no_mask = without_val(data, spec, root, entries), without_val(data, spec, root, no_mask)
-    val, entries, no_mask = draw_val(args, entries, no_mask, root)
+    existing = [] if args.val is not None or data.allow_overlap else existing_val(data, spec, root)
+    entries, no_mask = without(existing, entries), without(existing, no_mask)
+    val, entries, no_mask = draw_val(args, entries, no_mask, root, existing)
     splits = make_splits(entries, spec, parse_sizes(args.sizes, len(entries)), args.seed, no_mask)
     out = args.out or SPLITS_ROOT / spec.splits
     write_splits(splits, root, out, args.force, val)
@@ -97,11 +96,17 @@ def train_images(
     return entries, no_mask
 
 
-def without_val(data: DataConfig, spec: DatasetSpec, root: Path, entries: list[Entry]) -> list[Entry]:
-    """The entries that are not in the recipe's val list, if it has one already."""
-    known = set()
-    with contextlib.suppress(UserError):  # no such list: all can be drawn
-        known = {entry.sample.image for entry in val_entries(data, spec, root)}
+def existing_val(data: DataConfig, spec: DatasetSpec, root: Path) -> list[Entry]:
+    """The recipe's validation images, if it has some already."""
+    try:
+        return val_entries(data, spec, root)
+    except NoValList:
+        return []
+
+
+def without(val: list[Entry], entries: list[Entry]) -> list[Entry]:
+    """The entries that are not in the val list."""
+    known = {entry.sample.image for entry in val}
     kept = [entry for entry in entries if entry.sample.image not in known]
     if len(kept) < len(entries):
         print(f"{len(entries) - len(kept)} images are in the val list and left out; --val SIZE draws another one")
@@ -109,13 +114,23 @@ def without_val(data: DataConfig, spec: DatasetSpec, root: Path, entries: list[E
 
 
 def draw_val(
-    args: argparse.Namespace, entries: list[Entry], no_mask: list[Entry], root: Path
+    args: argparse.Namespace, entries: list[Entry], no_mask: list[Entry], root: Path, existing: list[Entry]
 ) -> tuple[list[Entry] | None, list[Entry], list[Entry]]:
-    """The images of --val, None without it, and the rest of both lists, in which no group of --group is left."""
+    """The images of --val, None without it, and the rest of both lists, in which no group of --group is left.
+
+    Without --val, images in a group of the existing val list are left out.
+    """
     if args.val is None:
-        if args.group is not None:
+        if args.group is None:
+            return None, entries, no_mask
+        if not existing:
             raise UserError("--group: keeps images together when some are drawn for evaluation; add --val, such as 1_5")
-        return None, entries, no_mask
+        group = group_by_name(args.group, root)
+        groups = {group(entry) for entry in existing}
+        kept = [[entry for entry in each if group(entry) not in groups] for each in (entries, no_mask)]
+        left_out = len(entries) + len(no_mask) - sum(map(len, kept))
+        print(f"{left_out} images of the {len(groups)} groups in the val list are left out")
+        return None, *kept
     count, *others = parse_sizes(args.val, len(entries), "--val").values()
     if others:
         raise UserError(f"--val {args.val}: give one size, such as 1_5")

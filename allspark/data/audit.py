@@ -435,15 +435,15 @@ def find_copies(reports: Sequence[SampleReport]) -> list[str]:
             same[each.digest].append(each)
     warnings = []
     for first, second in PAIRS:
-        pairs = [
-            (one.sample.image, other.sample.image)
-            for group in same.values()
-            for one in group
-            if one.kind == first
-            for other in group
-            if other.kind == second and other.sample.image != one.sample.image
-        ]
-        if pairs:
-            example = " = ".join(map(str, pairs[0]))
-            warnings.append(f"{len(pairs)} {first} images have a copy among the {second} images, such as {example}")
+        copies: dict[Path, Path] = {}
+        for group in same.values():
+            images, others = ({each.sample.image for each in group if each.kind == kind} for kind in (first, second))
+            for image in images if others else ():
+                if other := next((other for other in others if other != image), None):
+                    copies[image] = other
+        if copies:
+            image = min(copies)
+            warnings.append(
+                f"{len(copies)} {first} images have a copy among the {second} images, such as {image} = {copies[image]}"
+            )
     return warnings

@@ -106,12 +106,10 @@ class UnlabeledBatch:
 
 
 def split_micro_batches(
-    labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, size: int | None
+    labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, size: int
 ) -> list[tuple[LabeledBatch, UnlabeledBatch | None]]:
-    """Split a step's batch into micro-batches of `size` labeled and `size` unlabeled images; None: do not split."""
+    """Split a step's batch into micro-batches of `size` labeled and `size` unlabeled images."""
     count = len(labeled.image)
-    assert unlabeled is None or size is None or len(unlabeled.weak) == count, "as many labeled as unlabeled images"
-    if size is None:
-        return [(labeled, unlabeled)]
+    assert unlabeled is None or len(unlabeled.weak) == count, "as many labeled as unlabeled images"
     parts = [slice(first, first + size) for first in range(0, count, size)]
     return [(labeled[part], None if unlabeled is None else unlabeled[part]) for part in parts]

@@ -40,6 +40,7 @@ from allspark.utils.progress import disable_bar
 
 REMEDY = "choose a folder on another disk, or data.cache=none"
 SEEK_LOCK = threading.Lock()
+DECODER = 2  # to be raised when image_io or mask_io read the same file in another way
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def open_cache(
     """Open the cache of these files, decoded by `read`; write it if it does not exist or a file has changed."""
     paths = sorted(set(paths))
     files = [file_identity(path) for path in paths]
-    key = hashlib.sha256(json.dumps([decoding, *files]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([DECODER, decoding, *files]).encode()).hexdigest()
     folder = root / f"{name}-{key[:12]}"
     try:
         places = read_index(folder, files, channels)  # without the lock: a complete cache may be in a read-only folder

@@ -131,6 +131,11 @@ def make_exists_check() -> Callable[[Path], bool]:
     return exists
 
 
+def below(root: Path, name: str) -> Path:
+    """A folder of data.custom: relative to the data root, absolute, or below ~."""
+    return root / os.path.expanduser(name)
+
+
 def folder_entries(
     data_root: Path, images: str | Sequence[str], masks: str | None, mask_suffix: str = MASK_SUFFIXES[0]
 ) -> list[Entry]:
@@ -141,7 +146,7 @@ def folder_entries(
     """
     if not isinstance(images, str):
         return drop_repeats([entry for one in images for entry in folder_entries(data_root, one, masks, mask_suffix)])
-    folder = data_root / images
+    folder = below(data_root, images)
     if not folder.is_dir():
         there: list[str] = []
         with contextlib.suppress(OSError), os.scandir(folder.parent) as entries:
@@ -154,7 +159,7 @@ def folder_entries(
             f"{folder}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))}); correct data.custom or data_root"
         )
 
-    exists, mask_folder = make_exists_check(), folder if masks is None else data_root / masks
+    exists, mask_folder = make_exists_check(), folder if masks is None else below(data_root, masks)
     lossless = {path.with_suffix("") for path in paths if path.suffix.lower() in MASK_SUFFIXES}
 
     def mask_of(image: Path) -> Path | None:

@@ -108,20 +108,20 @@ class TrainPairs(Dataset):
         return draw_geometry(rng, width, height, data.crop_size, data.scale_range, *flips)
 
     def photometric(self, name: str, crop: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """(3, h, w) uint8: the policy's view with data.photometric_probability, else the crop as it is."""
+        """(C, h, w) uint8: the policy's view with data.photometric_probability, else the crop as it is."""
         data, probability = self.data, self.data.photometric_probability
         policy = PHOTOMETRIC[name if probability == 1 or rng.random() < probability else "weak"]
         return to_tensor(policy(crop, rng, OPERATIONS[data.photometric], data.color_strength))
 
     def labeled(self, sample: Sample, stream: tuple[int, ...]) -> LabeledBatch:
-        """One image (3, h, w) uint8 and its mask (h, w) uint8, without a batch dimension."""
+        """One image (C, h, w) uint8 and its mask (h, w) uint8, without a batch dimension."""
         image, mask = self.files.pair(sample)
         geometry = self.geometry(image, stream)
         view = self.photometric(self.views.labeled, geometry.image(image), np.random.default_rng([*stream, 1]))
         return LabeledBatch(view, torch.from_numpy(geometry.mask(mask, self.spec.ignore_index)))
 
     def unlabeled(self, sample: Sample, stream: tuple[int, ...]) -> UnlabeledBatch:
-        """The views of one crop (3, h, w) uint8, and bool masks (h, w), without a batch dimension."""
+        """The views of one crop (C, h, w) uint8, and bool masks (h, w), without a batch dimension."""
         image = self.files.image(sample.image)
         geometry = self.geometry(image, stream)
         crop = geometry.image(image)
@@ -312,7 +312,7 @@ def check_arguments(lists: Lists, views: Views, batch_size: int, epoch_of: str, 
     """Raise UserError if no batch can be built."""
     for name in (views.labeled, *views.strong):
         if name not in PHOTOMETRIC:
-            raise UserError(f"views: unknown photometric policy '{name}'; choose one of {', '.join(PHOTOMETRIC)}")
+            raise UserError(f"Views of the method: unknown view '{name}'; choose one of {', '.join(PHOTOMETRIC)}")
     if batch_size % world_size:
         raise UserError(f"batch_size: {batch_size} cannot be divided among {world_size} processes; use a multiple")
     if not lists.labeled:
@@ -324,9 +324,11 @@ def check_arguments(lists: Lists, views: Views, batch_size: int, epoch_of: str, 
             f"split {lists.name}: no unlabeled images, but this method needs them; "
             "see data.split, data.unlabeled_id_path, data.custom.unlabeled_images"
         )
+    if epoch_of == "unlabeled" and not lists.unlabeled:
+        raise UserError(f"split {lists.name}: no unlabeled images, of which an epoch is one pass; set epoch_of=labeled")
     length = len(lists.unlabeled if epoch_of == "unlabeled" else lists.labeled)
     if length < batch_size:
         raise UserError(
-            f"split {lists.name}: {length} {epoch_of} images are less than one batch of {batch_size}; use a smaller "
+            f"split {lists.name}: {length} {epoch_of} images are fewer than one batch of {batch_size}; use a smaller "
             f"batch_size, a longer list or epoch_of={'labeled' if epoch_of == 'unlabeled' else 'unlabeled'}"
         )

@@ -72,11 +72,7 @@ def decode_mask_file(path: Path, spec: DatasetSpec) -> MaskFile:
         if mode == "P":
             values, palette = look_up_gray(image)
             return MaskFile(values, mode, palette=palette, orientation=orientation)
-        bits = {"1": 1, "L": 8}.get(mode, 16)
-        values = np.array(image, np.uint8) if bits <= 8 else np.asarray(image)
-        if raw.startswith(("L;2", "L;4")):  # Pillow spreads them over 0..255
-            bits = int(raw[2])
-            values //= 255 // (2**bits - 1)
+        values, bits = gray_values(image, raw)
         return MaskFile(values, mode, bits=bits, orientation=orientation)
 
 
@@ -106,6 +102,16 @@ def packed_colors(image: Image.Image) -> np.ndarray:
         packed <<= 8
         packed |= rgb[..., channel]
     return packed
+
+
+def gray_values(image: Image.Image, raw: str) -> tuple[np.ndarray, int]:
+    """The stored values of a gray image, and their bits; raw: its raw_mode."""
+    bits = {"1": 1, "L": 8}.get(image.mode, 16)
+    values = np.array(image, np.uint8) if bits <= 8 else np.asarray(image)
+    if raw.startswith(("L;2", "L;4")):  # Pillow spreads them over 0..255
+        bits = int(raw[2])
+        values //= 255 // (2**bits - 1)
+    return values, bits
 
 
 def look_up_gray(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:

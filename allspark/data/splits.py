@@ -16,6 +16,7 @@ from allspark.data.datasets import spec_for
 from allspark.data.entries import (
     MASK_SUFFIXES,
     Entry,
+    below,
     check_name,
     drop_repeats,
     folder_entries,
@@ -140,12 +141,16 @@ def train_entries(data: DataConfig, kind: str, spec: DatasetSpec, root: Path, sp
     """The entries of data.<kind>_id_path or else of data.split; None if neither is set."""
     given = getattr(data, f"{kind}_id_path")
     if given is not None:
-        return read_entries(require_file(Path(given), f"data.{kind}_id_path"), root, spec.mask_path)
+        return read_entries(require_file(Path(os.path.expanduser(given)), f"data.{kind}_id_path"), root, spec.mask_path)
     if data.split is None:
         return None
     path = find_split(data, spec, splits_root) / f"{kind}.txt"
     key = f"data.split={data.split}"
     return read_entries(require_file(path, key, fetch_hint(spec.splits, data.split, kind)), root, spec.mask_path)
+
+
+class NoValList(UserError):
+    """Neither the recipe nor splits/ has a list of validation images."""
 
 
 def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Path = SPLITS_ROOT) -> list[Entry]:
@@ -154,14 +159,15 @@ def val_entries(data: DataConfig, spec: DatasetSpec, root: Path, splits_root: Pa
     if data.val_id_path is None and custom is not None and custom.val_images is not None:
         return folder_entries(root, custom.val_images, custom.val_masks, custom.mask_suffix)
     places = [folder / "val.txt" for folder in split_folders(spec, splits_root)]
-    path = Path(data.val_id_path or next((path for path in places if path.is_file()), places[0]))
+    path = next((path for path in places if path.is_file()), places[0])
+    path = path if data.val_id_path is None else Path(os.path.expanduser(data.val_id_path))
     if data.val_id_path is None and not path.is_file():
         remedy = fetch_hint(spec.splits, None, "val") or "Set data.val_id_path"
         if custom is not None:
             train = "" if custom.labeled_images else "--train LIST "
             remedy = "Set data.custom.val_images and val_masks, or draw them from your labeled images: "
             remedy += f"python -m allspark splits make --config FILE {train}--val 1_5 --write-recipe"
-        raise UserError(f"no validation images: {path} does not exist. {remedy}")
+        raise NoValList(f"no validation images: {path} does not exist. {remedy}")
     return drop_repeats(read_entries(require_file(path, "data.val_id_path"), root, spec.mask_path))
 
 
@@ -201,43 +207,42 @@ def find_left_out(custom: CustomDataConfig, root: Path, lists: Lists) -> Iterato
     """What the folders of data.custom hold that is no sample: other suffixes, images of no list, masks of no image."""
     samples = (*lists.labeled, *lists.unlabeled, *lists.val, *lists.hidden)
     used = {os.path.abspath(path) for sample in samples for path in (sample.image, sample.mask) if path is not None}
-    unlabeled = custom.unlabeled_images
-    folders = (
-        custom.labeled_images,
-        *([unlabeled] if isinstance(unlabeled, str) else unlabeled or ()),
-        custom.val_images,
-    )
-    names = list(dict.fromkeys(filter(None, folders)))
-    found = {name: image_files(root / name) for name in names if (root / name).is_dir()}
-    for name in names:
-        if name not in found:
-            yield f"{root / name}: no such folder, the lists are used; correct data.custom"
-    for name, (images, others) in found.items():
+    unlabeled = custom.unlabeled_images or ()
+    names = (custom.labeled_images, *([unlabeled] if isinstance(unlabeled, str) else unlabeled), custom.val_images)
+    folders = list(dict.fromkeys(below(root, name) for name in names if name is not None))
+    found = {folder: image_files(folder) for folder in folders if folder.is_dir()}
+    for folder in folders:
+        if folder not in found:
+            yield f"{folder}: no such folder, the lists are used; correct data.custom"
+    for folder, (images, others) in found.items():
         if others:
-            yield describe_others(root / name, others)
+            yield describe_others(folder, others)
         if unused := [path for path in images if os.path.abspath(path) not in used]:
-            yield f"{root / name}: {len(unused)} of {len(images)} images are in no list, such as {unused[0]}"
-    for masks in dict.fromkeys((custom.labeled_masks, custom.val_masks)):
-        pairs = ((custom.labeled_images, custom.labeled_masks), (custom.val_images, custom.val_masks))
-        images = [name for name, folder in pairs if folder == masks and name in found]
-        if masks is None or masks in images or not images or not (root / masks).is_dir():
+            yield f"{folder}: {len(unused)} of {len(images)} images are in no list, such as {unused[0]}"
+    pairs = ((custom.labeled_images, custom.labeled_masks), (custom.val_images, custom.val_masks))
+    images_of: dict[Path, list[Path]] = {}  # folder of masks -> folders of their images
+    for images, masks in pairs:
+        if images is not None and masks is not None and below(root, images) in found:
+            images_of.setdefault(below(root, masks), []).append(below(root, images))
+    for place, folders in images_of.items():
+        if place in folders or not place.is_dir():
             continue
         tail = mask_tail(custom.mask_suffix)
-        stems = {f"{path.relative_to(root / name).with_suffix('')}{tail}" for name in images for path in found[name][0]}
-        files = image_files(root / masks)[0]
-        alone = [path for path in files if str(path.relative_to(root / masks).with_suffix("")) not in stems]
+        stems = {f"{path.relative_to(each).with_suffix('')}{tail}" for each in folders for path in found[each][0]}
+        files = image_files(place)[0]
+        alone = [path for path in files if str(path.relative_to(place).with_suffix("")) not in stems]
         if alone:
-            yield f"{root / masks}: {len(alone)} masks have no image, such as {alone[0]}"
+            yield f"{place}: {len(alone)} masks have no image, such as {alone[0]}"
 
 
 def describe_others(folder: Path, others: Sequence[Path]) -> str:
-    """'images: 3 files are left out, no images by their suffix (.heic: 2, none: 1), such as images/a.heic'."""
+    """'images: 3 files without an image suffix are left out (.heic: 2, none: 1), such as images/a.heic'."""
     kinds = Counter(path.suffix or "none" for path in others)
     text = ", ".join(f"{suffix}: {count}" for suffix, count in kinds.most_common(5))
     example = others[0]
     photos = any(path.suffix.lower() in UNSUPPORTED for path in others)
     remedy = "; convert photos to JPEG or PNG" if photos else ""
-    return f"{folder}: {len(others)} files are left out, no images by their suffix ({text}), such as {example}{remedy}"
+    return f"{folder}: {len(others)} files without an image suffix are left out ({text}), such as {example}{remedy}"
 
 
 def find_hidden(labeled: list[Entry], unlabeled: list[Entry]) -> tuple[Sample, ...]:

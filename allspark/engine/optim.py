@@ -15,8 +15,7 @@ from allspark.utils.errors import UserError
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Freeze what optim.freeze says, and make the optimizer of all other parameters. All of them are decayed.
 
-    The encoder has lr, times layer_decay for each block from a parameter to the decoder; everything else has
-    lr * lr_multi.
+    Encoder parameters have lr * layer_decay ** distance_to_decoder, all others lr * lr_multi.
 
     Raises:
         UserError: layer_decay or freeze needs the encoder's blocks, and it has no list of them, or too few.
@@ -62,10 +61,10 @@ def distance_to_decoder(
         key = f"freeze={cfg.freeze}" if isinstance(cfg.freeze, int) else f"layer_decay={cfg.layer_decay:g}"
         has = f"it has {count} blocks" if count else "MiT, ResNet and plain ViTs have a list of blocks, and it has none"
         few = f" or 1 to {count}" if count else ""
-        raise UserError(
-            f"optim.{key} does not suit this encoder: {has}; use optim.freeze=none, encoder{few}, and no "
-            "optim.layer_decay"
+        remedy = (
+            f"use optim.freeze=none, encoder{few}" if isinstance(cfg.freeze, int) else "leave out optim.layer_decay"
         )
+        raise UserError(f"optim.{key} does not suit this encoder: {has}; {remedy}")
     number = {parameter: i for i, block in enumerate(blocks, start=1) for parameter in block.parameters()}
     distance, layer = {}, 0
     for parameter in encoder:

@@ -11,7 +11,7 @@ from allspark.config import Recipe
 class Position:
     """Training position: `step` optimizer steps done, in `epoch`.
 
-    After the last step of an epoch the evaluation comes first; after it, the same step belongs to the next epoch.
+    `epoch` is incremented after the evaluation, so after an epoch's last step it still names that epoch.
 
     Args:
         epoch: current epoch, from 0.

@@ -83,7 +83,7 @@ def predict(
     """Predict the classes of a batch of images of one size.
 
     Args:
-        image: (B, 3, H, W) uint8.
+        image: (B, C, H, W) uint8.
         names: of the images, for error messages.
 
     Returns:
@@ -125,7 +125,7 @@ def predict_tiled(
 def region_scores(
     model: nn.Module, image: Tensor, spec: DatasetSpec, device: torch.device, inference: Inference, names: list[str]
 ) -> Tensor:
-    """class_scores of the predicted region: uint8 (B, 3, H, W) -> (B, K, rows, columns)."""
+    """class_scores of the predicted region: uint8 (B, C, H, W) -> (B, K, rows, columns)."""
     check_size(image, names[0], inference)
     rows, columns = inference.region(*image.shape[-2:])
     scores = class_scores(model, normalize(image[..., rows, columns].to(device), spec.statistics), inference)

@@ -89,7 +89,7 @@ class IMAS(TeacherMethod):
             easy: (B,), easiness of each image.
 
         Returns:
-            Images (B or 2 B, 3, H, W), their labels, which pixels are confident and which are valid (B or 2 B, H, W).
+            Images (B or 2 B, C, H, W), their labels, which pixels are confident and which are valid (B or 2 B, H, W).
         """
         weak, confident = unlabeled.weak, pseudo.confidence >= self.threshold
         targets = pseudo.label, confident, unlabeled.valid

@@ -124,7 +124,7 @@ class PseudoSeg(Method):
 
         Args:
             student: the network.
-            weak: (B, 3, H, W), the weak view.
+            weak: (B, C, H, W), the weak view.
             valid: (B, H, W) bool, what self-attention may look at; also without the strong view's square (Released).
         """
         network = student.model
@@ -161,7 +161,7 @@ def fuse(logits: Tensor, sgc_logits: Tensor, gamma: float, temperature: float) -
 
 
 def cut_out(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Set one square of each image (B, 3, H, W) to 0, the mean color; it may be centered anywhere and is clipped.
+    """Set one square of each image (B, C, H, W) to 0, the mean color; it may be centered anywhere and is clipped.
 
     Returns:
         The images, and where the squares are, (B, H, W) bool.

@@ -18,7 +18,7 @@ FP16_SCALE = 2.0**-6  # keeps the sums of q^T k below the largest float16, 65504
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Attention over channels: softmax(psi(q^T k)) v^T, with the map stored. For keys of the same image.
+    """Channel attention within each image, softmax(psi(q^T k)) v^T; stores the attention map.
 
     psi normalizes the similarity map of each image and head to mean 0 and variance 1; there is no 1 / sqrt(d).
 

@@ -104,9 +104,9 @@ class AllSparkBottleneck(nn.Module):
         dropout: of the attention weights and of the output projection.
         grouping_input: what decides the class of a channel, "logits" (Released) or "probabilities"; for ablations
             "random": the classes that the logits give are exchanged among the channels.
-        context: "unlabeled" (Released); for ablations "labeled": labeled images attend to channels of labeled images,
-            which the memory holds in place of unlabeled ones. It is read before it is written, so that a view does not
-            attend to its own channels (until the memory is read, the context is the batch and contains them).
+        context: "unlabeled" (Released); for ablations "labeled": labeled images attend to those of earlier steps, which
+            the memory holds in place of unlabeled ones: it is read before it is written. Until it is read, they attend
+            to the batch, themselves included.
         empty_slots: attend to slots that were never written, which hold noise (Released). False: such a slot is 0, and
             a class without a written slot is left out.
         own_channels: every second labeled image of a pass attends to its own channels, as in inference, so that the

@@ -153,7 +153,7 @@ class Stage(nn.Module):
 
 
 class MiT(nn.Module):
-    """image (B, 3, H, W) -> four maps (B, C_i, H_i, W_i) of strides 4, 8, 16, 32; drop path grows with depth."""
+    """image (B, C, H, W) -> four maps (B, C_i, H_i, W_i) of strides 4, 8, 16, 32; drop path grows with depth."""
 
     def __init__(self, size: MiTSize, drop_path: float = 0.1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), mmsegmentation's variant, and build_decoder."""
+"""The all-MLP decoder of SegFormer (arXiv 2105.15203, section 3.2), and mmsegmentation's variant."""
 
 from __future__ import annotations
 

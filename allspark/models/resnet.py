@@ -32,7 +32,7 @@ class ResNetSize:
 
 
 STRIDE_8 = (4, 8, 8, 8)
-SIZES = {  # by timm's names; then those of the released iMAS, with resnet50s and resnet101s as networks
+SIZES = {  # timm's names; *_imas: timm's resnet50s and resnet101s with iMAS's dilations
     "resnet50": ResNetSize((3, 4, 6, 3), 64),
     "resnet101": ResNetSize((3, 4, 23, 3), 64),
     "resnet50s": ResNetSize((3, 4, 6, 3), 128),

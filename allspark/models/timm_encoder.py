@@ -21,7 +21,7 @@ PYRAMID_CHANNELS = 256  # of ViTDet (arXiv 2203.16527)
 
 
 class TimmEncoder(nn.Module):
-    """image (B, 3, H, W) -> four maps (B, C_i, H' / s_i, W' / s_i), finest first, of strides s_i.
+    """image (B, C, H, W) -> four maps (B, C_i, H' / s_i, W' / s_i), finest first, of strides s_i.
 
     H' and W' are H and W rounded up to a multiple of the deepest stride: the image is padded with the mean color at the
     bottom and on the right, because these networks drop incomplete cells. Segmentor cuts the padding off the logits.

@@ -88,8 +88,11 @@ CAMVID = Plan(
         Archive("LabeledApproved_full.zip", "from the same page"),
     ),
     kinds=(
-        # the lookbehind: already prepared files are not sources
-        Kind("tutorial image", rf"(?<!labels/)(?<!images/)(train|val|test)/{NAME}\.png"),
+        # the lookbehinds: already prepared files are not sources
+        Kind(
+            "tutorial image",
+            rf"(?<!^labels/)(?<!/labels/)(?<!^images/)(?<!/images/)(train|val|test)/{NAME}\.png",
+        ),
         Kind("tutorial mask", rf"(train|val|test)annot/{NAME}\.png"),
         Kind("frame", rf"701_StillsRaw_full/{NAME}\.png"),
         Kind("colors", rf"{NAME}_L\.png"),

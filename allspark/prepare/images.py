@@ -8,8 +8,8 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image
 
-from allspark.data.image_files import open_limited
-from allspark.data.mask_io import format_counts
+from allspark.data.image_files import open_limited, raw_mode
+from allspark.data.mask_io import format_counts, gray_values, look_up_gray
 from allspark.utils.errors import UserError
 
 REMEDY = "download its archive again, or use --ignore-unknown to ignore these pixels"
@@ -26,11 +26,13 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 
 def decode_indices(content: bytes, name: str) -> np.ndarray:
-    """(H, W) uint8 as stored: the indices of a palette image, never its colors."""
+    """(H, W) uint8: gray values, or the indices of a palette of colors, as load_mask reads them."""
     image = decode_image(content, name)
     if image.mode not in ("L", "P", "1"):
         raise UserError(f"{name}: expected a mask of 8-bit indices, found {image.mode}; download its archive again")
-    return np.array(image, np.uint8)
+    if image.mode == "P":
+        return look_up_gray(image)[0]
+    return gray_values(image, raw_mode(open_limited(io.BytesIO(content))))[0]
 
 
 def check_values(mask: np.ndarray, values: Collection[int], ignore: int, name: str, ignore_unknown: bool) -> np.ndarray:

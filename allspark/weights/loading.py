@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -276,7 +277,7 @@ def load_pretrained(model: Segmentor, pretrained: str, init: str) -> list[str]:
     """
     reports = []
     if pretrained != "none":
-        reports.append(load_encoder(model, pretrained))
+        reports.append(load_encoder(model, os.path.expanduser(pretrained)))
     if init != "none":
-        reports.append(init_from(model, init))
+        reports.append(init_from(model, os.path.expanduser(init)))
     return reports

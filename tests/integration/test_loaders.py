@@ -375,8 +375,8 @@ def test_error_is_the_default(lists):
     ("options", "message"),
     [
         ({"batch_size": 3, "world_size": 2}, "batch_size: 3 .*2 processes"),
-        ({"batch_size": 12}, "11 unlabeled images are less than one batch of 12.*epoch_of=labeled"),
-        ({"batch_size": 6, "epoch_of": "labeled"}, "5 labeled images are less than one batch of 6"),
+        ({"batch_size": 12}, "11 unlabeled images are fewer than one batch of 12.*epoch_of=labeled"),
+        ({"batch_size": 6, "epoch_of": "labeled"}, "5 labeled images are fewer than one batch of 6"),
         ({"views": Views(strong=("loud",))}, "'loud'; choose one of weak, strong"),
     ],
 )
@@ -388,5 +388,7 @@ def test_impossible_settings(lists, options, message):
 def test_missing_lists(lists):
     with pytest.raises(UserError, match=r"split tiny: no unlabeled images.*unlabeled_id_path"):
         loader(replace(lists, unlabeled=()))
+    with pytest.raises(UserError, match=r"split tiny: no unlabeled images, .*; set epoch_of=labeled"):
+        loader(replace(lists, unlabeled=()), views=Views(unlabeled=False))
     with pytest.raises(UserError, match=r"split tiny: no labeled images.*labeled_id_path"):
         loader(replace(lists, labeled=()))

@@ -19,7 +19,9 @@ from allspark.data.datasets import spec_for
 from allspark.data.datasets.custom import make_spec
 from allspark.data.entries import read_list
 from allspark.data.mask_io import read_mask
+from allspark.data.spec import Sample
 from allspark.data.splits import resolve
+from allspark.data.survey import SampleReport
 from allspark.utils.errors import UserError, run_main
 from helpers import REPO
 
@@ -67,7 +69,7 @@ def test_check_reports_everything_at_once(check, place):
     shutil.copy(root / "images/labeled/labeled3.png", root / "images/val/val1.png")
     (root / "images/labeled/photo.heic").write_bytes(b"")
     code, out, err = check("model.pretrained=/no/weights.pth")
-    assert any(line.startswith("WARNING: ") and "1 files are left out" in line for line in out)
+    assert any(line.startswith("WARNING: ") and "1 files without an image suffix are left out" in line for line in out)
     assert code == 2 and err.startswith("error: 6 problems, listed above; the first is: ")
     problems = [line for line in out if line.startswith("PROBLEM: ")]
     told = [
@@ -85,6 +87,15 @@ def test_check_reports_everything_at_once(check, place):
     assert re.search(
         r"WARNING: 1 labeled images have a copy among the val images.*/labeled3\.png = .*/val1\.png", copied
     )
+
+
+def test_copies_are_counted_once(tmp_path):
+    images = [("labeled", "a"), *(("unlabeled", name) for name in "bcd"), ("unlabeled", "e")]
+    reports = [
+        SampleReport(kind, Sample(tmp_path / name), digest=b"1" if name < "e" else b"2") for kind, name in images
+    ]
+    (told,) = audit.find_copies(reports)
+    assert told.startswith(f"1 labeled images have a copy among the unlabeled images, such as {tmp_path}/a = ")
 
 
 def test_data_without_faults(check, place):
@@ -283,6 +294,7 @@ def test_schedule_that_swallows_the_run(check, place, capsys):
     """Refused by check and by train, before a file is touched; supervised training has no such schedule."""
     for words, told in (
         (["method=fixmatch", "burn_in_epochs=2"], "burn_in_epochs=2 and epochs=2: no unlabeled image is ever used"),
+        (["evaluation.patience=1", "evaluation.interval=2"], "set at least evaluation.interval=2"),
         (
             ["method=allspark", "bottleneck=allspark", "warmup_epochs=1", "epochs=1"],
             "model.bottleneck.warmup_epochs=1 and epochs=1: the memory is never read",

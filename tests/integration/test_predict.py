@@ -154,7 +154,7 @@ def test_paths_to_images(photos, tmp_path, capsys):
 
     assert found("b.png") == ["b"]
     assert found("") == ["CAPITAL", "a", "b", "c", "d", "e"]
-    assert "2 files are left out, no images by their suffix (.txt: 1, .md: 1)" in capsys.readouterr().err
+    assert "2 files without an image suffix are left out (.txt: 1, .md: 1)" in capsys.readouterr().err
     assert found("*.png") == ["a", "b", "c"] and found("**/*.png") == ["a", "b", "c", "d", "e"]
     assert found("list.txt") == ["d", "b"]
     assert found("c.png", "more", "list.txt", "*") == ["c", "d", "e", "b", "CAPITAL", "a"]  # each once

@@ -214,3 +214,10 @@ def test_download_verifies_existing(tmp_path):
     with pytest.raises(UserError, match=r"VOCtrainval_11-May-2012.tar"):
         prepare("voc", "--out", tmp_path, "--download")
     assert (tmp_path / "VOCtrainval_11-May-2012.tar").read_bytes() == b"something else"
+
+
+def test_finished_data_is_not_downloaded_again(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    (tmp_path / "prepared.json").write_text('{"dataset": "pascal", "counts": {}, "files": ["a.jpg"]}')
+    prepare("voc", "--out", tmp_path, "--download")
+    assert "already prepared" in capsys.readouterr().out and not list(tmp_path.glob("*.tar*"))

@@ -360,6 +360,19 @@ def test_camvid_splits_equal_tutorial():
         assert {split_of(name) for name in listed} == {split}
 
 
+@pytest.mark.parametrize(
+    ("path", "is_source"),
+    [
+        ("CamVid/train/0001TP_006690.png", True),
+        ("camvid_images/train/0001TP_006690.png", True),
+        ("images/train/0001TP_006690.png", False),  # of a prepared data set
+        ("data/labels/train/0001TP_006690.png", False),
+    ],
+)
+def test_camvid_sources(path, is_source):
+    assert any(kind.key(path) for kind in PLANS["camvid"].kinds) == is_source
+
+
 # CamVid's label_colors.txt and the grouping, in another order than in the code: class of the 11 -> colors
 GROUPS = {
     "Sky": [(128, 128, 128)],

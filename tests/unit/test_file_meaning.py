@@ -20,6 +20,7 @@ from allspark.data.mask_io import read_mask
 from allspark.data.spec import ImageReading, Sample
 from allspark.data.splits import Lists
 from allspark.data.survey import find_contradictions, inspect_sample
+from allspark.prepare.images import decode_indices
 from allspark.prepare.masks import read_region
 from allspark.utils.errors import UserError
 from allspark.utils.retry import retry_transient
@@ -148,6 +149,17 @@ def test_palette_beside_gray(tmp_path, photo):
     palette_png(colored, TRUTH, np.vstack([COLORS, [[90, 80, 70]]]))
     (found,) = problems(spec(), (photo, gray), (photo, colored))
     assert str(gray) in found and str(colored) in found
+
+
+@pytest.mark.parametrize("stored", ["palette", "4 bits", "8 bits"])
+def test_gray_masks_of_archives(tmp_path, stored):
+    """Gray values count for `prepare` as for training, not the indices of a palette or spread bits."""
+    mask, path = (3 + TRUTH).astype(np.uint8), tmp_path / "m.png"
+    if stored == "palette":  # as a lossless optimizer writes it
+        palette_png(path, TRUTH, np.arange(3, 7).repeat(3).reshape(4, 3))
+    else:
+        gray_png(path, mask, int(stored[0]))
+    np.testing.assert_array_equal(decode_indices(path.read_bytes(), "m.png"), mask)
 
 
 def test_tiff_palette_of_8_bits(tmp_path):

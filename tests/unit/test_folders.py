@@ -108,12 +108,25 @@ def test_list_with_other_separators(make, tmp_path, separator):
         found(tmp_path, labeled_id_path=str(tmp_path / "list.txt"))
 
 
+def test_folders_below_home(make, tmp_path, monkeypatch):
+    make("photos/a.jpg", "masks/a.png", "more/b.jpg")
+    (tmp_path / "root").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = dict(labeled="~/photos", masks="~/masks", unlabeled="~/more")
+    lists = found(tmp_path / "root", **words)
+    assert [lists.labeled[0].mask, lists.unlabeled[0].image] == [tmp_path / "masks/a.png", tmp_path / "more/b.jpg"]
+    assert not lists.left_out
+    (tmp_path / "l.txt").write_text(f"{tmp_path}/photos/a.jpg {tmp_path}/masks/a.png\n")
+    by_list = found(tmp_path / "root", **words, labeled_id_path="~/l.txt")
+    assert names(by_list.labeled) == ["a.jpg"]
+
+
 def test_left_out_files_are_named(make, tmp_path):
     make("images/a.jpg", "images/b.jfif", "images/c.JPE", "masks/a.png", "masks/b.png", "masks/c.png")
     assert names(found(tmp_path).labeled) == ["a.jpg", "b.jfif", "c.JPE"] and not found(tmp_path).left_out
     make("images/d", "images/e.heic", "images/f.heic", "images/.hidden", "masks/g.png", "more/h.jpg", "more/.x/i.jpg")
     others, masks = found(tmp_path, unlabeled="more").left_out
-    assert "3 files are left out, no images by their suffix (.heic: 2, none: 1), such as" in others
+    assert "3 files without an image suffix are left out (.heic: 2, none: 1), such as" in others
     assert others.endswith("; convert photos to JPEG or PNG")
     with pytest.raises(UserError, match=r"e\.heic: \.heic files are not supported; convert them to JPEG or PNG"):
         read_image(tmp_path / "images/e.heic")

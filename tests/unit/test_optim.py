@@ -72,9 +72,9 @@ def test_frozen_parts_do_not_change(encoder, freeze, trained):
 @pytest.mark.parametrize(
     ("encoder", "options", "words"),
     [
-        (VIT, {"freeze": 7}, "optim.freeze=7.*it has 6 blocks"),
+        (VIT, {"freeze": 7}, "optim.freeze=7.*it has 6 blocks; use optim.freeze=none, encoder or 1 to 6$"),
         (VIT, {"freeze": 0}, "optim.freeze=0.*it has 6 blocks"),
-        (CNN, {"layer_decay": 0.75}, "optim.layer_decay=0.75.*has none"),
+        (CNN, {"layer_decay": 0.75}, "optim.layer_decay=0.75.*has none; leave out optim.layer_decay$"),
     ],
 )
 def test_unsuitable_values(encoder, options, words):

@@ -443,9 +443,8 @@ def test_make_holds_out_whole_groups(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("pattern, alike", [("^(.*)_[0-9]+", True), ("([^/]*)_[0-9]+[.]", False)])
-def test_groups_in_two_folders(tmp_path, capsys, pattern, alike):
-    """A pattern that matches the folder as well would leave frames of a validation video among the unlabeled ones."""
+def write_frames(tmp_path):
+    """A recipe, mine.yaml, and frames of three videos: with masks in photos, without in more."""
     custom = {"classes": ["a", "b"], "labeled_images": "photos", "labeled_masks": "masks", "unlabeled_images": "more"}
     data = {"dataset": "mine", "data_root": str(tmp_path), "crop_size": 64, "custom": custom}
     recipe = {"data": data, "model": {"encoder": "mit_b0"}, "method": "fixmatch", "epochs": 1}
@@ -456,12 +455,34 @@ def test_groups_in_two_folders(tmp_path, capsys, pattern, alike):
         for video, frame in itertools.product("abc", range(4)):
             values = rng.integers(0, 2, (8, 8) if folder == "masks" else (8, 8, 3), np.uint8)
             Image.fromarray(values).save(tmp_path / folder / f"{video}_{frame + 4 * (folder == 'more')}.png")
+
+
+@pytest.mark.parametrize("pattern, alike", [("^(.*)_[0-9]+", True), ("([^/]*)_[0-9]+[.]", False)])
+def test_groups_in_two_folders(tmp_path, capsys, pattern, alike):
+    """A pattern that matches the folder as well would leave frames of a validation video among the unlabeled ones."""
+    write_frames(tmp_path)
     lists = ["--sizes", "1_1", "--out", str(tmp_path / "out")]
     run_verb("make", "--config", str(tmp_path / "mine.yaml"), "--val", "1_3", "--group", pattern, *lists)
     printed = capsys.readouterr().out
     names = ("val", "1_1/unlabeled")
     val, rest = ({s.image.name[0] for s in read_list(tmp_path / f"out/{name}.txt", tmp_path)} for name in names)
     assert ("photos/a and more/a are two groups" in printed) == bool(val & rest) == alike
+
+
+def test_further_sizes_keep_the_val_list(tmp_path, capsys):
+    """A later call leaves out the recipe's val images and, with --group, the rest of their videos."""
+    write_frames(tmp_path)
+    words = ["make", "--config", str(tmp_path / "mine.yaml"), "--group", "([^/]*)_[0-9]+[.]", "--out"]
+    run_verb(*words, str(tmp_path / "out"), "--val", "1_3", "--sizes", "1_1", "--write-recipe")
+    run_verb(*words, str(tmp_path / "more_lists"), "--sizes", "1_2")
+    assert "4 images of the 1 groups in the val list are left out" in capsys.readouterr().out
+    lists = [tmp_path / "out/val.txt", *(tmp_path / f"more_lists/1_2/{kind}.txt" for kind in ("labeled", "unlabeled"))]
+    val, *rest = ({sample.image.name[0] for sample in read_list(path, tmp_path)} for path in lists)
+    assert len(val) == 1 and val.isdisjoint(rest[0] | rest[1]) and len(read_list(lists[2], tmp_path)) == 2 * 8 - 4
+    (tmp_path / "out/val.txt").write_text("photos/a_0.png masks/a_0.png 3\n")
+    with pytest.raises(UserError, match=r"val.txt line 1"):
+        run_verb(*words[:-3], "--sizes", "1_2", "--out", str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
 
 
 def test_make_errors(make, tmp_path):
