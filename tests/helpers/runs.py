@@ -51,5 +51,6 @@ def sending(number):
 def assert_same_run(run, other):
     straight, again = (load(folder / "latest.pth") for folder in (other, run))
     assert_same_tensors(straight["model"], again["model"])
+    assert_same_tensors(straight["method"], again["method"])
     assert (straight["epoch"], straight["step"], straight["best"]) == (again["epoch"], again["step"], again["best"])
     assert without_speed(run) == without_speed(other)

@@ -200,7 +200,7 @@ def test_every_method_is_measured_by_its_labels(name, samples):
     torch.manual_seed(0)
     model, method = build_model(model_config, 3, 64), build_method(recipe, SPEC)
     method.attach(model)
-    if hasattr(method, "threshold"):
+    if method.threshold is not None:
         method.threshold = 0.4  # of 3 classes, untrained
     model.train()
     crops = SegmentationDataset(samples, SPEC, 64)
@@ -213,7 +213,7 @@ def test_every_method_is_measured_by_its_labels(name, samples):
     assert all(strip.dtype == np.uint8 and strip.shape[1] > 2 * strip.shape[0] for strip in shown.strips.values())
     assert all((strip[:HEAD] < 128).any() for strip in shown.strips.values())  # the titles
 
-    threshold = getattr(method, "threshold", None)
+    threshold = method.threshold
     known = confident = right = 0
     for image, mask, _ in crops:
         pseudo = method.pseudo_labels(

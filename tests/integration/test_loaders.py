@@ -43,7 +43,13 @@ def lists(tmp_path) -> Lists:
     return Lists(tuple(samples[:5]), unlabeled, tuple(samples[:1]), hash="", name="tiny", hidden=tuple(samples[5:]))
 
 
-CHANGEABLE = ("num_workers", "photometric", "photometric_probability", "cache", "on_bad_sample")
+FLIPS = {
+    "horizontal_flip": lambda image: image[:, ::-1],
+    "vertical_flip": lambda image: image[::-1],
+    "rotate_90": lambda image: np.rot90(image),
+}
+CHANGEABLE = ("num_workers", "photometric", "photometric_probability", "cache", "on_bad_sample", "color_strength")
+CHANGEABLE += ("crop_size", "scale_range", *FLIPS)
 
 
 def loader(lists: Lists, views: Views = VIEWS, batch_size: int = 4, seed: int = 3, **options) -> TrainLoader:
@@ -392,3 +398,52 @@ def test_missing_lists(lists):
         loader(replace(lists, unlabeled=()), views=Views(unlabeled=False))
     with pytest.raises(UserError, match=r"split tiny: no labeled images.*labeled_id_path"):
         loader(replace(lists, labeled=()))
+
+
+@pytest.mark.parametrize("flip", [None, *FLIPS])
+def test_flips_are_those_of_the_recipe(lists, tmp_path, flip):
+    """With crops as large as the images, each view is the image or one that the option allows; both occur."""
+    if flip == "rotate_90":
+        for path in tmp_path.glob("*.png"):
+            image = np.array(Image.open(path))
+            Image.fromarray(image[:40, :40]).save(path)
+    options = {**dict.fromkeys(FLIPS, False), **({flip: True} if flip else {})}
+    crop = 40 if flip == "rotate_90" else (40, 48)
+    train = loader(lists, Views(), crop_size=crop, scale_range=(1.0, 1.0), **options)
+    originals = {sample.image: np.array(Image.open(sample.image)) for sample in lists.labeled}
+    turn, seen = FLIPS.get(flip), set()
+    for epoch in range(6):
+        for key in keys_of(train, epoch):
+            labeled = train.pairs[key][0]
+            image, original = labeled.image.permute(1, 2, 0).numpy(), originals[lists.labeled[key[2]].image]
+            allowed = [original]
+            for _ in range(0 if turn is None else 3 if flip == "rotate_90" else 1):
+                allowed.append(turn(allowed[-1]))
+            seen |= {number for number, each in enumerate(allowed) if np.array_equal(image, each)}
+            assert any(np.array_equal(image, each) for each in allowed)
+    assert seen == set(range(len(allowed)))
+
+
+def keys_of(train, epoch):
+    train.set_epoch(epoch)
+    return [key for step in train.sampler for key in step]
+
+
+def test_color_strength(lists):
+    """0 leaves the colors as they are; the rest of this policy is color jitter."""
+    views = Views(labeled="pseudoseg")
+    for strength, same in ((0.0, True), (1.0, False)):
+        found = []
+        for each in (views, Views()):
+            train = loader(lists, each, photometric="pil", color_strength=strength)
+            found.append(torch.stack([train.pairs[key][0].image for key in keys_of(train, 0)]).int())
+        assert ((found[0] - found[1]).abs().max() <= 8) == same  # the hue is rounded
+
+
+def test_labeled_and_unlabeled_draws_are_independent(lists):
+    """The same image at the same position, once labeled and once not, has other crops; also at other positions."""
+    same = replace(lists, labeled=lists.labeled[:1] * 8, unlabeled=(Sample(lists.labeled[0].image),) * 8)
+    train = loader(same, Views(), crop_size=64, batch_size=8)
+    pairs = [train.pairs[key][:2] for key in keys_of(train, 0)]
+    assert sum(torch.equal(labeled.image, unlabeled.weak) for labeled, unlabeled in pairs) <= 1
+    assert len({labeled.image.numpy().tobytes() for labeled, _ in pairs}) > 6

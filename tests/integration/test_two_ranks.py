@@ -6,21 +6,28 @@ gradients, and the contents of the memory under each policy. Each process has it
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from allspark import distributed
+from allspark.build import complete
 from allspark.config import OptimConfig
+from allspark.config_io import load_recipe
 from allspark.engine.optim import build_optimizer
+from allspark.engine.position import Position
+from allspark.engine.stepper import Stepper
 from allspark.losses import CrossEntropy
 from allspark.methods import METHODS, Progress
 from allspark.models.memory import group_channels
 from allspark.models.student import Student, predict
 from allspark.run import wrap_ddp
-from helpers.networks import WIDTHS, double, loop_enqueue, quiet_model, random_batches
+from allspark.train_step import TrainState, seed_step, train_step
+from helpers.networks import WIDTHS, double, loop_enqueue, make_method, quiet_model, random_batches
 
+CPU = torch.device("cpu")
 POLICIES = ("rank0", "gather", "local")
 STEPS = 3  # the memory is written in all of them and read from the second on
 CFG = OptimConfig(name="sgd", lr=0.001, lr_multi=10.0, weight_decay=1e-4)
@@ -140,3 +147,43 @@ def test_memory_policies_differ(real):
     last_step = 2 * 2 * WIDTHS[-1]  # of each of two processes, the channels of two images
     assert differing("gather") == 0
     assert 0 < differing("rank0") <= last_step < differing("local")
+
+
+def accumulated(ranks):
+    """The network after a step of train_step in micro-batches of one image, on this process's share of four images."""
+    model = quiet_model().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # no layer looks at other images
+            module.train = lambda mode=True, module=module: module
+    values = {"optim.name": "sgd", "optim.lr": 0.1, "batch_size": 4, "encoder": "tiny", "crop_size": 65}
+    recipe = complete(load_recipe("shapes", "selftrain", {**values, "burn_in_epochs": 0, "micro_batch": 4 // ranks**2}))
+    selftrain = make_method("selftrain")
+    stepper = Stepper(model, build_optimizer(recipe.optim, model))
+    state = TrainState(recipe, model, selftrain, stepper, total_steps=10, graphs=None)
+    state = replace(state, network=wrap_ddp(model, CPU))
+    labeled, unlabeled = random_batches(selftrain, 4, 4)
+    count = 4 // ranks
+    part = slice(count * distributed.rank(), count * (distributed.rank() + 1))
+    train_step(state, labeled[part], unlabeled[part], Position(), 0.1)
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def test_micro_batches_of_two_processes(pair, one_thread):
+    """Gradients are averaged over the processes once, with those of the last micro-batch."""
+    first, second = pair(accumulated, 2)
+    alone = accumulated(1)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+        np.testing.assert_allclose(value, alone[name], atol=1e-6, err_msg=name)
+
+
+def draws():
+    seed_step(3, 5)
+    return torch.rand(4).tolist()
+
+
+def test_processes_draw_different_random_numbers(pair):
+    """Dropout, drop path and CutMix depend on (seed, step, rank)."""
+    first, second = pair(draws)
+    assert first == draws() != second

@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from allspark.models import attention
 from allspark.models.attention import attend, channel_attention, shared_channel_attention, similarity_variance
+from allspark.models.bottleneck import CrossBranch, SelfBranch
 
 B, N, CQ, M = 2, 9, 10, 37
 PRESENT = torch.arange(M) % 3 != 1
@@ -143,3 +144,20 @@ def test_map_is_never_materialized():
         attend(q, k, v, 0.1).sum().backward()
     block = max(attention.CPU_BLOCK, attention.MIN_ROWS * keys)
     assert largest.most <= 1.1 * 4 * block < 4 * rows * keys / 5
+
+
+@pytest.mark.parametrize("kind", [SelfBranch, CrossBranch])
+@pytest.mark.parametrize("memory", [False, True])
+def test_dropout_of_a_branch(kind, memory):
+    """Of the attention weights and of the output."""
+    torch.manual_seed(0)
+    branch, tokens = kind(8, 2, 0.25), torch.randn(2, 9, 8)
+    context = (torch.randn(3, 9, 8),) if memory and kind is CrossBranch else ()
+    wide = torch.randn(50, 40, 16)
+    out, plain = branch.project_out(wide), branch.out(wide)
+    kept = out != 0
+    assert abs(kept.float().mean() - 0.75) < 0.02
+    torch.testing.assert_close(out[kept], plain[kept] / 0.75)
+    draws = torch.stack([branch(tokens, *context) for _ in range(50)])
+    expected = branch.eval()(tokens, *context)
+    assert not ((draws == 0) | (draws - expected / 0.75).abs().lt(1e-5)).all()  # weights are dropped, too

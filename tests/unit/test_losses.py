@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from allspark.build import build_method
+from allspark.build import build_method, complete
 from allspark.config_io import load_recipe
 from allspark.data.datasets import spec_for
 from allspark.losses import OHEM, CrossEntropy, Dice, WithDice, build_criterion, consistency_loss
@@ -113,6 +113,23 @@ def test_class_weights_mismatch(words, message):
     with pytest.raises(UserError, match=f"(?i){message}"):
         recipe = load_recipe("camvid", "supervised", words)
         build_method(recipe, spec_for(recipe.data))
+
+
+def test_recipe_options_reach_the_loss():
+    logits, mask = torch.randn(2, 11, 20, 20), torch.randint(0, 12, (2, 20, 20))
+    mask[mask == 11] = 255
+    weights = [0.5, *[2.0] * 10]
+
+    def loss(count=2, **given):
+        recipe = load_recipe("camvid", "supervised", {f"criterion.{key}": value for key, value in given.items()})
+        criterion = build_method(complete(recipe), spec_for(recipe.data)).criterion
+        return criterion(logits[:count], mask[:count])
+
+    expected = CrossEntropy(255, weights)(logits, mask) + 0.5 * Dice(255)(logits, mask)
+    torch.testing.assert_close(loss(class_weights=weights, dice=0.5), expected)
+    options = {"name": "ohem", "thresh": 0.0, "min_kept": 100, "min_kept_images": 1}
+    for count in (1, 2):
+        torch.testing.assert_close(loss(count, **options), OHEM(0.0, 100 * count)(logits[:count], mask[:count]))
 
 
 def test_empty_losses_are_zero():

@@ -5,7 +5,7 @@ import torch
 
 from allspark.memory_estimate import GPUKernels
 from allspark.models.cast_weights import cast_weights
-from allspark.models.mit import Block, LayerNorm
+from allspark.models.mit import SIZES, Block, LayerNorm, MiT
 from helpers.networks import make_model
 
 CPU_BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
@@ -62,3 +62,9 @@ def test_maps_are_in_half_precision_on_a_gpu():
     with torch.autocast(**CPU_BF16), GPUKernels(mixed=True), cast_weights([encoder], torch.bfloat16):
         maps = encoder(torch.randn(1, 3, 64, 64).bfloat16())
     assert dtypes == {each.dtype for each in maps} == {torch.bfloat16}
+
+
+def test_drop_path_grows_with_depth():
+    assert [block.drop_path for block in MiT(SIZES["mit_b0"], 0.1).blocks] == pytest.approx(
+        [0.1 * i / 7 for i in range(8)]
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -204,3 +205,21 @@ def test_weights_cast_at_once_are_those_of_autocast(checkpointing):
         assert all((parameter.grad is not None) == parameter.requires_grad for parameter in parameters.values())
         found.append([loss, *(parameter.grad for parameter in parameters.values() if parameter.requires_grad)])
     assert all(map(torch.equal, *found)) and all(grad.dtype == torch.float32 for grad in found[1])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fp16_steps_are_those_of_fp32(name):
+    """Loss scaling is undone before gradients are clipped, and a skipped step changes nothing."""
+    ends = []
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).train()
+        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1), model)
+        stepper = Stepper(model, optimizer, precision, clip_norm=0.01)
+        for seed, value in ((0, 1.0), (1, math.nan), (2, 1.0)):
+            image = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(seed)) * value
+            stepper.backward(model(image).square().mean())
+            stepper.step()
+        ends.append((model.state_dict(), int(stepper.skipped)))
+    assert ends[0][1] == ends[1][1] == 1
+    torch.testing.assert_close(ends[0][0], ends[1][0])

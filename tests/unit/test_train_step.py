@@ -126,7 +126,7 @@ def test_learning_rate_is_that_of_the_call():
     assert all(map(torch.equal, before, state.model.parameters()))
 
 
-def test_dropout_depends_on_seed_and_step_only():
+def test_dropout_depends_on_seed_and_step():
     """Not on the state of the global generator, which is why no generator is saved."""
     found = {}
     for name, step, seed in (("first", 3, 0), ("again", 3, 0), ("other step", 4, 0), ("other seed", 3, 1)):
