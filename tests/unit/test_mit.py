@@ -68,3 +68,16 @@ def test_drop_path_grows_with_depth():
     assert [block.drop_path for block in MiT(SIZES["mit_b0"], 0.1).blocks] == pytest.approx(
         [0.1 * i / 7 for i in range(8)]
     )
+
+
+def test_dropout_of_the_decoder():
+    """Whole channels of an image are dropped before the classifier, at the rate of the recipe."""
+    model, seen = make_model("none", dropout=0.25), []
+    model.decoder.dropout.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    for _ in range(10):
+        model(torch.randn(2, 3, 64, 64))
+    ratios = torch.stack([(after / before).flatten(2) for before, after in seen])  # (passes, B, C, H * W)
+    ratios = torch.where(ratios.isnan(), ratios.nanmean(-1, keepdim=True), ratios)  # 0 / 0 after ReLU
+    ratios = ratios[~ratios.isnan().any(-1)]
+    dropped, kept = (ratios == 0).all(-1), (ratios - 4 / 3).abs().amax(-1) < 1e-3
+    assert (dropped | kept).all() and 0.15 < dropped.float().mean() < 0.35
