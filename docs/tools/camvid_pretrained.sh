@@ -42,6 +42,7 @@ declare -A rows=(
     [supervised_12_epochs]="supervised burn_in_epochs=0 epochs=12 optim.lr=2e-4"
     [supervised_flattened]="supervised burn_in_epochs=0 method.name=flattened:Flattened"
     [supervised_ema]="supervised burn_in_epochs=0 method.name=supervised_ema:SupervisedEMA"
+    [supervised_ema_24_epochs]="supervised burn_in_epochs=0 epochs=24 method.name=supervised_ema:SupervisedEMA"
     [supervised_all]="supervised burn_in_epochs=0 epoch_of=labeled --labeled-id-path splits/camvid/train.txt"
     [supervised_ceiling]="supervised burn_in_epochs=0 epoch_of=labeled batch_size=8 --labeled-id-path $out/ceiling.txt"
     [selftrain]="selftrain" [fixmatch]="fixmatch" [unimatch]="unimatch" [unimatch_v2]="unimatch_v2"

@@ -25,8 +25,9 @@ LIST=random_6_0 SEEDS=1 rows "$out" unimatch_v2 imas maskmatch pseudoseg pseudos
     allspark_random_grouping supervised_24_epochs fixmatch_24_epochs allspark_revised_24_epochs allspark_12_epochs \
     allspark_12_epochs_threshold
 LIST=random_6_1 SEEDS=2 rows "$out" unimatch_v2 supervised_ema allspark_random_grouping supervised_ceiling \
-    supervised_24_epochs
-LIST=random_6_2 SEEDS=0 rows "$out" imas allspark_random_grouping
+    supervised_24_epochs allspark_revised_24_epochs
+LIST=random_6_2 SEEDS=0 rows "$out" imas allspark_random_grouping supervised_24_epochs allspark_revised_24_epochs \
+    allspark_revised_without_24_epochs
 # Pretrained against random weights
 LIST=1_16 rows "$out" supervised_lr2e-4
 LIST=1_16 WEIGHTS=none rows "$out/scratch" supervised_lr2e-4
