@@ -25,7 +25,7 @@ LIST=random_6_0 SEEDS=1 rows "$out" unimatch_v2 imas maskmatch pseudoseg pseudos
     allspark_random_grouping supervised_24_epochs fixmatch_24_epochs allspark_revised_24_epochs allspark_12_epochs \
     allspark_12_epochs_threshold
 LIST=random_6_1 SEEDS=2 rows "$out" unimatch_v2 supervised_ema allspark_random_grouping supervised_ceiling \
-    supervised_24_epochs allspark_revised_24_epochs
+    supervised_24_epochs supervised_ema_24_epochs allspark_revised_24_epochs
 LIST=random_6_2 SEEDS=0 rows "$out" imas allspark_random_grouping supervised_24_epochs allspark_revised_24_epochs \
     allspark_revised_without_24_epochs
 # Pretrained against random weights

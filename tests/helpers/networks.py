@@ -4,6 +4,7 @@ from dataclasses import fields
 from functools import partial
 
 import torch
+from torch import nn
 
 from allspark.config import BottleneckConfig, ModelConfig
 from allspark.config_keys import bind_options
@@ -30,6 +31,15 @@ def make_model(bottleneck="allspark", classes=CLASSES, crop=CROP, **options):
     torch.manual_seed(0)
     cfg = ModelConfig(encoder="tiny", bottleneck=BottleneckConfig(name=bottleneck), **options)
     return build_model(cfg, classes, crop).train()
+
+
+def freeze_batch_norm(model):
+    """Batch norm by its running statistics: no layer looks at other images."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+    return model
 
 
 def quiet_model(bottleneck="none", seed=None):

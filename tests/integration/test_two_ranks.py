@@ -25,7 +25,7 @@ from allspark.models.memory import group_channels
 from allspark.models.student import Student, predict
 from allspark.run import wrap_ddp
 from allspark.train_step import TrainState, seed_step, train_step
-from helpers.networks import WIDTHS, double, loop_enqueue, make_method, quiet_model, random_batches
+from helpers.networks import WIDTHS, double, freeze_batch_norm, loop_enqueue, make_method, quiet_model, random_batches
 
 CPU = torch.device("cpu")
 POLICIES = ("rank0", "gather", "local")
@@ -151,11 +151,7 @@ def test_memory_policies_differ(real):
 
 def accumulated(ranks):
     """The network after a step of train_step in micro-batches of one image, on this process's share of four images."""
-    model = quiet_model().train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()  # no layer looks at other images
-            module.train = lambda mode=True, module=module: module
+    model = freeze_batch_norm(quiet_model())
     values = {"optim.name": "sgd", "optim.lr": 0.1, "batch_size": 4, "encoder": "tiny", "crop_size": 65}
     recipe = complete(load_recipe("shapes", "selftrain", {**values, "burn_in_epochs": 0, "micro_batch": 4 // ranks**2}))
     selftrain = make_method("selftrain")

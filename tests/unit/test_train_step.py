@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from allspark.build import complete
 from allspark.config_io import load_recipe
@@ -12,7 +11,7 @@ from allspark.engine.optim import build_optimizer
 from allspark.engine.position import Position
 from allspark.engine.stepper import Stepper
 from allspark.train_step import TrainState, train_step
-from helpers.networks import make_method, make_model, quiet_model, random_batches
+from helpers.networks import freeze_batch_norm, make_method, make_model, quiet_model, random_batches
 
 LR = 0.1
 
@@ -41,15 +40,6 @@ def batches(state, seed=1):
 
 def tensors(state):
     return {name: value.clone() for name, value in state.model.state_dict().items()}
-
-
-def freeze_batch_norm(model):
-    """Batch norm by its running statistics: no layer looks at other images."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.train = lambda mode=True, module=module: module
-    return model
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
